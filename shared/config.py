@@ -1,0 +1,345 @@
+"""One experiment is one TOML file: tables [model] [data] [precompute] [train] [sample], typed, overridable by dotted name.
+
+Where the diffusers reference script has an option, the field keeps its name and meaning. Units stand in the names.
+Relative paths are relative to the working directory. Secrets are never a field.
+"""
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shared.errors import UsageError
+
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _multiple_of_16(size: int) -> int:
+    if size % 16:
+        raise ValueError(f"{size} is not a multiple of 16 (VAE factor 8 times patch size 2)")
+    return size
+
+
+def _not_a_secret(text: str) -> str:
+    if re.search(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b", text):
+        raise ValueError("looks like an access token; log in with `hf auth login` or set HF_TOKEN instead")
+    return text
+
+
+Side = Annotated[int, Field(gt=0), AfterValidator(_multiple_of_16)]
+Text = Annotated[str, AfterValidator(_not_a_secret)]
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Model(Table):
+    pretrained_model_name_or_path: Text
+    """Hub name or local folder in the diffusers layout."""
+    revision: Text | None = None
+    """Commit, tag or branch on the hub, for every part."""
+    variant: Text | None = None
+    """File variant of the weights, such as "fp16"."""
+    model_cache_dir: Path | None = None
+    """Where hub downloads are kept; None is the hub's own default."""
+
+
+class Data(Table):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    """The view's name in the cache."""
+    instance_data_root: Path
+    """Folder that every video path stays inside."""
+    dataset_name: Text | None = None
+    """A CSV, JSONL or parquet file, or a folder or hub name for `datasets.load_dataset`; None reads the two text files."""
+    dataset_config_name: Text | None = None
+    """Configuration of the hub data set."""
+    caption_column: str = "text"
+    """Column of `dataset_name`, or without it a text file in the root with one caption per line."""
+    video_column: str = "video"
+    """Column of `dataset_name`, or without it a text file in the root with one video path per line."""
+    id_token: Text = ""
+    """Put before every caption, with one space."""
+    fps: Annotated[float, Field(ge=0)] = 8
+    """Frames per second by time stamps; 0 keeps the source's rate."""
+    skip_frames_start: Count = 0
+    """Source frames left out at the start."""
+    skip_frames_end: Count = 0
+    """Source frames left out at the end."""
+    max_num_frames: Positive = 49
+    """No clip has more frames than this."""
+    windows_per_clip: Positive = 1
+    """Windows cut from one long video."""
+    window_placement: Literal["even", "consecutive"] = "even"
+    """Windows spread over the whole video, or one after the other from its start."""
+    frame_buckets: Annotated[tuple[Positive, ...], Field(min_length=1)] = (9, 17, 25, 33, 41, 49)
+    """Frame counts that clips are cut to; 8k+1 keeps the VAE's first chunk small."""
+    height: Side | None = None
+    """Fixed height instead of `resolution_buckets`."""
+    width: Side | None = None
+    """Fixed width instead of `resolution_buckets`."""
+    resolution_buckets: Annotated[tuple[tuple[Side, Side], ...], Field(min_length=1)] = ((480, 720),)
+    """Heights x widths; a clip takes the one nearest in aspect ratio."""
+    video_reshape_mode: Literal["center", "random", "letterbox"] = "center"
+    """Crop in the middle, crop at a place drawn by the clip's bytes, or pad with black."""
+    random_flip: bool = False
+    """Also store a horizontally mirrored copy of every clip."""
+    validation_prompts: tuple[Text, ...] = ()
+    """Encoded with the captions, so that stage 2 can sample without T5."""
+    negative_prompt: Text = ""
+    """Encoded with the captions, for guidance."""
+    held_out_clips: Count = 0
+    """Clips kept out of training for the held-out loss, chosen by their bytes."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> "Data":
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width are set together")
+        if not any(bucket <= self.max_num_frames for bucket in self.frame_buckets):
+            raise ValueError(f"every frame bucket is above max_num_frames = {self.max_num_frames}")
+        return self
+
+    @property
+    def resolutions(self) -> tuple[tuple[int, int], ...]:
+        """The heights x widths in force."""
+        if self.height is not None and self.width is not None:
+            return ((self.height, self.width),)
+        return self.resolution_buckets
+
+
+class Precompute(Table):
+    cache: Text
+    """Folder or fsspec URL of the cache, shared by every run."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1"; auto takes the GPU when there is one."""
+    vae_dtype: Precision = "auto"
+    """Precision of the VAE and of the stored moments; auto is the checkpoint's own, fp16 raised to fp32."""
+    text_dtype: Precision = "auto"
+    """Precision of T5 and of the stored embeddings; auto is the transformer's own, fp32 on a CPU checkpoint."""
+    enable_tiling: bool = False
+    """Encode in spatial tiles: less memory, other latents."""
+    enable_slicing: bool = False
+    """Encode a batch one clip at a time."""
+    vae_batch_size: Positive = 1
+    """Clips of one bucket encoded together."""
+    text_batch_size: Positive = 8
+    """Prompts encoded together."""
+    clips_per_shard: Positive = 64
+    """Clips in one shard, the unit of work, retry and resume."""
+    prompts_per_shard: Positive = 256
+    """Prompts in one shard."""
+    noised_image_count: Count = 4
+    """I2V: noise-augmented first frames stored beside the clean one."""
+    decoder: Literal["auto", "pyav", "decord"] = "auto"
+    """auto: decord where it is proven equal to PyAV, else PyAV."""
+    decode_workers: Positive = 2
+    """Child processes that decode."""
+    decode_deadline_seconds: Annotated[float, Field(gt=0)] = 120
+    """A video that takes longer is skipped."""
+    decode_memory_gib: Annotated[float, Field(gt=0)] = 4
+    """Address space a decoding process may take."""
+
+
+class Train(Table):
+    output_dir: Path
+    """The run folder: config, metrics.jsonl, checkpoints, export."""
+    lora_rank: Positive = 128
+    """`--rank` there; rank alone is a process's number here."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 128
+    """The adapter is scaled by lora_alpha / lora_rank."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the adapter."""
+    lora_target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_k", "to_q", "to_v", "to_out.0")
+    """Linear layers that get an adapter."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
+        "constant"
+    )
+    """Shape of the learning rate, stepped once per optimizer step."""
+    lr_warmup_steps: Count = 0
+    """Optimizer steps of linear warm-up (ignored by "constant")."""
+    lr_num_cycles: Positive = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: Annotated[float, Field(gt=0)] = 1.0
+    """Power of polynomial."""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """adam adds weight decay to the gradient (L2), adamw decays the weights."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    adam_weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    max_train_steps: Positive | None = None
+    """Optimizer steps; None takes num_train_epochs."""
+    num_train_epochs: Positive = 1
+    """Passes over the training clips, when max_train_steps is not set."""
+    global_batch_size: Positive = 1
+    """Clips per optimizer step, whatever the number of processes."""
+    max_tokens_per_pack: Positive = 1
+    """Tokens of one forward; a larger clip is a pack of its own, so 1 is one clip at a time."""
+    transformer_engine: Literal["packed", "reference"] = "packed"
+    """packed: our forward over packs of clips; reference: diffusers' forward, one clip at a time."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, more time."""
+    mixed_precision: Precision = "auto"
+    """Precision of the frozen transformer and its activations; adapters are always fp32. auto is the checkpoint's own."""
+    allow_tf32: bool = False
+    """Let matrix products of fp32 use TF32 on the GPU."""
+    caption_dropout: Fraction = 0.0
+    """Chance that a clip is trained with the empty prompt."""
+    noised_image_dropout: Fraction = 0.05
+    """I2V: chance that a clip is trained with an empty image condition."""
+    seed: Count = 42
+    """Order, noise, timesteps, posterior draws and the adapter's initial weights."""
+    checkpointing_steps: Positive = 500
+    """Optimizer steps between checkpoints."""
+    checkpoints_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; two at least, so that a damaged newest one has a predecessor."""
+    resume_from_checkpoint: str = "latest"
+    """"latest", a checkpoint's name in the run folder, or "none" to refuse a run folder that has checkpoints."""
+    validation_steps: Count = 0
+    """Optimizer steps between held-out losses; 0 is never."""
+    device: str = "auto"
+    """"cpu", "cuda"; auto takes this process's GPU when there is one."""
+
+
+class Sample(Table):
+    output_dir: Path = Path("samples")
+    """Where the mp4 and PNG files land."""
+    prompts: tuple[Text, ...] = ()
+    """One video each, with and without the adapter."""
+    images: tuple[Path, ...] = ()
+    """I2V: the first frame for each prompt."""
+    lora: Path | None = None
+    """Folder or file of the adapter; None is the export of [train]."""
+    num_frames: Positive = 49
+    """Frames to make."""
+    height: Side = 480
+    """Pixels."""
+    width: Side = 720
+    """Pixels."""
+    fps: Positive = 8
+    """Playing rate of the mp4."""
+    num_inference_steps: Positive = 50
+    """Denoising steps."""
+    guidance_scale: Annotated[float, Field(ge=0)] = 6.0
+    """Classifier-free guidance; 1 is none."""
+    use_dynamic_cfg: bool = False
+    """Vary the guidance over the steps."""
+    seed: Count = 42
+    """The same noise with and without the adapter."""
+    dtype: Precision = "auto"
+    """Precision of the pipeline; auto is the checkpoint's own."""
+    device: str = "auto"
+    """"cpu", "cuda"; auto takes the GPU when there is one."""
+
+
+class Config(Table):
+    """The whole experiment."""
+
+    model: Model
+    data: Data
+    precompute: Precompute
+    train: Train
+    sample: Sample = Sample()
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read the TOML file, apply `table.field=value` overrides (TOML values; a bare word is text), check everything.
+
+    Raises `UsageError` with one line: file, line, field, what is wrong and what would be right.
+    """
+    try:
+        source = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the config ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not UTF-8 text") from None
+    try:
+        values = tomllib.loads(source)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides or []:
+        _apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("\n".join(_explain(problem, path, source, overrides or []) for problem in error.errors())) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config; loading the file gives an equal `Config`."""
+    path.write_text(dump_config(config), encoding="utf-8")
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as TOML; unset (None) fields are left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, separator, raw = override.partition("=")
+    parts = name.strip().split(".")
+    if not separator or len(parts) != 2 or not all(parts):
+        raise UsageError(f"override {override!r}: write it as table.field=value, such as train.lora_rank=64")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    table = values.setdefault(parts[0], {})
+    if not isinstance(table, dict):
+        raise UsageError(f"override {override!r}: {parts[0]} is not a table")
+    table[parts[1]] = value
+
+
+def _explain(problem: Any, path: Path, source: str, overrides: list[str]) -> str:
+    """One pydantic problem as one line."""
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location[:2])
+    origin = next((f"override {override!r}" for override in overrides if override.partition("=")[0].strip() == name), None)
+    where = origin or f"{path}{_line_of(source, location)}"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown {'table' if len(location) == 1 else 'key'} {name}{_nearest(location)}"
+    if problem["type"] == "missing":
+        return f"{where}: {name} is missing"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    shown = "" if len(location) == 1 else f" = {problem['input']!r}"
+    return f"{where}: {'.'.join(location)}{shown}: {message}"
+
+
+def _line_of(source: str, location: list[str]) -> str:
+    """":12" for the line that sets the field, its table's line if it is absent, or nothing."""
+    table, table_line = "", ""
+    for number, line in enumerate(source.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([\w-]+)\s*\]", line):
+            table = header[1]
+            if table == location[0]:
+                table_line = f":{number}"
+        elif len(location) > 1 and table == location[0] and re.match(rf"\s*{re.escape(location[1])}\s*=", line):
+            return f":{number}"
+    return table_line
+
+
+def _nearest(location: list[str]) -> str:
+    tables: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+    if len(location) == 1:
+        names = list(tables)
+    else:
+        names = [f"{location[0]}.{field}" for field in tables[location[0]].model_fields]
+        everywhere = [f"{name}.{field}" for name, table in tables.items() for field in table.model_fields]
+        names += [name for name in everywhere if name.endswith(f".{location[1]}")]
+    close = difflib.get_close_matches(".".join(location[:2]), names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"

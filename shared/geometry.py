@@ -1,0 +1,78 @@
+"""Integer shape rules of CogVideoX: pixels to latents, latents to tokens, clips to buckets.
+
+Sources: diffusers `AutoencoderKLCogVideoX` (temporal factor 4, spatial factor 8) and `CogVideoXPatchEmbed` (patches).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SPATIAL_FACTOR = 8
+TEMPORAL_FACTOR = 4
+ENCODE_CHUNK_FRAMES = 8
+"""Pixel frames per VAE encode chunk; the remainder goes into the first chunk (diffusers `num_sample_frames_batch_size`)."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """Frames x height x width of a clip in pixels; one shard holds one bucket."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Bucket":
+        """The inverse of `str`; raises `ValueError`."""
+        match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+        if match is None:
+            raise ValueError(f"not a bucket: {text!r} (frames x height x width, such as 49x480x720)")
+        return cls(*map(int, match.groups()))
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames that the VAE makes of `frames` pixel frames."""
+    return (frames - 1) // TEMPORAL_FACTOR + 1
+
+
+def latent_shape(bucket: Bucket, channels: int = 16) -> tuple[int, int, int, int]:
+    """[C, F, H, W] of the bucket's latents."""
+    return channels, latent_frames(bucket.frames), bucket.height // SPATIAL_FACTOR, bucket.width // SPATIAL_FACTOR
+
+
+def padding_frames(num_latent_frames: int, patch_size_t: int | None) -> int:
+    """Latent frames to add at the FRONT so that temporal patches divide them (diffusers CogVideoX pipelines, 1.5)."""
+    return -num_latent_frames % patch_size_t if patch_size_t else 0
+
+
+def video_tokens(bucket: Bucket, patch_size: int, patch_size_t: int | None) -> int:
+    """Video tokens of one clip, temporal padding included."""
+    _, frames, height, width = latent_shape(bucket)
+    frames = -(-frames // (patch_size_t or 1))
+    return frames * (height // patch_size) * (width // patch_size)
+
+
+def first_chunk_frames(frames: int) -> int:
+    """Pixel frames in the VAE's first chunk, which sets its peak memory: 9 for 8k+1, up to 15 otherwise."""
+    if frames < ENCODE_CHUNK_FRAMES:
+        return frames
+    return ENCODE_CHUNK_FRAMES + frames % ENCODE_CHUNK_FRAMES
+
+
+def choose_frames(available: int, frame_buckets: Sequence[int]) -> int | None:
+    """The largest frame bucket that `available` frames fill, or None."""
+    return max((bucket for bucket in frame_buckets if bucket <= available), default=None)
+
+
+def choose_resolution(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (height, width) bucket whose aspect ratio is nearest to the source's, the larger one on a tie."""
+    aspect = height / width
+
+    def distance(bucket: tuple[int, int]) -> tuple[float, int]:
+        ratio = bucket[0] / bucket[1] / aspect
+        return max(ratio, 1 / ratio), -bucket[0] * bucket[1]
+
+    return min(buckets, key=distance)
