@@ -1,4 +1,4 @@
-"""One experiment is one TOML file: tables [model] [data] [precompute] [train] [sample], typed, overridable by dotted name.
+"""One experiment is one TOML file: [model] [data] [precompute] [train] [sample], typed, overridable by dotted name.
 
 Where the diffusers reference script has an option, the field keeps its name and meaning. Units stand in the names.
 Relative paths are relative to the working directory. Secrets are never a field.
@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from shared.errors import UsageError
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -58,7 +59,7 @@ class Data(Table):
     instance_data_root: Path
     """Folder that every video path stays inside."""
     dataset_name: Text | None = None
-    """A CSV, JSONL or parquet file, or a folder or hub name for `datasets.load_dataset`; None reads the two text files."""
+    """CSV, JSONL or parquet file, or folder or hub name for `datasets.load_dataset`; None reads text files."""
     dataset_config_name: Text | None = None
     """Configuration of the hub data set."""
     caption_column: str = "text"
@@ -160,9 +161,7 @@ class Train(Table):
     """Linear layers that get an adapter."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = (
-        "constant"
-    )
+    lr_scheduler: Schedule = "constant"
     """Shape of the learning rate, stepped once per optimizer step."""
     lr_warmup_steps: Count = 0
     """Optimizer steps of linear warm-up (ignored by "constant")."""
@@ -195,7 +194,7 @@ class Train(Table):
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
     mixed_precision: Precision = "auto"
-    """Precision of the frozen transformer and its activations; adapters are always fp32. auto is the checkpoint's own."""
+    """Precision of the frozen transformer and its activations (adapters are fp32); auto is the checkpoint's own."""
     allow_tf32: bool = False
     """Let matrix products of fp32 use TF32 on the GPU."""
     caption_dropout: Fraction = 0.0
@@ -277,7 +276,9 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UsageError("\n".join(_explain(problem, path, source, overrides or []) for problem in error.errors())) from None
+        problems = {problem["loc"][:2]: problem for problem in reversed(error.errors())}
+        lines = [_explain(problem, path, source, overrides or []) for problem in problems.values()]
+        raise UsageError("\n".join(reversed(lines))) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -309,8 +310,8 @@ def _explain(problem: Any, path: Path, source: str, overrides: list[str]) -> str
     """One pydantic problem as one line."""
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location[:2])
-    origin = next((f"override {override!r}" for override in overrides if override.partition("=")[0].strip() == name), None)
-    where = origin or f"{path}{_line_of(source, location)}"
+    override = next((text for text in overrides if text.partition("=")[0].strip() == name), None)
+    where = f"override {override!r}" if override else f"{path}{_line_of(source, location)}"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown {'table' if len(location) == 1 else 'key'} {name}{_nearest(location)}"
     if problem["type"] == "missing":
@@ -321,7 +322,7 @@ def _explain(problem: Any, path: Path, source: str, overrides: list[str]) -> str
 
 
 def _line_of(source: str, location: list[str]) -> str:
-    """":12" for the line that sets the field, its table's line if it is absent, or nothing."""
+    """ ":12" for the line that sets the field, its table's line if it is absent, or nothing."""
     table, table_line = "", ""
     for number, line in enumerate(source.splitlines(), 1):
         if header := re.match(r"\s*\[\s*([\w-]+)\s*\]", line):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 4
 ENCODE_CHUNK_FRAMES = 8
-"""Pixel frames per VAE encode chunk; the remainder goes into the first chunk (diffusers `num_sample_frames_batch_size`)."""
+"""Pixel frames per VAE encode chunk, remainder first (diffusers `num_sample_frames_batch_size`)."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -1,0 +1,1 @@
+"""What the stages agree on: the cache, shapes, variants, configuration, seeding, console."""

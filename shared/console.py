@@ -1,0 +1,84 @@
+"""What people see: rich on rank 0, plain lines where there is no terminal; the exit code of every ending."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shared.errors import PrecogError
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+"""For people. Standard output is kept for `--json`."""
+
+
+def rank() -> int:
+    """This process's number among those the launcher started (accelerate, torchrun, SLURM); 0 alone."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def world_size() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def say(message: str) -> None:
+    """One line for people, on rank 0 only."""
+    if rank() == 0:
+        console.print(message, markup=False)
+
+
+def table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
+    """A two-column table at the end of a command."""
+    if rank() != 0:
+        return
+    if not console.is_terminal:
+        say(title)
+        for name, value in rows:
+            say(f"  {name:<24}{value}")
+        return
+    grid = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows:
+        grid.add_row(escape(name), escape(str(value)))
+    console.print(grid)
+
+
+def progress() -> Progress:
+    """A bar with rate and time left; advance its tasks as work is done. Silent where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=rank() != 0 or not console.is_terminal,
+    )
+
+
+def run_command(command: Callable[[], None]) -> NoReturn:
+    """Run a command's body and end the process with the exit code of how it went; one line per user's fault."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        command()
+    except PrecogError as error:
+        console.print(f"precog: {error}", markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.print("precog: interrupted; the same command goes on from here", markup=False)
+        sys.exit(75)
+    sys.exit(0)
+
+
+def bytes_text(size: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,111 @@
+"""Where cache files live, and the one way they are written: whole or not at all, first writer wins.
+
+A `Storage` names files by posix paths relative to its root. On a local folder a file is published by
+unique temporary -> fsync -> link to its final name (no clobber) -> fsync of the folder.
+"""
+
+import errno
+import os
+import secrets
+from pathlib import Path
+
+from shared.errors import CacheError, UsageError
+
+TEMPORARY = ".tmp-"
+"""Prefix of files in the making; readers never look at them and nobody deletes another writer's."""
+
+
+class Storage:
+    """A cache folder on a local or shared file system."""
+
+    def __init__(self, root: str) -> None:
+        if "://" in root:
+            raise UsageError(f"precompute.cache = {root!r}: remote caches are not supported yet; give a folder")
+        self.root = Path(root)
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def path(self, name: str) -> Path:
+        """The local path of a file, for reading or mapping."""
+        return self.root / name
+
+    def names(self, folder: str, suffix: str) -> list[str]:
+        """Sorted names of the files below `folder` that end with `suffix`; [] if there is no such folder."""
+        found = (self.root / folder).rglob(f"*{suffix}")
+        return sorted(path.relative_to(self.root).as_posix() for path in found if not path.name.startswith(TEMPORARY))
+
+    def read(self, name: str, *, limit_bytes: int) -> bytes:
+        """The whole file; raises `CacheError` if it is missing or larger than `limit_bytes`."""
+        path = self.root / name
+        try:
+            with path.open("rb") as file:
+                content = file.read(limit_bytes + 1)
+        except OSError as error:
+            raise CacheError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from None
+        if len(content) > limit_bytes:
+            raise CacheError(f"{path}: larger than {limit_bytes} bytes, which no such file is")
+        return content
+
+    def exists(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def size(self, name: str) -> int | None:
+        """Bytes, or None if there is no such file."""
+        try:
+            return (self.root / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
+        """Write a file whole or not at all; False if another writer's is already there (it stays unless `replace`).
+
+        Raises `CacheError` if the disk is full; `OSError` of any other kind passes through.
+        """
+        final = self.root / name
+        temporary = final.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{final.name}")
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            published = _move(temporary, final, replace)
+            sync_folder(final.parent)
+            return published
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CacheError(f"{final}: the disk is full; free some space and run the same command again") from None
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries durable; file systems that cannot are left alone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _move(temporary: Path, final: Path, replace: bool) -> bool:
+    """Give the file its final name; False if another writer was first."""
+    if replace:
+        temporary.replace(final)
+        return True
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        if final.exists():  # no hard links here; equal names hold equal bytes, so the small race is harmless
+            return False
+        temporary.rename(final)
+    return True

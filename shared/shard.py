@@ -1,0 +1,226 @@
+"""One shard: a plain tar of safetensors + JSON that any webdataset reader streams, and a receipt to read it by offset.
+
+Sample `key` is two members, `<key>.json` and `<key>.safetensors`. The tar is uncompressed ustar with sorted members and
+no times or owners, so equal samples give equal bytes. Payloads start on 512-byte blocks and safetensors pads its header
+to 8 bytes, so a tensor is a zero-copy view of the mapped file.
+"""
+
+import hashlib
+import io
+import json
+import mmap
+import struct
+import tarfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+
+from shared.errors import CacheError
+from shared.files import Storage
+from shared.fingerprint import Json, canonical_json, is_key, key_of
+
+RECEIPT_BYTES = 16 * 2**20
+SHARD_BYTES = 4 * 2**30
+HEADER_BYTES = 64 * 2**10
+SAMPLES_PER_SHARD = 50_000
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The safetensors dtypes a sample may hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """A tensor's bytes, counted from the start of the tar."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePlace:
+    """A sample's safetensors member, counted from the start of the tar."""
+
+    key: str
+    offset: int
+    length: int
+    sha256: str
+    tensors: dict[str, TensorPlace]
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a shard holds. It is written last: the shard exists when its receipt does."""
+
+    shard: str
+    sha256: str
+    size: int
+    samples: tuple[SamplePlace, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one key holds, before writing: tensors on the CPU and the facts that explain them."""
+
+    key: str
+    tensors: Mapping[str, torch.Tensor]
+    facts: Mapping[str, Json]
+
+
+def shard_name(keys: list[str]) -> str:
+    """A shard is named by its keys, so any machine gives the same work the same name."""
+    return key_of(sorted(keys))
+
+
+def pack_shard(samples: list[Sample]) -> tuple[bytes, Receipt]:
+    """The tar's bytes and its receipt."""
+    assert len({sample.key for sample in samples}) == len(samples), "a key comes twice"
+    stream = io.BytesIO()
+    places = []
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in sorted(samples, key=lambda sample: sample.key):
+            assert is_key(sample.key), sample.key
+            _add(tar, f"{sample.key}.json", canonical_json(sample.facts))
+            payload = safetensors_bytes({name: tensor.contiguous() for name, tensor in sample.tensors.items()})
+            _add(tar, f"{sample.key}.safetensors", payload)
+            offset = stream.tell() - -(-len(payload) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            digest = hashlib.sha256(payload).hexdigest()
+            places.append(SamplePlace(sample.key, offset, len(payload), digest, _tensor_places(payload, offset)))
+    content = stream.getvalue()
+    name = shard_name([sample.key for sample in samples])
+    return content, Receipt(name, hashlib.sha256(content).hexdigest(), len(content), tuple(places))
+
+
+def _add(tar: tarfile.TarFile, name: str, payload: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(payload)
+    info.mode = 0o644
+    tar.addfile(info, io.BytesIO(payload))
+
+
+def _tensor_places(payload: bytes, offset: int) -> dict[str, TensorPlace]:
+    """Where the tensors of a safetensors blob that we made ourselves lie."""
+    (header_length,) = struct.unpack("<Q", payload[:8])
+    assert header_length <= HEADER_BYTES
+    header = json.loads(payload[8 : 8 + header_length])
+    start = offset + 8 + header_length
+    return {
+        name: TensorPlace(entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for name, entry in sorted(header.items())
+        if name != "__metadata__"
+    }
+
+
+def write_shard(storage: Storage, folder: str, samples: list[Sample]) -> Receipt:
+    """Publish the tar, then its receipt; a shard that another writer finished meanwhile stays as it is.
+
+    A tar without a receipt is what a crash left, or another writer's a moment before its receipt: equal bytes are
+    kept, others replaced, and whoever wrote the tar last owns the receipt. Raises `CacheError` if the disk is full.
+    """
+    content, receipt = pack_shard(samples)
+    tar_name, receipt_name = f"{folder}/{receipt.shard}.tar", f"{folder}/{receipt.shard}.json"
+    if not storage.publish(tar_name, content):
+        if storage.exists(receipt_name):
+            return read_receipt(storage, receipt_name)
+        if storage.read(tar_name, limit_bytes=SHARD_BYTES) != content:
+            storage.publish(tar_name, content, replace=True)
+    if not storage.publish(receipt_name, receipt_bytes(receipt)) and read_receipt(storage, receipt_name) != receipt:
+        storage.publish(receipt_name, receipt_bytes(receipt), replace=True)
+    return receipt
+
+
+def read_receipt(storage: Storage, name: str) -> Receipt:
+    """Raises `CacheError` naming the file if it is missing or damaged."""
+    return parse_receipt(storage.read(name, limit_bytes=RECEIPT_BYTES), f"{storage}/{name}")
+
+
+def receipt_bytes(receipt: Receipt) -> bytes:
+    """JSON that ends with a hash of itself."""
+    body: dict[str, Any] = asdict(receipt)
+    return json.dumps({**body, "receipt_sha256": _receipt_hash(body)}, sort_keys=True, indent=1).encode()
+
+
+def _receipt_hash(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(body)).hexdigest()
+
+
+def parse_receipt(content: bytes, where: str) -> Receipt:
+    """Check and read a receipt; raises `CacheError` naming the file if a single bit is off."""
+    try:
+        body = json.loads(content)
+        claimed = body.pop("receipt_sha256")
+        if claimed != _receipt_hash(body):
+            raise ValueError("its own hash does not match")
+        places = tuple(_sample_place(entry) for entry in body["samples"])
+        receipt = Receipt(body["shard"], body["sha256"], body["size"], places)
+        if receipt.shard != shard_name([place.key for place in places]):
+            raise ValueError("its name does not match its keys")
+        if not 0 < receipt.size <= SHARD_BYTES or len(places) > SAMPLES_PER_SHARD:
+            raise ValueError("impossible size")
+        for place in places:
+            _check_place(place, receipt.size)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CacheError(f"{where}: damaged receipt ({error}); `precog cache verify --repair` sets it aside") from None
+    return receipt
+
+
+def _sample_place(entry: Mapping[str, Any]) -> SamplePlace:
+    tensors = {
+        name: TensorPlace(place["dtype"], tuple(place["shape"]), place["offset"])
+        for name, place in entry["tensors"].items()
+    }
+    return SamplePlace(entry["key"], entry["offset"], entry["length"], entry["sha256"], tensors)
+
+
+def _check_place(place: SamplePlace, size: int) -> None:
+    if not is_key(place.key):
+        raise ValueError(f"bad key {place.key!r}")
+    if not 0 <= place.offset < place.offset + place.length <= size:
+        raise ValueError(f"sample {place.key} lies outside the tar")
+    for name, tensor in place.tensors.items():
+        num_bytes = DTYPES[tensor.dtype].itemsize * _product(tensor.shape)
+        if not place.offset <= tensor.offset <= tensor.offset + num_bytes <= place.offset + place.length:
+            raise ValueError(f"tensor {name} of {place.key} lies outside its sample")
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for side in shape:
+        if side <= 0:
+            raise ValueError(f"bad shape {shape}")
+        total *= side
+    return total
+
+
+class MappedShard:
+    """A tar mapped into memory; its samples are views of the page cache."""
+
+    def __init__(self, storage: Storage, tar_name: str, receipt: Receipt) -> None:
+        path = storage.path(tar_name)
+        self.where = str(path)
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except (OSError, ValueError) as error:
+            raise CacheError(f"{path}: cannot be opened ({error}); run precompute again") from None
+        if len(self._map) != receipt.size:
+            raise CacheError(f"{path}: {len(self._map)} bytes where its receipt says {receipt.size}")
+
+    def tensors(self, place: SamplePlace) -> dict[str, torch.Tensor]:
+        """Zero-copy CPU tensors of one sample; writing to one changes private memory only."""
+        return {
+            name: torch.frombuffer(
+                self._map, dtype=DTYPES[tensor.dtype], count=_product(tensor.shape), offset=tensor.offset
+            ).view(tensor.shape)
+            for name, tensor in place.tensors.items()
+        }
+
+    def payload_sha256(self, place: SamplePlace) -> str:
+        """Hash of the bytes that are there now, to compare with the receipt's."""
+        return hashlib.sha256(memoryview(self._map)[place.offset : place.offset + place.length]).hexdigest()
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self._map).hexdigest()

@@ -1,0 +1,147 @@
+"""What is stored: the samples of one recipe, found by key, read by offset, verified by hash.
+
+A collection is `latents/<recipe>` or `prompts/<recipe>`: all in it was made by the settings in its `recipe.json`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shared.errors import CacheError
+from shared.files import Storage
+from shared.fingerprint import Json, key_of
+from shared.shard import MappedShard, Receipt, SamplePlace, read_receipt
+
+RECIPE_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """The shards made by one recipe."""
+
+    kind: str
+    """"latents" or "prompts"."""
+    recipe: str
+    """Hash of the recipe."""
+
+    @property
+    def folder(self) -> str:
+        return f"{self.kind}/{self.recipe}"
+
+
+def collection_for(kind: str, recipe: Mapping[str, Json]) -> Collection:
+    """The collection of that recipe, whether or not anything is stored yet."""
+    return Collection(kind, key_of(recipe))
+
+
+def write_recipe(storage: Storage, collection: Collection, recipe: Mapping[str, Json]) -> None:
+    """Put `recipe.json` beside the shards, readable."""
+    assert key_of(recipe) == collection.recipe
+    storage.publish(f"{collection.folder}/recipe.json", json.dumps(recipe, indent=1, sort_keys=True).encode())
+
+
+def read_recipe(storage: Storage, collection: Collection) -> dict[str, Any]:
+    """Raises `CacheError` if it is missing, damaged or not the one its folder is named by."""
+    name = f"{collection.folder}/recipe.json"
+    try:
+        recipe: dict[str, Any] = json.loads(storage.read(name, limit_bytes=RECIPE_BYTES))
+        if key_of(recipe) != collection.recipe:
+            raise ValueError("its hash is not its folder's name")
+    except (ValueError, RecursionError) as error:
+        raise CacheError(f"{storage}/{name}: damaged ({error}); restore it or precompute into an empty cache") from None
+    return recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a key's sample is."""
+
+    tar: str
+    place: SamplePlace
+
+
+def shards(storage: Storage, folder: str) -> Iterator[tuple[str, Receipt]]:
+    """Tar name and receipt of every finished shard below `folder`; a tar without a receipt does not exist yet.
+
+    Raises `CacheError` if a receipt is damaged or its tar is missing or has another size.
+    """
+    names = [name for name in storage.names(folder, ".json") if not name.endswith("/recipe.json")]
+    with ThreadPoolExecutor(8) as pool:
+        for name, receipt in zip(names, pool.map(lambda name: read_receipt(storage, name), names), strict=True):
+            tar = name.removesuffix(".json") + ".tar"
+            size = storage.size(tar)
+            if size != receipt.size:
+                found = "is missing" if size is None else f"has {size} bytes where its receipt says {receipt.size}"
+                raise CacheError(f"{storage}/{tar}: {found}; `precog cache verify --repair` sets it aside")
+            yield tar, receipt
+
+
+def stored_samples(storage: Storage, collection: Collection) -> dict[str, Stored]:
+    """Key -> where its sample is, for all that is stored."""
+    return {
+        place.key: Stored(tar, place)
+        for tar, receipt in shards(storage, collection.folder)
+        for place in receipt.samples
+    }
+
+
+class SampleReader:
+    """Reads samples of a collection by key, zero-copy; maps a shard on its first use."""
+
+    def __init__(self, storage: Storage, collection: Collection) -> None:
+        self._storage = storage
+        self._collection = collection
+        self._receipts = dict(shards(storage, collection.folder))
+        self._places = {place.key: (tar, place) for tar, receipt in self._receipts.items() for place in receipt.samples}
+        self._mapped: dict[str, MappedShard] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def shapes(self, key: str) -> dict[str, tuple[int, ...]]:
+        """Tensor shapes without touching the data."""
+        return {name: tensor.shape for name, tensor in self._place(key)[1].tensors.items()}
+
+    def read(self, key: str) -> dict[str, torch.Tensor]:
+        """The sample's tensors, views of the mapped file; raises `CacheError` if it is not stored."""
+        tar, place = self._place(key)
+        return self._shard(tar).tensors(place)
+
+    def check(self, key: str) -> None:
+        """Compare the sample's bytes with the receipt's hash; raises `CacheError` naming it."""
+        tar, place = self._place(key)
+        if self._shard(tar).payload_sha256(place) != place.sha256:
+            raise CacheError(
+                f"{self._storage}/{tar}: sample {key} is damaged; `precog cache verify --repair` sets the shard aside, "
+                "then precompute makes it again"
+            )
+
+    def _place(self, key: str) -> tuple[str, SamplePlace]:
+        try:
+            return self._places[key]
+        except KeyError:
+            where = f"{self._storage}/{self._collection.folder}"
+            raise CacheError(f"{where}: sample {key} is not stored; run `precog precompute` with this config") from None
+
+    def _shard(self, tar: str) -> MappedShard:
+        if tar not in self._mapped:
+            self._mapped[tar] = MappedShard(self._storage, tar, self._receipts[tar])
+        return self._mapped[tar]
+
+
+def damage(storage: Storage, tar: str, receipt: Receipt) -> str | None:
+    """What is wrong with a shard's bytes against its receipt, or None. Reads the whole shard."""
+    try:
+        mapped = MappedShard(storage, tar, receipt)
+    except CacheError as error:
+        return str(error)
+    for place in receipt.samples:
+        if mapped.payload_sha256(place) != place.sha256:
+            return f"{storage}/{tar}: sample {place.key} is damaged"
+    if mapped.sha256() != receipt.sha256:
+        return f"{storage}/{tar}: the bytes between samples are damaged"
+    return None

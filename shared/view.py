@@ -1,0 +1,145 @@
+"""The data set's table: one parquet row per clip with its keys, its split, and why it was left out if it was."""
+
+import io
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from shared.errors import CacheError
+from shared.files import Storage
+from shared.fingerprint import key_of
+from shared.geometry import Bucket
+from shared.store import Collection
+
+VIEW_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class ViewRow:
+    """One clip: a window of a source with its captions."""
+
+    source: str
+    """Path relative to the data root, for people; keys come from bytes."""
+    start_seconds: float
+    end_seconds: float
+    frames: int
+    height: int
+    width: int
+    flip: bool
+    decoder: str
+    latent_key: str
+    captions: tuple[str, ...]
+    caption_weights: tuple[float, ...]
+    prompt_keys: tuple[str, ...]
+    truncated_tokens: tuple[int, ...]
+    """Per caption, tokens beyond the text length."""
+    split: Literal["train", "held_out", "skipped"]
+    skipped: str
+    """Why the clip was left out; empty when it was not."""
+
+    @property
+    def bucket(self) -> Bucket:
+        return Bucket(self.frames, self.height, self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A data set as stage 2 sees it."""
+
+    name: str
+    latents: Collection
+    prompts: Collection
+    special_prompts: dict[str, str]
+    """Text -> key of the prompts encoded beside the captions: empty, negative, validation."""
+    rows: tuple[ViewRow, ...]
+
+    def split(self, name: str) -> tuple[ViewRow, ...]:
+        """The rows of one split in canonical order: by what they hold, not by where they were listed."""
+        rows = [row for row in self.rows if row.split == name]
+        return tuple(sorted(rows, key=lambda row: (row.latent_key, row.prompt_keys, row.caption_weights)))
+
+    @property
+    def hash(self) -> str:
+        """Names what training depends on: keys, weights and splits, in canonical order."""
+        content = {
+            "latents": self.latents.recipe,
+            "prompts": self.prompts.recipe,
+            **{
+                split: [[row.latent_key, list(row.prompt_keys), list(row.caption_weights)] for row in self.split(split)]
+                for split in ("train", "held_out")
+            },
+        }
+        return key_of(content)
+
+
+def write_view(storage: Storage, view: View) -> None:
+    """Publish `datasets/<name>.parquet`, then the `.json` that makes it valid; an older view of that name is replaced."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, list[Any]] = {field.name: [] for field in fields(ViewRow)}
+    for row in view.rows:
+        for name, value in asdict(row).items():
+            columns[name].append(list(value) if isinstance(value, tuple) else value)
+    table = pa.table(columns, schema=_schema())
+    stream = io.BytesIO()
+    pq.write_table(table, stream, compression="zstd")
+    about = {
+        "name": view.name,
+        "latents": view.latents.recipe,
+        "prompts": view.prompts.recipe,
+        "special_prompts": view.special_prompts,
+        "clips": {split: len(view.split(split)) for split in ("train", "held_out", "skipped")},
+        "hash": view.hash,
+    }
+    storage.publish(f"datasets/{view.name}.parquet", stream.getvalue(), replace=True)
+    content = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False).encode()
+    storage.publish(f"datasets/{view.name}.json", content, replace=True)
+
+
+def read_view(storage: Storage, name: str) -> View:
+    """Raises `CacheError` if there is no such view or its two files do not belong together."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    where = f"{storage}/datasets/{name}"
+    if not storage.exists(f"datasets/{name}.json"):
+        raise CacheError(f"{where}: no such view; run `precog precompute` with this config first")
+    try:
+        about = json.loads(storage.read(f"datasets/{name}.json", limit_bytes=VIEW_BYTES))
+        table = pq.read_table(io.BytesIO(storage.read(f"datasets/{name}.parquet", limit_bytes=VIEW_BYTES)))
+        if not table.schema.equals(_schema()):
+            raise ValueError("other columns than this version writes")
+        rows = tuple(
+            ViewRow(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+            for row in table.to_pylist()
+        )
+        view = View(
+            about["name"],
+            Collection("latents", about["latents"]),
+            Collection("prompts", about["prompts"]),
+            about["special_prompts"],
+            rows,
+        )
+        if view.hash != about["hash"]:
+            raise ValueError("table and description do not belong together")
+    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise CacheError(f"{where}: damaged view ({error}); run `precog precompute` with this config again") from None
+    return view
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    types = {
+        "str": pa.string(),
+        "float": pa.float64(),
+        "int": pa.int64(),
+        "bool": pa.bool_(),
+        "tuple[str, ...]": pa.list_(pa.string()),
+        "tuple[float, ...]": pa.list_(pa.float64()),
+        "tuple[int, ...]": pa.list_(pa.int64()),
+    }
+    annotations = {name: "str" if name == "split" else str(kind) for name, kind in ViewRow.__annotations__.items()}
+    names = {name: kind.removeprefix("<class '").removesuffix("'>") for name, kind in annotations.items()}
+    return pa.schema([(name, types[kind]) for name, kind in names.items()])
