@@ -51,6 +51,8 @@ class Model(Table):
     """File variant of the weights, such as "fp16"."""
     model_cache_dir: Path | None = None
     """Where hub downloads are kept; None is the hub's own default."""
+    drop_learned_positions: bool = False
+    """Train a checkpoint with a learned position table (5B-I2V) without it, at any frames, height and width."""
 
 
 class Data(Table):
@@ -146,6 +148,8 @@ class Precompute(Table):
     """A video that takes longer is skipped."""
     decode_memory_gib: Annotated[float, Field(gt=0)] = 4
     """Address space a decoding process may take."""
+    retry_skipped: bool = False
+    """Try the clips once more that an earlier run could not encode."""
 
 
 class Train(Table):

@@ -3,12 +3,13 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from rich import progress
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from shared.errors import PrecogError
@@ -48,17 +49,42 @@ def table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
     console.print(grid)
 
 
-def progress() -> Progress:
-    """A bar with rate and time left; advance its tasks as work is done. Silent where there is no terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=rank() != 0 or not console.is_terminal,
-    )
+class Progress:
+    """A bar with rate and time left; where there is no terminal, a line every ten seconds."""
+
+    LINE_SECONDS = 10.0
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, total, 0
+        self._started = self._last_line = time.monotonic()
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[rate]}"),
+            progress.TimeRemainingColumn(),
+            console=console,
+            disable=rank() != 0 or not console.is_terminal,
+        )
+        self._task = self._bar.add_task(what, total=total, rate="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, count: int = 1) -> None:
+        """So many more are done."""
+        self._done += count
+        now = time.monotonic()
+        rate = f"{self._done / max(now - self._started, 1e-9):.2f} {self._what}/s"
+        self._bar.update(self._task, advance=count, rate=rate)
+        if not console.is_terminal and now - self._last_line >= self.LINE_SECONDS:
+            self._last_line = now
+            seconds = (now - self._started) / self._done * (self._total - self._done)
+            say(f"{self._what}: {self._done}/{self._total}, {rate}, {seconds:.0f} s left")
 
 
 def run_command(command: Callable[[], None]) -> NoReturn:

@@ -79,9 +79,7 @@ def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
             names = sorted(set(read_config(index).get("weight_map", {}).values()))
             missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
             if missing or not names:
-                raise UsageError(
-                    f"{index}: names weight files that are not there: {', '.join(missing) or 'none at all'}"
-                )
+                raise UsageError(f"{index}: names weight files that are not there: {', '.join(missing) or 'none'}")
             return tuple(folder / name for name in names)
     return ()
 
@@ -113,7 +111,7 @@ def _header(path: Path) -> dict[str, Any]:
 def _fetch(model: Model, name: str) -> Path:
     """Download one part of a hub repository; the root of the snapshot."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         root = snapshot_download(

@@ -11,7 +11,7 @@ import json
 import mmap
 import struct
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,6 +59,10 @@ class Receipt:
     sha256: str
     size: int
     samples: tuple[SamplePlace, ...]
+    skipped: dict[str, str]
+    """Key -> reason, for the clips of this shard that could not be encoded."""
+    attempt: int
+    """How often clips of this shard had been skipped before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +74,16 @@ class Sample:
     facts: Mapping[str, Json]
 
 
-def shard_name(keys: list[str]) -> str:
-    """A shard is named by its keys, so any machine gives the same work the same name."""
-    return key_of(sorted(keys))
+def shard_name(keys: Iterable[str], attempt: int = 0) -> str:
+    """A shard is named by the keys it was planned for, so any machine gives the same work the same name."""
+    return key_of([*sorted(keys), attempt])
 
 
-def pack_shard(samples: list[Sample]) -> tuple[bytes, Receipt]:
+def pack_shard(
+    samples: Sequence[Sample], skipped: Mapping[str, str] | None = None, attempt: int = 0
+) -> tuple[bytes, Receipt]:
     """The tar's bytes and its receipt."""
+    skipped = dict(skipped or {})
     assert len({sample.key for sample in samples}) == len(samples), "a key comes twice"
     stream = io.BytesIO()
     places = []
@@ -90,8 +97,8 @@ def pack_shard(samples: list[Sample]) -> tuple[bytes, Receipt]:
             digest = hashlib.sha256(payload).hexdigest()
             places.append(SamplePlace(sample.key, offset, len(payload), digest, _tensor_places(payload, offset)))
     content = stream.getvalue()
-    name = shard_name([sample.key for sample in samples])
-    return content, Receipt(name, hashlib.sha256(content).hexdigest(), len(content), tuple(places))
+    name = shard_name([*(sample.key for sample in samples), *skipped], attempt)
+    return content, Receipt(name, hashlib.sha256(content).hexdigest(), len(content), tuple(places), skipped, attempt)
 
 
 def _add(tar: tarfile.TarFile, name: str, payload: bytes) -> None:
@@ -114,13 +121,19 @@ def _tensor_places(payload: bytes, offset: int) -> dict[str, TensorPlace]:
     }
 
 
-def write_shard(storage: Storage, folder: str, samples: list[Sample]) -> Receipt:
+def write_shard(
+    storage: Storage,
+    folder: str,
+    samples: Sequence[Sample],
+    skipped: Mapping[str, str] | None = None,
+    attempt: int = 0,
+) -> Receipt:
     """Publish the tar, then its receipt; a shard that another writer finished meanwhile stays as it is.
 
     A tar without a receipt is what a crash left, or another writer's a moment before its receipt: equal bytes are
     kept, others replaced, and whoever wrote the tar last owns the receipt. Raises `CacheError` if the disk is full.
     """
-    content, receipt = pack_shard(samples)
+    content, receipt = pack_shard(samples, skipped, attempt)
     tar_name, receipt_name = f"{folder}/{receipt.shard}.tar", f"{folder}/{receipt.shard}.json"
     if not storage.publish(tar_name, content):
         if storage.exists(receipt_name):
@@ -155,8 +168,8 @@ def parse_receipt(content: bytes, where: str) -> Receipt:
         if claimed != _receipt_hash(body):
             raise ValueError("its own hash does not match")
         places = tuple(_sample_place(entry) for entry in body["samples"])
-        receipt = Receipt(body["shard"], body["sha256"], body["size"], places)
-        if receipt.shard != shard_name([place.key for place in places]):
+        receipt = Receipt(body["shard"], body["sha256"], body["size"], places, dict(body["skipped"]), body["attempt"])
+        if receipt.shard != shard_name([*(place.key for place in places), *receipt.skipped], receipt.attempt):
             raise ValueError("its name does not match its keys")
         if not 0 < receipt.size <= SHARD_BYTES or len(places) > SAMPLES_PER_SHARD:
             raise ValueError("impossible size")

@@ -2,12 +2,13 @@
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from shared.errors import CacheError
 from shared.files import Storage
-from shared.fingerprint import key_of
+from shared.fingerprint import Json, key_of
 from shared.geometry import Bucket
 from shared.store import Collection
 
@@ -26,7 +27,6 @@ class ViewRow:
     height: int
     width: int
     flip: bool
-    decoder: str
     latent_key: str
     captions: tuple[str, ...]
     caption_weights: tuple[float, ...]
@@ -61,7 +61,7 @@ class View:
     @property
     def hash(self) -> str:
         """Names what training depends on: keys, weights and splits, in canonical order."""
-        content = {
+        content: dict[str, Json] = {
             "latents": self.latents.recipe,
             "prompts": self.prompts.recipe,
             **{
@@ -73,7 +73,7 @@ class View:
 
 
 def write_view(storage: Storage, view: View) -> None:
-    """Publish `datasets/<name>.parquet`, then the `.json` that makes it valid; an older view of that name is replaced."""
+    """Publish `datasets/<name>.parquet`, then the `.json` that makes it valid; replaces an older view of that name."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -107,13 +107,12 @@ def read_view(storage: Storage, name: str) -> View:
         raise CacheError(f"{where}: no such view; run `precog precompute` with this config first")
     try:
         about = json.loads(storage.read(f"datasets/{name}.json", limit_bytes=VIEW_BYTES))
-        table = pq.read_table(io.BytesIO(storage.read(f"datasets/{name}.parquet", limit_bytes=VIEW_BYTES)))
+        content = storage.read(f"datasets/{name}.parquet", limit_bytes=VIEW_BYTES)
+        # The threaded data set reader of pyarrow 26 aborts now and then at exit beside torch; this one does not.
+        table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
         if not table.schema.equals(_schema()):
             raise ValueError("other columns than this version writes")
-        rows = tuple(
-            ViewRow(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
-            for row in table.to_pylist()
-        )
+        rows = tuple(_row(values) for values in table.to_pylist())
         view = View(
             about["name"],
             Collection("latents", about["latents"]),
@@ -128,18 +127,21 @@ def read_view(storage: Storage, name: str) -> View:
     return view
 
 
+def _row(values: Mapping[str, Any]) -> ViewRow:
+    arguments: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return ViewRow(**arguments)
+
+
 def _schema() -> Any:
     import pyarrow as pa
 
     types = {
-        "str": pa.string(),
-        "float": pa.float64(),
-        "int": pa.int64(),
-        "bool": pa.bool_(),
-        "tuple[str, ...]": pa.list_(pa.string()),
-        "tuple[float, ...]": pa.list_(pa.float64()),
-        "tuple[int, ...]": pa.list_(pa.int64()),
+        str: pa.string(),
+        float: pa.float64(),
+        int: pa.int64(),
+        bool: pa.bool_(),
+        tuple[str, ...]: pa.list_(pa.string()),
+        tuple[float, ...]: pa.list_(pa.float64()),
+        tuple[int, ...]: pa.list_(pa.int64()),
     }
-    annotations = {name: "str" if name == "split" else str(kind) for name, kind in ViewRow.__annotations__.items()}
-    names = {name: kind.removeprefix("<class '").removesuffix("'>") for name, kind in annotations.items()}
-    return pa.schema([(name, types[kind]) for name, kind in names.items()])
+    return pa.schema([(name, types.get(kind, pa.string())) for name, kind in ViewRow.__annotations__.items()])

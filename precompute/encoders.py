@@ -1,0 +1,103 @@
+"""The two encoders: the VAE's encoder half, and T5. Never on the device together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shared.geometry import ENCODE_CHUNK_FRAMES
+from shared.pretrained import Part
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_device(requested: str) -> torch.device:
+    """`auto` is the GPU when there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if requested == "auto" else requested)
+
+
+def vae_precision(requested: str, part: Part) -> str:
+    """`auto` is the published one, fp16 raised to fp32: fp16 encoding gives NaN on some clips (CogVideo#343)."""
+    if requested != "auto":
+        return requested
+    own = part.dtype()
+    return "fp32" if own == "fp16" else own
+
+
+class VaeEncoder:
+    """Clips -> moments of the posterior, in 8-frame chunks as diffusers encodes them."""
+
+    def __init__(self, part: Part, precision: str, device: torch.device, *, tiling: bool, slicing: bool) -> None:
+        from diffusers import AutoencoderKLCogVideoX
+
+        vae = AutoencoderKLCogVideoX.from_pretrained(
+            str(part.folder), variant=part.variant, use_safetensors=True, torch_dtype=DTYPES[precision]
+        )
+        assert vae.num_sample_frames_batch_size == ENCODE_CHUNK_FRAMES
+        vae.decoder = None  # only the encoder's weights travel to the device
+        if tiling:
+            vae.enable_tiling()
+        if slicing:
+            vae.enable_slicing()
+        self._vae = vae.eval().requires_grad_(False).to(device)
+        self._dtype = DTYPES[precision]
+        self.device = device
+
+    @torch.no_grad()
+    def encode(self, clips: torch.Tensor) -> torch.Tensor:
+        """float32 [B,3,F,H,W] -> [B,2C,F',H/8,W/8] mean and logvar, unscaled, in the encoder's precision, on the CPU.
+
+        Out of GPU memory, the batch is halved until one clip is left; then the error passes through.
+        """
+        try:
+            moments: torch.Tensor = self._vae.encode(clips.to(self.device, self._dtype)).latent_dist.parameters
+            return moments.cpu()
+        except torch.cuda.OutOfMemoryError:
+            if len(clips) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(clips) // 2
+        return torch.cat([self.encode(clips[:half]), self.encode(clips[half:])])
+
+
+class TextEncoder:
+    """Captions -> T5's last hidden state, all pad positions kept, no mask: as the CogVideoX pipelines call it."""
+
+    def __init__(self, part: Part, tokenizer: Any, precision: str, device: torch.device, text_length: int) -> None:
+        from transformers import T5EncoderModel
+
+        model: Any = T5EncoderModel.from_pretrained(
+            str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
+        )
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._tokenizer = tokenizer
+        self._dtype = DTYPES[precision]
+        self._text_length = text_length
+        self.device = device
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        """B texts -> [B,L,D] in the encoder's precision, on the CPU."""
+        ids = self._tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=self._text_length,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        ).input_ids
+        embeds: torch.Tensor = self._model(ids.to(self.device))[0]
+        return embeds.to(self._dtype).cpu()
+
+
+def load_tokenizer(folder: str) -> Any:
+    """T5's tokenizer from its folder; raises `OSError` if its files are not there."""
+    from transformers import T5Tokenizer
+
+    return T5Tokenizer.from_pretrained(folder)
+
+
+def truncated_tokens(tokenizer: Any, texts: Sequence[str], text_length: int) -> list[int]:
+    """How many tokens of each text lie beyond the text length and are cut off."""
+    lengths = [len(ids) for ids in tokenizer(list(texts), add_special_tokens=True).input_ids] if texts else []
+    return [max(0, length - text_length) for length in lengths]

@@ -1,0 +1,171 @@
+"""The VAE pass: decode ahead, encode batch by batch, write behind. The report says who waited for whom."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from precompute import recipes
+from precompute.encoders import VaeEncoder, choose_device, vae_precision
+from precompute.pixels import to_clip
+from precompute.plan import Inventory, PlannedShard, make_missing
+from precompute.pool import Decoded, DecodeJob, DecodePool
+from precompute.recipes import Clip
+from precompute.report import Report
+from precompute.stage import Stage
+from precompute.video import BadVideo
+from shared import console, seeding
+from shared.files import Storage
+from shared.fingerprint import Json
+from shared.shard import Sample, write_shard
+from shared.store import Collection
+
+
+def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], pool: DecodePool) -> Inventory:
+    """Encode the clips that are not stored; what the collection holds of them afterwards."""
+    by_key = {clip.key: clip for clip in clips}
+    settings, report = stage.config.precompute, stage.report
+
+    def make(todo: Iterator[PlannedShard], total: int) -> None:
+        started = time.perf_counter()
+        vae = stage.encoders.vae
+        encoder = VaeEncoder(
+            vae,
+            vae_precision(settings.vae_dtype, vae),
+            choose_device(settings.device),
+            tiling=settings.enable_tiling,
+            slicing=settings.enable_slicing,
+        )
+        report.spend("load_vae", started)
+        with console.Progress("clips", total) as bar, ThreadPoolExecutor(1) as writer:
+            writing: deque[Future[int]] = deque()
+            for shard, samples, skipped in _encoded_shards(stage, todo, by_key, encoder, pool, bar):
+                if len(writing) == 2:
+                    started = time.perf_counter()
+                    report.written_bytes += writing.popleft().result()
+                    report.spend("wait_for_write", started)
+                writing.append(writer.submit(_write, stage.storage, shard, samples, skipped, report))
+                report.latents_encoded += len(samples)
+            report.written_bytes += sum(future.result() for future in writing)
+
+    folders = {key: f"{collection.folder}/{clip.window.bucket}" for key, clip in by_key.items()}
+    inventory = make_missing(
+        stage.storage,
+        collection,
+        folders,
+        make,
+        stage.part,
+        keys_per_shard=settings.clips_per_shard,
+        keys_per_batch=settings.vae_batch_size,
+        retry_skipped=settings.retry_skipped,
+    )
+    report.latents_reused = len(inventory.stored & set(by_key)) - report.latents_encoded
+    return inventory
+
+
+def _write(
+    storage: Storage, shard: PlannedShard, samples: Sequence[Sample], skipped: Mapping[str, str], report: Report
+) -> int:
+    started = time.perf_counter()
+    size = write_shard(storage, shard.folder, samples, skipped, shard.attempt).size
+    report.spend("write", started)
+    return size
+
+
+def _encoded_shards(
+    stage: Stage,
+    todo: Iterator[PlannedShard],
+    clips: Mapping[str, Clip],
+    encoder: VaeEncoder,
+    pool: DecodePool,
+    bar: console.Progress,
+) -> Iterator[tuple[PlannedShard, list[Sample], dict[str, str]]]:
+    """Whole shards: their samples, and key -> reason of what failed."""
+    under_way: deque[tuple[PlannedShard, tuple[str, ...], str]] = deque()
+
+    def jobs() -> Iterator[DecodeJob]:
+        for shard in todo:
+            for batch in shard.batches:
+                for key in batch:
+                    under_way.append((shard, batch, key))
+                    clip = clips[key]
+                    yield DecodeJob(clip.source.path, clip.probe, clip.window.indices, stage.config.precompute.decoder)
+
+    samples: list[Sample] = []
+    skipped: dict[str, str] = {}
+    decoded: dict[str, Decoded] = {}
+    started = time.perf_counter()
+    for result in pool.decode_all(jobs()):
+        stage.stop.check("finished shards are stored")
+        shard, batch, key = under_way.popleft()
+        if isinstance(result, BadVideo):
+            skipped[key] = result.reason
+        else:
+            decoded[key] = result
+        if key == batch[-1]:
+            stage.report.spend("wait_for_decode", started)
+            started = time.perf_counter()
+            for sample in _encode_batch(stage, clips, decoded, encoder):
+                if all(torch.isfinite(tensor).all() for tensor in sample.tensors.values()):
+                    samples.append(sample)
+                else:
+                    skipped[sample.key] = "non-finite latents; precompute.vae_dtype = 'fp32' has more range"
+            decoded = {}
+            stage.report.spend("encode_latents", started)
+            bar.advance(len(batch))
+            if key == shard.keys[-1]:
+                yield shard, samples, skipped
+                samples, skipped = [], {}
+            started = time.perf_counter()
+
+
+def _encode_batch(
+    stage: Stage, clips: Mapping[str, Clip], decoded: Mapping[str, Decoded], encoder: VaeEncoder
+) -> list[Sample]:
+    """One encode batch of one bucket -> samples."""
+    if not decoded:
+        return []
+    pixels = {
+        key: to_clip(
+            torch.from_numpy(result.frames).to(encoder.device),
+            clips[key].window.bucket,
+            mode=stage.config.data.video_reshape_mode,
+            flip=clips[key].window.flip,
+            crop_seed=recipes.crop_seed(clips[key]),
+        )
+        for key, result in decoded.items()
+    }
+    moments = encoder.encode(torch.stack(list(pixels.values())))
+    samples = []
+    for key, clip_moments in zip(decoded, moments, strict=True):
+        tensors = {"moments": clip_moments}
+        if stage.encoders.conventions.image_to_video:
+            images = conditioning_images(pixels[key][:, :1], stage.config.precompute.noised_image_count, key)
+            tensors["image_moments"] = torch.cat([encoder.encode(image[None]) for image in images])
+        samples.append(Sample(key, tensors, _facts(clips[key], decoded[key].decoder)))
+    return samples
+
+
+def conditioning_images(first_frame: torch.Tensor, noised: int, key: str) -> list[torch.Tensor]:
+    """[3,1,H,W] -> the clean frame and `noised` copies + sigma * noise, sigma = exp(N(-3, 0.5)) drawn by key.
+
+    Source: diffusers `train_cogvideox_image_to_video_lora.py` (noise in pixel space before the VAE).
+    """
+    images = [first_frame]
+    for number in range(noised):
+        sigma = float(seeding.normal((1,), "image-sigma", key, number).mul(0.5).sub(3.0).exp())
+        noise = seeding.normal(tuple(first_frame.shape), "image-noise", key, number)
+        images.append(first_frame + sigma * noise.to(first_frame.device))
+    return images
+
+
+def _facts(clip: Clip, decoder: str) -> dict[str, Json]:
+    return {
+        "source_sha256": clip.probe.sha256,
+        "bucket": str(clip.window.bucket),
+        "timestamps_us": list(clip.window.timestamps_us),
+        "flip": clip.window.flip,
+        "decoder": decoder,
+    }

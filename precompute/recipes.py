@@ -1,0 +1,127 @@
+"""What shaped the bytes: the recipes of latents and prompts, and the keys that follow from them.
+
+Everything that changes a stored byte is in a recipe or a key; names, paths, times, batch and worker counts are not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from precompute import pixels
+from precompute.clips import Source
+from precompute.encoders import vae_precision
+from precompute.video import Probe
+from precompute.windows import Window
+from shared.config import Config
+from shared.errors import UsageError
+from shared.fingerprint import Json, key_of, sha256_files
+from shared.geometry import ENCODE_CHUNK_FRAMES
+from shared.pretrained import Part, pretrained_folder, pretrained_part, read_config
+from shared.variants import Conventions, read_conventions
+
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A window of a source with its captions, named by its key."""
+
+    source: Source
+    probe: Probe
+    window: Window
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Encoders:
+    """What stage 1 encodes with: the parts on disk, not loaded yet."""
+
+    vae: Part
+    text_encoder: Part
+    tokenizer: Path
+    conventions: Conventions
+
+
+def find_encoders(config: Config) -> Encoders:
+    """Locate the parts and read the conventions; raises `UsageError` naming what is missing."""
+    vae = pretrained_part(config.model, "vae")
+    transformer = read_config(pretrained_folder(config.model, "transformer") / "config.json")
+    scheduler = read_config(pretrained_folder(config.model, "scheduler") / "scheduler_config.json")
+    conventions = read_conventions(transformer, vae.config, scheduler)
+    tokenizer = pretrained_folder(config.model, "tokenizer")
+    if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES[:2]):
+        raise UsageError(f"{tokenizer}: has neither {TOKENIZER_FILES[0]} nor {TOKENIZER_FILES[1]}")
+    return Encoders(vae, pretrained_part(config.model, "text_encoder"), tokenizer, conventions)
+
+
+def latents_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
+    """Everything but the clip itself that shapes its moments; also what stage 2 needs to know of the VAE."""
+    settings = config.precompute
+    image = encoders.conventions.image_to_video
+    return {
+        "kind": "latents",
+        "transform": pixels.TRANSFORM,
+        "vae": {"weights": _weights(encoders.vae), "config": _settings(encoders.vae.config)},
+        "precision": vae_precision(settings.vae_dtype, encoders.vae),
+        "chunk_frames": ENCODE_CHUNK_FRAMES,
+        "tiling": settings.enable_tiling,
+        "slicing": settings.enable_slicing,
+        "image_conditions": {"noised": settings.noised_image_count, "log_sigma": [-3.0, 0.5]} if image else None,
+    }
+
+
+def prompts_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
+    """Everything but the text itself that shapes its embedding."""
+    part = encoders.text_encoder
+    tokenizer = [encoders.tokenizer / name for name in TOKENIZER_FILES if (encoders.tokenizer / name).is_file()]
+    return {
+        "kind": "prompts",
+        "text_encoder": {"weights": _weights(part), "config": _settings(part.config)},
+        "tokenizer": dict(sha256_files(tokenizer)),
+        "text_length": encoders.conventions.text_length,
+        "precision": text_precision(config, encoders),
+        "attention_mask": False,
+    }
+
+
+def text_precision(config: Config, encoders: Encoders) -> str:
+    """`auto` is the precision that T5 is published in, as the pipelines run it."""
+    requested = config.precompute.text_dtype
+    return encoders.text_encoder.dtype() if requested == "auto" else requested
+
+
+def latent_key(source_sha256: str, window: Window, mode: str, recipe: str) -> str:
+    """Names the moments of one window: the source's bytes, which frames, what size and crop, made how."""
+    return key_of(
+        {
+            "source": source_sha256,
+            "timestamps_us": list(window.timestamps_us),
+            "indices": list(window.indices),
+            "bucket": str(window.bucket),
+            "crop": mode,
+            "flip": window.flip,
+            "recipe": recipe,
+        }
+    )
+
+
+def crop_seed(clip: Clip) -> str:
+    """What places a random crop: the clip's bytes and time, whatever it is encoded with."""
+    return key_of([clip.probe.sha256, list(clip.window.timestamps_us)])
+
+
+def prompt_key(text: str, recipe: str) -> str:
+    """Names the embedding of one text."""
+    return key_of({"text": text, "recipe": recipe})
+
+
+def _weights(part: Part) -> Sequence[Json]:
+    """Hashes of the weight files; what they are called does not matter."""
+    return sorted(sha256_files(part.weights).values())
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Json]:
+    """A part's config without what names a place or a version."""
+    unimportant = {"_diffusers_version", "_name_or_path", "transformers_version", "architectures"}
+    return {name: value for name, value in config.items() if name not in unimportant}

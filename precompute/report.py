@@ -1,0 +1,34 @@
+"""What a run of stage 1 did, and where the time went."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run did; `as_json` is the `--json` contract."""
+
+    clips: int = 0
+    latents_encoded: int = 0
+    latents_reused: int = 0
+    prompts_encoded: int = 0
+    prompts_reused: int = 0
+    truncated_captions: int = 0
+    written_bytes: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "clips": self.clips,
+            "latents": {"encoded": self.latents_encoded, "reused": self.latents_reused},
+            "prompts": {"encoded": self.prompts_encoded, "reused": self.prompts_reused},
+            "truncated_captions": self.truncated_captions,
+            "written_bytes": self.written_bytes,
+            "skipped": [{"source": source, "reason": reason} for source, reason in self.skipped],
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+
+    def spend(self, name: str, started: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
