@@ -1,0 +1,158 @@
+"""`precog precompute` and `precog cache`. Everything heavy is imported inside the commands."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+cache_app = typer.Typer(help="Look at and check the cache.", no_args_is_help=True)
+
+ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the experiment.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="table.field=value ...", metavar="[TABLE.FIELD=VALUE]...")]
+
+
+@app.command("precompute")
+def precompute_command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    json_output: Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")] = False,
+    part: Annotated[str, typer.Option(help="This worker's share, such as 3/16 (1-based).")] = "",
+) -> None:
+    """Encode the config's videos and captions into the cache; what is stored already is reused."""
+    from shared.console import run_command
+
+    run_command(lambda: _precompute(config, overrides or [], json_output, part))
+
+
+def _precompute(path: Path, overrides: list[str], json_output: bool, part: str) -> None:
+    import json
+
+    from precompute.run import precompute
+    from shared.config import load_config
+    from shared.console import quiet_libraries, show_config
+    from shared.preemption import StopSignal
+
+    config = load_config(path, overrides)
+    share = _share(part)
+    quiet_libraries()
+    show_config(config)
+    with StopSignal() as stop:
+        report = precompute(config, share, stop)
+    _show(report, config.precompute.cache)
+    if json_output:
+        print(json.dumps(report.as_json()))  # noqa: T201
+
+
+def _share(part: str):  # type: ignore[no-untyped-def]
+    """--part, or else the launcher's rank and world size."""
+    import re
+
+    from precompute.plan import Part
+    from shared.console import rank, world_size
+    from shared.errors import UsageError
+
+    if not part:
+        return Part(rank(), world_size())
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"--part {part!r}: write it as 3/16, from 1/16 to 16/16")
+    return Part(int(match[1]) - 1, int(match[2]))
+
+
+def _show(report, cache: str) -> None:  # type: ignore[no-untyped-def]
+    from shared.console import bytes_text, say, table
+
+    seconds = report.seconds
+    reasons: dict[str, int] = {}
+    for _, reason in report.skipped:
+        reasons[reason.partition(":")[0]] = reasons.get(reason.partition(":")[0], 0) + 1
+    table(
+        f"Cache {cache}",
+        [
+            ("clips", f"{report.clips} ({report.latents_encoded} encoded, {report.latents_reused} reused)"),
+            ("prompts", f"{report.prompts_encoded} encoded, {report.prompts_reused} reused"),
+            *((f"skipped: {reason}", count) for reason, count in sorted(reasons.items())),
+            ("captions cut short", report.truncated_captions),
+            ("written", bytes_text(report.written_bytes)),
+            ("seconds decoding", f"{seconds.get('decode', 0):.1f} (the encoder waited {seconds.get('wait_for_decode', 0):.1f})"),
+            ("seconds encoding", f"{seconds.get('encode_latents', 0):.1f} video, {seconds.get('encode_prompts', 0):.1f} text"),
+            ("seconds writing", f"{seconds.get('write', 0):.1f} (the encoder waited {seconds.get('wait_for_write', 0):.1f})"),
+            ("seconds in total", f"{seconds.get('total', 0):.1f}"),
+        ],
+    )
+    for source, reason in report.skipped[:20]:
+        say(f"skipped {source}: {reason}")
+    if len(report.skipped) > 20:
+        say(f"... and {len(report.skipped) - 20} more, listed in the view")
+    if not report.latents_encoded and not report.prompts_encoded:
+        say("Nothing to encode: everything is stored already.")
+
+
+@cache_app.command("ls")
+def cache_ls(cache: Annotated[str, typer.Argument(help="Cache folder.")] = "cache") -> None:
+    """List the collections and views of a cache."""
+    from shared.console import run_command
+
+    run_command(lambda: _ls(cache))
+
+
+def _ls(cache: str) -> None:
+    from shared.console import bytes_text, table
+    from shared.files import Storage
+    from shared.store import collections, read_recipe, shards
+    from shared.view import read_view, view_names
+
+    storage = Storage(cache)
+    for collection in collections(storage):
+        recipe = read_recipe(storage, collection)
+        found = list(shards(storage, collection.folder))
+        folders: dict[str, int] = {}
+        for tar, receipt in found:
+            bucket = tar.split("/")[2] if tar.count("/") == 3 else ""
+            folders[bucket] = folders.get(bucket, 0) + len(receipt.samples)
+        table(
+            collection.folder,
+            [
+                ("precision", recipe.get("precision", "")),
+                ("shards", len(found)),
+                ("samples", sum(folders.values())),
+                *((f"  {bucket}", count) for bucket, count in sorted(folders.items()) if bucket),
+                ("size", bytes_text(sum(receipt.size for _, receipt in found))),
+            ],
+        )
+    for name in view_names(storage):
+        view = read_view(storage, name)
+        table(
+            f"datasets/{name}",
+            [
+                *((split, len(view.split(split))) for split in ("train", "held_out", "skipped")),
+                ("latents", view.latents.recipe),
+                ("prompts", view.prompts.recipe),
+            ],
+        )
+
+
+@cache_app.command("verify")
+def cache_verify(
+    cache: Annotated[str, typer.Argument(help="Cache folder.")] = "cache",
+    repair: Annotated[bool, typer.Option(help="Set damaged shards aside; precompute makes them again.")] = False,
+) -> None:
+    """Read every shard and compare it with its receipt; exit code 4 if anything is damaged."""
+    from shared.console import run_command
+
+    run_command(lambda: _verify(cache, repair))
+
+
+def _verify(cache: str, repair: bool) -> None:
+    from shared.console import say
+    from shared.errors import CacheError
+    from shared.files import Storage
+    from shared.store import verify
+
+    checked, damaged = verify(Storage(cache), repair=repair)
+    for line in damaged:
+        say(f"damaged: {line}" + (" (set aside)" if repair else ""))
+    if damaged and not repair:
+        raise CacheError(f"{cache}: {len(damaged)} of {checked} shards are damaged; `precog cache verify --repair` helps")
+    say(f"{cache}: {checked} shards checked, {len(damaged)} {'set aside' if repair else 'damaged'}")
