@@ -55,9 +55,9 @@ def make_pipeline(captions: list[str]) -> CogVideoXPipeline:
         )
     )
     vae = AutoencoderKLCogVideoX(
-        block_out_channels=(16, 16, 16, 32),
+        block_out_channels=(8, 8, 8, 16),
         layers_per_block=1,
-        norm_num_groups=4,
+        norm_num_groups=2,
         sample_height=64,
         sample_width=96,
     )

@@ -1,9 +1,13 @@
 """`precog precompute` and `precog cache`. Everything heavy is imported inside the commands."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from precompute.plan import Part
+    from precompute.report import Report
 
 app = typer.Typer()
 cache_app = typer.Typer(help="Look at and check the cache.", no_args_is_help=True)
@@ -44,7 +48,7 @@ def _precompute(path: Path, overrides: list[str], json_output: bool, part: str) 
         print(json.dumps(report.as_json()))  # noqa: T201
 
 
-def _share(part: str):  # type: ignore[no-untyped-def]
+def _share(part: str) -> "Part":
     """--part, or else the launcher's rank and world size."""
     import re
 
@@ -60,10 +64,12 @@ def _share(part: str):  # type: ignore[no-untyped-def]
     return Part(int(match[1]) - 1, int(match[2]))
 
 
-def _show(report, cache: str) -> None:  # type: ignore[no-untyped-def]
+def _show(report: "Report", cache: str) -> None:
     from shared.console import bytes_text, say, table
 
-    seconds = report.seconds
+    def spent(name: str) -> str:
+        return f"{report.seconds.get(name, 0.0):.1f}"
+
     reasons: dict[str, int] = {}
     for _, reason in report.skipped:
         reasons[reason.partition(":")[0]] = reasons.get(reason.partition(":")[0], 0) + 1
@@ -75,10 +81,10 @@ def _show(report, cache: str) -> None:  # type: ignore[no-untyped-def]
             *((f"skipped: {reason}", count) for reason, count in sorted(reasons.items())),
             ("captions cut short", report.truncated_captions),
             ("written", bytes_text(report.written_bytes)),
-            ("seconds decoding", f"{seconds.get('decode', 0):.1f} (the encoder waited {seconds.get('wait_for_decode', 0):.1f})"),
-            ("seconds encoding", f"{seconds.get('encode_latents', 0):.1f} video, {seconds.get('encode_prompts', 0):.1f} text"),
-            ("seconds writing", f"{seconds.get('write', 0):.1f} (the encoder waited {seconds.get('wait_for_write', 0):.1f})"),
-            ("seconds in total", f"{seconds.get('total', 0):.1f}"),
+            ("seconds decoding", f"{spent('decode')} (the encoder waited {spent('wait_for_decode')})"),
+            ("seconds encoding", f"{spent('encode_latents')} video, {spent('encode_prompts')} text"),
+            ("seconds writing", f"{spent('write')} (the encoder waited {spent('wait_for_write')})"),
+            ("seconds in total", spent("total")),
         ],
     )
     for source, reason in report.skipped[:20]:
@@ -154,5 +160,5 @@ def _verify(cache: str, repair: bool) -> None:
     for line in damaged:
         say(f"damaged: {line}" + (" (set aside)" if repair else ""))
     if damaged and not repair:
-        raise CacheError(f"{cache}: {len(damaged)} of {checked} shards are damaged; `precog cache verify --repair` helps")
+        raise CacheError(f"{cache}: {len(damaged)} of {checked} shards are damaged; add --repair to set them aside")
     say(f"{cache}: {checked} shards checked, {len(damaged)} {'set aside' if repair else 'damaged'}")

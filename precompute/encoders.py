@@ -5,15 +5,9 @@ from typing import Any
 
 import torch
 
+from shared.device import DTYPES
 from shared.geometry import ENCODE_CHUNK_FRAMES
 from shared.pretrained import Part
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def choose_device(requested: str) -> torch.device:
-    """`auto` is the GPU when there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if requested == "auto" else requested)
 
 
 def vae_precision(requested: str, part: Part) -> str:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from precompute import recipes
-from precompute.encoders import VaeEncoder, choose_device, vae_precision
+from precompute.encoders import VaeEncoder, vae_precision
 from precompute.pixels import to_clip
 from precompute.plan import Inventory, PlannedShard, make_missing
 from precompute.pool import Decoded, DecodeJob, DecodePool
@@ -17,6 +17,7 @@ from precompute.report import Report
 from precompute.stage import Stage
 from precompute.video import BadVideo
 from shared import console, seeding
+from shared.device import choose_device
 from shared.files import Storage
 from shared.fingerprint import Json
 from shared.shard import Sample, write_shard

@@ -9,11 +9,12 @@ import torch
 
 from precompute import recipes
 from precompute.clips import Source
-from precompute.encoders import TextEncoder, choose_device
+from precompute.encoders import TextEncoder
 from precompute.plan import PlannedShard, make_missing
 from precompute.stage import Stage
 from shared import console
 from shared.config import Data
+from shared.device import choose_device
 from shared.errors import DataError
 from shared.shard import Sample, write_shard
 from shared.store import Collection

@@ -70,7 +70,7 @@ class Data(Table):
     """Column of `dataset_name`, or without it a text file in the root with one video path per line."""
     id_token: Text = ""
     """Put before every caption, with one space."""
-    fps: Annotated[float, Field(ge=0)] = 8
+    fps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 8
     """Frames per second by time stamps; 0 keeps the source's rate."""
     skip_frames_start: Count = 0
     """Source frames left out at the start."""

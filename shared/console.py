@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from shared.config import Config, dump_config
 from shared.errors import PrecogError
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -85,6 +86,21 @@ class Progress:
             self._last_line = now
             seconds = (now - self._started) / self._done * (self._total - self._done)
             say(f"{self._what}: {self._done}/{self._total}, {rate}, {seconds:.0f} s left")
+
+
+def show_config(config: Config) -> None:
+    """Print the resolved config, as TOML."""
+    say(dump_config(config).rstrip())
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and notices of the libraries below ours out of sight."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
 
 
 def run_command(command: Callable[[], None]) -> NoReturn:

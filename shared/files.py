@@ -32,8 +32,9 @@ class Storage:
 
     def names(self, folder: str, suffix: str) -> list[str]:
         """Sorted names of the files below `folder` that end with `suffix`; [] if there is no such folder."""
-        found = (self.root / folder).rglob(f"*{suffix}")
-        return sorted(path.relative_to(self.root).as_posix() for path in found if not path.name.startswith(TEMPORARY))
+        found = (self.root / folder).rglob(f"*{suffix.rpartition('/')[2]}")
+        names = (path.relative_to(self.root).as_posix() for path in found if not path.name.startswith(TEMPORARY))
+        return sorted(name for name in names if name.endswith(suffix))
 
     def read(self, name: str, *, limit_bytes: int) -> bytes:
         """The whole file; raises `CacheError` if it is missing or larger than `limit_bytes`."""
@@ -56,6 +57,12 @@ class Storage:
             return (self.root / name).stat().st_size
         except FileNotFoundError:
             return None
+
+    def set_aside(self, name: str) -> None:
+        """Rename a file to `<name>.damaged`, out of every reader's sight, if it is there."""
+        path = self.root / name
+        if path.exists():
+            path.replace(path.with_name(f"{path.name}.damaged"))
 
     def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
         """Write a file whole or not at all; False if another writer's is already there (it stays unless `replace`).

@@ -145,3 +145,35 @@ def damage(storage: Storage, tar: str, receipt: Receipt) -> str | None:
     if mapped.sha256() != receipt.sha256:
         return f"{storage}/{tar}: the bytes between samples are damaged"
     return None
+
+
+def collections(storage: Storage) -> list[Collection]:
+    """Everything in the cache that has a recipe."""
+    names = [name for kind in ("latents", "prompts") for name in storage.names(kind, "/recipe.json")]
+    return [Collection(*name.split("/")[:2]) for name in names]
+
+
+def verify(storage: Storage, *, repair: bool) -> tuple[int, list[str]]:
+    """Check every receipt and every byte: (shards checked, one line per damaged one).
+
+    With `repair`, a damaged shard's tar and receipt are renamed to `*.damaged`, so that precompute makes it again.
+    """
+    damaged = []
+    names = [
+        name
+        for collection in collections(storage)
+        for name in storage.names(collection.folder, ".json")
+        if not name.endswith("/recipe.json")
+    ]
+    for name in names:
+        tar = name.removesuffix(".json") + ".tar"
+        try:
+            problem = damage(storage, tar, read_receipt(storage, name))
+        except CacheError as error:
+            problem = str(error)
+        if problem is not None:
+            damaged.append(problem)
+            if repair:
+                storage.set_aside(name)
+                storage.set_aside(tar)
+    return len(names), damaged

@@ -127,6 +127,11 @@ def read_view(storage: Storage, name: str) -> View:
     return view
 
 
+def view_names(storage: Storage) -> list[str]:
+    """The views of a cache."""
+    return [name.removeprefix("datasets/").removesuffix(".json") for name in storage.names("datasets", ".json")]
+
+
 def _row(values: Mapping[str, Any]) -> ViewRow:
     arguments: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return ViewRow(**arguments)

@@ -1,0 +1,1 @@
+"""Prompt (+ image) + LoRA -> mp4."""

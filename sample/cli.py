@@ -1,0 +1,32 @@
+"""`precog sample`. Everything heavy is imported inside the command."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command("sample")
+def sample_command(
+    config: Annotated[Path, typer.Argument(help="TOML file of the experiment.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="table.field=value ...", metavar="[TABLE.FIELD=VALUE]...")
+    ] = None,
+) -> None:
+    """Make videos from the config's prompts, with and without the adapter, from the same noise."""
+    from shared.console import run_command
+
+    run_command(lambda: _sample(config, overrides or []))
+
+
+def _sample(path: Path, overrides: list[str]) -> None:
+    from sample.generate import sample
+    from shared.config import load_config
+    from shared.console import quiet_libraries, show_config
+
+    config = load_config(path, overrides)
+    quiet_libraries()
+    show_config(config)
+    sample(config)

@@ -1,0 +1,29 @@
+"""Devices, precisions and memory, under the names that configs use."""
+
+import resource
+
+import torch
+
+from shared.errors import UsageError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_device(requested: str) -> torch.device:
+    """`auto` is the GPU when there is one. Raises `UsageError` for a device that is not there."""
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(requested)
+    except RuntimeError:
+        raise UsageError(f"device = {requested!r}: one of auto, cpu, cuda, cuda:0, ...") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device = {requested!r}: torch sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most this process has held: on a GPU what torch allocated there, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

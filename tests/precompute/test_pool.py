@@ -1,0 +1,299 @@
+"""Children that hang, die, starve or fail cost one clip; good clips come back in order and nothing is left behind."""
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from precompute.pool import Decoded, DecodeJob, DecodePool
+from precompute.video import BadVideo, Probe, decode, probe
+from tests import media
+
+
+@dataclass(frozen=True)
+class Sleeps(DecodeJob):
+    seconds: float = 1e6
+
+    def run(self) -> Decoded:
+        time.sleep(self.seconds)
+        return super().run()
+
+
+@dataclass(frozen=True)
+class HoldsTheInterpreter(DecodeJob):
+    """As a decoder that spins in C with the GIL held: no Python signal handler or thread of the child ever runs."""
+
+    def run(self) -> Decoded:
+        ctypes.PyDLL(None).sleep(1_000_000)
+        return super().run()
+
+
+@dataclass(frozen=True)
+class Dies(DecodeJob):
+    signal: int = signal.SIGKILL
+
+    def run(self) -> Decoded:
+        os.kill(os.getpid(), self.signal)
+        return super().run()
+
+
+@dataclass(frozen=True)
+class Leaves(DecodeJob):
+    def run(self) -> Decoded:
+        os._exit(3)
+
+
+@dataclass(frozen=True)
+class Hungers(DecodeJob):
+    def run(self) -> Decoded:
+        return Decoded(np.ones((1, 2**30), np.uint8), "pyav")
+
+
+@dataclass(frozen=True)
+class TellsItsModules(DecodeJob):
+    def run(self) -> Decoded:
+        super().run()
+        raise BadVideo(
+            " ".join({name.partition(".")[0] for name in sys.modules} & {"torch", "diffusers", "av", "numpy"})
+        )
+
+
+@dataclass(frozen=True)
+class Breaks(DecodeJob):
+    def run(self) -> Decoded:
+        raise ZeroDivisionError("a fault of ours")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Probe]:
+    path = media.write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4")
+    return path, probe(path)
+
+
+@pytest.fixture
+def good(clip: tuple[Path, Probe]) -> DecodeJob:
+    return DecodeJob(clip[0], clip[1], (0, 9, 17), "auto")
+
+
+@pytest.fixture(scope="module")
+def shared_pool() -> Iterator[DecodePool]:
+    """One pool for the tests whose children need not be fresh; its deadline is short."""
+    with DecodePool(workers=2, deadline_seconds=2, memory_gib=0.5) as pool:
+        yield pool
+
+
+def told(outcomes: list[Decoded | BadVideo]) -> list[str]:
+    return [outcome.reason if isinstance(outcome, BadVideo) else outcome.decoder for outcome in outcomes]
+
+
+def like(kind: type[DecodeJob], job: DecodeJob, **settings: float) -> DecodeJob:
+    return kind(job.path, job.probe, job.indices, job.decoder, **settings)
+
+
+def test_results_come_in_order_and_equal_decoding_here(shared_pool: DecodePool, clip: tuple[Path, Probe]) -> None:
+    path, found = clip
+    jobs = [DecodeJob(path, found, (index, index + 1), "auto") for index in range(0, 24, 2)]
+    outcomes = list(shared_pool.decode_all(jobs))
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        assert isinstance(outcome, Decoded)
+        assert media.indices_of(outcome.frames) == list(job.indices)
+        assert np.array_equal(outcome.frames, decode(path, found, job.indices, "auto")[0])
+        outcome.frames[:] = 0  # the memory is ours to write
+
+
+def test_probes_come_in_order_with_one_reason_per_bad_file(shared_pool: DecodePool, clip: tuple[Path, Probe]) -> None:
+    path, found = clip
+    folder = path.parent
+    bad = [
+        media.write_zeros(folder / "zeros.mp4"),
+        media.write_text(folder / "text.mp4"),
+        media.write_playlist(folder / "playlist.mp4", path),
+        media.write_audio(folder / "audio.mp4"),
+        media.write_without_index(folder / "no_moov.mp4", path),
+        folder / "nothing.mp4",
+    ]
+    outcomes = list(shared_pool.probe_all([path, *bad, path]))
+    assert outcomes[0] == outcomes[-1] == found
+    assert len(outcomes) == len(bad) + 2 and all(isinstance(outcome, BadVideo) for outcome in outcomes[1:-1])
+
+
+@pytest.mark.parametrize("kind", [Sleeps, HoldsTheInterpreter])
+def test_a_job_that_never_ends_ends_at_its_deadline(
+    kind: type[DecodeJob], shared_pool: DecodePool, good: DecodeJob
+) -> None:
+    begin = time.monotonic()
+    outcomes = list(shared_pool.decode_all([good, like(kind, good), good, good]))
+    assert told(outcomes) == ["pyav", "timed out after 2 s", "pyav", "pyav"]
+    assert 2 <= time.monotonic() - begin < 4
+
+
+def test_a_child_that_dies_costs_its_own_job_only(shared_pool: DecodePool, good: DecodeJob) -> None:
+    jobs = [good, like(Dies, good), good, like(Dies, good, signal=signal.SIGSEGV), like(Leaves, good), good]
+    assert told(list(shared_pool.decode_all(jobs))) == [
+        "pyav",
+        "decoder died (SIGKILL)",
+        "pyav",
+        "decoder died (SIGSEGV)",
+        "decoder died (exit code 3)",
+        "pyav",
+    ]
+
+
+def test_a_child_that_dies_while_idle_costs_no_job(shared_pool: DecodePool, good: DecodeJob) -> None:
+    assert told(list(shared_pool.decode_all([good] * 4))) == ["pyav"] * 4
+    children = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
+    for child in children:
+        child.kill()
+    psutil.wait_procs(children, timeout=5)
+    assert told(list(shared_pool.decode_all([good] * 4))) == ["pyav"] * 4
+
+
+def test_memory_is_limited(shared_pool: DecodePool, good: DecodeJob) -> None:
+    whole = DecodeJob(good.path, good.probe, (0,) * 60_000, "auto")
+    outcomes = list(shared_pool.decode_all([like(Hungers, good), good, whole, good]))
+    assert told(outcomes) == ["needs more than 0.5 GiB", "pyav", "needs more than 0.5 GiB", "pyav"]
+
+
+def test_a_child_imports_the_decoder_and_not_torch(shared_pool: DecodePool, good: DecodeJob) -> None:
+    (outcome,) = shared_pool.decode_all([like(TellsItsModules, good)])
+    assert isinstance(outcome, BadVideo)
+    assert set(outcome.reason.split()) == {"av", "numpy"}
+
+
+def test_a_fault_of_ours_is_raised_and_not_blamed_on_the_clip(shared_pool: DecodePool, good: DecodeJob) -> None:
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: a fault of ours"):
+        list(shared_pool.decode_all([good, like(Breaks, good)]))
+    assert told(list(shared_pool.decode_all([good]))) == ["pyav"]
+
+
+def test_jobs_are_taken_a_bounded_way_ahead(shared_pool: DecodePool, good: DecodeJob) -> None:
+    taken = []
+
+    def jobs() -> Iterator[DecodeJob]:
+        for number in range(20):
+            taken.append(number)
+            yield good
+
+    for given, _ in enumerate(shared_pool.decode_all(jobs())):
+        assert len(taken) <= given + 2 * 2
+    assert len(taken) == 20
+
+
+def test_a_stream_that_is_left_early_leaves_the_pool_usable(shared_pool: DecodePool, good: DecodeJob) -> None:
+    outcomes = shared_pool.decode_all([good, like(Sleeps, good), like(Sleeps, good), good])
+    assert isinstance(next(outcomes), Decoded)
+    outcomes.close()  # type: ignore[attr-defined]
+    begin = time.monotonic()
+    assert told(list(shared_pool.decode_all([good, good]))) == ["pyav", "pyav"]
+    assert time.monotonic() - begin < 2
+
+
+def test_waiting_costs_no_processor_time_and_work_is_counted(shared_pool: DecodePool, good: DecodeJob) -> None:
+    busy = shared_pool.busy_seconds()
+    before = time.process_time()
+    assert told(list(shared_pool.decode_all([like(Sleeps, good, seconds=1)]))) == ["pyav"]
+    assert time.process_time() - before < 0.3
+    assert 1 <= shared_pool.busy_seconds() - busy < 2
+
+
+def test_a_slow_consumer_does_not_time_out_finished_work(good: DecodeJob) -> None:
+    with DecodePool(workers=1, deadline_seconds=0.5, memory_gib=1) as pool:
+        outcomes = []
+        for outcome in pool.decode_all([good] * 3):
+            time.sleep(0.6)
+            outcomes.append(outcome)
+    assert told(outcomes) == ["pyav"] * 3
+
+
+def test_children_ignore_the_signals_that_the_parent_answers(good: DecodeJob) -> None:
+    others = set(multiprocessing.active_children())
+    with DecodePool(workers=1, deadline_seconds=30, memory_gib=1) as pool:
+        (child,) = set(multiprocessing.active_children()) - others
+        assert child.pid is not None
+
+        def jobs() -> Iterator[DecodeJob]:
+            for number in (signal.SIGINT, signal.SIGTERM) * 3:
+                os.kill(child.pid or 0, number)  # while it starts, sleeps, works and waits
+                yield like(Sleeps, good, seconds=0.1)
+
+        assert told(list(pool.decode_all(jobs()))) == ["pyav"] * 6
+        assert set(multiprocessing.active_children()) - others == {child}
+
+
+def test_leaving_the_pool_ends_its_children_and_frees_their_frames(good: DecodeJob) -> None:
+    others = set(multiprocessing.active_children())
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text("utf-8").count("precog-frames")
+
+    gc.collect()
+    assert mapped() == 0
+    descriptors = psutil.Process().num_fds()
+    with DecodePool(workers=2, deadline_seconds=30, memory_gib=1) as pool:
+        outcomes = list(pool.decode_all([good, good, like(Dies, good), good]))
+        assert len(set(multiprocessing.active_children()) - others) >= 1
+    assert set(multiprocessing.active_children()) == others
+    assert mapped() == 3
+    del outcomes
+    gc.collect()
+    assert mapped() == 0
+    assert psutil.Process().num_fds() == descriptors
+
+
+PARENT = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+from precompute.pool import DecodePool
+from precompute.video import probe
+from tests.precompute.test_pool import Sleeps
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    jobs = [Sleeps(path, probe(path), (0,), seconds=seconds) for seconds in (0.5, 1e6)]
+    with DecodePool(workers=2, deadline_seconds=1, memory_gib=1) as pool:
+        for outcome in pool.decode_all(jobs):
+            print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_children_do_not_outlive_a_killed_parent(tmp_path: Path, good: DecodeJob) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT, "utf-8")
+    command = [sys.executable, str(script), str(good.path)]
+    root = Path(__file__).parents[2]
+    told = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(root)}, check=False)
+    assert told.returncode == -signal.SIGKILL
+    numbers = [int(number) for number in told.stdout.split()]
+    assert len(numbers) == 2
+    children = [psutil.Process(number) for number in numbers if psutil.pid_exists(number)]
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+
+
+def test_many_jobs_do_not_fill_a_childs_memory(tmp_path: Path) -> None:
+    path = media.write_clip(tmp_path / "large.mp4", frames=4, height=720, width=1280)
+    job = DecodeJob(path, probe(path), (0, 3), "pyav")
+    with DecodePool(workers=1, deadline_seconds=30, memory_gib=0.15) as pool:
+        assert told(list(pool.decode_all([job] * 30))) == ["pyav"] * 30
+
+
+def test_fifty_megabytes_come_back_quickly(tmp_path: Path) -> None:
+    path = media.write_clip(tmp_path / "large.mp4", frames=4, height=480, width=720)
+    job = DecodeJob(path, probe(path), (0,) * 48 + (3,), "pyav")
+    begin = time.process_time()
+    with DecodePool(workers=1, deadline_seconds=30, memory_gib=4) as pool:
+        (outcome,) = pool.decode_all([job])
+    assert isinstance(outcome, Decoded) and outcome.frames.nbytes == 49 * 480 * 720 * 3
+    assert media.indices_of(outcome.frames[[0, 48]]) == [0, 3]
+    assert time.process_time() - begin < 0.5, "the parent copies frames"

@@ -1,0 +1,261 @@
+"""Optimizer, learning rate and the optimizer's state on disk."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from shared.config import Train
+from shared.errors import CacheError, UsageError
+from train.optimizer import (
+    build_optimizer,
+    learning_rate_factor,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+)
+
+NUM_STEPS = 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Layers this small lose 30 times the work waiting for a second thread on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def settings(**values: Any) -> Train:
+    return Train(output_dir=Path("unused"), **values)
+
+
+def model() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(37, 19), nn.Tanh(), nn.Linear(19, 5, bias=False))
+
+
+def train(layers: nn.Module, optimizer: torch.optim.Optimizer, steps: range, values: Train) -> None:
+    """Steps whose data depends on the step alone."""
+    factor = learning_rate_factor(values, NUM_STEPS)
+    for step in steps:
+        inputs = torch.randn(8, 37, generator=torch.Generator().manual_seed(step))
+        set_learning_rate(optimizer, values.learning_rate * factor(step))
+        optimizer.zero_grad()
+        layers(inputs).square().mean().backward()
+        optimizer.step()
+
+
+def weights_after(values: Train, steps: int = NUM_STEPS) -> list[Tensor]:
+    layers = model()
+    train(layers, build_optimizer(layers.named_parameters(), values), range(steps), values)
+    return [parameter.detach() for parameter in layers.parameters()]
+
+
+def equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+# Each field of [train] that this module reads, the settings it matters under, and another value.
+FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
+    "optimizer": ({"adam_weight_decay": 0.1}, "adam"),
+    "learning_rate": ({}, 2e-4),
+    "lr_scheduler": ({}, "linear"),
+    "lr_warmup_steps": ({"lr_scheduler": "cosine"}, 5),
+    "lr_num_cycles": ({"lr_scheduler": "cosine_with_restarts"}, 3),
+    "lr_power": ({"lr_scheduler": "polynomial"}, 2.0),
+    "adam_beta1": ({}, 0.5),
+    "adam_beta2": ({}, 0.5),
+    "adam_epsilon": ({}, 1e-3),
+    "adam_weight_decay": ({}, 0.1),
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_each_field_changes_the_trained_weights(field: str) -> None:
+    context, other = FIELDS[field]
+    plain = settings(**context)
+    assert equal(weights_after(plain), weights_after(plain))
+    assert not equal(weights_after(plain), weights_after(settings(**context, **{field: other})))
+
+
+def test_no_field_of_the_optimizer_is_without_such_a_test() -> None:
+    named = {name for name in Train.model_fields if name.startswith(("adam_", "lr_", "optimizer", "learning_rate"))}
+    assert named == FIELDS.keys()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_steps_are_the_published_formula(optimizer: Any, weight_decay: float) -> None:
+    """Adam: Kingma and Ba, algorithm 1, with L2 decay; AdamW: Loshchilov and Hutter, algorithm 2."""
+    values = settings(
+        optimizer=optimizer,
+        learning_rate=0.01,
+        adam_beta1=0.8,
+        adam_beta2=0.95,
+        adam_epsilon=1e-3,
+        adam_weight_decay=weight_decay,
+    )
+    weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+    built = build_optimizer([("weight", weight)], values)
+    expected = weight.detach().clone()
+    first, second = torch.zeros_like(expected), torch.zeros_like(expected)
+    for step in range(1, 6):
+        gradient = torch.tensor([0.5, 0.25, -1.0], dtype=torch.float64) * step
+        weight.grad = gradient.clone()
+        built.step()
+        if optimizer == "adam":
+            gradient = gradient + weight_decay * expected
+        else:
+            expected = expected * (1 - 0.01 * weight_decay)
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.95 * second + 0.05 * gradient.square()
+        corrected = first / (1 - 0.8**step), second / (1 - 0.95**step)
+        expected = expected - 0.01 * corrected[0] / (corrected[1].sqrt() + 1e-3)
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=0)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    layers = model()
+    layers[0].requires_grad_(False)
+    names = build_optimizer(layers.named_parameters(), settings()).param_groups[0]["param_names"]
+    assert names == ["2.weight"]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("constant", [1, 1, 1, 1, 1, 1, 1]),
+        ("constant_with_warmup", [0, 0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", [0, 0.5, 1, 0.8535533905932737, 0.5, 0.14644660940672627, 0]),
+        ("cosine_with_restarts", [0, 0.5, 1, 0.5, 1, 0.5, 0]),
+        ("polynomial", [0, 0.5, 1, 0.5629375, 0.25075, 0.0634375, 0.001]),
+    ],
+)
+def test_the_learning_rate_has_the_named_shape(scheduler: Any, expected: list[float]) -> None:
+    values = settings(lr_scheduler=scheduler, lr_warmup_steps=2, lr_num_cycles=2, lr_power=2.0)
+    factor = learning_rate_factor(values, 6)
+    assert [factor(step) for step in range(7)] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("global_batch_size", [1, 8, 64])
+def test_linear_ends_at_zero_whatever_the_batch(global_batch_size: int) -> None:
+    factor = learning_rate_factor(settings(lr_scheduler="linear", global_batch_size=global_batch_size), NUM_STEPS)
+    assert factor(NUM_STEPS) == 0
+    assert factor(NUM_STEPS - 1) == pytest.approx(1 / NUM_STEPS)
+
+
+def test_linear_does_not_depend_on_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def curve() -> list[float]:
+        factor = learning_rate_factor(settings(lr_scheduler="linear", lr_warmup_steps=3), NUM_STEPS)
+        return [factor(step) for step in range(NUM_STEPS + 1)]
+
+    alone = curve()
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "5")
+    assert curve() == alone
+    assert alone[-1] == 0
+
+
+def test_the_learning_rate_is_a_function_of_the_step_and_not_of_the_calls() -> None:
+    factor = learning_rate_factor(settings(lr_scheduler="cosine", lr_warmup_steps=3), NUM_STEPS)
+    forwards = [factor(step) for step in range(NUM_STEPS)]
+    assert [factor(step) for step in reversed(range(NUM_STEPS))] == forwards[::-1]
+
+
+def test_an_undefined_polynomial_is_refused_in_one_line() -> None:
+    with pytest.raises(UsageError, match="lr_warmup_steps = 20: polynomial needs fewer"):
+        learning_rate_factor(settings(lr_scheduler="polynomial", lr_warmup_steps=20), NUM_STEPS)
+    with pytest.raises(UsageError, match="learning_rate = 1e-08"):
+        learning_rate_factor(settings(lr_scheduler="polynomial", learning_rate=1e-8), NUM_STEPS)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("stop", [0, 1, 7, 19])
+def test_a_run_resumed_from_a_file_repeats_the_straight_run_bitwise(optimizer: Any, stop: int) -> None:
+    values = settings(optimizer=optimizer, lr_scheduler="cosine", lr_warmup_steps=3, learning_rate=1e-2)
+    straight = model()
+    straight_optimizer = build_optimizer(straight.named_parameters(), values)
+    train(straight, straight_optimizer, range(NUM_STEPS), values)
+
+    first = model()
+    first_optimizer = build_optimizer(first.named_parameters(), values)
+    train(first, first_optimizer, range(stop), values)
+    weights, state = save(first.state_dict()), save(optimizer_state(first_optimizer))
+
+    second = model()
+    second.load_state_dict(load(weights))
+    second_optimizer = build_optimizer(second.named_parameters(), values)
+    load_optimizer_state(second_optimizer, load(state))
+    train(second, second_optimizer, range(stop, NUM_STEPS), values)
+
+    assert equal(list(second.parameters()), list(straight.parameters()))
+    left, right = optimizer_state(second_optimizer), optimizer_state(straight_optimizer)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def trained_state() -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
+    layers = model()
+    optimizer = build_optimizer(layers.named_parameters(), settings())
+    train(layers, optimizer, range(3), settings())
+    return optimizer, {name: tensor.clone() for name, tensor in optimizer_state(optimizer).items()}
+
+
+def test_state_has_the_parameters_names_and_no_zero_moments() -> None:
+    _, state = trained_state()
+    parameters = ["0.weight", "0.bias", "2.weight"]
+    assert sorted(state) == sorted(
+        f"{name}.{part}" for name in parameters for part in ("step", "exp_avg", "exp_avg_sq")
+    )
+    assert all(tensor.any() for tensor in state.values())
+    assert state["0.bias.step"] == 3
+
+
+def test_a_parameter_without_gradients_is_restored_to_its_beginning() -> None:
+    layers = model()
+    optimizer = build_optimizer(layers.named_parameters(), settings())
+    layers[0](torch.ones(1, 37)).sum().backward()
+    optimizer.step()
+    state = optimizer_state(optimizer)
+    assert state["2.weight.step"] == 0
+    assert not state["2.weight.exp_avg"].any()
+    load_optimizer_state(build_optimizer(model().named_parameters(), settings()), state)
+
+
+def test_loaded_state_is_a_copy() -> None:
+    optimizer, state = trained_state()
+    load_optimizer_state(optimizer, state)
+    state["0.bias.exp_avg"].fill_(9)
+    assert not torch.equal(optimizer_state(optimizer)["0.bias.exp_avg"], state["0.bias.exp_avg"])
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda state: state.pop("0.bias.exp_avg"), "0.bias.exp_avg is missing"),
+        (lambda state: state.pop("2.weight.step"), "2.weight.step is missing"),
+        (lambda state: state.update({"4.weight.exp_avg": torch.zeros(2)}), "4.weight.exp_avg belongs to no parameter"),
+        (lambda state: state.update({"0.bias.exp_avg": torch.zeros(18)}), r"float32 \[18\], not torch.float32 \[19\]"),
+        (lambda state: state.update({"0.bias.exp_avg_sq": torch.zeros(19, dtype=torch.float16)}), "float16"),
+        (lambda state: state.update({"0.bias.step": torch.zeros(1)}), r"0.bias.step is torch.float32 \[1\]"),
+        (lambda state: state.clear(), "0.weight.step is missing"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change: Any, line: str) -> None:
+    optimizer, state = trained_state()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    change(state)
+    for tensor in state.values():
+        tensor.zero_()
+    with pytest.raises(CacheError, match=line):
+        load_optimizer_state(optimizer, state)
+    after = optimizer_state(optimizer)
+    assert all(torch.equal(after[name], before[name]) for name in before)

@@ -1,0 +1,170 @@
+"""From the view to the transformer's door: read a clip's moments and prompt, draw latents, noise and timestep.
+
+Every draw is keyed by (seed, epoch, sample key), so a clip's example depends on nothing else.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared import seeding
+from shared.config import Train
+from shared.errors import CacheError
+from shared.files import Storage
+from shared.geometry import latent_shape, video_tokens
+from shared.store import SampleReader
+from shared.variants import Conventions
+from shared.view import View, ViewRow
+from train.conditioning import image_condition, pad_front
+from train.forward import ModelInput
+from train.objective import NoiseSchedule, add_noise, velocity
+from train.order import Draw
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One clip of one step."""
+
+    model_input: ModelInput
+    target: Tensor
+    """[F,C,H,W] velocity, fp32."""
+    name: str
+    """For messages: source and time."""
+    draw: str
+    """Epoch and key, which name the draw."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Example":
+        """On the device, the model's inputs in the model's dtype, the target in fp32."""
+        model_input = ModelInput(
+            self.model_input.latents.to(device, dtype, non_blocking=True),
+            self.model_input.prompt_embeds.to(device, dtype, non_blocking=True),
+            self.model_input.timestep.to(device, non_blocking=True),
+        )
+        return Example(model_input, self.target.to(device, non_blocking=True), self.name, self.draw)
+
+
+class Dataset:
+    """One split of a view, read by row number, zero-copy from the mapped shards."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        view: View,
+        split: str,
+        conventions: Conventions,
+        schedule: NoiseSchedule,
+        train: Train,
+    ) -> None:
+        self.rows = view.split(split)
+        self._latents = SampleReader(storage, view.latents)
+        self._prompts = SampleReader(storage, view.prompts)
+        self._empty_prompt = view.special_prompts[""]
+        self._conventions = conventions
+        self._schedule = schedule
+        self._train = train
+        self._check()
+
+    def _check(self) -> None:
+        """Raises `CacheError` naming the first clip whose samples are missing or of another shape."""
+        text = (self._conventions.text_length, self._conventions.text_embed_dim)
+        for row in self.rows:
+            channels, *size = latent_shape(row.bucket, self._conventions.out_channels)
+            shapes = self._latents.shapes(row.latent_key)
+            if shapes["moments"] != (2 * channels, *size):
+                raise CacheError(f"{name(row)}: moments of shape {shapes['moments']}, expected {(2 * channels, *size)}")
+            if self._conventions.image_to_video and "image_moments" not in shapes:
+                raise CacheError(f"{name(row)}: no image moments; this cache was made for text-to-video")
+            for key in row.prompt_keys:
+                if self._prompts.shapes(key)["prompt_embeds"] != text:
+                    found = self._prompts.shapes(key)["prompt_embeds"]
+                    raise CacheError(f"{name(row)}: prompt embedding of shape {found}, the transformer takes {text}")
+
+    def tokens(self, row: int) -> int:
+        """Text and video tokens of a clip."""
+        conventions = self._conventions
+        video = video_tokens(self.rows[row].bucket, conventions.patch_size, conventions.patch_size_t)
+        return conventions.text_length + video
+
+    def example(self, draw: Draw) -> Example:
+        """The training example of one draw, on the CPU in fp32."""
+        row, train = self.rows[draw.row], self._train
+        where = (train.seed, draw.epoch, row.latent_key)
+        samples = self._latents.read(row.latent_key)
+        latents = self._draw_latents(samples["moments"], "posterior", *where)
+        timestep = int(seeding.generator("timestep", *where).integers(len(self._schedule)))
+        condition = self._draw_image(samples["image_moments"], len(latents), *where) if self._is_i2v else None
+        noise = seeding.normal(tuple(latents.shape), "noise", *where)
+        embeds = self._draw_prompt(row, *where)
+        return self._example(row, str(draw.epoch), latents, noise, timestep, embeds, condition)
+
+    def fixed_example(self, row: int, timestep: int) -> Example:
+        """A held-out example: posterior mean, first caption, and noise that depends on clip and timestep alone."""
+        clip = self.rows[row]
+        samples = self._latents.read(clip.latent_key)
+        latents = self._scaled(samples["moments"].float().chunk(2)[0])
+        condition = None
+        if self._is_i2v:
+            mean = samples["image_moments"][0].float().chunk(2)[0]
+            condition = image_condition(mean.transpose(0, 1), len(latents), self._conventions)
+        noise = seeding.normal(tuple(latents.shape), "held-out", clip.latent_key, timestep)
+        embeds = self._prompts.read(clip.prompt_keys[0])["prompt_embeds"]
+        return self._example(clip, "held-out", latents, noise, timestep, embeds, condition)
+
+    @property
+    def _is_i2v(self) -> bool:
+        return self._conventions.image_to_video
+
+    def _example(
+        self,
+        row: ViewRow,
+        draw: str,
+        latents: Tensor,
+        noise: Tensor,
+        timestep: int,
+        embeds: Tensor,
+        condition: Tensor | None,
+    ) -> Example:
+        step = torch.tensor(timestep)
+        noisy = add_noise(latents, noise, step, self._schedule)
+        target = velocity(latents, noise, step, self._schedule)
+        if condition is not None:
+            noisy = torch.cat([noisy, condition], dim=1)
+        return Example(ModelInput(noisy, embeds, step), target, name(row), f"{draw}:{row.latent_key}")
+
+    def _scaled(self, unscaled: Tensor) -> Tensor:
+        """[C,F,H,W] -> [F,C,H,W] latents, padded in front where the checkpoint wants it."""
+        return pad_front(unscaled.transpose(0, 1) * self._conventions.scaling_factor, self._conventions)
+
+    def _draw_latents(self, moments: Tensor, *where: str | int) -> Tensor:
+        return self._scaled(posterior_draw(moments, *where))
+
+    def _draw_image(self, image_moments: Tensor, num_frames: int, *where: str | int) -> Tensor:
+        """[1+K,2C,1,H,W] -> the condition [F,C,H,W] from one noised image (the clean one if K = 0), or zeros."""
+        draw = seeding.generator("image", *where)
+        number = int(draw.integers(1, len(image_moments))) if len(image_moments) > 1 else 0
+        image = posterior_draw(image_moments[number], "image-posterior", *where).transpose(0, 1)
+        condition = image_condition(image, num_frames, self._conventions)
+        dropped = draw.random() < self._train.noised_image_dropout
+        return torch.zeros_like(condition) if dropped else condition
+
+    def _draw_prompt(self, row: ViewRow, *where: str | int) -> Tensor:
+        """One of the clip's captions by weight, or the empty prompt."""
+        draw = seeding.generator("caption", *where)
+        dropped = draw.random() < self._train.caption_dropout
+        weights = torch.tensor(row.caption_weights, dtype=torch.float64).cumsum(0)
+        chosen = int(torch.searchsorted(weights, draw.random() * float(weights[-1]), right=True))
+        key = self._empty_prompt if dropped else row.prompt_keys[min(chosen, len(row.prompt_keys) - 1)]
+        return self._prompts.read(key)["prompt_embeds"]
+
+
+def posterior_draw(moments: Tensor, *where: str | int) -> Tensor:
+    """[2C,...] mean and logvar -> a draw [C,...] in fp32. Source: diffusers `DiagonalGaussianDistribution`."""
+    mean, logvar = moments.float().chunk(2)
+    spread = logvar.clamp(-30.0, 20.0).mul(0.5).exp()
+    return mean + spread * seeding.normal(tuple(mean.shape), *where)
+
+
+def name(row: ViewRow) -> str:
+    """Source and start of a clip, for messages."""
+    return f"{row.source} at {row.start_seconds:.2f} s"

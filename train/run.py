@@ -1,0 +1,132 @@
+"""What a run is made of before its first step: processes, view, conventions, data, model; and what identifies it."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import CogVideoXTransformer3DModel
+
+from shared import console
+from shared.config import Config
+from shared.device import choose_device
+from shared.errors import CacheError, UsageError
+from shared.files import Storage
+from shared.fingerprint import Json
+from shared.pretrained import pretrained_folder, read_config
+from shared.store import read_recipe
+from shared.variants import Conventions, read_conventions, refusal
+from shared.view import View, read_view
+from train.data import Dataset
+from train.model import load_transformer
+from train.objective import NoiseSchedule, read_schedule
+
+FIXED_FIELDS = (
+    "adam_weight_decay",
+    "caption_dropout",
+    "global_batch_size",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_rank",
+    "lora_target_modules",
+    "noised_image_dropout",
+    "optimizer",
+    "seed",
+)
+"""Fields of [train] that a resumed run may not change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything a step needs."""
+
+    config: Config
+    accelerator: Accelerator
+    view: View
+    conventions: Conventions
+    schedule: NoiseSchedule
+    dataset: Dataset
+    held_out: Dataset
+    transformer: CogVideoXTransformer3DModel
+
+    @property
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The adapter's."""
+        return [(name, value) for name, value in self.transformer.named_parameters() if value.requires_grad]
+
+    @property
+    def width(self) -> int:
+        """D of the transformer."""
+        return int(self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim)
+
+    @property
+    def identity(self) -> dict[str, Json]:
+        """What a resumed run must share with the run that made its checkpoints."""
+        settings = self.config.train.model_dump(mode="json")
+        return {"view": self.view.hash, **{f"train.{name}": settings[name] for name in FIXED_FIELDS}}
+
+
+def open_run(config: Config) -> Run:
+    """Read the view and load the transformer; neither the VAE nor T5 is touched.
+
+    Raises `CacheError` if the cache does not fit the config, `UsageError` if a bucket cannot be trained.
+    """
+    accelerator = start_processes(config.train.device)
+    torch.backends.cuda.matmul.allow_tf32 = config.train.allow_tf32
+    storage = Storage(config.precompute.cache)
+    view = read_view(storage, config.data.name)
+    conventions, scheduler = agreed_conventions(config, storage, view)
+    schedule = read_schedule(scheduler)
+    dataset, held_out = (
+        Dataset(storage, view, split, conventions, schedule, config.train) for split in ("train", "held_out")
+    )
+    transformer = load_transformer(config, accelerator.device).train()
+    return Run(config, accelerator, view, conventions, schedule, dataset, held_out, transformer)
+
+
+def start_processes(device: str) -> Accelerator:
+    """Place this process, alone or among those that torchrun or accelerate launched."""
+    on_cpu = choose_device(device).type == "cpu"
+    if on_cpu:
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    return Accelerator(cpu=on_cpu)
+
+
+def agreed_conventions(config: Config, storage: Storage, view: View) -> tuple[Conventions, dict[str, Any]]:
+    """The conventions that cache and transformer agree on, and the scheduler's config; only JSON files are read."""
+    transformer = read_config(pretrained_folder(config.model, "transformer") / "config.json")
+    scheduler = read_config(pretrained_folder(config.model, "scheduler") / "scheduler_config.json")
+    recipe = read_recipe(storage, view.latents)
+    conventions = read_conventions(
+        transformer, recipe["vae"]["config"], scheduler, drop_learned_positions=config.model.drop_learned_positions
+    )
+    for bucket in sorted({row.bucket for row in view.split("train")}):
+        if reason := refusal(conventions, bucket):
+            raise UsageError(f"view {view.name}: {reason}")
+    return conventions, scheduler
+
+
+def refuse_another_run(state: dict[str, Any], identity: dict[str, Json], where: str) -> None:
+    """Raises `CacheError` naming what differs between the checkpoint's run and this one."""
+    theirs = state.get("identity", {})
+    differing = [name for name in identity if theirs.get(name) != identity[name]]
+    if differing:
+        shown = ", ".join(f"{name} was {theirs.get(name)!r}, is {identity[name]!r}" for name in differing)
+        raise CacheError(f"{where}: made by another run ({shown}); choose another train.output_dir to start anew")
+
+
+def announce(run: Run) -> None:
+    """What is about to be trained, in a table."""
+    train, trainable = run.config.train, sum(parameter.numel() for _, parameter in run.parameters)
+    precision = str(run.transformer.dtype).removeprefix("torch.")
+    console.table(
+        f"Run {train.output_dir}",
+        [
+            ("model", run.conventions.name),
+            ("precision", f"{precision} base, float32 adapter"),
+            ("adapter", f"{trainable:,} weights, scale {train.lora_alpha / train.lora_rank:g}"),
+            ("clips", f"{len(run.dataset.rows)} to train on, {len(run.held_out.rows)} held out"),
+            ("buckets", ", ".join(map(str, sorted({row.bucket for row in run.view.split("train")})))),
+        ],
+    )

@@ -1,0 +1,102 @@
+"""One optimizer step's gradients: forward and backward of this rank's packs, then one sum over the ranks."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import CogVideoXTransformer3DModel
+from torch import Tensor
+
+from shared import seeding
+from shared.config import Train
+from shared.errors import NonFiniteError
+from shared.variants import Conventions
+from train.data import Example
+from train.forward import ModelInput, predict, predict_reference
+from train.objective import clip_loss
+
+Packs = Sequence[Sequence[Example]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Of the global batch, the same on every rank."""
+
+    loss: float
+    """Mean over clips of each clip's mean."""
+    grad_norm: float
+    """Before clipping."""
+    stopping: bool
+    """Some rank was asked to stop."""
+
+
+def accumulate_gradients(
+    transformer: CogVideoXTransformer3DModel, packs: Packs, conventions: Conventions, train: Train
+) -> list[Tensor]:
+    """Add this rank's share of the global mean's gradient to the adapter; the loss of each clip."""
+    losses: list[Tensor] = []
+    for pack in packs:
+        torch.manual_seed(seeding.integer_seed("dropout", train.seed, *(example.draw for example in pack)))
+        inputs = [example.model_input for example in pack]
+        if train.transformer_engine == "reference":
+            predictions = _predict_reference(transformer, inputs, conventions)
+        else:
+            predictions = predict(transformer, inputs, conventions, gradient_checkpointing=train.gradient_checkpointing)
+        pairs = zip(predictions, pack, strict=True)
+        pack_losses = torch.stack([clip_loss(prediction, example.target) for prediction, example in pairs])
+        torch.autograd.backward(pack_losses.sum() / train.global_batch_size)
+        losses += pack_losses.detach().unbind()
+    return losses
+
+
+def _predict_reference(
+    transformer: CogVideoXTransformer3DModel, inputs: Sequence[ModelInput], conventions: Conventions
+) -> list[Tensor]:
+    """diffusers' forward under autocast, as the reference script runs it."""
+    narrow = transformer.dtype in (torch.float16, torch.bfloat16)
+    with torch.autocast(transformer.device.type, transformer.dtype) if narrow else nullcontext():
+        return predict_reference(transformer, inputs, conventions)
+
+
+def finish_gradients(
+    parameters: Sequence[torch.nn.Parameter],
+    losses: Sequence[Tensor],
+    accelerator: Accelerator,
+    train: Train,
+    *,
+    stopping: bool,
+) -> StepResult:
+    """Sum gradients over the ranks, once, and scale them down to `max_grad_norm`."""
+    for parameter in parameters:
+        if parameter.grad is None:  # this rank had no clip
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    device = accelerator.device
+    total = torch.stack(
+        [torch.zeros((), dtype=torch.float64, device=device), *(loss.double() for loss in losses)]
+    ).sum()
+    sums = torch.stack([total, total.new_tensor(float(stopping))])
+    if accelerator.num_processes > 1:
+        flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="sum")
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+        sums = accelerator.reduce(sums, reduction="sum")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
+    loss, asked = sums.tolist()
+    return StepResult(loss / train.global_batch_size, float(norm), asked > 0)
+
+
+def require_finite(result: StepResult, packs: Packs, losses: Sequence[Tensor], accelerator: Accelerator) -> None:
+    """Raises `NonFiniteError` on every rank, before the update, naming the clips."""
+    if all(map(torch.isfinite, torch.tensor([result.loss, result.grad_norm]))):
+        return
+    mine = [example.name for pack in packs for example in pack]
+    bad = [name for name, loss in zip(mine, losses, strict=True) if not torch.isfinite(loss)]
+    everyone, all_bad = (gather_object(mine), gather_object(bad)) if accelerator.num_processes > 1 else (mine, bad)
+    where = f"loss of {', '.join(all_bad)}" if all_bad else f"gradient of {', '.join(everyone)}"
+    raise NonFiniteError(
+        f"not finite: {where} (loss {result.loss}, gradient norm {result.grad_norm}); this step was not applied"
+    )
