@@ -25,7 +25,7 @@ class VaeEncoder:
         from diffusers import AutoencoderKLCogVideoX
 
         vae = AutoencoderKLCogVideoX.from_pretrained(
-            str(part.folder), variant=part.variant, use_safetensors=True, torch_dtype=DTYPES[precision]
+            str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
         )
         assert vae.num_sample_frames_batch_size == ENCODE_CHUNK_FRAMES
         vae.decoder = None  # only the encoder's weights travel to the device

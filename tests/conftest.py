@@ -1,4 +1,9 @@
-"""One thread: the test models are tiny, and threads that fight for two cores make them slower."""
+"""One thread, because the test models are tiny and threads that fight for two cores are slower; and no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 

@@ -20,7 +20,7 @@ def load_transformer(config: Config, device: torch.device) -> CogVideoXTransform
     part = pretrained_part(config.model, "transformer")
     precision = part.dtype() if config.train.mixed_precision == "auto" else config.train.mixed_precision
     transformer = CogVideoXTransformer3DModel.from_pretrained(
-        str(part.folder), variant=part.variant, use_safetensors=True, torch_dtype=DTYPES[precision]
+        str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
     )
     transformer.requires_grad_(False).eval().to(device)
     if config.model.drop_learned_positions:

@@ -1,0 +1,134 @@
+"""Prompts (and images) to videos, with and without the adapter from one noise, through diffusers' own pipelines."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.logging import disable_progress_bar
+
+from sample.video import contact_sheet, write_mp4
+from shared import console
+from shared.config import Config
+from shared.device import DTYPES, choose_device
+from shared.errors import UsageError
+from shared.pretrained import pretrained_folder, pretrained_part, read_config
+from shared.variants import read_conventions, without_learned_positions
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+
+
+def sample(config: Config) -> list[Path]:
+    """Write two mp4s and one contact sheet for each prompt; the paths.
+
+    Raises `UsageError` if there is nothing to make, or a part is missing.
+    """
+    settings = config.sample
+    if not settings.prompts:
+        raise UsageError('sample.prompts is empty; add for example sample.prompts=["a grey rabbit yawns"]')
+    adapter = find_adapter(config)
+    pipeline, image_to_video = load_pipeline(config)
+    images = load_images(config, image_to_video)
+    pipeline.load_lora_weights(str(adapter))
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    with console.Progress("videos", 2 * len(settings.prompts)) as bar:
+        for number, prompt in enumerate(settings.prompts):
+            stem = f"{number:02}-{slug(prompt)}"
+            videos: dict[str, np.ndarray] = {}
+            for kind in ("base", "lora"):
+                pipeline.enable_lora() if kind == "lora" else pipeline.disable_lora()
+                videos[kind] = make_video(config, pipeline, prompt, images[number] if images else None)
+                written.append(write_mp4(settings.output_dir / f"{stem}-{kind}.mp4", videos[kind], settings.fps))
+                bar.advance()
+            sheet = settings.output_dir / f"{stem}.png"
+            contact_sheet(list(videos.items())).save(sheet)
+            written.append(sheet)
+    for path in written:
+        console.say(str(path))
+    return written
+
+
+def find_adapter(config: Config) -> Path:
+    """The adapter file of `sample.lora`, or the export of [train]; raises `UsageError` if it is not there."""
+    place = config.sample.lora or config.train.output_dir / "export"
+    path = place / ADAPTER_FILE if place.is_dir() else place
+    if not path.is_file():
+        raise UsageError(f"{path}: no adapter here; train first, or set sample.lora to a .safetensors file")
+    return path
+
+
+def load_pipeline(config: Config) -> tuple[Any, bool]:
+    """diffusers' text-to-video or image-to-video pipeline, as the checkpoint's configs say, and which it is."""
+    from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+
+    part = pretrained_part(config.model, "transformer")
+    vae = pretrained_part(config.model, "vae")
+    scheduler = read_config(pretrained_folder(config.model, "scheduler") / "scheduler_config.json")
+    conventions = read_conventions(part.config, vae.config, scheduler)
+    precision = part.dtype() if config.sample.dtype == "auto" else config.sample.dtype
+    kind = CogVideoXImageToVideoPipeline if conventions.image_to_video else CogVideoXPipeline
+    disable_progress_bar()
+    pipeline = kind.from_pretrained(
+        config.model.pretrained_model_name_or_path,
+        revision=config.model.revision,
+        variant=config.model.variant,
+        cache_dir=config.model.model_cache_dir,
+        dtype=DTYPES[precision],
+        use_safetensors=True,
+    )
+    if config.model.drop_learned_positions:
+        without_learned_positions(conventions)  # refuses a checkpoint that has no such table
+        pipeline.transformer.patch_embed.use_learned_positional_embeddings = False
+    device = choose_device(config.sample.device)
+    if device.type == "cuda":
+        pipeline.enable_model_cpu_offload(device=device)
+        pipeline.vae.enable_tiling()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, conventions.image_to_video
+
+
+def load_images(config: Config, image_to_video: bool) -> list[Any]:
+    """One first frame for each prompt, for image-to-video checkpoints only."""
+    from PIL import Image, UnidentifiedImageError
+
+    images, prompts = config.sample.images, config.sample.prompts
+    if not image_to_video:
+        if images:
+            raise UsageError("sample.images is set, but this checkpoint makes videos from text alone")
+        return []
+    if len(images) != len(prompts):
+        raise UsageError(f"sample.images: {len(images)} images for {len(prompts)} prompts; give one for each")
+    loaded = []
+    for path in images:
+        try:
+            loaded.append(Image.open(path).convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise UsageError(f"sample.images: {path} is not a readable image ({error})") from None
+    return loaded
+
+
+def make_video(config: Config, pipeline: Any, prompt: str, image: Any) -> np.ndarray:
+    """uint8 [F,H,W,3]. The same seed gives the same noise every time."""
+    settings = config.sample
+    first_frame = {} if image is None else {"image": image}
+    frames = pipeline(
+        prompt=prompt,
+        negative_prompt=config.data.negative_prompt,
+        num_frames=settings.num_frames,
+        height=settings.height,
+        width=settings.width,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        use_dynamic_cfg=settings.use_dynamic_cfg,
+        generator=torch.Generator().manual_seed(settings.seed),
+        output_type="np",
+        **first_frame,
+    ).frames[0]
+    return (np.asarray(frames) * 255).round().astype(np.uint8)
+
+
+def slug(prompt: str) -> str:
+    """A file name's worth of a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "empty"

@@ -1,0 +1,115 @@
+"""Wrong input on purpose: one clear line, the right exit code, nothing lost."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from precog import app
+from tests.media import write_clip
+
+ROOT = Path(__file__).parent.parent
+CONFIG = str(ROOT / "configs" / "demo.toml")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A copy of the demo's clips that a test may spoil."""
+    shutil.copytree(ROOT / "demo" / "clips", tmp_path / "clips")
+    return tmp_path / "clips"
+
+
+@pytest.fixture
+def precog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    monkeypatch.chdir(ROOT)
+
+    def run(command: str, *overrides: str) -> Result:
+        places = (f"precompute.cache={tmp_path}/cache", f"train.output_dir={tmp_path}/run")
+        return CliRunner().invoke(app, [command, CONFIG, *places, *overrides])
+
+    return run
+
+
+def problem(result: Result) -> str:
+    """The last line on standard error, which is the only one about the fault."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("precog: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "code", "words"),
+    [
+        ("train", "train.lora_rnk=8", 2, ["unknown key train.lora_rnk", "did you mean train.lora_rank?"]),
+        ("train", "train.lora_rank=-1", 2, ["train.lora_rank = -1", "greater than 0"]),
+        ("train", "train.optimizer=sgd", 2, ["train.optimizer = 'sgd'", "'adam'"]),
+        ("train", "data.height=100", 2, ["data.height = 100", "multiple of 16"]),
+        (
+            "precompute",
+            "model.pretrained_model_name_or_path=no/such-model",
+            2,
+            ["no/such-model", "neither a local folder"],
+        ),
+        ("precompute", "model.pretrained_model_name_or_path=demo", 2, ["demo", "has no vae/ folder"]),
+        ("train", "data.name=other", 4, ["datasets/other", "no such view", "precog precompute"]),
+        ("sample", "sample.lora=no-such-file", 2, ["no-such-file", "no adapter here"]),
+        ("sample", "sample.prompts=[]", 2, ["sample.prompts is empty"]),
+    ],
+)
+def test_a_wrong_value_is_one_line(
+    precog: Callable[..., Result], command: str, override: str, code: int, words: list[str]
+) -> None:
+    result = precog(command, override)
+    assert result.exit_code == code, result.stderr
+    assert all(word in problem(result) for word in words), problem(result)
+
+
+def test_a_wrong_part_is_one_line(precog: Callable[..., Result]) -> None:
+    for part in ("0/3", "4/3", "x"):
+        result = precog("precompute", f"--part={part}")
+        assert result.exit_code == 2
+        assert part in problem(result)
+
+
+def test_counts_that_differ_name_both(precog: Callable[..., Result], data: Path) -> None:
+    prompts = data / "prompts.txt"
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:-1]))
+    result = precog("precompute", f"data.instance_data_root={data}")
+    assert result.exit_code == 3
+    assert all(word in problem(result) for word in ("7", "8", "prompts.txt", "videos.txt"))
+
+
+def test_a_missing_column_names_those_there_are(precog: Callable[..., Result], data: Path) -> None:
+    table = f"data.dataset_name={data}/metadata.csv"
+    columns = ("data.caption_column=caption", "data.video_column=video")
+    result = precog("precompute", f"data.instance_data_root={data}", table, *columns)
+    assert result.exit_code == 3
+    assert all(word in problem(result) for word in ("caption", "text", "metadata.csv"))
+
+
+def test_a_missing_video_names_row_and_path(precog: Callable[..., Result], data: Path) -> None:
+    (data / "videos" / "00003.mp4").unlink()
+    result = precog("precompute", f"data.instance_data_root={data}")
+    assert result.exit_code == 3
+    assert all(word in problem(result) for word in ("videos/00003.mp4", "videos.txt"))
+
+
+def test_bad_clips_are_skipped_and_named_while_the_rest_is_stored(precog: Callable[..., Result], data: Path) -> None:
+    (data / "videos" / "00003.mp4").write_text("this is not a video")
+    write_clip(data / "videos" / "00004.mp4", frames=3)
+    result = precog("precompute", f"data.instance_data_root={data}")
+    assert result.exit_code == 0, result.stderr
+    assert "skipped videos/00003.mp4: not a video" in result.stderr
+    assert "skipped videos/00004.mp4: too short: 3 frames" in result.stderr
+    assert "6 (6 encoded, 0 reused)" in result.stderr
+
+
+def test_no_clip_left_is_an_error(precog: Callable[..., Result], data: Path) -> None:
+    for video in (data / "videos").iterdir():
+        video.write_text("this is not a video")
+    result = precog("precompute", f"data.instance_data_root={data}")
+    assert result.exit_code == 3
+    assert "no clip is left to train on" in problem(result)

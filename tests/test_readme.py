@@ -1,0 +1,56 @@
+"""The README word by word: every command in it is run, in order, in a copy of the project."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LEFT_TO_CI = {"make test", "make lint"}
+"""Commands that would run this test from within itself."""
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that git tracks, with this environment linked in."""
+    folder = tmp_path_factory.mktemp("checkout")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
+def test_every_command_of_the_readme_runs(checkout: Path) -> None:
+    done = [command for command in commands() if command not in LEFT_TO_CI]
+    assert "make demo" in done
+    for command in done:
+        result = subprocess.run(shlex.split(command), cwd=checkout, capture_output=True, text=True)
+        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+        if command == "make precompute CONFIG=configs/demo.toml":
+            assert "Nothing to encode: everything is stored already." in result.stderr
+    for name in ("export/pytorch_lora_weights.safetensors", "metrics.jsonl", "config.toml", "checkpoint-000060"):
+        assert (checkout / "runs" / "demo" / name).exists(), name
+    assert list((checkout / "runs" / "demo" / "samples").glob("*-lora.mp4"))
+
+
+def test_the_readme_names_files_and_fields_that_exist() -> None:
+    from shared.config import Config
+
+    for table, field in re.findall(r"`(model|data|precompute|train|sample)\.([a-z_]+)[=`]", README):
+        annotation = Config.model_fields[table].annotation
+        assert annotation is not None
+        assert field in annotation.model_fields, f"{table}.{field}"
+    for name in re.findall(r"`((?:configs|demo|bench|tests)/[\w./-]*)`", README):
+        assert (ROOT / name).exists(), name
