@@ -281,11 +281,12 @@ def test_children_do_not_outlive_a_killed_parent(tmp_path: Path, good: DecodeJob
     assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
-def test_many_jobs_do_not_fill_a_childs_memory(tmp_path: Path) -> None:
-    path = media.write_clip(tmp_path / "large.mp4", frames=4, height=720, width=1280)
-    job = DecodeJob(path, probe(path), (0, 3), "pyav")
-    with DecodePool(workers=1, deadline_seconds=30, memory_gib=0.15) as pool:
-        assert told(list(pool.decode_all([job] * 30))) == ["pyav"] * 30
+def test_many_jobs_and_frames_do_not_fill_a_childs_memory(tmp_path: Path, good: DecodeJob) -> None:
+    path = media.write_clip(tmp_path / "large.mp4", frames=3, height=1080, width=1920)
+    large = DecodeJob(path, probe(path), (0, 1, 2), "pyav")
+    whole = DecodeJob(good.path, good.probe, tuple(range(30)), "pyav")
+    with DecodePool(workers=1, deadline_seconds=30, memory_gib=0.2) as pool:
+        assert told(list(pool.decode_all([whole] * 5 + [large] * 30))) == ["pyav"] * 35
 
 
 def test_fifty_megabytes_come_back_quickly(tmp_path: Path) -> None:
