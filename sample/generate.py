@@ -14,7 +14,7 @@ from shared.config import Config
 from shared.device import DTYPES, choose_device
 from shared.errors import UsageError
 from shared.pretrained import pretrained_folder, pretrained_part, read_config
-from shared.variants import read_conventions, without_learned_positions
+from shared.variants import Conventions, read_conventions, without_learned_positions
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
@@ -28,8 +28,8 @@ def sample(config: Config) -> list[Path]:
     if not settings.prompts:
         raise UsageError('sample.prompts is empty; add for example sample.prompts=["a grey rabbit yawns"]')
     adapter = find_adapter(config)
-    pipeline, image_to_video = load_pipeline(config)
-    images = load_images(config, image_to_video)
+    pipeline, conventions = load_pipeline(config)
+    images = load_images(config, conventions.image_to_video)
     pipeline.load_lora_weights(str(adapter))
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -39,7 +39,7 @@ def sample(config: Config) -> list[Path]:
             videos: dict[str, np.ndarray] = {}
             for kind in ("base", "lora"):
                 pipeline.enable_lora() if kind == "lora" else pipeline.disable_lora()
-                videos[kind] = make_video(config, pipeline, prompt, images[number] if images else None)
+                videos[kind] = make_video(config, pipeline, conventions, prompt, images[number] if images else None)
                 written.append(write_mp4(settings.output_dir / f"{stem}-{kind}.mp4", videos[kind], settings.fps))
                 bar.advance()
             sheet = settings.output_dir / f"{stem}.png"
@@ -59,8 +59,8 @@ def find_adapter(config: Config) -> Path:
     return path
 
 
-def load_pipeline(config: Config) -> tuple[Any, bool]:
-    """diffusers' text-to-video or image-to-video pipeline, as the checkpoint's configs say, and which it is."""
+def load_pipeline(config: Config) -> tuple[Any, Conventions]:
+    """diffusers' text-to-video or image-to-video pipeline, as the checkpoint's configs say."""
     from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 
     part = pretrained_part(config.model, "transformer")
@@ -86,7 +86,7 @@ def load_pipeline(config: Config) -> tuple[Any, bool]:
         pipeline.enable_model_cpu_offload(device=device)
         pipeline.vae.enable_tiling()
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, conventions.image_to_video
+    return pipeline, conventions
 
 
 def load_images(config: Config, image_to_video: bool) -> list[Any]:
@@ -109,7 +109,7 @@ def load_images(config: Config, image_to_video: bool) -> list[Any]:
     return loaded
 
 
-def make_video(config: Config, pipeline: Any, prompt: str, image: Any) -> np.ndarray:
+def make_video(config: Config, pipeline: Any, conventions: Conventions, prompt: str, image: Any) -> np.ndarray:
     """uint8 [F,H,W,3]. The same seed gives the same noise every time."""
     settings = config.sample
     first_frame = {} if image is None else {"image": image}
@@ -122,6 +122,7 @@ def make_video(config: Config, pipeline: Any, prompt: str, image: Any) -> np.nda
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
         use_dynamic_cfg=settings.use_dynamic_cfg,
+        max_sequence_length=conventions.text_length,
         generator=torch.Generator().manual_seed(settings.seed),
         output_type="np",
         **first_frame,

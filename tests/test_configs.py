@@ -1,0 +1,47 @@
+"""Every config in configs/ loads, comes back unchanged, and fits the checkpoint it is for."""
+
+from pathlib import Path
+
+import pytest
+
+from shared.config import load_config, save_config
+from shared.errors import UsageError
+from shared.geometry import Bucket
+from shared.variants import read_conventions, refusal
+from tests.tiny import scheduler_config, transformer_config, vae_config
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+PUBLISHED_GRIDS = {"2b": (60, 90, 49), "5b": (60, 90, 49), "5b-i2v": (60, 90, 49)}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_survives_saving(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    save_config(config, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml") == config
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "demo"], ids=lambda path: path.stem)
+def test_the_buckets_of_a_config_suit_its_checkpoint(path: Path) -> None:
+    transformer = transformer_config(path.stem)
+    if path.stem in PUBLISHED_GRIDS:
+        names = ("sample_height", "sample_width", "sample_frames")
+        transformer |= dict(zip(names, PUBLISHED_GRIDS[path.stem], strict=True))
+    conventions = read_conventions(transformer, vae_config(path.stem), scheduler_config(path.stem))
+    data = load_config(path).data
+    for frames in data.frame_buckets:
+        for height, width in data.resolutions:
+            assert refusal(conventions, Bucket(frames, height, width)) is None
+
+
+def test_overrides_are_toml_values_and_bare_words_are_text() -> None:
+    config = load_config(ROOT / "configs" / "demo.toml", ["train.learning_rate=2e-5", "data.name=other", "data.fps=0"])
+    assert (config.train.learning_rate, config.data.name, config.data.fps) == (2e-5, "other", 0)
+
+
+def test_a_token_is_refused_wherever_it_is_put() -> None:
+    secret = "hf_" + "a" * 30
+    with pytest.raises(UsageError, match="looks like an access token") as caught:
+        load_config(ROOT / "configs" / "demo.toml", [f"model.revision={secret}"])
+    assert secret not in str(caught.value)

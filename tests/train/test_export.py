@@ -1,0 +1,91 @@
+"""The exported file is what diffusers loads: same numbers, its own alpha, and it changes the video."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from shared.config import Train
+from tests import tiny
+from train.export import export_adapter
+from train.model import adapter_weights, add_adapter
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> tuple[Path, torch.Tensor, dict[str, torch.Tensor]]:
+    """A trained-looking adapter with alpha / rank = 2.5, its file, and the transformer's output with it."""
+    train = Train(output_dir=tmp_path, lora_rank=4, lora_alpha=10)
+    transformer = tiny.build_transformer("2b")
+    add_adapter(transformer, train)
+    transformer.eval()
+    for name, tensor in adapter_weights(transformer).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(tensor, std=0.1)
+    path = export_adapter(transformer, train, tmp_path / "export", {"precog_view": "abc"})
+    return path, output(transformer), adapter_weights(transformer)
+
+
+def output(transformer: torch.nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        result: torch.Tensor = transformer(
+            hidden_states=torch.randn(1, 3, 16, 8, 12, generator=generator),
+            encoder_hidden_states=torch.randn(1, tiny.TEXT_LENGTH, tiny.TEXT_WIDTH, generator=generator),
+            timestep=torch.tensor([500]),
+            return_dict=False,
+        )[0]
+    return result
+
+
+def test_diffusers_loads_the_adapter_with_its_alpha(
+    exported: tuple[Path, torch.Tensor, dict[str, torch.Tensor]],
+) -> None:
+    path, trained, _ = exported
+    pipeline = tiny.build_pipeline("2b")
+    base = output(pipeline.transformer)
+    pipeline.load_lora_weights(str(path))
+    pipeline.transformer.eval()
+    torch.testing.assert_close(output(pipeline.transformer), trained, rtol=1e-5, atol=1e-5)
+    assert (base - trained).abs().max() > 1e-2
+
+
+def test_the_file_carries_weights_settings_and_origin(
+    exported: tuple[Path, torch.Tensor, dict[str, torch.Tensor]],
+) -> None:
+    path, _, weights = exported
+    stored = load_file(path)
+    assert {name.removeprefix("transformer.") for name in stored} == set(weights)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    settings = json.loads(metadata["lora_adapter_metadata"])
+    assert (settings["transformer.r"], settings["transformer.lora_alpha"]) == (4, 10)
+    assert metadata["precog_view"] == "abc"
+
+
+def test_the_adapter_changes_the_pipelines_video(
+    exported: tuple[Path, torch.Tensor, dict[str, torch.Tensor]],
+) -> None:
+    path, _, _ = exported
+    pipeline = tiny.build_pipeline("2b")
+
+    def video() -> torch.Tensor:
+        latents: torch.Tensor = pipeline(
+            prompt="a grey rabbit yawns",
+            num_frames=9,
+            height=64,
+            width=96,
+            num_inference_steps=2,
+            max_sequence_length=tiny.TEXT_LENGTH,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).frames
+        return latents
+
+    base = video()
+    assert torch.equal(base, video())
+    pipeline.load_lora_weights(str(path))
+    assert not torch.allclose(base, video(), atol=1e-3)
