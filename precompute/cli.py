@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from precompute.estimate import Estimate
     from precompute.plan import Part
     from precompute.report import Report
 
@@ -81,6 +82,7 @@ def _show(report: "Report", cache: str) -> None:
             *((f"skipped: {reason}", count) for reason, count in sorted(reasons.items())),
             ("captions cut short", report.truncated_captions),
             ("written", bytes_text(report.written_bytes)),
+            ("clips per second", f"{report.latents_encoded / max(report.seconds.get('video_pass', 0.0), 1e-9):.2f}"),
             ("seconds decoding", f"{spent('decode')} (the encoder waited {spent('wait_for_decode')})"),
             ("seconds encoding", f"{spent('encode_latents')} video, {spent('encode_prompts')} text"),
             ("seconds writing", f"{spent('write')} (the encoder waited {spent('wait_for_write')})"),
@@ -95,6 +97,68 @@ def _show(report: "Report", cache: str) -> None:
         say("Nothing to encode: everything is stored already.")
 
 
+@app.command("plan")
+def plan_command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    json_output: Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")] = False,
+) -> None:
+    """Say what `precompute` would do: clips new, reusable and changed, shards, disk; nothing is written."""
+    from shared.console import run_command
+
+    run_command(lambda: _plan(config, overrides or [], json_output))
+
+
+def _plan(path: Path, overrides: list[str], json_output: bool) -> None:
+    import json
+
+    from precompute.estimate import estimate
+    from precompute.plan import Part
+    from precompute.run import decode_pool
+    from precompute.stage import open_stage
+    from shared.config import load_config
+    from shared.preemption import StopSignal
+
+    config = load_config(path, overrides)
+    with StopSignal() as stop, decode_pool(config) as pool:
+        found = estimate(open_stage(config, Part(), stop), pool)
+    _show_plan(found, config.precompute.cache)
+    if json_output:
+        print(json.dumps(found.as_json()))  # noqa: T201
+
+
+def _show_plan(found: "Estimate", cache: str) -> None:
+    from collections import Counter
+
+    from shared.console import bytes_text, say, table
+
+    reasons = Counter(reason for _, reason in found.changed)
+    orphaned = found.orphaned
+    table(
+        f"Plan for cache {cache}",
+        [
+            ("clips", found.clips),
+            ("latents to encode", f"{found.latents_planned}, {found.latents_reused} reused"),
+            ("  new", found.new),
+            *((f"  {reason}", count) for reason, count in sorted(reasons.items())),
+            ("prompts to encode", f"{found.prompts_planned}, {found.prompts_reused} reused"),
+            ("skipped", len(found.skipped)),
+            ("shards to make", f"{found.shards['latents']} of clips, {found.shards['prompts']} of prompts"),
+            ("disk needed", bytes_text(found.needed_bytes)),
+            ("disk free", "unknown" if found.free_bytes is None else bytes_text(found.free_bytes)),
+            ("stored", bytes_text(found.stored_bytes)),
+            (
+                "used by no data set",
+                f"{orphaned['latents']} latents, {orphaned['prompts']} prompts, {bytes_text(orphaned['bytes'])}",
+            ),
+        ],
+    )
+    for line in found.warnings:
+        say(f"warning: {line}")
+    for source, reason in found.skipped[:20]:
+        say(f"skipped {source}: {reason}")
+
+
 @cache_app.command("ls")
 def cache_ls(cache: Annotated[str, typer.Argument(help="Cache folder.")] = "cache") -> None:
     """List the collections and views of a cache."""
@@ -105,11 +169,11 @@ def cache_ls(cache: Annotated[str, typer.Argument(help="Cache folder.")] = "cach
 
 def _ls(cache: str) -> None:
     from shared.console import bytes_text, table
-    from shared.files import Storage
+    from shared.files import open_storage
     from shared.store import collections, read_recipe, shards
     from shared.view import read_view, view_names
 
-    storage = Storage(cache)
+    storage = open_storage(cache)
     for collection in collections(storage):
         recipe = read_recipe(storage, collection)
         found = list(shards(storage, collection.folder))
@@ -151,12 +215,15 @@ def cache_verify(
 
 
 def _verify(cache: str, repair: bool) -> None:
+    import tempfile
+
     from shared.console import say
     from shared.errors import CacheError
-    from shared.files import Storage
+    from shared.files import open_storage
     from shared.store import verify
 
-    checked, damaged = verify(Storage(cache), repair=repair)
+    with tempfile.TemporaryDirectory(prefix="precog-verify-") as fresh:  # not the local copies of a remote cache
+        checked, damaged = verify(open_storage(cache, local_cache_gib=0, local_folder=Path(fresh)), repair=repair)
     for line in damaged:
         say(f"damaged: {line}" + (" (set aside)" if repair else ""))
     if damaged and not repair:

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from precompute import recipes
+from precompute.ahead import ahead
 from precompute.encoders import VaeEncoder, vae_precision
 from precompute.pixels import to_clip
 from precompute.plan import Inventory, PlannedShard, make_missing
@@ -40,6 +41,7 @@ def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], 
             slicing=settings.enable_slicing,
         )
         report.spend("load_vae", started)
+        pass_started = time.perf_counter()
         with console.Progress("clips", total) as bar, ThreadPoolExecutor(1) as writer:
             writing: deque[Future[int]] = deque()
             for shard, samples, skipped in _encoded_shards(stage, todo, by_key, encoder, pool, bar):
@@ -50,6 +52,7 @@ def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], 
                 writing.append(writer.submit(_write, stage.storage, shard, samples, skipped, report))
                 report.latents_encoded += len(samples)
             report.written_bytes += sum(future.result() for future in writing)
+        report.spend("video_pass", pass_started)
 
     folders = {key: f"{collection.folder}/{clip.window.bucket}" for key, clip in by_key.items()}
     inventory = make_missing(
@@ -98,8 +101,7 @@ def _encoded_shards(
     skipped: dict[str, str] = {}
     decoded: dict[str, Decoded] = {}
     started = time.perf_counter()
-    for result in pool.decode_all(jobs()):
-        stage.stop.check("finished shards are stored")
+    for result in ahead(pool.decode_all(jobs()), 2 * stage.config.precompute.vae_batch_size, stage.check):
         shard, batch, key = under_way.popleft()
         if isinstance(result, BadVideo):
             skipped[key] = result.reason

@@ -94,41 +94,71 @@ def group(
     return planned
 
 
-def agree(storage: Storage, wanted: Sequence[str], generation: int, proposal: list[PlannedShard]) -> list[PlannedShard]:
+def agree(
+    storage: Storage, folders: Mapping[str, str], generation: int, proposal: list[PlannedShard]
+) -> list[PlannedShard]:
     """Write the plan unless another worker has; everybody gets the one that is there.
 
     Raises `CacheError` if the plan there is damaged.
     """
-    name = f"plans/{key_of([sorted(wanted), generation])}.json"
-    storage.publish(name, json.dumps([asdict(shard) for shard in proposal]).encode())
-    return read_plan(storage, name)
+    storage.publish(plan_name(folders, generation), json.dumps([asdict(shard) for shard in proposal]).encode())
+    return read_plan(storage, folders, generation)
 
 
-def read_plan(storage: Storage, name: str) -> list[PlannedShard]:
+def plan_name(folders: Mapping[str, str], generation: int) -> str:
+    """Named by all wanted keys, so that every worker of a run looks in the same place."""
+    return f"plans/{key_of([sorted(folders), generation])}.json"
+
+
+def read_plan(storage: Storage, folders: Mapping[str, str], generation: int) -> list[PlannedShard]:
     """Raises `CacheError` naming the file if it is damaged."""
+    name = plan_name(folders, generation)
     try:
         entries = json.loads(storage.read(name, limit_bytes=16 * RECEIPT_BYTES))
-        return [
+        if not isinstance(entries, list):
+            raise ValueError("not a list of shards")
+        planned = [
             PlannedShard(entry["folder"], tuple(tuple(batch) for batch in entry["batches"]), entry["attempt"])
             for entry in entries
         ]
+        if any(folders[key] != shard.folder for shard in planned for key in shard.keys):
+            raise ValueError("a key lies in another folder than its bucket's")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheError(f"{storage}/{name}: damaged plan ({error}); delete this file and run again") from None
+    return planned
 
 
-def existing_plan(storage: Storage, wanted: Sequence[str], generation: int) -> list[PlannedShard] | None:
-    """The plan of that generation if some worker has written it."""
-    name = f"plans/{key_of([sorted(wanted), generation])}.json"
-    return read_plan(storage, name) if storage.exists(name) else None
+def still_to_make(
+    storage: Storage, planned: Sequence[PlannedShard], inventory: Inventory, part: Part
+) -> Iterator[PlannedShard]:
+    """Unmade shards, looked up when asked for: first this worker's share, then the others' from the end.
 
-
-def still_to_make(storage: Storage, planned: Sequence[PlannedShard], part: Part) -> Iterator[PlannedShard]:
-    """Shards without a receipt, looked up when asked for: first this worker's share, then the others' from the end."""
+    A shard with a key that another plan has stored meanwhile is left out; its other keys are the next generation's.
+    """
     own = [shard for index, shard in enumerate(planned) if index % part.count == part.index]
     others = [shard for index, shard in enumerate(planned) if index % part.count != part.index]
     for shard in [*own, *reversed(others)]:
-        if not storage.exists(shard.receipt):
+        if inventory.stored.isdisjoint(shard.keys) and not storage.exists(shard.receipt):
             yield shard
+
+
+def propose(
+    storage: Storage,
+    folders: Mapping[str, str],
+    inventory: Inventory,
+    *,
+    keys_per_shard: int,
+    keys_per_batch: int,
+    retry_skipped: bool = False,
+) -> list[PlannedShard]:
+    """What a worker that comes now would make, without writing anything: the rest of a plan, or else a new one."""
+    for generation in range(MAX_GENERATIONS):
+        if not storage.exists(plan_name(folders, generation)):
+            break
+        if todo := list(still_to_make(storage, read_plan(storage, folders, generation), inventory, Part())):
+            return todo
+    missing = missing_keys(sorted(folders), inventory, _retry_from(inventory, retry_skipped))
+    return group(missing, folders, keys_per_shard=keys_per_shard, keys_per_batch=keys_per_batch)
 
 
 def make_missing(
@@ -147,19 +177,24 @@ def make_missing(
     `folders`: wanted key -> folder. `make` gets the shards to make and how many samples they hold.
     Raises `CacheError` if keys stay missing.
     """
-    wanted = sorted(folders)
     inventory = take_inventory(storage, collection)
-    retry_from = {key: attempt for key, (_, attempt) in inventory.skipped.items()} if retry_skipped else {}
+    retry_from = _retry_from(inventory, retry_skipped)
     for generation in range(MAX_GENERATIONS):
-        planned = existing_plan(storage, wanted, generation)
-        if planned is None:
-            missing = missing_keys(wanted, inventory, retry_from)
+        if storage.exists(plan_name(folders, generation)):
+            planned = read_plan(storage, folders, generation)
+        else:
+            if generation:  # what other workers have stored since then must not be planned again
+                inventory = take_inventory(storage, collection)
+            missing = missing_keys(sorted(folders), inventory, retry_from)
             if not missing:
                 return inventory
             proposal = group(missing, folders, keys_per_shard=keys_per_shard, keys_per_batch=keys_per_batch)
-            planned = agree(storage, wanted, generation, proposal)
-        todo = [shard for shard in planned if not storage.exists(shard.receipt)]
+            planned = agree(storage, folders, generation, proposal)
+        todo = list(still_to_make(storage, planned, inventory, part))
         if todo:
-            make(still_to_make(storage, planned, part), sum(len(shard.keys) for shard in todo))
-            inventory = take_inventory(storage, collection)
+            make(still_to_make(storage, todo, inventory, Part()), sum(len(shard.keys) for shard in todo))
     raise CacheError(f"{storage}/{collection.folder}: samples stay missing after {MAX_GENERATIONS} plans")
+
+
+def _retry_from(inventory: Inventory, retry_skipped: bool) -> dict[str, int]:
+    return {key: attempt for key, (_, attempt) in inventory.skipped.items()} if retry_skipped else {}

@@ -45,7 +45,7 @@ def encode_prompts(stage: Stage, collection: Collection, texts: Mapping[str, str
             for shard in todo:
                 samples: list[Sample] = []
                 for batch in shard.batches:
-                    stage.stop.check("finished shards are stored")
+                    stage.check()
                     started = time.perf_counter()
                     samples += _encode_batch(encoder, {key: texts[key] for key in batch})
                     report.spend("encode_prompts", started)

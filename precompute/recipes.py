@@ -3,10 +3,8 @@
 Everything that changes a stored byte is in a recipe or a key; names, paths, times, batch and worker counts are not.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from precompute import pixels
 from precompute.clips import Source
@@ -62,7 +60,7 @@ def latents_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
     return {
         "kind": "latents",
         "transform": pixels.TRANSFORM,
-        "vae": {"weights": _weights(encoders.vae), "config": _settings(encoders.vae.config)},
+        "vae": {"weights": encoders.vae.sha256(), "config": encoders.vae.settings},
         "precision": vae_precision(settings.vae_dtype, encoders.vae),
         "chunk_frames": ENCODE_CHUNK_FRAMES,
         "tiling": settings.enable_tiling,
@@ -77,7 +75,7 @@ def prompts_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
     tokenizer = [encoders.tokenizer / name for name in TOKENIZER_FILES if (encoders.tokenizer / name).is_file()]
     return {
         "kind": "prompts",
-        "text_encoder": {"weights": _weights(part), "config": _settings(part.config)},
+        "text_encoder": {"weights": part.sha256(), "config": part.settings},
         "tokenizer": dict(sha256_files(tokenizer)),
         "text_length": encoders.conventions.text_length,
         "precision": text_precision(config, encoders),
@@ -114,14 +112,3 @@ def crop_seed(clip: Clip) -> str:
 def prompt_key(text: str, recipe: str) -> str:
     """Names the embedding of one text."""
     return key_of({"text": text, "recipe": recipe})
-
-
-def _weights(part: Part) -> Sequence[Json]:
-    """Hashes of the weight files; what they are called does not matter."""
-    return sorted(sha256_files(part.weights).values())
-
-
-def _settings(config: dict[str, Any]) -> dict[str, Json]:
-    """A part's config without what names a place or a version."""
-    unimportant = {"_diffusers_version", "_name_or_path", "transformers_version", "architectures"}
-    return {name: value for name, value in config.items() if name not in unimportant}

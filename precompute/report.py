@@ -17,6 +17,7 @@ class Report:
     truncated_captions: int = 0
     written_bytes: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -27,6 +28,7 @@ class Report:
             "truncated_captions": self.truncated_captions,
             "written_bytes": self.written_bytes,
             "skipped": [{"source": source, "reason": reason} for source, reason in self.skipped],
+            "warnings": self.warnings,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
 

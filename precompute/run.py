@@ -1,29 +1,24 @@
 """Stage 1 from top to bottom: find the clips, encode the prompts, encode the clips, write the table."""
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
-from precompute import encoders, recipes
-from precompute.clips import Source, read_sources
+from precompute import encoders
+from precompute.estimate import bytes_needed, find_work
 from precompute.latents import encode_latents
 from precompute.plan import Part
 from precompute.pool import DecodePool
-from precompute.prompts import encode_prompts, wanted_texts
-from precompute.recipes import Clip
+from precompute.prompts import encode_prompts
 from precompute.report import Report
-from precompute.stage import Stage
+from precompute.stage import Stage, open_stage
+from precompute.survey import Survey, survey
 from precompute.table import make_view
-from precompute.video import BadVideo, Probe
-from precompute.windows import Skipped, cut_windows
+from precompute.windows import bucket_warnings
 from shared import console
 from shared.config import Config
-from shared.errors import DataError, UsageError
-from shared.files import Storage
-from shared.geometry import Bucket
+from shared.errors import CacheError, DataError
 from shared.preemption import StopSignal
-from shared.store import collection_for, write_recipe
-from shared.variants import refusal, without_learned_positions
+from shared.store import write_recipe
 from shared.view import write_view
 
 
@@ -32,26 +27,27 @@ def precompute(config: Config, part: Part, stop: StopSignal) -> Report:
 
     Raises `UsageError`, `DataError` or `CacheError` for what a person must mend, `Preempted` after a signal.
     """
-    report, started = Report(), time.perf_counter()
-    stage = Stage(config, Storage(config.precompute.cache), recipes.find_encoders(config), part, stop, report)
-    _refuse_buckets(stage)
-    sources = read_sources(config.data)
-    latents_recipe = recipes.latents_recipe(config, stage.encoders)
-    prompts_recipe = recipes.prompts_recipe(config, stage.encoders)
-    latents, prompts = collection_for("latents", latents_recipe), collection_for("prompts", prompts_recipe)
-    write_recipe(stage.storage, latents, latents_recipe)
-    write_recipe(stage.storage, prompts, prompts_recipe)
-    texts = wanted_texts(config.data, sources, prompts.recipe)
-    tokenizer = encoders.load_tokenizer(str(stage.encoders.tokenizer))
-    with _decode_pool(config) as pool:
-        clips, left_out = cut_clips(stage, sources, pool, latents.recipe)
+    started = time.perf_counter()
+    stage = open_stage(config, part, stop)
+    report = stage.report
+    report.warnings = bucket_warnings(config.data)
+    for line in report.warnings:
+        console.say(f"warning: {line}")
+    marks = {"vae": stage.encoders.vae.marks, "text_encoder": stage.encoders.text_encoder.marks}
+    with decode_pool(config) as pool:
+        wanted = survey(stage, pool)
         report.spend("probe", started)
-        encode_prompts(stage, prompts, texts, tokenizer)
-        inventory = encode_latents(stage, latents, clips, pool)
+        _refuse_full_disk(stage, wanted)
+        write_recipe(stage.storage, wanted.latents, wanted.latents_recipe)
+        write_recipe(stage.storage, wanted.prompts, wanted.prompts_recipe)
+        tokenizer = encoders.load_tokenizer(str(stage.encoders.tokenizer))
+        encode_prompts(stage, wanted.prompts, wanted.texts, tokenizer)
+        inventory = encode_latents(stage, wanted.latents, wanted.clips, pool)
         report.seconds["decode"] = pool.busy_seconds()
-    lengths = encoders.truncated_tokens(tokenizer, list(texts.values()), stage.encoders.conventions.text_length)
-    truncated = dict(zip(texts, lengths, strict=True))
-    view = make_view(config.data, clips, left_out, latents, prompts, texts, truncated, inventory)
+    text_length = stage.encoders.conventions.text_length
+    lengths = encoders.truncated_tokens(tokenizer, list(wanted.texts.values()), text_length)
+    truncated = dict(zip(wanted.texts, lengths, strict=True))
+    view = replace(make_view(config.data, wanted, truncated, inventory), encoders=marks)
     write_view(stage.storage, view)
     report.clips = len(view.split("train")) + len(view.split("held_out"))
     report.skipped = [(row.source, row.skipped) for row in view.split("skipped")]
@@ -63,7 +59,8 @@ def precompute(config: Config, part: Part, stop: StopSignal) -> Report:
     return report
 
 
-def _decode_pool(config: Config) -> DecodePool:
+def decode_pool(config: Config) -> DecodePool:
+    """The children that probe and decode."""
     settings = config.precompute
     return DecodePool(
         workers=settings.decode_workers,
@@ -72,49 +69,14 @@ def _decode_pool(config: Config) -> DecodePool:
     )
 
 
-def _refuse_buckets(stage: Stage) -> None:
-    """Raises `UsageError` for a bucket that the checkpoint cannot be trained at, before anything is encoded."""
-    data, conventions = stage.config.data, stage.encoders.conventions
-    if stage.config.model.drop_learned_positions:
-        conventions = without_learned_positions(conventions)
-    for frames in data.frame_buckets:
-        for height, width in data.resolutions:
-            reason = refusal(conventions, Bucket(frames, height, width))
-            if frames <= data.max_num_frames and reason:
-                raise UsageError(f"data.frame_buckets, data.resolution_buckets: {reason}")
-
-
-def cut_clips(
-    stage: Stage, sources: Sequence[Source], pool: DecodePool, recipe: str
-) -> tuple[list[Clip], list[tuple[Source, str]]]:
-    """Probe every source and cut its windows; sources that give none come back with the reason."""
-    clips: list[Clip] = []
-    left_out: list[tuple[Source, str]] = []
-    unique: list[Path] = list(dict.fromkeys(source.path for source in sources))
-    probes: dict[Path, Probe | BadVideo] = {}
-    with console.Progress("probing", len(unique)) as bar:
-        for path, probe in zip(unique, pool.probe_all(unique), strict=True):
-            stage.stop.check("nothing was lost")
-            probes[path] = probe
-            bar.advance()
-    for source in sources:
-        probe = probes[source.path]
-        if isinstance(probe, BadVideo):
-            left_out.append((source, probe.reason))
-            continue
-        windows = cut_windows(
-            probe.timestamps_us,
-            probe.height,
-            probe.width,
-            stage.config.data,
-            start_seconds=source.start_seconds,
-            end_seconds=source.end_seconds,
+def _refuse_full_disk(stage: Stage, wanted: Survey) -> None:
+    """Raises `CacheError` before hours are spent on a disk that cannot hold the result."""
+    free = stage.storage.free_bytes()
+    if free is None:
+        return
+    needed = bytes_needed(stage, wanted, find_work(stage, wanted))
+    if free < needed:
+        raise CacheError(
+            f"{stage.storage}: about {console.bytes_text(needed)} are needed, {console.bytes_text(free)} are free; "
+            "free some space or choose another precompute.cache"
         )
-        if isinstance(windows, Skipped):
-            left_out.append((source, windows.reason))
-            continue
-        mode = stage.config.data.video_reshape_mode
-        clips += [
-            Clip(source, probe, window, recipes.latent_key(probe.sha256, window, mode, recipe)) for window in windows
-        ]
-    return clips, left_out

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from precompute.plan import Part
-from precompute.recipes import Encoders
+from precompute.recipes import Encoders, find_encoders
 from precompute.report import Report
 from shared.config import Config
-from shared.files import Storage
+from shared.files import Storage, open_storage
 from shared.preemption import StopSignal
 
 
@@ -20,3 +20,13 @@ class Stage:
     part: Part
     stop: StopSignal
     report: Report
+
+    def check(self) -> None:
+        """Raises `Preempted` if a signal has come."""
+        self.stop.check("finished shards are stored")
+
+
+def open_stage(config: Config, part: Part, stop: StopSignal) -> Stage:
+    """Find the cache and the encoders; raises `UsageError` naming what is missing."""
+    storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
+    return Stage(config, storage, find_encoders(config), part, stop, Report())

@@ -6,33 +6,25 @@ from typing import Any
 from precompute.clips import Source
 from precompute.plan import Inventory
 from precompute.recipes import Clip
+from precompute.survey import Survey
 from shared.config import Data
 from shared.fingerprint import key_of
-from shared.store import Collection
 from shared.view import View, ViewRow
 
 
-def make_view(
-    data: Data,
-    clips: Sequence[Clip],
-    left_out: Sequence[tuple[Source, str]],
-    latents: Collection,
-    prompts: Collection,
-    texts: Mapping[str, str],
-    truncated: Mapping[str, int],
-    inventory: Inventory,
-) -> View:
+def make_view(data: Data, wanted: Survey, truncated: Mapping[str, int], inventory: Inventory) -> View:
     """Every clip and every source left out is one row: planned = stored + skipped(reason)."""
-    keys = {text: key for key, text in texts.items()}
-    held_out = _held_out(data, [clip for clip in clips if clip.key in inventory.stored])
+    keys = {text: key for key, text in wanted.texts.items()}
+    held_out = _held_out(data, [clip for clip in wanted.clips if clip.key in inventory.stored])
     rows = []
-    for clip in clips:
+    for clip in wanted.clips:
         reason = "" if clip.key in inventory.stored else inventory.skipped[clip.key][0]
         split = "skipped" if reason else "held_out" if clip.probe.sha256 in held_out else "train"
         rows.append(_row(clip.source, keys, truncated, clip=clip, split=split, skipped=reason))
-    rows += [_row(source, keys, truncated, clip=None, split="skipped", skipped=reason) for source, reason in left_out]
+    for source, reason in wanted.left_out:
+        rows.append(_row(source, keys, truncated, clip=None, split="skipped", skipped=reason))
     special = {text: keys[text] for text in (*data.validation_prompts, data.negative_prompt, "")}
-    return View(data.name, latents, prompts, special, tuple(rows))
+    return View(data.name, wanted.latents, wanted.prompts, special, tuple(rows))
 
 
 def _held_out(data: Data, clips: Sequence[Clip]) -> set[str]:
@@ -72,4 +64,5 @@ def _row(
         truncated_tokens=tuple(truncated[key] for key in prompt_keys),
         split=split,
         skipped=skipped,
+        source_sha256=clip.probe.sha256 if clip else "",
     )

@@ -28,8 +28,12 @@ def _multiple_of_16(size: int) -> int:
     return size
 
 
+SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b")
+"""Access tokens of the hub and of S3."""
+
+
 def _not_a_secret(text: str) -> str:
-    if re.search(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b", text):
+    if SECRET.search(text):
         raise ValueError("looks like an access token; log in with `hf auth login` or set HF_TOKEN instead")
     return text
 
@@ -120,6 +124,8 @@ class Data(Table):
 class Precompute(Table):
     cache: Text
     """Folder or fsspec URL of the cache, shared by every run."""
+    local_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50
+    """Remote cache: disk that local copies of its shards may take, in the user's cache folder."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"; auto takes the GPU when there is one."""
     vae_dtype: Precision = "auto"
@@ -163,6 +169,14 @@ class Train(Table):
     """Dropout before the adapter."""
     lora_target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_k", "to_q", "to_v", "to_out.0")
     """Linear layers that get an adapter."""
+    use_rslora: bool = False
+    """Scale the adapter by lora_alpha / sqrt(lora_rank) instead (arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Also train the length of each weight column (arXiv 2402.09353); the export loads through peft."""
+    initial_adapter: Path | None = None
+    """An exported adapter (folder or file) to start from, of the same rank, alpha and target modules."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Average the adapter's weights over the steps, and evaluate and export the average; 0 is off."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     lr_scheduler: Schedule = "constant"
@@ -173,8 +187,8 @@ class Train(Table):
     """Restarts of cosine_with_restarts."""
     lr_power: Annotated[float, Field(gt=0)] = 1.0
     """Power of polynomial."""
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    """adam adds weight decay to the gradient (L2), adamw decays the weights."""
+    optimizer: Literal["adam", "adamw", "adamw8bit", "prodigy", "schedulefree"] = "adamw"
+    """adam adds weight decay to the gradient (L2), the others decay the weights; the last three are optional extras."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -183,6 +197,14 @@ class Train(Table):
     """Added to the denominator."""
     adam_weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Weight decay."""
+    prodigy_beta3: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of prodigy's step size statistics; None is sqrt(adam_beta2)."""
+    prodigy_decouple: bool = False
+    """Let prodigy decay the weights, as adamw, instead of adding to the gradient."""
+    prodigy_use_bias_correction: bool = False
+    """Adam's bias correction in prodigy."""
+    prodigy_safeguard_warmup: bool = False
+    """Leave the learning rate out of prodigy's estimate, for warm-up."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     max_train_steps: Positive | None = None
@@ -201,6 +223,10 @@ class Train(Table):
     """Precision of the frozen transformer and its activations (adapters are fp32); auto is the checkpoint's own."""
     allow_tf32: bool = False
     """Let matrix products of fp32 use TF32 on the GPU."""
+    timestep_sampling: Literal["uniform", "stratified"] = "uniform"
+    """stratified: the clips of a global batch share out the schedule in equal parts."""
+    snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Min-SNR loss weight with this gamma (arXiv 2303.09556), usually 5; None weighs all timesteps alike."""
     caption_dropout: Fraction = 0.0
     """Chance that a clip is trained with the empty prompt."""
     noised_image_dropout: Fraction = 0.05
@@ -214,9 +240,51 @@ class Train(Table):
     resume_from_checkpoint: str = "latest"
     """"latest", a checkpoint's name in the run folder, or "none" to refuse a run folder that has checkpoints."""
     validation_steps: Count = 0
-    """Optimizer steps between held-out losses; 0 is never."""
+    """Optimizer steps between held-out losses, which are taken at the end in any case; 0 is only at the end."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where the metrics also go; metrics.jsonl is always written."""
+    tracker_name: Text = "precog"
+    """The tracker's name of the project."""
+    log_clips: bool = False
+    """Write each step's clips and timesteps to metrics.jsonl."""
     device: str = "auto"
     """"cpu", "cuda"; auto takes this process's GPU when there is one."""
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> "Train":
+        changed = [name for name in sorted(self.model_fields_set) if name.startswith("prodigy_")]
+        given = [name for name in changed if getattr(self, name) != type(self).model_fields[name].default]
+        if given and self.optimizer != "prodigy":
+            raise ValueError(f"{given[0]} needs optimizer = 'prodigy'")
+        if self.optimizer == "schedulefree":
+            if self.lr_scheduler not in ("constant", "constant_with_warmup"):
+                raise ValueError(f"optimizer = 'schedulefree' takes the place of lr_scheduler = {self.lr_scheduler!r}")
+            if self.ema_decay:
+                raise ValueError("optimizer = 'schedulefree' averages the weights itself: ema_decay has to be 0")
+            if not self.adam_beta1:
+                raise ValueError("optimizer = 'schedulefree' divides by adam_beta1, which is 0")
+            if not self.adam_beta1:
+                raise ValueError("optimizer = 'schedulefree' divides by adam_beta1, which is 0")
+        return self
+
+
+class Memory(Table):
+    """What training keeps on the card. "auto" fields are chosen by the card's free memory and the largest pack."""
+
+    activations: Literal["auto", "block_input", "attention_output", "full"] = "auto"
+    """What a block keeps for its backward pass; block_input recomputes all, attention_output all but attention."""
+    offload_activations: bool | Literal["auto"] = "auto"
+    """Keep in host memory what the blocks keep."""
+    stream_weights: Literal["auto", 0] | Annotated[int, Field(ge=2)] = "auto"
+    """Blocks whose frozen weights are on the card, the others wait in host memory; 0 is all of them."""
+    modulation_table: bool | Literal["auto"] = "auto"
+    """Keep the frozen adaLN layers in host memory and their result per timestep."""
+    chunk_tokens: Positive = 4096
+    """Tokens that the layers around attention work on at a time, where a block is recomputed."""
+    base_precision: Literal["model", "int8"] = "model"
+    """Storage of the frozen blocks' weights; int8 is weight-only, one scale per output row."""
+    allow_low_cosine: bool = False
+    """Train on an int8 base even if the adapter's gradient strays below cosine 0.99 from the unquantised one."""
 
 
 class Sample(Table):
@@ -257,6 +325,7 @@ class Config(Table):
     data: Data
     precompute: Precompute
     train: Train
+    memory: Memory = Memory()
     sample: Sample = Sample()
 
 
@@ -282,7 +351,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     except ValidationError as error:
         problems = {problem["loc"][:2]: problem for problem in reversed(error.errors())}
         lines = [_explain(problem, path, source, overrides or []) for problem in problems.values()]
-        raise UsageError("\n".join(reversed(lines))) from None
+        raise UsageError(SECRET.sub("***", "\n".join(reversed(lines)))) from None
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -1,13 +1,15 @@
 """Where cache files live, and the one way they are written: whole or not at all, first writer wins.
 
-A `Storage` names files by posix paths relative to its root. On a local folder a file is published by
-unique temporary -> fsync -> link to its final name (no clobber) -> fsync of the folder.
+A `Storage` names files by posix paths relative to its root. On a local folder a file is published by unique temporary
+-> fsync -> link to its final name (no clobber) -> fsync of the folder; `shared/remote.py` has the other kind.
 """
 
 import errno
 import os
 import secrets
+import shutil
 from pathlib import Path
+from typing import Protocol
 
 from shared.errors import CacheError, UsageError
 
@@ -15,29 +17,73 @@ TEMPORARY = ".tmp-"
 """Prefix of files in the making; readers never look at them and nobody deletes another writer's."""
 
 
-class Storage:
+class Storage(Protocol):
+    """A cache, wherever it is; `str` is its root, for messages."""
+
+    def path(self, name: str) -> Path:
+        """A local path of the file, for mapping; a remote file is fetched whole first."""
+
+    def names(self, folder: str, suffix: str) -> list[str]:
+        """Sorted names of the files below `folder` that end with `suffix`; [] if there is no such folder."""
+
+    def read(self, name: str, *, limit_bytes: int) -> bytes:
+        """The whole file; raises `CacheError` if it is missing or larger than `limit_bytes`."""
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes, or None if there is no such file."""
+
+    def free_bytes(self) -> int | None:
+        """What can still be written, or None where nobody can tell."""
+
+    def set_aside(self, name: str) -> None:
+        """Rename a file to `<name>.damaged`, out of every reader's sight, if it is there."""
+
+    def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
+        """Write a file whole or not at all; False if another writer's is already there (it stays unless `replace`).
+
+        Raises `CacheError` if the disk is full or a remote cannot be written.
+        """
+
+
+def open_storage(cache: str, *, local_cache_gib: float = 50, local_folder: Path | None = None) -> Storage:
+    """The storage of `precompute.cache`: a folder, or a URL that fsspec knows.
+
+    `local_cache_gib` bounds the copies of remote shards in `local_folder` (the user's cache folder unless given).
+    Raises `UsageError` if nothing here can open the URL.
+    """
+    if cache.startswith("file://"):
+        cache = cache.removeprefix("file://")
+        if not cache.startswith("/"):
+            raise UsageError(f"precompute.cache = 'file://{cache}': write it as file:///folder or as a plain folder")
+    if "://" not in cache:
+        return LocalStorage(cache)
+    from shared.remote import RemoteStorage, open_filesystem
+
+    filesystem, root = open_filesystem(cache)
+    return RemoteStorage(filesystem, root, cache, int(local_cache_gib * 2**30), local_folder)
+
+
+class LocalStorage:
     """A cache folder on a local or shared file system."""
 
     def __init__(self, root: str) -> None:
-        if "://" in root:
-            raise UsageError(f"precompute.cache = {root!r}: remote caches are not supported yet; give a folder")
         self.root = Path(root)
 
     def __str__(self) -> str:
         return str(self.root)
 
     def path(self, name: str) -> Path:
-        """The local path of a file, for reading or mapping."""
         return self.root / name
 
     def names(self, folder: str, suffix: str) -> list[str]:
-        """Sorted names of the files below `folder` that end with `suffix`; [] if there is no such folder."""
         found = (self.root / folder).rglob(f"*{suffix.rpartition('/')[2]}")
         names = (path.relative_to(self.root).as_posix() for path in found if not path.name.startswith(TEMPORARY))
         return sorted(name for name in names if name.endswith(suffix))
 
     def read(self, name: str, *, limit_bytes: int) -> bytes:
-        """The whole file; raises `CacheError` if it is missing or larger than `limit_bytes`."""
         path = self.root / name
         try:
             with path.open("rb") as file:
@@ -52,23 +98,21 @@ class Storage:
         return (self.root / name).is_file()
 
     def size(self, name: str) -> int | None:
-        """Bytes, or None if there is no such file."""
         try:
             return (self.root / name).stat().st_size
         except FileNotFoundError:
             return None
 
+    def free_bytes(self) -> int | None:
+        there = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.is_dir())
+        return shutil.disk_usage(there).free
+
     def set_aside(self, name: str) -> None:
-        """Rename a file to `<name>.damaged`, out of every reader's sight, if it is there."""
         path = self.root / name
         if path.exists():
             path.replace(path.with_name(f"{path.name}.damaged"))
 
     def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
-        """Write a file whole or not at all; False if another writer's is already there (it stays unless `replace`).
-
-        Raises `CacheError` if the disk is full; `OSError` of any other kind passes through.
-        """
         final = self.root / name
         temporary = final.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{final.name}")
         try:

@@ -1,16 +1,19 @@
 """The parts of a pretrained pipeline on disk: a local folder or a hub snapshot, safetensors only."""
 
 import json
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from shared.config import Model
 from shared.errors import UsageError
+from shared.fingerprint import sha256_files
 
-HEADER_BYTES = 100 * 2**20
-"""The largest safetensors header the library itself accepts."""
+FileMark = tuple[int, int]
+"""Size in bytes and mtime in nanoseconds: unchanged means the same bytes, changed means they have to be hashed."""
+UNIMPORTANT_SETTINGS = {"_diffusers_version", "_name_or_path", "transformers_version", "architectures"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +28,27 @@ class Part:
     def config(self) -> dict[str, Any]:
         return read_config(self.folder / "config.json")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The config without what names a place or a version."""
+        return {name: value for name, value in self.config.items() if name not in UNIMPORTANT_SETTINGS}
+
+    @property
+    def marks(self) -> tuple[FileMark, ...]:
+        """Of the weight files, by name; nothing is opened."""
+        statuses = [path.stat() for path in sorted(self.weights)]
+        return tuple((status.st_size, status.st_mtime_ns) for status in statuses)
+
+    def sha256(self) -> list[str]:
+        """Sorted hashes of the weight files; what they are called does not matter. Reads local files whole."""
+        return sorted(sha256_files(self.weights).values())
+
     def dtype(self) -> str:
-        """The published precision: "fp32", "fp16" or "bf16", by the bytes of most weights."""
+        """The published precision: "fp32", "fp16" or "bf16", that of most weights; only headers are read."""
         totals: dict[str, int] = {}
         for path in self.weights:
-            for entry in _header(path).values():
-                start, end = entry.get("data_offsets", (0, 0))
-                totals[entry.get("dtype", "")] = totals.get(entry.get("dtype", ""), 0) + end - start
+            for dtype, size in _tensors(path):
+                totals[dtype] = totals.get(dtype, 0) + size
         names = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
         found = max(totals, key=lambda name: totals[name], default="")
         if found not in names:
@@ -46,7 +63,7 @@ def pretrained_folder(model: Model, name: str) -> Path:
     """
     root = Path(model.pretrained_model_name_or_path)
     if not root.is_dir():
-        root = _fetch(model, name)
+        root = _fetch(model, name, local_files_only=False)
     folder = root / name
     if not folder.is_dir():
         raise UsageError(f"model.pretrained_model_name_or_path = {str(root)!r}: has no {name}/ folder")
@@ -55,16 +72,26 @@ def pretrained_folder(model: Model, name: str) -> Path:
 
 def pretrained_part(model: Model, name: str) -> Part:
     """A part with weights; raises `UsageError` naming what is missing, or what is a pickle."""
-    folder = pretrained_folder(model, name)
-    variant, weights = model.variant, weight_files(folder, model.variant)
-    if not weights and variant is not None and name == "text_encoder":
-        variant, weights = None, weight_files(folder, None)  # published variants leave T5 out
-    if not weights:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        what = f"only pickled weights ({pickles[0]}), which are never loaded" if pickles else "no safetensors weights"
-        of_variant = f" of variant {variant!r}" if variant else ""
-        raise UsageError(f"{folder}: {what}{of_variant}; convert them to safetensors or choose another checkpoint")
-    return Part(folder, variant, weights)
+    return _part(pretrained_folder(model, name), model.variant)
+
+
+def present_folder(model: Model, name: str) -> Path | None:
+    """The folder of a part if this machine has it already; nothing is downloaded."""
+    root = Path(model.pretrained_model_name_or_path)
+    try:
+        folder = (root if root.is_dir() else _fetch(model, name, local_files_only=True)) / name
+    except UsageError:
+        return None
+    return folder if folder.is_dir() else None
+
+
+def present_part(model: Model, name: str) -> Part | None:
+    """A part if this machine has it with all its weights; nothing is downloaded."""
+    folder = present_folder(model, name)
+    try:
+        return None if folder is None else _part(folder, model.variant)
+    except UsageError:
+        return None
 
 
 def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
@@ -76,7 +103,7 @@ def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
             return (single,)
         index = folder / f"{stem}.safetensors.index{dot}.json"
         if index.is_file():
-            names = sorted(set(read_config(index).get("weight_map", {}).values()))
+            names = _indexed(index)
             missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
             if missing or not names:
                 raise UsageError(f"{index}: names weight files that are not there: {', '.join(missing) or 'none'}")
@@ -84,32 +111,52 @@ def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
     return ()
 
 
+def _indexed(index: Path) -> list[str]:
+    """The files that an index of shards names."""
+    shards = read_config(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise UsageError(f"{index}: not an index of safetensors files")
+    return sorted(set(shards.values()))
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object; raises `UsageError` naming the file."""
     try:
         config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(config, dict):
         raise UsageError(f"{path}: not a JSON object")
     return config
 
 
-def _header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        if not 2 <= length <= HEADER_BYTES:
-            raise UsageError(f"{path}: not a safetensors file")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-        except ValueError:
-            raise UsageError(f"{path}: not a safetensors file") from None
-    header.pop("__metadata__", None)
-    return header
+def _part(folder: Path, variant: str | None) -> Part:
+    weights = weight_files(folder, variant)
+    if not weights and variant is not None and folder.name == "text_encoder":
+        variant, weights = None, weight_files(folder, None)  # published variants leave T5 out
+    if not weights:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        what = f"only pickled weights ({pickles[0]}), which are never loaded" if pickles else "no safetensors weights"
+        of_variant = f" of variant {variant!r}" if variant else ""
+        raise UsageError(f"{folder}: {what}{of_variant}; convert them to safetensors or choose another checkpoint")
+    return Part(folder, variant, weights)
 
 
-def _fetch(model: Model, name: str) -> Path:
-    """Download one part of a hub repository; the root of the snapshot."""
+def _tensors(path: Path) -> Iterator[tuple[str, int]]:
+    """Dtype and number of elements of each tensor; raises `UsageError` for a torn file or one of another kind."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(name)
+                yield tensor.get_dtype(), prod(tensor.get_shape())
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+
+
+def _fetch(model: Model, name: str, *, local_files_only: bool) -> Path:
+    """Download one part of a hub repository, or find what is there of it; the root of the snapshot."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -119,6 +166,7 @@ def _fetch(model: Model, name: str) -> Path:
             revision=model.revision,
             cache_dir=model.model_cache_dir,
             allow_patterns=[f"{name}/*.json", f"{name}/*.safetensors", f"{name}/*.model"],
+            local_files_only=local_files_only,
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as safetensors_bytes
 
 from shared.errors import CacheError
@@ -128,21 +130,57 @@ def write_shard(
     skipped: Mapping[str, str] | None = None,
     attempt: int = 0,
 ) -> Receipt:
-    """Publish the tar, then its receipt; a shard that another writer finished meanwhile stays as it is.
+    """Publish the tar, then its receipt, and return the receipt that is there then.
 
-    A tar without a receipt is what a crash left, or another writer's a moment before its receipt: equal bytes are
-    kept, others replaced, and whoever wrote the tar last owns the receipt. Raises `CacheError` if the disk is full.
+    The first writer wins. Whoever finds a whole tar without a receipt (a crash left it, or another writer is about to
+    finish it) writes the receipt of that tar, not of its own bytes: two GPUs may round differently, and receipt and
+    tar must belong together whoever comes when. Raises `CacheError` if the disk is full.
     """
     content, receipt = pack_shard(samples, skipped, attempt)
     tar_name, receipt_name = f"{folder}/{receipt.shard}.tar", f"{folder}/{receipt.shard}.json"
     if not storage.publish(tar_name, content):
         if storage.exists(receipt_name):
             return read_receipt(storage, receipt_name)
-        if storage.read(tar_name, limit_bytes=SHARD_BYTES) != content:
+        theirs = _receipt_of(storage.read(tar_name, limit_bytes=SHARD_BYTES), receipt)
+        if theirs is None:
             storage.publish(tar_name, content, replace=True)
-    if not storage.publish(receipt_name, receipt_bytes(receipt)) and read_receipt(storage, receipt_name) != receipt:
-        storage.publish(receipt_name, receipt_bytes(receipt), replace=True)
+        else:
+            receipt = theirs
+    if not storage.publish(receipt_name, receipt_bytes(receipt)):
+        return read_receipt(storage, receipt_name)
     return receipt
+
+
+def _receipt_of(content: bytes, wanted: Receipt) -> Receipt | None:
+    """The receipt of a tar made for the same keys, or None if it is not whole: packing what it holds gives it again."""
+    keys = {*(place.key for place in wanted.samples), *wanted.skipped}
+    try:
+        samples = _unpack(content)
+    except (tarfile.TarError, SafetensorError, ValueError, KeyError, RecursionError):
+        return None
+    missing = keys - {sample.key for sample in samples}
+    if len(samples) + len(missing) != len(keys):
+        return None
+    skipped = {key: wanted.skipped.get(key, "skipped by another worker") for key in missing}
+    again, receipt = pack_shard(samples, skipped, wanted.attempt)
+    return receipt if again == content else None
+
+
+def _unpack(content: bytes) -> list[Sample]:
+    """The samples of a tar that nobody has vouched for; whatever is wrong with it raises."""
+    files = {}
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for member in tar:
+            stream = tar.extractfile(member)
+            if stream is None or member.name in files:
+                raise ValueError(f"unexpected member {member.name!r}")
+            files[member.name] = stream.read()
+    keys = sorted({name.partition(".")[0] for name in files})
+    if not all(is_key(key) for key in keys):
+        raise ValueError("a member is not named by a key")
+    return [
+        Sample(key, load_safetensors(files[f"{key}.safetensors"]), json.loads(files[f"{key}.json"])) for key in keys
+    ]
 
 
 def read_receipt(storage: Storage, name: str) -> Receipt:
@@ -212,15 +250,14 @@ class MappedShard:
     """A tar mapped into memory; its samples are views of the page cache."""
 
     def __init__(self, storage: Storage, tar_name: str, receipt: Receipt) -> None:
-        path = storage.path(tar_name)
-        self.where = str(path)
+        self.where = where = f"{storage}/{tar_name}"
         try:
-            with path.open("rb") as file:
+            with storage.path(tar_name).open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError) as error:
-            raise CacheError(f"{path}: cannot be opened ({error}); run precompute again") from None
+            raise CacheError(f"{where}: cannot be opened ({error}); run precompute again") from None
         if len(self._map) != receipt.size:
-            raise CacheError(f"{path}: {len(self._map)} bytes where its receipt says {receipt.size}")
+            raise CacheError(f"{where}: {len(self._map)} bytes where its receipt says {receipt.size}")
 
     def tensors(self, place: SamplePlace) -> dict[str, torch.Tensor]:
         """Zero-copy CPU tensors of one sample; writing to one changes private memory only."""

@@ -4,9 +4,9 @@ A collection is `latents/<recipe>` or `prompts/<recipe>`: all in it was made by 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,10 +70,10 @@ def shards(storage: Storage, folder: str) -> Iterator[tuple[str, Receipt]]:
     Raises `CacheError` if a receipt is damaged or its tar is missing or has another size.
     """
     names = [name for name in storage.names(folder, ".json") if not name.endswith("/recipe.json")]
+    tars = [name.removesuffix(".json") + ".tar" for name in names]
     with ThreadPoolExecutor(8) as pool:
-        for name, receipt in zip(names, pool.map(lambda name: read_receipt(storage, name), names), strict=True):
-            tar = name.removesuffix(".json") + ".tar"
-            size = storage.size(tar)
+        receipts = pool.map(lambda name: read_receipt(storage, name), names)
+        for tar, receipt, size in zip(tars, receipts, pool.map(storage.size, tars), strict=True):
             if size != receipt.size:
                 found = "is missing" if size is None else f"has {size} bytes where its receipt says {receipt.size}"
                 raise CacheError(f"{storage}/{tar}: {found}; `precog cache verify --repair` sets it aside")
@@ -89,14 +89,24 @@ def stored_samples(storage: Storage, collection: Collection) -> dict[str, Stored
     }
 
 
-class SampleReader:
-    """Reads samples of a collection by key, zero-copy; maps a shard on its first use."""
+MAPPED_SHARDS = 2
+"""A reader holds so many shards mapped, because pages that were read count as its memory for as long as they are."""
 
-    def __init__(self, storage: Storage, collection: Collection) -> None:
+
+class SampleReader:
+    """Reads samples of a collection by key, zero-copy; what it holds in memory does not grow with what it has read."""
+
+    def __init__(self, storage: Storage, collection: Collection, keys: Container[str] | None = None) -> None:
+        """`keys` are those that will be asked for, all if None."""
         self._storage = storage
         self._collection = collection
-        self._receipts = dict(shards(storage, collection.folder))
-        self._places = {place.key: (tar, place) for tar, receipt in self._receipts.items() for place in receipt.samples}
+        self._receipts: dict[str, Receipt] = {}
+        self._places: dict[str, tuple[str, SamplePlace]] = {}
+        for tar, receipt in shards(storage, collection.folder):
+            wanted = [place for place in receipt.samples if keys is None or place.key in keys]
+            if wanted:
+                self._receipts[tar] = replace(receipt, samples=(), skipped={})
+                self._places |= {place.key: (tar, place) for place in wanted}
         self._mapped: dict[str, MappedShard] = {}
 
     def __contains__(self, key: str) -> bool:
@@ -128,9 +138,12 @@ class SampleReader:
             raise CacheError(f"{where}: sample {key} is not stored; run `precog precompute` with this config") from None
 
     def _shard(self, tar: str) -> MappedShard:
-        if tar not in self._mapped:
-            self._mapped[tar] = MappedShard(self._storage, tar, self._receipts[tar])
-        return self._mapped[tar]
+        """Mapped, and the last in line to be let go; a tensor that is still used keeps its own shard mapped."""
+        shard = self._mapped.pop(tar, None) or MappedShard(self._storage, tar, self._receipts[tar])
+        self._mapped[tar] = shard
+        if len(self._mapped) > MAPPED_SHARDS:
+            del self._mapped[next(iter(self._mapped))]
+        return shard
 
 
 def damage(storage: Storage, tar: str, receipt: Receipt) -> str | None:

@@ -3,13 +3,14 @@
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from shared.errors import CacheError
 from shared.files import Storage
 from shared.fingerprint import Json, key_of
 from shared.geometry import Bucket
+from shared.pretrained import FileMark
 from shared.store import Collection
 
 VIEW_BYTES = 2**30
@@ -36,6 +37,8 @@ class ViewRow:
     split: Literal["train", "held_out", "skipped"]
     skipped: str
     """Why the clip was left out; empty when it was not."""
+    source_sha256: str = ""
+    """Of the source's bytes; empty where it could not be read."""
 
     @property
     def bucket(self) -> Bucket:
@@ -52,6 +55,8 @@ class View:
     special_prompts: dict[str, str]
     """Text -> key of the prompts encoded beside the captions: empty, negative, validation."""
     rows: tuple[ViewRow, ...]
+    encoders: dict[str, tuple[FileMark, ...]] = field(default_factory=dict)
+    """Part -> marks of the weight files it was made with, so that stage 2 knows them again without reading them."""
 
     def split(self, name: str) -> tuple[ViewRow, ...]:
         """The rows of one split in canonical order: by what they hold, not by where they were listed."""
@@ -91,6 +96,7 @@ def write_view(storage: Storage, view: View) -> None:
         "special_prompts": view.special_prompts,
         "clips": {split: len(view.split(split)) for split in ("train", "held_out", "skipped")},
         "hash": view.hash,
+        "encoders": view.encoders,
     }
     storage.publish(f"datasets/{view.name}.parquet", stream.getvalue(), replace=True)
     content = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False).encode()
@@ -119,6 +125,7 @@ def read_view(storage: Storage, name: str) -> View:
             Collection("prompts", about["prompts"]),
             about["special_prompts"],
             rows,
+            _marks(about["encoders"]),
         )
         if view.hash != about["hash"]:
             raise ValueError("table and description do not belong together")
@@ -130,6 +137,21 @@ def read_view(storage: Storage, name: str) -> View:
 def view_names(storage: Storage) -> list[str]:
     """The views of a cache."""
     return [name.removeprefix("datasets/").removesuffix(".json") for name in storage.names("datasets", ".json")]
+
+
+def _marks(encoders: object) -> dict[str, tuple[FileMark, ...]]:
+    marks: dict[str, tuple[FileMark, ...]] = {}
+    if not isinstance(encoders, dict):
+        raise ValueError("encoders: not a table")
+    for part, files in encoders.items():
+        if not isinstance(files, list) or not all(_is_mark(mark) for mark in files):
+            raise ValueError(f"{part}: not a list of file sizes and times")
+        marks[part] = tuple((mark[0], mark[1]) for mark in files)
+    return marks
+
+
+def _is_mark(mark: object) -> bool:
+    return isinstance(mark, list) and len(mark) == 2 and all(type(number) is int for number in mark)
 
 
 def _row(values: Mapping[str, Any]) -> ViewRow:

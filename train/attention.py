@@ -1,4 +1,12 @@
-"""Attention over a pack: full inside a clip, none across. Tokens of one clip are neighbours, text before video."""
+"""Attention over a pack: full inside a clip, none across. Tokens of one clip are neighbours, text before video.
+
+`attend` is for autograd. `attention_forward` and `attention_backward` are the two halves by hand, on the kernels that
+torch itself would choose, so that the backward pass needs the output and its logsumexp and never the forward again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -6,6 +14,22 @@ from torch.nn import functional
 
 RotaryTable = tuple[Tensor, Tensor]
 """cos and sin, [S,head_dim] each, fp32, every angle twice in a row."""
+
+BACKENDS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
+"""torch.nn.attention.SDPBackend by number."""
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionState:
+    """What one clip's backward needs beside query, key, value and output."""
+
+    backend: str
+    logsumexp: Tensor
+    """[1,heads,S], fp32 (float64 on a float64 model)."""
+    kernel: tuple[Any, ...] = ()
+    """What the kernel's forward wants back in its backward: lengths and an unused random state."""
 
 
 def rotate(tokens: Tensor, rotary: RotaryTable) -> Tensor:
@@ -28,6 +52,125 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Ten
 
 
 def _attend_clip(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    # [S,heads,head_dim] -> [1,heads,S,head_dim], which is what the attention kernels want
-    query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
+    query, key, value = (_heads_first(part) for part in (query, key, value))
+    if query.device.type == "meta":  # where torch knows no kernel but the one that keeps all scores
+        return aten._scaled_dot_product_flash_attention(query, key, value)[0][0].transpose(0, 1).flatten(1)  # type: ignore[no-any-return]
     return functional.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1).flatten(1)
+
+
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, list[AttentionState]]:
+    """The same as `attend` outside autograd, and what `attention_backward` needs of each clip."""
+    attended = torch.empty_like(query)
+    states: list[AttentionState] = []
+    for parts in _clips(lengths, query, key, value, attended):
+        *inputs, result = (_heads_first(part) for part in parts)
+        output, state = _forward(*inputs)
+        result.copy_(output)
+        states.append(state)
+    return attended.flatten(1), states
+
+
+def attention_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attended: Tensor,
+    states: Sequence[AttentionState],
+    lengths: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients [S,heads,head_dim] for query, key and value from the gradient [S,heads*head_dim] for `attended`."""
+    gradient, attended = gradient.view_as(query), attended.view_as(query)
+    per_clip = [
+        _backward(state, *(_heads_first(part) for part in parts))
+        for state, parts in zip(states, _clips(lengths, gradient, query, key, value, attended), strict=True)
+    ]
+    if len(per_clip) == 1:  # nothing to join, nothing to copy
+        query_gradient, key_gradient, value_gradient = (_tokens_first(part) for part in per_clip[0])
+    else:
+        query_gradient, key_gradient, value_gradient = (
+            torch.cat([_tokens_first(part) for part in parts]) for parts in zip(*per_clip, strict=True)
+        )
+    return query_gradient, key_gradient, value_gradient
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, AttentionState]:
+    if query.device.type == "meta":
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        return torch.empty_like(query), AttentionState("meta", lse)
+    backend = attention_backend(query, key, value)
+    if backend == "flash" and query.device.type == "cpu":
+        output, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+        return output, AttentionState("flash_cpu", lse)
+    if backend == "flash":
+        output, lse, *kernel = aten._scaled_dot_product_flash_attention(query, key, value)[:8]
+        return output, AttentionState(backend, lse, tuple(kernel))
+    if backend == "cudnn":
+        output, lse, *kernel = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)[:8]
+        return output, AttentionState(backend, lse, tuple(kernel))
+    if backend == "efficient":
+        output, lse, *kernel = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)
+        return output, AttentionState(backend, lse, tuple(kernel))
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp() @ value, AttentionState("math", lse)
+
+
+def _backward(
+    state: AttentionState, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    saved = (gradient, query, key, value, output, state.logsumexp)
+    if state.backend == "meta":
+        # the kernels sum the query's gradient in fp32
+        sums = torch.empty_like(query, dtype=torch.float32)
+        result = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        del sums
+        return result
+    if state.backend == "flash_cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(*saved, 0.0, False)  # type: ignore[no-any-return]
+    if state.backend == "flash":
+        *lengths, seed, offset = state.kernel
+        return aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+            *saved, *lengths, 0.0, False, seed, offset
+        )
+    if state.backend == "cudnn":
+        *lengths, seed, offset = state.kernel
+        return aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
+            *saved, seed, offset, None, *lengths, 0.0, False
+        )
+    if state.backend == "efficient":
+        needed = [True, True, True, False]
+        result = aten._scaled_dot_product_efficient_attention_backward(
+            gradient, query, key, value, None, output, state.logsumexp, *state.kernel, 0.0, needed
+        )
+        return result[:3]  # type: ignore[no-any-return]
+    # softmax's own backward: dS = P * (dP - rowsum(dO * O)), as in the FlashAttention paper, section 3.1 and appendix B
+    scaling = query.shape[-1] ** -0.5
+    weights = (query @ key.transpose(-1, -2) * scaling - state.logsumexp[..., None]).exp()
+    weights_gradient = gradient @ value.transpose(-1, -2) - (gradient * output).sum(-1, keepdim=True)
+    scores_gradient = weights * weights_gradient * scaling
+    return (
+        scores_gradient @ key,
+        scores_gradient.transpose(-1, -2) @ query,
+        weights.transpose(-1, -2) @ gradient,
+    )
+
+
+def attention_backend(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """What torch's own attention would run for these [1,heads,S,head_dim]: flash, cudnn, efficient or math."""
+    return BACKENDS.get(torch._fused_sdp_choice(query, key, value), "math")
+
+
+def _clips(lengths: Sequence[int], *parts: Tensor) -> Any:
+    return zip(*(torch.split(part, list(lengths)) for part in parts), strict=True)
+
+
+def _heads_first(tokens: Tensor) -> Tensor:
+    """[S,heads,head_dim] -> [1,heads,S,head_dim], which is what the attention kernels want."""
+    return tokens.transpose(0, 1)[None]
+
+
+def _tokens_first(heads: Tensor) -> Tensor:
+    return heads[0].transpose(0, 1)

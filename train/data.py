@@ -3,8 +3,10 @@
 Every draw is keyed by (seed, epoch, sample key), so a clip's example depends on nothing else.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from shared.variants import Conventions
 from shared.view import View, ViewRow
 from train.conditioning import image_condition, pad_front
 from train.forward import ModelInput
-from train.objective import NoiseSchedule, add_noise, velocity
+from train.objective import NoiseSchedule, add_noise, min_snr_weight, velocity
 from train.order import Draw
 
 
@@ -33,6 +35,8 @@ class Example:
     """For messages: source and time."""
     draw: str
     """Epoch and key, which name the draw."""
+    weight: float = 1.0
+    """Of the clip's loss."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Example":
         """On the device, the model's inputs in the model's dtype, the target in fp32."""
@@ -41,7 +45,7 @@ class Example:
             self.model_input.prompt_embeds.to(device, dtype, non_blocking=True),
             self.model_input.timestep.to(device, non_blocking=True),
         )
-        return Example(model_input, self.target.to(device, non_blocking=True), self.name, self.draw)
+        return replace(self, model_input=model_input, target=self.target.to(device, non_blocking=True))
 
 
 class Dataset:
@@ -57,9 +61,10 @@ class Dataset:
         train: Train,
     ) -> None:
         self.rows = view.split(split)
-        self._latents = SampleReader(storage, view.latents)
-        self._prompts = SampleReader(storage, view.prompts)
         self._empty_prompt = view.special_prompts[""]
+        prompts = {self._empty_prompt, *(key for row in self.rows for key in row.prompt_keys)}
+        self._latents = SampleReader(storage, view.latents, {row.latent_key for row in self.rows})
+        self._prompts = SampleReader(storage, view.prompts, prompts)
         self._conventions = conventions
         self._schedule = schedule
         self._train = train
@@ -86,17 +91,38 @@ class Dataset:
         video = video_tokens(self.rows[row].bucket, conventions.patch_size, conventions.patch_size_t)
         return conventions.text_length + video
 
-    def example(self, draw: Draw) -> Example:
-        """The training example of one draw, on the CPU in fp32."""
+    def timesteps(self, draws: Sequence[Draw], step: int) -> list[int]:
+        """The timestep of each clip of the global batch of optimizer step `step`.
+
+        Uniform: keyed by the clip's draw. Stratified: the schedule in as many equal parts as there are clips, dealt out
+        by the step, and a place in the part by the clip's draw; each clip's timestep is uniform all the same.
+        """
+        train, size = self._train, len(self._schedule)
+        generators = [
+            seeding.generator("timestep", train.seed, draw.epoch, self.rows[draw.row].latent_key) for draw in draws
+        ]
+        if train.timestep_sampling == "uniform":
+            return [int(generator.integers(size)) for generator in generators]
+        words = seeding.generator("strata", train.seed, step).bit_generator.random_raw(len(draws))
+        strata = np.argsort(words, kind="stable").tolist()
+        return [
+            int((stratum + generator.random()) / len(draws) * size)
+            for stratum, generator in zip(strata, generators, strict=True)
+        ]
+
+    def example(self, draw: Draw, timestep: int) -> Example:
+        """The training example of one draw, on the CPU in fp32; `timestep` is from `timesteps`."""
         row, train = self.rows[draw.row], self._train
         where = (train.seed, draw.epoch, row.latent_key)
         samples = self._latents.read(row.latent_key)
         latents = self._draw_latents(samples["moments"], "posterior", *where)
-        timestep = int(seeding.generator("timestep", *where).integers(len(self._schedule)))
         condition = self._draw_image(samples["image_moments"], len(latents), *where) if self._is_i2v else None
         noise = seeding.normal(tuple(latents.shape), "noise", *where)
         embeds = self._draw_prompt(row, *where)
-        return self._example(row, str(draw.epoch), latents, noise, timestep, embeds, condition)
+        example = self._example(row, str(draw.epoch), latents, noise, timestep, embeds, condition)
+        if train.snr_gamma is None:
+            return example
+        return replace(example, weight=min_snr_weight(timestep, self._schedule, train.snr_gamma))
 
     def fixed_example(self, row: int, timestep: int) -> Example:
         """A held-out example: posterior mean, first caption, and noise that depends on clip and timestep alone."""

@@ -7,10 +7,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.config import Train
+from shared.config import Config, Train, dump_config
+from shared.errors import UsageError
+from shared.fingerprint import Json, key_of
 from train.model import adapter_weights
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -19,20 +22,35 @@ METADATA_KEY = "lora_adapter_metadata"
 """Header key under which diffusers looks for the adapter's settings (`diffusers/loaders/lora_base.py`)."""
 
 
+CONFIG_KEY = "precog_config"
+"""Header key of `config_key`."""
+
+
+def config_key(config: Config) -> str:
+    """Names the resolved config."""
+    return key_of({"config": dump_config(config)})
+
+
+def is_export_of(config: Config) -> bool:
+    """The run folder has the export of a finished run of this very config."""
+    try:
+        with safe_open(config.train.output_dir / "export" / FILE_NAME, framework="numpy") as tensors:
+            return (tensors.metadata() or {}).get(CONFIG_KEY) == config_key(config)
+    except (OSError, SafetensorError):
+        return False
+
+
 def export_adapter(
     transformer: CogVideoXTransformer3DModel, train: Train, folder: Path, provenance: Mapping[str, str]
 ) -> Path:
     """Write the file and read it back through diffusers' own loader; the path. Weights are fp32.
 
-    `load_lora_weights` applies lora_alpha / lora_rank by itself. Only the settings that every peft knows are stored,
-    because diffusers hands them all to `LoraConfig`. `provenance` goes into the header beside them.
+    `load_lora_weights` applies the scale by itself, and DoRA's magnitudes under peft's names (it filters out only those
+    called `dora_scale`). Only the settings that every peft knows are stored, and rsLoRA and DoRA only when on, because
+    diffusers hands them all to `LoraConfig`. `provenance` goes into the header beside them.
     """
     weights = {f"{PREFIX}{name}": tensor.detach().cpu() for name, tensor in adapter_weights(transformer).items()}
-    settings = {
-        f"{PREFIX}r": train.lora_rank,
-        f"{PREFIX}lora_alpha": train.lora_alpha,
-        f"{PREFIX}target_modules": list(train.lora_target_modules),
-    }
+    settings = adapter_settings(train)
     metadata = {"format": "pt", METADATA_KEY: json.dumps(settings, sort_keys=True), **provenance}
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
@@ -40,6 +58,50 @@ def export_adapter(
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, pending, metadata)
         _check(pending, weights, settings)
         return pending.replace(folder / FILE_NAME)
+
+
+def adapter_settings(train: Train) -> dict[str, Json]:
+    """What `LoraConfig` has to know to run the exported weights as they were trained."""
+    settings: dict[str, Json] = {
+        f"{PREFIX}r": train.lora_rank,
+        f"{PREFIX}lora_alpha": train.lora_alpha,
+        f"{PREFIX}target_modules": list(train.lora_target_modules),
+    }
+    for name in ("use_rslora", "use_dora"):
+        if getattr(train, name):
+            settings[f"{PREFIX}{name}"] = True
+    return settings
+
+
+def read_adapter(transformer: CogVideoXTransformer3DModel, train: Train, path: Path) -> dict[str, Tensor]:
+    """The weights of an exported adapter, under peft's names, to continue from.
+
+    Raises `UsageError` unless it was made with this run's rank, scale, targets, and for this transformer.
+    """
+    where = f"train.initial_adapter = {str(path)!r}"
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            header = tensors.metadata() or {}
+            weights = {name.removeprefix(PREFIX): tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118
+        theirs = json.loads(header.get(METADATA_KEY, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(f"{where}: cannot be read ({error})") from None
+    for name, value in adapter_settings(train).items():
+        found = theirs.get(name)
+        same = sorted(found) == sorted(train.lora_target_modules) if isinstance(found, list) else found == value
+        if not same:
+            raise UsageError(f"{where}: {name.removeprefix(PREFIX)} is {found!r} there and {value!r} in this run")
+    own = adapter_weights(transformer)
+    wrong = sorted(name for name in own.keys() | weights.keys() if _shape(own, name) != _shape(weights, name))
+    if wrong:
+        here, there = _shape(own, wrong[0]), _shape(weights, wrong[0])
+        raise UsageError(f"{where}: {wrong[0]} has shape {there} there and {here} in this run's adapter")
+    return weights
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(weights[name].shape) if name in weights else None
 
 
 def _check(path: Path, weights: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:

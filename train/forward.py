@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.normalization import CogVideoXLayerNormZero
-from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock, CogVideoXTransformer3DModel
-from peft.tuners.lora import Linear as LoraLinear
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from shared.variants import Conventions
-from train.attention import RotaryTable, attend, rotate
+from train.attention import RotaryTable
+from train.block import Pack, run_block, scale_and_shift
+from train.engine import EVERYTHING_RESIDENT, Engine
+from train.linear import linear
+from train.modulation import block_rows
 from train.positions import additive_positions, image_rotary_emb
 
 
@@ -34,40 +35,20 @@ class ModelInput:
     """[] int64."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """What the blocks need to know of the token sequence [text_1; video_1; text_2; ...] and of its n clips."""
-
-    temb: Tensor
-    """[n,T] embedded timestep (and ofs) of each clip."""
-    part_lengths: list[int]
-    """Tokens of text_1, video_1, text_2, ...: 2n numbers."""
-    rotary: RotaryTable | None
-    """Of the whole sequence; text rows turn by nothing."""
-
-    @property
-    def clip_lengths(self) -> list[int]:
-        """Tokens of each clip, text and video."""
-        return [text + video for text, video in zip(self.part_lengths[::2], self.part_lengths[1::2], strict=True)]
-
-
 def predict(
     transformer: CogVideoXTransformer3DModel,
     clips: Sequence[ModelInput],
     conventions: Conventions,
-    *,
-    gradient_checkpointing: bool = False,
+    engine: Engine = EVERYTHING_RESIDENT,
 ) -> list[Tensor]:
-    """The velocity [F,C,H,W] of each clip, C without the image condition, in the dtype of the clips.
-
-    `gradient_checkpointing` keeps only each block's input for the backward pass.
-    """
+    """The velocity [F,C,H,W] of each clip, C without the image condition, in the dtype of the clips."""
     hidden, pack = embed(transformer, clips, conventions)
-    for block in transformer.transformer_blocks:
-        if gradient_checkpointing and torch.is_grad_enabled():
-            hidden = checkpoint(run_block, block, hidden, pack, use_reentrant=False)
-        else:
-            hidden = run_block(block, hidden, pack)
+    tabled = None
+    if engine.modulation is not None:
+        tabled = engine.modulation.rows(pack.temb, [_number(clip.timestep) for clip in clips])
+    for index, block in enumerate(transformer.transformer_blocks):
+        rows = tabled[index] if tabled is not None else block_rows(block, pack.temb)
+        hidden = run_block(block, hidden, pack, rows, engine, index)
     tokens = read_out(transformer, hidden, pack)
     lengths = pack.part_lengths[1::2]
     return [
@@ -149,48 +130,6 @@ def unpatchify(tokens: Tensor, latents: Tensor, conventions: Conventions) -> Ten
     return patches.permute(0, 4, 3, 1, 5, 2, 6).reshape(frames, -1, height, width)
 
 
-def run_block(block: CogVideoXBlock, hidden: Tensor, pack: Pack) -> Tensor:
-    """[S,D] -> [S,D]: attention, then feed-forward, each normalised and modulated before and gated after."""
-    normed, gates = modulate(block.norm1, hidden, pack)
-    attended = attend(*qkv(block, normed, pack), pack.clip_lengths)
-    hidden = add_gated(hidden, project(block, attended), gates, pack)
-    normed, gates = modulate(block.norm2, hidden, pack)
-    return add_gated(hidden, feed_forward(block, normed), gates, pack)
-
-
-def modulate(norm: CogVideoXLayerNormZero, hidden: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-    """adaLN: [S,D] normalised, scaled and shifted by clip and kind of token, and the gates [2n,D] for afterwards."""
-    modulation = linear(norm.linear, functional.silu(pack.temb))
-    # [n,6D] is (shift, scale, gate) of video, then of text; made into rows in the order text_1, video_1, text_2, ...
-    rows = modulation.reshape(len(pack.temb), 2, 3, -1).flip(1).flatten(0, 1)
-    shift, scale, gate = rows.unbind(1)
-    return scale_and_shift(norm.norm(hidden), scale, shift, pack.part_lengths), gate
-
-
-def qkv(block: CogVideoXBlock, normed: Tensor, pack: Pack) -> tuple[Tensor, Tensor, Tensor]:
-    """[S,D] -> query, key, value [S,heads,head_dim], query and key normalised and turned to their positions."""
-    attention = block.attn1
-    query, key, value = (
-        linear(layer, normed).view(len(normed), attention.heads, -1)
-        for layer in (attention.to_q, attention.to_k, attention.to_v)
-    )
-    query, key = attention.norm_q(query), attention.norm_k(key)
-    if pack.rotary is not None:
-        query, key = rotate(query, pack.rotary), rotate(key, pack.rotary)
-    return query, key, value
-
-
-def project(block: CogVideoXBlock, attended: Tensor) -> Tensor:
-    """Attention's output layer, [S,D] -> [S,D]."""
-    return linear(block.attn1.to_out[0], attended)
-
-
-def feed_forward(block: CogVideoXBlock, normed: Tensor) -> Tensor:
-    """[S,D] -> [S,D], each token by itself."""
-    inner, outer = block.ff.net[0], block.ff.net[2]
-    return linear(outer, inner.gelu(linear(inner.proj, normed)))
-
-
 def read_out(transformer: CogVideoXTransformer3DModel, hidden: Tensor, pack: Pack) -> Tensor:
     """[S,D] -> [video tokens of all clips, C*p_t*p*p]: final norms and projection; text has done its work."""
     video = torch.cat(torch.split(hidden, pack.part_lengths)[1::2])
@@ -198,44 +137,6 @@ def read_out(transformer: CogVideoXTransformer3DModel, hidden: Tensor, pack: Pac
     shift, scale = linear(norm.linear, functional.silu(pack.temb)).chunk(2, dim=1)
     normed = scale_and_shift(norm.norm(transformer.norm_final(video)), scale, shift, pack.part_lengths[1::2])
     return linear(transformer.proj_out, normed)
-
-
-def scale_and_shift(tokens: Tensor, scale: Tensor, shift: Tensor, lengths: list[int]) -> Tensor:
-    """tokens * (1 + scale) + shift on [S,D], row i of `scale` and `shift` for the i-th run of `lengths` tokens."""
-    rows = zip(torch.split(tokens, lengths), 1 + scale, shift, strict=True)
-    return torch.cat([part * factor + offset for part, factor, offset in rows])
-
-
-def add_gated(hidden: Tensor, update: Tensor, gates: Tensor, pack: Pack) -> Tensor:
-    """hidden + gate * update on [S,D], a gate [D] for each part."""
-    rows = zip(torch.split(hidden, pack.part_lengths), torch.split(update, pack.part_lengths), gates, strict=True)
-    return torch.cat([part + gate * change for part, change, gate in rows])
-
-
-def linear(layer: LoraLinear, tokens: Tensor) -> Tensor:
-    """A linear layer (torch's, or peft's around it) with its adapters, in the dtype of `tokens` [...,D].
-
-    Plain LoRA computes with copies of the fp32 masters cast to that dtype; peft itself would cast `tokens` up instead.
-    Everything else (DoRA, merged or disabled adapters, quantised bases) is peft's own forward.
-    """
-    if not _is_plain_lora(layer):
-        result: Tensor = layer(tokens)
-        return result
-    result = layer.base_layer(tokens)
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            down, up = (weights[name].weight.to(tokens.dtype) for weights in (layer.lora_A, layer.lora_B))
-            dropped = layer.lora_dropout[name](tokens)
-            result = result + functional.linear(functional.linear(dropped, down), up) * layer.scaling[name]
-    return result
-
-
-def _is_plain_lora(layer: LoraLinear) -> bool:
-    return (
-        type(layer) is LoraLinear
-        and not (layer.disable_adapters or layer.merged or layer.lora_variant)
-        and not any(layer.lora_bias.values())
-    )
 
 
 def _rotary(clips: Sequence[ModelInput], conventions: Conventions) -> RotaryTable | None:
@@ -252,3 +153,8 @@ def _rotary(clips: Sequence[ModelInput], conventions: Conventions) -> RotaryTabl
         cosines += [cos.new_ones(len(clip.prompt_embeds), cos.shape[1]), cos]
         sines += [sin.new_zeros(len(clip.prompt_embeds), sin.shape[1]), sin]
     return torch.cat(cosines), torch.cat(sines)
+
+
+def _number(timestep: Tensor) -> int:
+    """On the meta device, where nothing has a value, every timestep is the same."""
+    return 0 if timestep.device.type == "meta" else int(timestep)

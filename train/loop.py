@@ -3,20 +3,32 @@
 A run's position is one number, the optimizer steps it has done; everything else follows from the config and the view.
 """
 
+import fcntl
+import logging
+import os
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from shared import console
 from shared.config import Config, save_config
 from shared.device import peak_memory_bytes
+from shared.errors import PrecogError, UsageError
 from shared.preemption import StopSignal
+from train.average import start_average, swapped, update_average
 from train.checkpoint import find_checkpoint, prune_checkpoints, save_checkpoint
 from train.data import Example
 from train.evaluate import base_held_out_loss, held_out_loss
-from train.export import export_adapter
-from train.metrics import Metrics
+from train.export import CONFIG_KEY, config_key, export_adapter
+from train.extras import averaged
+from train.metrics import Metrics, finish_metrics, open_tracker
 from train.model import adapter_weights, load_adapter_weights
 from train.optimizer import (
     build_optimizer,
@@ -29,6 +41,8 @@ from train.order import divide, global_batch, num_train_steps
 from train.run import Run, announce, open_run, refuse_another_run
 from train.step import accumulate_gradients, finish_gradients, require_finite
 
+logger = logging.getLogger(__name__)
+
 
 def train(config: Config, stop: StopSignal) -> None:
     """Run the experiment to its last step, from its newest checkpoint if there is one.
@@ -36,8 +50,14 @@ def train(config: Config, stop: StopSignal) -> None:
     Raises `CacheError` if the cache does not fit, `NonFiniteError` before an update that would spoil the adapter,
     `Preempted` after a signal, with a checkpoint saved.
     """
-    settings, folder = config.train, config.train.output_dir
     run = open_run(config)
+    with claimed(config.train.output_dir) if run.accelerator.is_main_process else nullcontext():
+        run_steps(run, stop)
+
+
+def run_steps(run: Run, stop: StopSignal) -> None:
+    """From the newest checkpoint to the export."""
+    config, settings, folder = run.config, run.config.train, run.config.train.output_dir
     accelerator, transformer, parameters = run.accelerator, run.transformer, run.parameters
     main = accelerator.is_main_process
     num_steps = num_train_steps(
@@ -45,34 +65,37 @@ def train(config: Config, stop: StopSignal) -> None:
     )
     optimizer = build_optimizer(parameters, settings)
     learning_rate = learning_rate_factor(settings, num_steps)
+    ema = start_average(parameters) if settings.ema_decay else {}
     step = 0
     checkpoint = find_checkpoint(folder, settings.resume_from_checkpoint, report=console.say)
     if checkpoint is not None:
         refuse_another_run(checkpoint.state, run.identity, str(checkpoint.path))
         load_adapter_weights(transformer, checkpoint.tensors["adapter"])
         load_optimizer_state(optimizer, checkpoint.tensors["optimizer"])
+        ema = {name: checkpoint.tensors["ema"][name].to(accelerator.device) for name in ema}
         step = checkpoint.step
 
     accelerator.wait_for_everyone()
     if main:
-        folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.toml")
         announce(run)
         metrics = Metrics(folder, step, num_steps)
-        if step:
-            console.say(f"going on from {folder}/checkpoint at step {step} of {num_steps}")
+        if checkpoint is not None:
+            console.say(f"going on from {checkpoint.path} at step {step} of {num_steps}")
         metrics.header()
+    open_tracker(accelerator, config)
 
     def save() -> None:
-        accelerator.wait_for_everyone()
-        if main:
-            tensors = {"adapter": adapter_weights(transformer), "optimizer": optimizer_state(optimizer)}
-            save_checkpoint(folder, step, tensors, {"identity": run.identity})
-            prune_checkpoints(folder, settings.checkpoints_total_limit)
-        accelerator.wait_for_everyone()
+        tensors = {"adapter": adapter_weights(transformer), "optimizer": optimizer_state(optimizer)}
+        if ema:
+            tensors["ema"] = ema
+        save_checkpoint(folder, step, tensors, {"identity": run.identity})
+        prune_checkpoints(folder, settings.checkpoints_total_limit)
 
-    evaluating = main and bool(settings.validation_steps and run.held_out.rows)
-    timesteps = len(run.schedule)
+    def evaluation_weights() -> AbstractContextManager[None]:
+        weights = ema or averaged(optimizer)
+        return swapped(parameters, weights) if weights else nullcontext()
+
     with ThreadPoolExecutor(1) as reader:
         upcoming: Future[Work] = reader.submit(_read_work, run, step)
         while step < num_steps:
@@ -84,65 +107,127 @@ def train(config: Config, stop: StopSignal) -> None:
 
             rate = settings.learning_rate * learning_rate(step)
             set_learning_rate(optimizer, rate)
-            losses = accumulate_gradients(transformer, work.packs, run.conventions, settings)
+            losses = accumulate_gradients(transformer, work.packs, run.conventions, settings, run.engine)
             trained = [parameter for _, parameter in parameters]
             result = finish_gradients(trained, losses, accelerator, settings, stopping=stop.requested)
             require_finite(result, work.packs, losses, accelerator)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+            if ema:
+                update_average(ema, parameters, settings.ema_decay, step)
 
-            line: dict[str, Any] = {
-                "step": step,
-                "loss": result.loss,
-                "lr": rate,
-                "grad_norm": result.grad_norm,
-                "samples": settings.global_batch_size,
-                "tokens": work.tokens,
-                "packs": work.num_packs,
-                "seconds": time.perf_counter() - started,
-                "data_wait_seconds": waited,
-                "peak_memory_bytes": peak_memory_bytes(accelerator.device),
-            }
-            if evaluating and (step % settings.validation_steps == 0 or step == num_steps):
-                line["held_out_loss"] = held_out_loss(transformer, run.held_out, run.conventions, timesteps)
-                if step == settings.validation_steps:
-                    line["base_held_out_loss"] = base_held_out_loss(
-                        transformer, run.held_out, run.conventions, timesteps
-                    )
             if main:
+                line: dict[str, Any] = {
+                    "step": step,
+                    "loss": result.loss,
+                    "lr": rate,
+                    "grad_norm": result.grad_norm,
+                    "samples": settings.global_batch_size,
+                    "tokens": work.tokens,
+                    "packs": work.num_packs,
+                    "seconds": time.perf_counter() - started,
+                    "data_wait_seconds": waited,
+                    "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+                }
+                if settings.log_clips:
+                    line |= {"clips": work.clips, "timesteps": work.timesteps}
+                if run.held_out.rows and (step == num_steps or _is_multiple(step, settings.validation_steps)):
+                    with evaluation_weights():
+                        line["held_out_loss"] = held_out_loss(
+                            transformer, run.held_out, run.conventions, len(run.schedule), run.engine
+                        )
+                    if metrics.base_held_out_loss is None:
+                        line["base_held_out_loss"] = base_held_out_loss(
+                            transformer, run.held_out, run.conventions, len(run.schedule), run.engine
+                        )
                 metrics.write(line)
-            if step % settings.checkpointing_steps == 0 or step == num_steps or result.stopping:
-                save()
-            if result.stopping:
+                accelerator.log({name: value for name, value in line.items() if isinstance(value, int | float)}, step)
+            if _is_multiple(step, settings.checkpointing_steps) or step == num_steps or result.stopping:
+                on_main(accelerator, save)
+            if result.stopping and step < num_steps:
+                accelerator.end_training()
                 stop.requested = True
                 stop.check(f"checkpoint saved at step {step} of {num_steps} in {folder}")
 
     if main:
-        provenance = {"precog_view": run.view.hash, "precog_steps": str(step)}
-        console.say(f"adapter: {export_adapter(transformer, settings, folder / 'export', provenance)}")
+        provenance = {"precog_view": run.view.hash, "precog_steps": str(step), CONFIG_KEY: config_key(config)}
+        with evaluation_weights():
+            path = export_adapter(transformer, settings, folder / "export", provenance)
+        finish_metrics(folder, path)
     accelerator.end_training()
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One optimizer step's clips, as this rank runs them."""
+    """One optimizer step's clips, as this rank runs them; all but `packs` is of the global batch."""
 
     packs: list[list[Example]]
     tokens: int
-    """Of the global batch."""
     num_packs: int
-    """Of the global batch."""
+    clips: list[str]
+    """Keys of the latents, in order."""
+    timesteps: list[int]
 
 
 def _read_work(run: Run, step: int) -> Work:
     """Cut the global batch into packs and read this rank's; runs in the background, one step ahead."""
-    train, accelerator = run.config.train, run.accelerator
-    draws = global_batch(run.view.hash, train.seed, len(run.dataset.rows), train.global_batch_size, step)
-    tokens = [run.dataset.tokens(draw.row) for draw in draws]
+    train, accelerator, dataset = run.config.train, run.accelerator, run.dataset
+    draws = global_batch(run.view.hash, train.seed, len(dataset.rows), train.global_batch_size, step)
+    timesteps = dataset.timesteps(draws, step)
+    tokens = [dataset.tokens(draw.row) for draw in draws]
     ranks = divide(tokens, run.width, accelerator.num_processes, train.max_tokens_per_pack)
     packs = [
-        [run.dataset.example(draws[index]).to(accelerator.device, run.transformer.dtype) for index in pack]
+        [
+            dataset.example(draws[index], timesteps[index]).to(accelerator.device, run.transformer.dtype)
+            for index in pack
+        ]
         for pack in ranks[accelerator.process_index]
     ]
-    return Work(packs, sum(tokens), sum(map(len, ranks)))
+    clips = [dataset.rows[draw.row].latent_key for draw in draws]
+    return Work(packs, sum(tokens), sum(map(len, ranks)), clips, timesteps)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the run folder and lock it; the kernel unlocks it if this process dies.
+
+    Raises `UsageError` if another process trains in it or it cannot be made. On a file system without locks, two
+    processes in one folder are not noticed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UsageError(f"train.output_dir = {str(folder)!r}: cannot be made ({error.strerror})") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"train.output_dir = {str(folder)!r}: another process is training in this folder"
+            raise UsageError(message) from None
+        except OSError:
+            logger.warning("%s: no locks here; see that only one process trains in it", folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Run `work` on rank 0 while the others wait; if it fails there, every rank fails, and none waits for ever."""
+    failure: BaseException | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except Exception as error:
+            failure = error
+    if accelerator.num_processes > 1:
+        (line,) = broadcast_object_list([None if failure is None else str(failure)])
+        if line is not None and failure is None:
+            raise PrecogError(f"rank 0 failed: {line}")
+    if failure is not None:
+        raise failure
+
+
+def _is_multiple(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

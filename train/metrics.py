@@ -1,14 +1,21 @@
 """`metrics.jsonl`, one object per optimizer step, and the same in one fixed-width line for people."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from shared import console
+from shared.config import Config
 from shared.errors import DataError
+from train.curve import FILE_NAME as CURVE
+from train.curve import draw_curve
 
 FILE_NAME = "metrics.jsonl"
-EMA_DECAY = 0.98
+SMOOTHED_STEPS = 50
+"""The smoothed loss is the mean of so many steps at most."""
 
 
 class Metrics:
@@ -17,24 +24,26 @@ class Metrics:
     def __init__(self, run: Path, step: int, num_steps: int) -> None:
         self._path = run / FILE_NAME
         self._num_steps = num_steps
-        self._ema: float | None = None
         kept = [line for line in read_metrics(run) if line["step"] <= step]
-        for line in kept:
-            self._smooth(line["loss"])
+        self._losses = [line["loss"] for line in kept]
+        self.base_held_out_loss = _first(kept, "base_held_out_loss")
+        """Without the adapter, once it has been written."""
         if kept or self._path.exists():
             pending = self._path.with_name(f".tmp-{FILE_NAME}")
             pending.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             pending.replace(self._path)
 
-    def _smooth(self, loss: float) -> float:
-        self._ema = loss if self._ema is None else EMA_DECAY * self._ema + (1 - EMA_DECAY) * loss
-        return self._ema
-
     def write(self, line: dict[str, Any]) -> None:
         """Append one step and show it."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        console.say(self._row(line))
+        self._losses = [*self._losses, line["loss"]][-SMOOTHED_STEPS:]
+        console.say(self._row(line, sum(self._losses) / len(self._losses)))
+        if self.base_held_out_loss is None:
+            self.base_held_out_loss = line.get("base_held_out_loss")
+        if "held_out_loss" in line:
+            base = f", {self.base_held_out_loss:.5f} without the adapter" if self.base_held_out_loss is not None else ""
+            console.say(f"{'held out':>11} {line['held_out_loss']:>9.5f}{base}")
 
     def header(self) -> None:
         """The names above the fixed-width lines."""
@@ -43,15 +52,58 @@ class Metrics:
             f"{'memory':>10} {'left':>8}"
         )
 
-    def _row(self, line: dict[str, Any]) -> str:
+    def _row(self, line: dict[str, Any], smooth: float) -> str:
         seconds = max(line["seconds"], 1e-9)
         left = seconds * (self._num_steps - line["step"])
         return (
-            f"{line['step']:>5}/{self._num_steps:<5} {line['loss']:>9.5f} {self._smooth(line['loss']):>9.5f} "
+            f"{line['step']:>5}/{self._num_steps:<5} {line['loss']:>9.5f} {smooth:>9.5f} "
             f"{line['lr']:>9.2e} {line['grad_norm']:>9.4f} {line['samples'] / seconds:>8.2f} "
             f"{line['tokens'] / seconds:>9.0f} {line['data_wait_seconds'] / seconds:>6.1%} "
             f"{console.bytes_text(line['peak_memory_bytes']):>10} {_duration(left):>8}"
         )
+
+
+def smoothed(lines: Sequence[dict[str, Any]]) -> list[float]:
+    """The mean of the last steps' losses after each step."""
+    losses = [line["loss"] for line in lines]
+    windows = [losses[max(0, end - SMOOTHED_STEPS) : end] for end in range(1, len(losses) + 1)]
+    return [sum(window) / len(window) for window in windows]
+
+
+def finish_metrics(run: Path, export: Path) -> None:
+    """Draw the loss curve and show the run's table."""
+    lines = read_metrics(run)
+    smooth = smoothed(lines)
+    draw_curve(lines, smooth, run / CURVE)
+    seconds = sum(line["seconds"] for line in lines)
+    waited = sum(line["data_wait_seconds"] for line in lines)
+    held_out, base = _first(lines[::-1], "held_out_loss"), _first(lines, "base_held_out_loss")
+    rows: list[tuple[str, Any]] = [
+        ("steps", lines[-1]["step"]),
+        ("loss, smoothed", f"{smooth[0]:.5f} -> {smooth[-1]:.5f}"),
+        ("held-out loss", "no clips held out" if held_out is None else f"{held_out:.5f}"),
+        ("without the adapter", "-" if base is None else f"{base:.5f}"),
+        ("clips per second", f"{sum(line['samples'] for line in lines) / seconds:.2f}"),
+        ("waiting for data", f"{waited / seconds:.2%} of {_duration(seconds)}"),
+        ("peak memory", console.bytes_text(max(line["peak_memory_bytes"] for line in lines))),
+        ("loss curve", run / CURVE),
+        ("adapter", export),
+    ]
+    console.table("Trained", rows)
+
+
+def open_tracker(accelerator: Accelerator, config: Config) -> None:
+    """Start the tracker of `train.report_to`, if any, with the resolved config."""
+    if config.train.report_to == "none":
+        return
+    tables = config.model_dump(mode="json", exclude_none=True)
+    flat = {f"{table}.{name}": value for table, fields in tables.items() for name, value in fields.items()}
+    plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in flat.items()}
+    accelerator.init_trackers(config.train.tracker_name, config=plain)
+
+
+def _first(lines: Sequence[dict[str, Any]], field: str) -> Any:
+    return next((line[field] for line in lines if field in line), None)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -37,6 +37,8 @@ def add_adapter(transformer: CogVideoXTransformer3DModel, train: Train) -> None:
         lora_dropout=train.lora_dropout,
         target_modules=list(train.lora_target_modules),
         init_lora_weights=True,
+        use_rslora=train.use_rslora,
+        use_dora=train.use_dora,
     )
     device = transformer.device
     with torch.random.fork_rng():

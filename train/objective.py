@@ -52,6 +52,14 @@ def velocity(latents: Tensor, noise: Tensor, timestep: Tensor, schedule: NoiseSc
     return schedule.signal[timestep] * noise - schedule.noise[timestep] * latents
 
 
+def min_snr_weight(timestep: int, schedule: NoiseSchedule, gamma: float) -> float:
+    """min(SNR, gamma) / (SNR + 1), the Min-SNR weight of a velocity loss (Hang et al. 2023, arXiv 2303.09556, 3.4).
+
+    Written with SNR = abar / (1 - abar) as min(abar, gamma (1 - abar)), which is 0 where there is no signal.
+    """
+    return float(min(schedule.signal[timestep] ** 2, gamma * schedule.noise[timestep] ** 2))
+
+
 def clip_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over one clip in fp32 (float64 if the prediction is)."""
     wide = torch.promote_types(prediction.dtype, torch.float32)

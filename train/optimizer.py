@@ -8,18 +8,22 @@ from torch import Tensor, nn
 
 from shared.config import Train
 from shared.errors import CacheError, UsageError
+from train.extras import build_extra, extra_state, load_extra_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FUSED_DEVICES = {"cpu", "cuda"}
 
 
 def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], train: Train) -> torch.optim.Optimizer:
-    """Adam (weight decay added to the gradient, the reference script's) or AdamW over the trainable named parameters.
+    """The optimizer over the trainable named parameters, one group, as in diffusers' train_cogvideox_lora.py.
 
-    One parameter group, as in diffusers' train_cogvideox_lora.py.
+    adam adds weight decay to the gradient, which is the reference script's. Raises `UsageError` if an optional extra is
+    not installed.
     """
     named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     assert named, "no trainable parameters"
+    if train.optimizer not in ("adam", "adamw"):
+        return build_extra(named, train)
     kind: type[torch.optim.Adam] = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
     return kind(
         named,
@@ -66,8 +70,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """`{parameter}.step`, `.exp_avg` and `.exp_avg_sq` of each parameter, sharing the optimizer's memory.
 
-    A parameter that never had a gradient gives zeros, which is the state Adam would start it from.
+    A parameter that never had a gradient gives zeros, which is the state Adam would start it from. Of an optional
+    optimizer the tensors are its own, see `train.extras`.
     """
+    if not isinstance(optimizer, torch.optim.Adam):
+        return extra_state(optimizer)
     tensors: dict[str, Tensor] = {}
     for name, parameter in _named_parameters(optimizer):
         state = optimizer.state.get(parameter, {})
@@ -82,6 +89,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str,
 
     Raises `CacheError`, and changes nothing, if a name is missing or unknown or a shape or dtype differs.
     """
+    if not isinstance(optimizer, torch.optim.Adam):
+        load_extra_state(optimizer, tensors)
+        return
     expected = {
         f"{name}.{part}": parameter if part in MOMENTS else torch.zeros(())
         for name, parameter in _named_parameters(optimizer)

@@ -95,3 +95,9 @@ def _sincos(
     temporal = get_3d_sincos_pos_embed(width, (1, 1), frames, *scales)[..., : width // 4]
     spatial = get_3d_sincos_pos_embed(width, (columns, rows), 1, *scales)[..., width // 4 :]
     return temporal.contiguous().to(device), spatial.contiguous().to(device)
+
+
+def forget_tables() -> None:
+    """Drop the tables that are kept, so that the next clip makes its own again."""
+    image_rotary_emb.cache_clear()
+    _sincos.cache_clear()

@@ -9,23 +9,31 @@ from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
 
 from shared import console
-from shared.config import Config
+from shared.config import Config, Train
 from shared.device import choose_device
 from shared.errors import CacheError, UsageError
-from shared.files import Storage
+from shared.files import Storage, open_storage
 from shared.fingerprint import Json
 from shared.pretrained import pretrained_folder, read_config
 from shared.store import read_recipe
 from shared.variants import Conventions, read_conventions, refusal
 from shared.view import View, read_view
 from train.data import Dataset
-from train.model import load_transformer
+from train.encoders import check_encoders
+from train.engine import Engine, open_engine
+from train.export import read_adapter
+from train.extras import require_extra
+from train.fidelity import open_quantised_engine
+from train.memory import choose_plan
+from train.model import load_adapter_weights, load_transformer
 from train.objective import NoiseSchedule, read_schedule
 
 FIXED_FIELDS = (
     "adam_weight_decay",
     "caption_dropout",
+    "ema_decay",
     "global_batch_size",
+    "initial_adapter",
     "lora_alpha",
     "lora_dropout",
     "lora_rank",
@@ -33,6 +41,10 @@ FIXED_FIELDS = (
     "noised_image_dropout",
     "optimizer",
     "seed",
+    "snr_gamma",
+    "timestep_sampling",
+    "use_dora",
+    "use_rslora",
 )
 """Fields of [train] that a resumed run may not change."""
 
@@ -49,6 +61,7 @@ class Run:
     dataset: Dataset
     held_out: Dataset
     transformer: CogVideoXTransformer3DModel
+    engine: Engine
 
     @property
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -72,25 +85,44 @@ def open_run(config: Config) -> Run:
 
     Raises `CacheError` if the cache does not fit the config, `UsageError` if a bucket cannot be trained.
     """
-    accelerator = start_processes(config.train.device)
+    accelerator = start_processes(config.train)
     torch.backends.cuda.matmul.allow_tf32 = config.train.allow_tf32
-    storage = Storage(config.precompute.cache)
+    storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
     view = read_view(storage, config.data.name)
+    check_encoders(config, view, read_recipe(storage, view.latents), read_recipe(storage, view.prompts))
     conventions, scheduler = agreed_conventions(config, storage, view)
     schedule = read_schedule(scheduler)
     dataset, held_out = (
         Dataset(storage, view, split, conventions, schedule, config.train) for split in ("train", "held_out")
     )
-    transformer = load_transformer(config, accelerator.device).train()
-    return Run(config, accelerator, view, conventions, schedule, dataset, held_out, transformer)
+    transformer = load_transformer(config, torch.device("cpu")).train()
+    if config.train.initial_adapter is not None:
+        load_adapter_weights(transformer, read_adapter(transformer, config.train, config.train.initial_adapter))
+    buckets = [row.bucket for row in dataset.rows]
+    plan = choose_plan(config, transformer, conventions, buckets, accelerator.device)
+    if plan.base_precision == "model":
+        engine = open_engine(transformer, plan, accelerator.device)
+    else:
+        example = dataset.fixed_example(0, len(schedule) // 2)
+        allowed = config.memory.allow_low_cosine
+        engine = open_quantised_engine(
+            transformer, plan, accelerator.device, conventions, example, allow_low_cosine=allowed
+        )
+    return Run(config, accelerator, view, conventions, schedule, dataset, held_out, transformer, engine)
 
 
-def start_processes(device: str) -> Accelerator:
-    """Place this process, alone or among those that torchrun or accelerate launched."""
-    on_cpu = choose_device(device).type == "cpu"
+def start_processes(train: Train) -> Accelerator:
+    """Place this process, alone or among those that torchrun or accelerate launched, and open the tracker.
+
+    Raises `UsageError` if the tracker is not installed.
+    """
+    on_cpu = choose_device(train.device).type == "cpu"
     if on_cpu:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    return Accelerator(cpu=on_cpu)
+    if train.report_to == "none":
+        return Accelerator(cpu=on_cpu)
+    require_extra(train.report_to, f"train.report_to = {train.report_to!r}", train.report_to)
+    return Accelerator(cpu=on_cpu, log_with=train.report_to, project_dir=train.output_dir)
 
 
 def agreed_conventions(config: Config, storage: Storage, view: View) -> tuple[Conventions, dict[str, Any]]:
@@ -119,13 +151,14 @@ def refuse_another_run(state: dict[str, Any], identity: dict[str, Json], where: 
 def announce(run: Run) -> None:
     """What is about to be trained, in a table."""
     train, trainable = run.config.train, sum(parameter.numel() for _, parameter in run.parameters)
+    divisor = train.lora_rank**0.5 if train.use_rslora else train.lora_rank
     precision = str(run.transformer.dtype).removeprefix("torch.")
     console.table(
         f"Run {train.output_dir}",
         [
             ("model", run.conventions.name),
             ("precision", f"{precision} base, float32 adapter"),
-            ("adapter", f"{trainable:,} weights, scale {train.lora_alpha / train.lora_rank:g}"),
+            ("adapter", f"{trainable:,} weights, scale {train.lora_alpha / divisor:g}"),
             ("clips", f"{len(run.dataset.rows)} to train on, {len(run.held_out.rows)} held out"),
             ("buckets", ", ".join(map(str, sorted({row.bucket for row in run.view.split("train")})))),
         ],

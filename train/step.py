@@ -15,6 +15,7 @@ from shared.config import Train
 from shared.errors import NonFiniteError
 from shared.variants import Conventions
 from train.data import Example
+from train.engine import Engine
 from train.forward import ModelInput, predict, predict_reference
 from train.objective import clip_loss
 
@@ -34,7 +35,7 @@ class StepResult:
 
 
 def accumulate_gradients(
-    transformer: CogVideoXTransformer3DModel, packs: Packs, conventions: Conventions, train: Train
+    transformer: CogVideoXTransformer3DModel, packs: Packs, conventions: Conventions, train: Train, engine: Engine
 ) -> list[Tensor]:
     """Add this rank's share of the global mean's gradient to the adapter; the loss of each clip."""
     losses: list[Tensor] = []
@@ -44,9 +45,11 @@ def accumulate_gradients(
         if train.transformer_engine == "reference":
             predictions = _predict_reference(transformer, inputs, conventions)
         else:
-            predictions = predict(transformer, inputs, conventions, gradient_checkpointing=train.gradient_checkpointing)
+            predictions = predict(transformer, inputs, conventions, engine)
         pairs = zip(predictions, pack, strict=True)
-        pack_losses = torch.stack([clip_loss(prediction, example.target) for prediction, example in pairs])
+        pack_losses = torch.stack(
+            [example.weight * clip_loss(prediction, example.target) for prediction, example in pairs]
+        )
         torch.autograd.backward(pack_losses.sum() / train.global_batch_size)
         losses += pack_losses.detach().unbind()
     return losses

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from precompute.clips import MAX_CAPTION_BYTES, MAX_JSON_LINE_BYTES, Caption, Source, read_sources
+from precompute.clips import MAX_CAPTION_BYTES, Caption, Source, read_sources
 from precompute.paths import escaped, resolve_inside
+from precompute.tables import MAX_JSON_LINE_BYTES
 from shared.config import Data
 from shared.errors import DataError, PrecogError, UsageError
 

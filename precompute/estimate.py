@@ -1,0 +1,230 @@
+"""`precog plan`: what a run would do, found out before any model is loaded."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from precompute import recipes
+from precompute.encoders import vae_precision
+from precompute.plan import Inventory, PlannedShard, propose, take_inventory
+from precompute.pool import DecodePool
+from precompute.recipes import Clip
+from precompute.stage import Stage
+from precompute.survey import Survey, survey
+from precompute.windows import bucket_warnings
+from shared.device import DTYPES
+from shared.errors import CacheError
+from shared.fingerprint import Json
+from shared.geometry import latent_shape
+from shared.shard import Receipt
+from shared.store import Collection, collections, read_recipe, shards
+from shared.view import View, ViewRow, read_view, view_names
+
+SAMPLE_BYTES = 4096
+"""Tar headers, facts, padding and receipt of one sample, rounded up."""
+SHARD_BYTES = 16 * 1024
+"""The tar's end and the receipt's frame."""
+
+
+@dataclass(slots=True)
+class Estimate:
+    """What would be made; `as_json` is the `--json` contract."""
+
+    clips: int = 0
+    latents_planned: int = 0
+    latents_reused: int = 0
+    prompts_planned: int = 0
+    prompts_reused: int = 0
+    new: int = 0
+    """Clips to encode whose source the view of this name did not have."""
+    changed: list[tuple[str, str]] = field(default_factory=list)
+    """Source and reason of the clips to encode that this view had otherwise."""
+    orphaned: dict[str, int] = field(default_factory=dict)
+    """Kind -> stored samples that neither this config nor another view uses; "bytes" of the latents and prompts."""
+    shards: dict[str, int] = field(default_factory=dict)
+    needed_bytes: int = 0
+    stored_bytes: int = 0
+    free_bytes: int | None = None
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "clips": self.clips,
+            "latents": {"planned": self.latents_planned, "reused": self.latents_reused},
+            "prompts": {"planned": self.prompts_planned, "reused": self.prompts_reused},
+            "new": self.new,
+            "changed": [{"source": source, "reason": reason} for source, reason in self.changed],
+            "orphaned": self.orphaned,
+            "shards": self.shards,
+            "bytes": {"needed": self.needed_bytes, "stored": self.stored_bytes, "free": self.free_bytes},
+            "skipped": [{"source": source, "reason": reason} for source, reason in self.skipped],
+            "warnings": self.warnings,
+            "seconds": {"total": round(self.seconds, 3)},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The shards to make and what the collections hold already."""
+
+    latents: list[PlannedShard]
+    prompts: list[PlannedShard]
+    latents_inventory: Inventory
+    prompts_inventory: Inventory
+
+
+def estimate(stage: Stage, pool: DecodePool) -> Estimate:
+    """Look, count and compare; nothing is written. Raises as `precompute` does."""
+    started = time.perf_counter()
+    wanted = survey(stage, pool)
+    work = find_work(stage, wanted)
+    clips = wanted.by_key
+    planned = {key for shard in work.latents for key in shard.keys}
+    kept = work.latents_inventory.stored & clips.keys()
+    refused = {key: reason for key, (reason, _) in work.latents_inventory.skipped.items() if key not in planned}
+    found = Estimate(
+        clips=sum(clip.key not in refused for clip in wanted.clips),
+        latents_planned=len(planned),
+        latents_reused=len(kept),
+        prompts_planned=sum(len(shard.keys) for shard in work.prompts),
+        prompts_reused=len(work.prompts_inventory.stored & wanted.texts.keys()),
+        shards={"latents": len(work.latents), "prompts": len(work.prompts)},
+        needed_bytes=bytes_needed(stage, wanted, work),
+        free_bytes=stage.storage.free_bytes(),
+        warnings=bucket_warnings(stage.config.data),
+    )
+    found.skipped = [(source.name, reason) for source, reason in wanted.left_out]
+    found.skipped += [(clip.source.name, refused[clip.key]) for clip in wanted.clips if clip.key in refused]
+    _compare(stage, wanted, planned, found)
+    _count_stored(stage, wanted, found)
+    found.seconds = time.perf_counter() - started
+    return found
+
+
+def find_work(stage: Stage, wanted: Survey) -> Work:
+    """What a worker that comes now would make."""
+    settings = stage.config.precompute
+    latents_inventory = take_inventory(stage.storage, wanted.latents)
+    prompts_inventory = take_inventory(stage.storage, wanted.prompts)
+    latents = propose(
+        stage.storage,
+        {key: f"{wanted.latents.folder}/{clip.window.bucket}" for key, clip in wanted.by_key.items()},
+        latents_inventory,
+        keys_per_shard=settings.clips_per_shard,
+        keys_per_batch=settings.vae_batch_size,
+        retry_skipped=settings.retry_skipped,
+    )
+    prompts = propose(
+        stage.storage,
+        dict.fromkeys(wanted.texts, wanted.prompts.folder),
+        prompts_inventory,
+        keys_per_shard=settings.prompts_per_shard,
+        keys_per_batch=settings.text_batch_size,
+    )
+    return Work(latents, prompts, latents_inventory, prompts_inventory)
+
+
+def bytes_needed(stage: Stage, wanted: Survey, work: Work) -> int:
+    """Bytes that the work will put on the disk, rounded up by a little per sample and shard."""
+    conventions = stage.encoders.conventions
+    vae = stage.encoders.vae
+    item = DTYPES[vae_precision(stage.config.precompute.vae_dtype, vae)].itemsize
+    images = 1 + stage.config.precompute.noised_image_count if conventions.image_to_video else 0
+    total = SHARD_BYTES * (len(work.latents) + len(work.prompts))
+    clips = wanted.by_key
+    for key in (key for shard in work.latents for key in shard.keys):
+        channels, frames, height, width = latent_shape(clips[key].window.bucket, vae.config["latent_channels"])
+        total += SAMPLE_BYTES + 2 * channels * (frames + images) * height * width * item
+    embed: int = conventions.text_length * stage.encoders.text_encoder.config["d_model"]
+    embed *= DTYPES[recipes.text_precision(stage.config, stage.encoders)].itemsize
+    return total + sum(len(shard.keys) for shard in work.prompts) * (embed + SAMPLE_BYTES)
+
+
+def _compare(stage: Stage, wanted: Survey, planned: set[str], found: Estimate) -> None:
+    """Sort the clips to encode into new ones and changed ones, by the view of this name."""
+    name = stage.config.data.name
+    old = read_view(stage.storage, name) if name in view_names(stage.storage) else None
+    before: dict[str, list[ViewRow]] = {}
+    for row in old.rows if old else ():
+        before.setdefault(row.source, []).append(row)
+    fields = _recipe_changes(stage, old, wanted) if old else []
+    for key, clip in wanted.by_key.items():
+        if key not in planned:
+            continue
+        rows = [row for row in before.get(clip.source.name, []) if row.latent_key]
+        if old is None or not rows:
+            found.new += 1
+        else:
+            found.changed.append((clip.source.name, _why(stage, clip, rows, old, fields)))
+
+
+def _why(stage: Stage, clip: Clip, rows: list[ViewRow], old: View, fields: list[str]) -> str:
+    """What is different from the rows that this source had in the old view."""
+    reasons = [f"recipe changed: {', '.join(fields)}"] if fields else []
+    if all(row.source_sha256 != clip.probe.sha256 for row in rows):
+        reasons.append("source bytes changed")
+    if all(_window(row) != _clip_window(clip) for row in rows):
+        reasons.append("window changed")
+    keys = {row.latent_key for row in rows}
+    mode = stage.config.data.video_reshape_mode
+    same = recipes.latent_key(clip.probe.sha256, clip.window, mode, old.latents.recipe)
+    if not reasons:
+        reasons.append("no longer stored" if same in keys else "video_reshape_mode or frames within the window changed")
+    return "; ".join(reasons)
+
+
+def _window(row: ViewRow) -> tuple[object, ...]:
+    return row.start_seconds, row.end_seconds, row.frames, row.height, row.width, row.flip
+
+
+def _clip_window(clip: Clip) -> tuple[object, ...]:
+    stamps, bucket = clip.window.timestamps_us, clip.window.bucket
+    return stamps[0] / 1e6, stamps[-1] / 1e6, bucket.frames, bucket.height, bucket.width, clip.window.flip
+
+
+def _recipe_changes(stage: Stage, old: View, wanted: Survey) -> list[str]:
+    """Dotted names of the latent recipe's fields that differ from the old view's recipe."""
+    if old.latents == wanted.latents:
+        return []
+    try:
+        before = _flat(read_recipe(stage.storage, old.latents))
+    except CacheError:
+        return ["unknown, the old recipe.json is missing"]
+    now = _flat(wanted.latents_recipe)
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def _flat(recipe: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
+    flat: dict[str, Json] = {}
+    for name, value in recipe.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _count_stored(stage: Stage, wanted: Survey, found: Estimate) -> None:
+    """Bytes on disk, and what no view would use once this config's view is written."""
+    used = {*wanted.by_key, *wanted.texts}
+    for name in view_names(stage.storage):
+        if name != stage.config.data.name:
+            view = read_view(stage.storage, name)
+            used |= {row.latent_key for row in view.rows} | {key for row in view.rows for key in row.prompt_keys}
+            used |= set(view.special_prompts.values())
+    unused: Counter[str] = Counter(latents=0, prompts=0, bytes=0)
+    for collection, receipt in _receipts(stage):
+        found.stored_bytes += receipt.size
+        for place in receipt.samples:
+            if place.key not in used:
+                unused.update({collection.kind: 1, "bytes": place.length})
+    found.orphaned = dict(unused)
+
+
+def _receipts(stage: Stage) -> list[tuple[Collection, Receipt]]:
+    return [
+        (collection, receipt)
+        for collection in collections(stage.storage)
+        for _, receipt in shards(stage.storage, collection.folder)
+    ]

@@ -1,0 +1,105 @@
+"""What a run wants: the clips and texts of the config, their keys, and the sources that give no clip."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from precompute import recipes
+from precompute.ahead import ahead
+from precompute.clips import Source, read_sources
+from precompute.pool import DecodePool
+from precompute.prompts import wanted_texts
+from precompute.recipes import Clip
+from precompute.stage import Stage
+from precompute.video import BadVideo, Probe
+from precompute.windows import Skipped, cut_windows
+from shared import console
+from shared.errors import UsageError
+from shared.fingerprint import Json
+from shared.geometry import Bucket
+from shared.store import Collection, collection_for
+from shared.variants import refusal, without_learned_positions
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Everything that is known before a model is loaded."""
+
+    clips: list[Clip]
+    left_out: list[tuple[Source, str]]
+    """Sources that give no clip, and why."""
+    texts: dict[str, str]
+    """Prompt key -> text."""
+    latents_recipe: dict[str, Json]
+    prompts_recipe: dict[str, Json]
+    latents: Collection
+    prompts: Collection
+
+    @property
+    def by_key(self) -> dict[str, Clip]:
+        """Clips that share bytes and window share a key, and are stored once."""
+        return {clip.key: clip for clip in self.clips}
+
+
+def survey(stage: Stage, pool: DecodePool) -> Survey:
+    """Read the sources, probe the videos, cut the windows, name everything.
+
+    Raises `UsageError` or `DataError` for what a person must mend, `Preempted` after a signal.
+    """
+    _refuse_buckets(stage)
+    sources = read_sources(stage.config.data)
+    latents_recipe = recipes.latents_recipe(stage.config, stage.encoders)
+    prompts_recipe = recipes.prompts_recipe(stage.config, stage.encoders)
+    latents, prompts = collection_for("latents", latents_recipe), collection_for("prompts", prompts_recipe)
+    clips, left_out = cut_clips(stage, sources, pool, latents.recipe)
+    texts = wanted_texts(stage.config.data, sources, prompts.recipe)
+    return Survey(clips, left_out, texts, latents_recipe, prompts_recipe, latents, prompts)
+
+
+def cut_clips(
+    stage: Stage, sources: Sequence[Source], pool: DecodePool, recipe: str
+) -> tuple[list[Clip], list[tuple[Source, str]]]:
+    """Probe every source and cut its windows; sources that give none come back with the reason."""
+    clips: list[Clip] = []
+    left_out: list[tuple[Source, str]] = []
+    probes = dict(_probes(stage, list(dict.fromkeys(source.path for source in sources)), pool))
+    for source in sources:
+        probe = probes[source.path]
+        if isinstance(probe, BadVideo):
+            left_out.append((source, probe.reason))
+            continue
+        windows = cut_windows(
+            probe.timestamps_us,
+            probe.height,
+            probe.width,
+            stage.config.data,
+            start_seconds=source.start_seconds,
+            end_seconds=source.end_seconds,
+        )
+        if isinstance(windows, Skipped):
+            left_out.append((source, windows.reason))
+            continue
+        mode = stage.config.data.video_reshape_mode
+        clips += [
+            Clip(source, probe, window, recipes.latent_key(probe.sha256, window, mode, recipe)) for window in windows
+        ]
+    return clips, left_out
+
+
+def _probes(stage: Stage, paths: list[Path], pool: DecodePool) -> Iterator[tuple[Path, Probe | BadVideo]]:
+    with console.Progress("probing", len(paths)) as bar:
+        for path, probe in zip(paths, ahead(pool.probe_all(paths), 64, stage.check), strict=True):
+            yield path, probe
+            bar.advance()
+
+
+def _refuse_buckets(stage: Stage) -> None:
+    """Raises `UsageError` for a bucket that the checkpoint cannot be trained at, before anything is encoded."""
+    data, conventions = stage.config.data, stage.encoders.conventions
+    if stage.config.model.drop_learned_positions:
+        conventions = without_learned_positions(conventions)
+    for frames in data.frame_buckets:
+        for height, width in data.resolutions:
+            reason = refusal(conventions, Bucket(frames, height, width))
+            if frames <= data.max_num_frames and reason:
+                raise UsageError(f"data.frame_buckets, data.resolution_buckets: {reason}")

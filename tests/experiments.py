@@ -1,0 +1,48 @@
+"""A whole experiment in a folder: two bar-coded clips with captions, a tiny pipeline of any variant, and its config."""
+
+from pathlib import Path
+
+from precompute.plan import Part
+from precompute.run import precompute
+from shared.config import Config, Data, Model, Precompute, Train
+from shared.preemption import StopSignal
+from tests.media import write_clip
+from tests.tiny import save_pipeline
+
+CAPTIONS = ("a grey rabbit yawns", "a white bird glides")
+FRAMES, HEIGHT, WIDTH = 9, 64, 96
+"""What the tiny learned position table covers."""
+
+
+def write_experiment(variant: str, folder: Path, **train: object) -> Config:
+    """Clips in `clips/`, the pipeline in `model/`, nothing precomputed; `train` are fields of [train]."""
+    clips = folder / "clips"
+    if not clips.exists():
+        clips.mkdir(parents=True)
+        for number, caption in enumerate(CAPTIONS):
+            write_clip(clips / f"{number}.mp4", frames=FRAMES * (number + 1), height=HEIGHT, width=WIDTH)
+            (clips / f"{number}.txt").write_text(caption, "utf-8")
+    model = folder / "model"
+    if not model.exists():
+        save_pipeline(variant, model)
+    settings = {"output_dir": folder / "run", "global_batch_size": 2, "max_tokens_per_pack": 1024, "device": "cpu"}
+    return Config(
+        model=Model(pretrained_model_name_or_path=str(model)),
+        data=Data(
+            name="two",
+            instance_data_root=clips,
+            fps=0,
+            frame_buckets=(FRAMES,),
+            max_num_frames=FRAMES,
+            resolution_buckets=((HEIGHT, WIDTH),),
+            validation_prompts=CAPTIONS[:1],
+        ),
+        precompute=Precompute(cache=str(folder / "cache"), device="cpu", noised_image_count=2, decode_workers=1),
+        train=Train.model_validate(settings | train),
+    )
+
+
+def fill_cache(config: Config) -> None:
+    """Stage 1, as `precog precompute` runs it."""
+    with StopSignal() as stop:
+        precompute(config, Part(), stop)

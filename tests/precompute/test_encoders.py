@@ -1,0 +1,143 @@
+"""The encoders: batches equal single clips, tiling changes latents, slicing does not, and a full card halves the batch."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import T5EncoderModel
+
+from precompute.encoders import TextEncoder, VaeEncoder, load_tokenizer, truncated_tokens, vae_precision
+from precompute.latents import conditioning_images
+from shared.config import Model
+from shared.pretrained import Part, pretrained_part
+from tests.tiny import TEXT_LENGTH
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def vae(pipeline: Path) -> Part:
+    return pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "vae")
+
+
+@pytest.fixture(scope="module")
+def t5(pipeline: Path) -> TextEncoder:
+    part = pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "text_encoder")
+    return TextEncoder(part, load_tokenizer(str(pipeline / "tokenizer")), "fp32", CPU, TEXT_LENGTH)
+
+
+def clips(count: int, frames: int = 9, height: int = 32, width: int = 48) -> torch.Tensor:
+    return torch.randn(count, 3, frames, height, width, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+
+
+def encoder(part: Part, *, tiling: bool = False, slicing: bool = False, precision: str = "fp32") -> VaeEncoder:
+    return VaeEncoder(part, precision, CPU, tiling=tiling, slicing=slicing)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 17])
+def test_a_batch_of_clips_gives_what_one_at_a_time_gives(vae, frames):
+    batch = clips(3, frames)
+    together = encoder(vae).encode(batch)
+    alone = torch.cat([encoder(vae).encode(clip[None]) for clip in batch])
+    assert together.shape == (3, 32, (frames - 1) // 4 + 1, 4, 6)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_slicing_keeps_the_latents_and_tiling_changes_them(vae):
+    batch = clips(2, frames=5, height=96, width=160)
+    plain = encoder(vae).encode(batch)
+    torch.testing.assert_close(encoder(vae, slicing=True).encode(batch), plain, rtol=1e-5, atol=1e-5)
+    tiled = encoder(vae, tiling=True).encode(batch)
+    assert tiled.shape == plain.shape and (tiled - plain).abs().max() > 1e-3
+
+
+def test_what_is_stored_has_the_precision_of_the_recipe(vae):
+    moments = encoder(vae, precision="bf16").encode(clips(1, frames=5))
+    assert moments.dtype == torch.bfloat16
+    torch.testing.assert_close(moments.float(), encoder(vae).encode(clips(1, frames=5)), rtol=0.1, atol=0.1)
+
+
+def test_half_precision_is_raised_when_nothing_is_asked(vae, monkeypatch):
+    assert [vae_precision(asked, vae) for asked in ("auto", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+    for own, used in (("fp16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32")):
+        monkeypatch.setattr(Part, "dtype", lambda _, own=own: own)
+        assert vae_precision("auto", vae) == used
+
+
+class CrampedVae:
+    """A real VAE on a card with room for `room` clips."""
+
+    def __init__(self, real: Any, room: int) -> None:
+        self.real, self.room, self.batches = real, room, []
+
+    def encode(self, batch: torch.Tensor) -> Any:
+        self.batches.append(len(batch))
+        if len(batch) > self.room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return self.real.encode(batch)
+
+
+@pytest.mark.parametrize(("room", "batches"), [(5, [5]), (3, [5, 2, 3]), (1, [5, 2, 1, 1, 3, 1, 2, 1, 1])])
+def test_out_of_memory_halves_the_batch_and_loses_nothing(vae, room, batches):
+    whole = encoder(vae).encode(clips(5, frames=5))
+    cramped = encoder(vae)
+    cramped._vae = CrampedVae(cramped._vae, room)
+    torch.testing.assert_close(cramped.encode(clips(5, frames=5)), whole, rtol=1e-5, atol=1e-5)
+    assert cramped._vae.batches == batches
+
+
+def test_out_of_memory_with_one_clip_is_no_longer_hidden(vae):
+    cramped = encoder(vae)
+    cramped._vae = CrampedVae(cramped._vae, 0)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        cramped.encode(clips(2, frames=5))
+
+
+def test_only_the_encoder_half_is_kept(vae):
+    assert encoder(vae)._vae.decoder is None
+
+
+def test_a_texts_embedding_does_not_depend_on_its_batch(t5):
+    texts = ["a grey rabbit yawns", "", "two children fly a red kite at dusk and then much more than fits"]
+    together = t5.encode(texts)
+    assert together.shape == (3, TEXT_LENGTH, 32)
+    torch.testing.assert_close(together, torch.cat([t5.encode([text]) for text in texts]), rtol=1e-5, atol=1e-5)
+
+
+def test_an_embedding_is_t5s_last_hidden_state_with_all_pads_and_no_mask(t5, pipeline):
+    model = T5EncoderModel.from_pretrained(pipeline / "text_encoder").eval()
+    tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
+    ids = tokenizer(["a bird"], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+    assert ids.shape == (1, TEXT_LENGTH)
+    with torch.no_grad():
+        torch.testing.assert_close(t5.encode(["a bird"]), model(ids)[0])
+
+
+def test_tokens_beyond_the_text_length_are_counted(pipeline):
+    tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
+    text = "a grey rabbit yawns in the meadow " * 20
+    [none, many] = truncated_tokens(tokenizer, ["a", text], TEXT_LENGTH)
+    assert none == 0 and many == len(tokenizer(text).input_ids) - TEXT_LENGTH > 0
+    assert truncated_tokens(tokenizer, [], TEXT_LENGTH) == []
+
+
+def test_conditioning_images_are_the_clean_frame_and_noised_copies_drawn_by_key():
+    frame = clips(1)[0][:, :1]
+    images = conditioning_images(frame, 200, "key")
+    assert torch.equal(images[0], frame) and len(images) == 201
+    again = conditioning_images(frame, 2, "key")
+    assert all(torch.equal(one, two) for one, two in zip(images, again, strict=False))
+    assert not torch.equal(images[1], conditioning_images(frame, 1, "other")[1])
+    sigmas = torch.tensor([float((image - frame).std()) for image in images[1:]]).log()
+    assert abs(float(sigmas.mean()) + 3.0) < 0.15 and abs(float(sigmas.std()) - 0.5) < 0.1
+
+
+def test_an_embedding_that_is_not_finite_stops_the_run():
+    from precompute.prompts import _encode_batch
+    from shared.errors import DataError
+
+    broken: Any = SimpleNamespace(encode=lambda texts: torch.full((len(texts), 2, 2), float("nan")))
+    with pytest.raises(DataError, match="prompt 'a rabbit': T5 gives a non-finite embedding"):
+        _encode_batch(broken, {"0" * 32: "a rabbit"})

@@ -1,0 +1,102 @@
+"""`precog plan`: what it says is what `precompute` then does, and nothing is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from precompute.estimate import Estimate, estimate
+from precompute.plan import Part
+from precompute.run import decode_pool
+from precompute.stage import open_stage
+from shared.config import Config
+from shared.preemption import StopSignal
+from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
+
+
+def look(config: Config) -> Estimate:
+    with decode_pool(config) as pool:
+        return estimate(open_stage(config, Part(), StopSignal()), pool)
+
+
+@pytest.fixture
+def filled(tmp_path: Path, pipeline: Path) -> tuple[Path, Path]:
+    root, cache = write_corpus(tmp_path / "clips", 6), tmp_path / "cache"
+    run(config_for(pipeline, root, cache))
+    return root, cache
+
+
+def test_a_plan_promises_what_the_run_then_does_and_writes_nothing(pipeline, tmp_path):
+    root, cache = write_corpus(tmp_path / "clips", 6), tmp_path / "cache"
+    (root / "003.mp4").write_bytes(b"no video")
+    config = config_for(pipeline, root, cache)
+    planned = look(config)
+    assert not cache.exists()
+    report = run(config)
+    assert (planned.clips, planned.latents_planned, planned.latents_reused) == (5, report.latents_encoded, 0)
+    assert (planned.prompts_planned, planned.prompts_reused) == (report.prompts_encoded, 0)
+    assert planned.skipped == report.skipped and planned.new == 5 and planned.changed == []
+    assert planned.shards == {"latents": 2, "prompts": 1}
+    stored = sum(len(content) for name, content in stored_files(cache).items() if not name.startswith("datasets"))
+    assert stored - 5000 < planned.needed_bytes < 2 * stored  # all but the recipes; small samples are mostly padding
+    again = look(config)
+    assert (again.latents_planned, again.latents_reused, again.needed_bytes, again.new) == (0, 5, 0, 0)
+    assert again.orphaned == {"latents": 0, "prompts": 0, "bytes": 0}
+    assert again.stored_bytes == sum(path.stat().st_size for path in cache.rglob("*.tar"))
+
+
+def test_json_has_the_fields_of_a_run_with_planned_for_encoded(pipeline, filled):
+    body = json.loads(json.dumps(look(config_for(pipeline, *filled)).as_json()))
+    assert body["latents"] == {"planned": 0, "reused": 6} and body["prompts"] == {"planned": 0, "reused": 8}
+    assert body["clips"] == 6 and body["skipped"] == [] and body["seconds"]["total"] > 0
+    assert body["bytes"]["free"] > 0
+
+
+def test_each_change_is_named_and_what_it_leaves_behind_is_counted(pipeline, filled, tmp_path):
+    root, cache = filled
+    write_video(root / "002.mp4", seed=99)
+    write_video(root / "new.mp4", seed=98)
+    write_captions(root, ["another", *(f"clip number {number}" for number in range(1, 6)), "new"])
+    found = look(config_for(pipeline, root, cache))
+    assert found.changed == [("002.mp4", "source bytes changed")] and found.new == 1
+    assert (found.latents_planned, found.prompts_planned) == (2, 2)
+    assert (found.orphaned["latents"], found.orphaned["prompts"]) == (1, 1) and found.orphaned["bytes"] > 0
+    run(config_for(pipeline, root, cache))
+
+    cropped = look(config_for(pipeline, root, cache, data={"video_reshape_mode": "random"}))
+    assert {reason for _, reason in cropped.changed} == {"video_reshape_mode or frames within the window changed"}
+    taller = look(config_for(pipeline, root, cache, data={"resolution_buckets": [[32, 32]]}))
+    assert {reason for _, reason in taller.changed} == {"window changed"} and len(taller.changed) == 7
+
+    sliced = look(config_for(pipeline, root, cache, enable_slicing=True, vae_dtype="bf16"))
+    assert {reason for _, reason in sliced.changed} == {"recipe changed: precision, slicing"}
+
+    other = tmp_path / "pipeline"
+    shutil.copytree(pipeline, other)
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["encoder.conv_in.conv.bias"] += 0.01
+    save_file(tensors, weights, {"format": "pt"})
+    revised = look(config_for(other, root, cache))
+    assert {reason for _, reason in revised.changed} == {"recipe changed: vae.weights"}
+    assert revised.latents_reused == 0 and revised.orphaned["latents"] == 8
+
+
+def test_what_another_view_uses_is_no_orphan(pipeline, filled):
+    root, cache = filled
+    found = look(config_for(pipeline, root, cache, data={"name": "other", "video_reshape_mode": "random"}))
+    assert found.orphaned["latents"] == 0 and found.new == 6
+
+
+def test_a_shard_that_is_gone_is_named_as_such(pipeline, filled):
+    root, cache = filled
+    for path in cache.glob("latents/*/5x16x32/*"):
+        path.unlink()
+    assert {reason for _, reason in look(config_for(pipeline, root, cache)).changed} == {"no longer stored"}
+
+
+def test_costly_buckets_are_pointed_out(pipeline, filled):
+    found = look(config_for(pipeline, *filled, data={"frame_buckets": [5, 13]}))
+    assert len(found.warnings) == 1 and "frame bucket 13" in found.warnings[0]

@@ -1,0 +1,230 @@
+"""Keys: everything that changes a stored byte is in one, and nothing else is."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from precompute.recipes import (
+    Clip,
+    Encoders,
+    crop_seed,
+    find_encoders,
+    latent_key,
+    latents_recipe,
+    prompt_key,
+    prompts_recipe,
+)
+from precompute.video import Probe
+from precompute.windows import Window
+from shared.config import Config
+from shared.errors import UsageError
+from shared.fingerprint import Json, key_of
+from shared.geometry import Bucket
+from tests.corpus import config_for
+from tests.tiny import save_pipeline
+
+WINDOW = Window((0, 2, 4, 6, 8), (0, 80_000, 160_000, 240_000, 320_000), Bucket(5, 16, 32), False)
+
+
+@pytest.fixture(scope="module")
+def image_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline("5b-i2v", tmp_path_factory.mktemp("pipeline") / "i2v")
+
+
+def keys_of(config: Config) -> tuple[str, str]:
+    """Keys of one window and one text."""
+    encoders = find_encoders(config)
+    latents, prompts = key_of(latents_recipe(config, encoders)), key_of(prompts_recipe(config, encoders))
+    return latent_key("ab" * 32, WINDOW, config.data.video_reshape_mode, latents), prompt_key("a rabbit", prompts)
+
+
+def leaves(value: Json, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Path of every single value in a recipe."""
+    if isinstance(value, dict):
+        return [leaf for name in value for leaf in leaves(value[name], (*path, name))]
+    if isinstance(value, list | tuple):
+        return [leaf for index in range(len(value)) for leaf in leaves(value[index], (*path, index))] or [path]
+    return [path]
+
+
+def changed(value: Any, path: tuple[Any, ...]) -> Any:
+    """The recipe with one value changed, its type kept where that can be."""
+    if not path:
+        return [value, "changed"] if isinstance(value, dict | list | tuple | None) else f"{value} changed"
+    if isinstance(value, dict):
+        return {**value, path[0]: changed(value[path[0]], path[1:])}
+    items = list(value)
+    items[path[0]] = changed(items[path[0]], path[1:])
+    return items
+
+
+@pytest.mark.parametrize("make", [latents_recipe, prompts_recipe])
+def test_every_value_of_a_recipe_is_part_of_its_name(image_pipeline, tmp_path, make):
+    config = config_for(image_pipeline, tmp_path, tmp_path / "cache")
+    recipe = make(config, find_encoders(config))
+    paths = leaves(recipe)
+    assert len(paths) > 15
+    assert len({key_of(recipe), *(key_of(changed(recipe, path)) for path in paths)}) == len(paths) + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "latents", "prompts"),
+    [
+        ({"vae_dtype": "bf16"}, True, False),
+        ({"text_dtype": "bf16"}, False, True),
+        ({"enable_tiling": True}, True, False),
+        ({"enable_slicing": True}, True, False),
+        ({"data": {"video_reshape_mode": "letterbox"}}, True, False),
+        ({"data": {"video_reshape_mode": "random"}}, True, False),
+    ],
+)
+def test_a_setting_that_shapes_the_bytes_is_a_miss(pipeline, tmp_path, settings, latents, prompts):
+    before = keys_of(config_for(pipeline, tmp_path, "cache"))
+    after = keys_of(config_for(pipeline, tmp_path, "cache", **settings))
+    assert (before[0] != after[0], before[1] != after[1]) == (latents, prompts)
+
+
+def test_the_number_of_noised_images_is_part_of_an_image_to_video_key_only(pipeline, image_pipeline, tmp_path):
+    for folder, matters in ((pipeline, False), (image_pipeline, True)):
+        few = keys_of(config_for(folder, tmp_path, "cache", noised_image_count=1))
+        assert (few != keys_of(config_for(folder, tmp_path, "cache"))) is matters
+
+
+def _scale(folder: Path, name: str) -> None:
+    [weights] = (folder / name).glob("*.safetensors")
+    tensors = load_file(weights)
+    first = min(tensors)
+    tensors[first] = tensors[first] * 1.5
+    save_file(tensors, weights, {"format": "pt"})
+
+
+def _append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+def _edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "latents", "prompts"),
+    [
+        (lambda folder: _scale(folder, "vae"), True, False),
+        (lambda folder: _scale(folder, "text_encoder"), False, True),
+        (lambda folder: _edit(folder / "vae/config.json", '"norm_num_groups": 2', '"norm_num_groups": 1'), True, False),
+        (lambda folder: _edit(folder / "text_encoder/config.json", '"num_heads": 4', '"num_heads": 2'), False, True),
+        (
+            lambda folder: _edit(folder / "transformer/config.json", 'seq_length": 16', 'seq_length": 12'),
+            0,
+            1,
+        ),
+        (lambda folder: _append(folder / "tokenizer/tokenizer.json"), False, True),
+        (lambda folder: (folder / "vae/diffusion_pytorch_model.safetensors").touch(), False, False),
+        (lambda folder: _scale(folder, "transformer"), False, False),
+        (lambda folder: _edit(folder / "vae/config.json", "_diffusers_version", "_name_or_path"), False, False),
+        (lambda folder: _edit(folder / "text_encoder/config.json", "transformers_version", "_name_or_path"), 0, 0),
+        (lambda folder: (folder / "README.md").write_text("hello"), False, False),
+    ],
+)
+def test_a_part_of_the_checkpoint_is_known_by_its_bytes(pipeline, tmp_path, change, latents, prompts):
+    folder = tmp_path / "copy"
+    shutil.copytree(pipeline, folder)
+    before = keys_of(config_for(folder, tmp_path, "cache"))
+    change(folder)
+    after = keys_of(config_for(folder, tmp_path, "cache"))
+    assert (before[0] != after[0], before[1] != after[1]) == (bool(latents), bool(prompts))
+
+
+def _without(config: Config, **changes: dict[str, Any]) -> Config:
+    values = config.model_dump()
+    for table, fields in changes.items():
+        values[table] |= fields
+    return Config.model_validate(values)
+
+
+NEUTRAL: list[Callable[[Config], Config]] = [
+    lambda config: _without(config, data={"name": "other"}),
+    lambda config: _without(config, data={"instance_data_root": "elsewhere"}),
+    lambda config: _without(config, data={"caption_column": "captions.txt"}),
+    lambda config: _without(config, data={"id_token": "TOKEN"}),  # the text changes, and with it the key; not this one
+    lambda config: _without(config, data={"held_out_clips": 3}),
+    lambda config: _without(config, data={"windows_per_clip": 4}),
+    lambda config: _without(config, data={"frame_buckets": (5, 9)}),
+    lambda config: _without(config, data={"resolution_buckets": ((16, 32), (32, 16))}),
+    lambda config: _without(config, data={"validation_prompts": ("x", "y")}),
+    lambda config: _without(config, data={"negative_prompt": "blurred"}),
+    lambda config: _without(config, precompute={"cache": "elsewhere"}),
+    lambda config: _without(config, precompute={"vae_batch_size": 7}),
+    lambda config: _without(config, precompute={"text_batch_size": 3}),
+    lambda config: _without(config, precompute={"clips_per_shard": 5}),
+    lambda config: _without(config, precompute={"prompts_per_shard": 5}),
+    lambda config: _without(config, precompute={"decode_workers": 5}),
+    lambda config: _without(config, precompute={"decode_deadline_seconds": 7.0}),
+    lambda config: _without(config, precompute={"decode_memory_gib": 7.0}),
+    lambda config: _without(config, precompute={"decoder": "pyav"}),
+    lambda config: _without(config, precompute={"local_cache_gib": 7.0}),
+    lambda config: _without(config, precompute={"retry_skipped": True}),
+    lambda config: _without(config, precompute={"device": "cpu"}),
+    lambda config: _without(config, train={"lora_rank": 4, "seed": 7, "learning_rate": 1.0}),
+]
+
+
+@pytest.mark.parametrize("number", range(len(NEUTRAL)))
+def test_a_setting_that_shapes_no_byte_is_a_hit(pipeline, tmp_path, number):
+    config = config_for(pipeline, tmp_path, "cache", device="auto")
+    other = NEUTRAL[number](config)
+    assert other != config
+    assert keys_of(other) == keys_of(config)
+
+
+def test_the_place_and_the_working_directory_of_a_checkpoint_do_not_matter(pipeline, tmp_path, monkeypatch):
+    before = keys_of(config_for(pipeline, tmp_path, "cache"))
+    shutil.copytree(pipeline, tmp_path / "moved")
+    for path in (tmp_path / "moved").rglob("*"):
+        os.utime(path, (1, 1))
+    monkeypatch.chdir(tmp_path)
+    assert keys_of(config_for(Path("moved"), tmp_path, "cache")) == before
+
+
+def test_every_part_of_a_window_is_part_of_its_key():
+    keys = {latent_key("ab" * 32, WINDOW, "center", "r")}
+    for other in (
+        replace(WINDOW, indices=(0, 2, 4, 6, 9)),
+        replace(WINDOW, timestamps_us=(0, 80_000, 160_000, 240_000, 320_001)),
+        replace(WINDOW, bucket=Bucket(5, 32, 16)),
+        replace(WINDOW, flip=True),
+    ):
+        keys.add(latent_key("ab" * 32, other, "center", "r"))
+    keys |= {latent_key("cd" * 32, WINDOW, "center", "r"), latent_key("ab" * 32, WINDOW, "random", "r")}
+    keys |= {latent_key("ab" * 32, WINDOW, "center", "s")}
+    assert len(keys) == 8
+
+
+def test_a_random_crop_does_not_move_with_the_recipe():
+    probe = Probe("ab" * 32, 1, WINDOW.timestamps_us, 48, 48, 0, "h264", "mp4")
+    source: Any = None
+    assert crop_seed(Clip(source, probe, WINDOW, "one")) == crop_seed(Clip(source, probe, WINDOW, "two"))
+    assert crop_seed(Clip(source, replace(probe, sha256="cd" * 32), WINDOW, "one")) != crop_seed(
+        Clip(source, probe, WINDOW, "one")
+    )
+
+
+def test_a_tokenizer_without_its_files_is_named(pipeline, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(pipeline, folder)
+    for name in ("spiece.model", "tokenizer.json"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(UsageError, match=r"tokenizer: has neither spiece\.model nor tokenizer\.json"):
+        find_encoders(config_for(folder, tmp_path, "cache"))
+
+
+def test_the_parts_are_only_looked_at_not_loaded(pipeline, tmp_path):
+    assert isinstance(find_encoders(config_for(pipeline, tmp_path, "cache")), Encoders)

@@ -1,0 +1,184 @@
+"""Stage 1 from end to end: what a change costs, what is skipped, and that nothing is lost."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from precompute.report import Report
+from shared.errors import CacheError, DataError, UsageError
+from shared.files import LocalStorage
+from shared.store import SampleReader, shards, verify
+from shared.view import read_view
+from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
+
+CLIPS = 100
+
+
+def counts(report: Report) -> tuple[int, int, int, int]:
+    """Latents encoded and reused, prompts encoded and reused."""
+    return report.latents_encoded, report.latents_reused, report.prompts_encoded, report.prompts_reused
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "clips", CLIPS)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, corpus: Path) -> Path:
+    """A cache with the whole corpus in it."""
+    folder = tmp_path_factory.mktemp("run") / "cache"
+    report = run(config_for(pipeline, corpus, folder, clips_per_shard=64, vae_batch_size=10))
+    assert counts(report) == (CLIPS, 0, CLIPS + 2, 0)
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path: Path, pipeline: Path) -> tuple[Path, Path]:
+    """Five clips and a cache that has them."""
+    root, cache = write_corpus(tmp_path / "clips", 5), tmp_path / "cache"
+    run(config_for(pipeline, root, cache))
+    return root, cache
+
+
+def test_each_change_costs_what_it_touches_and_no_more(pipeline, corpus, cache, tmp_path):
+    settings = {"clips_per_shard": 64, "vae_batch_size": 10}
+    assert counts(run(config_for(pipeline, corpus, cache, **settings))) == (0, CLIPS, 0, CLIPS + 2)
+
+    root = tmp_path / "moved"
+    shutil.copytree(corpus, root)
+    for path in root.glob("*.mp4"):
+        os.utime(path, (1, 1))
+    assert counts(run(config_for(pipeline, root, cache, **settings))) == (0, CLIPS, 0, CLIPS + 2)
+
+    captions = [f"clip number {number}" for number in range(CLIPS)]
+    write_captions(root, ["another caption", *captions[1:]])
+    assert counts(run(config_for(pipeline, root, cache, **settings))) == (0, CLIPS, 1, CLIPS + 1)
+
+    write_video(root / "007.mp4", seed=1007)
+    assert counts(run(config_for(pipeline, root, cache, **settings))) == (1, CLIPS - 1, 0, CLIPS + 2)
+
+    cropped = config_for(pipeline, root, cache, data={"video_reshape_mode": "random"}, **settings)
+    assert counts(run(cropped)) == (CLIPS, 0, 0, CLIPS + 2)
+
+    other = tmp_path / "pipeline"
+    shutil.copytree(pipeline, other)
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["encoder.conv_in.conv.bias"] += 0.01
+    save_file(tensors, weights, {"format": "pt"})
+    assert counts(run(config_for(other, root, cache, **settings))) == (CLIPS, 0, 0, CLIPS + 2)
+
+
+def test_stored_moments_are_the_vaes_own(pipeline, small):
+    import av
+    from diffusers import AutoencoderKLCogVideoX
+
+    root, cache = small
+    storage = LocalStorage(str(cache))
+    view = read_view(storage, "corpus")
+    vae = AutoencoderKLCogVideoX.from_pretrained(pipeline / "vae")
+    [row] = [row for row in view.rows if row.source == "003.mp4"]
+    with av.open(str(root / "003.mp4")) as video:
+        frames = torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in video.decode(video=0)])
+    pixels = (frames[:, 8:24].permute(3, 0, 1, 2).float() - 127.5) / 127.5
+    with torch.no_grad():
+        expected = vae.encode(pixels[None]).latent_dist.parameters[0]
+    torch.testing.assert_close(SampleReader(storage, view.latents).read(row.latent_key)["moments"], expected)
+
+
+def test_bad_clips_are_skipped_with_reasons_and_all_else_is_stored(pipeline, tmp_path):
+    root, cache = write_corpus(tmp_path / "clips", 3), tmp_path / "cache"
+    (root / "bad.mp4").write_bytes(b"no video at all")
+    (root / "cut.mp4").write_bytes((root / "001.mp4").read_bytes()[:300])
+    write_captions(root, ["a", "b", "c", "d", "e"])
+    report = run(config_for(pipeline, root, cache))
+    assert (report.clips, report.latents_encoded) == (3, 3)
+    assert sorted(source for source, _ in report.skipped) == ["bad.mp4", "cut.mp4"]
+    assert all(reason for _, reason in report.skipped)
+    view = read_view(LocalStorage(str(cache)), "corpus")
+    assert {row.source for row in view.split("skipped")} == {"bad.mp4", "cut.mp4"}
+    assert len(view.rows) == 5  # planned = stored + skipped
+    assert report.as_json()["skipped"][0].keys() == {"source", "reason"}
+
+
+def test_a_clip_that_cannot_be_encoded_is_skipped_once_and_tried_again_when_asked(pipeline, tmp_path):
+    root, cache = write_corpus(tmp_path / "clips", 3), tmp_path / "cache"
+    other = tmp_path / "pipeline"
+    shutil.copytree(pipeline, other)
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["encoder.conv_out.conv.bias"] += float("inf")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(DataError, match="no clip is left to train on"):
+        run(config_for(other, root, cache))
+    view = read_view(LocalStorage(str(cache)), "corpus")
+    assert [row.skipped for row in view.rows] == [
+        "non-finite latents; precompute.vae_dtype = 'fp32' has more range"
+    ] * 3
+    receipts = set(cache.glob("latents/*/5x16x32/*.json"))
+    with pytest.raises(DataError):
+        run(config_for(other, root, cache))
+    assert set(cache.glob("latents/*/5x16x32/*.json")) == receipts, "tried again without being asked"
+    with pytest.raises(DataError):
+        run(config_for(other, root, cache, retry_skipped=True))
+    assert len(set(cache.glob("latents/*/5x16x32/*.json"))) == 2 * len(receipts)
+
+
+def test_a_shard_that_verify_set_aside_is_made_again_with_the_same_bytes(pipeline, small):
+    root, cache = small
+    before = stored_files(cache)
+    tar = min(cache.glob("latents/*/*/*.tar"))
+    damaged = bytearray(tar.read_bytes())
+    damaged[700] ^= 1
+    tar.write_bytes(damaged)
+    checked, found = verify(LocalStorage(str(cache)), repair=True)
+    assert checked == 3 and len(found) == 1 and str(tar) in found[0]
+    kept = sum(len(receipt.samples) for _, receipt in shards(LocalStorage(str(cache)), "latents"))
+    assert run(config_for(pipeline, root, cache)).latents_encoded == 5 - kept > 0
+    after = {name: content for name, content in stored_files(cache).items() if not name.endswith(".damaged")}
+    assert after == before
+
+
+def test_a_smaller_and_a_larger_data_set_share_what_they_have_in_common(pipeline, small):
+    root, cache = small
+    write_video(root / "new.mp4", seed=77)
+    write_captions(root, [f"clip number {number}" for number in range(6)])
+    assert counts(run(config_for(pipeline, root, cache))) == (1, 5, 1, 7)
+    (root / "new.mp4").unlink()
+    write_captions(root, [f"clip number {number}" for number in range(5)])
+    assert counts(run(config_for(pipeline, root, cache))) == (0, 5, 0, 7)
+
+
+def test_two_sources_of_equal_bytes_are_stored_once(pipeline, tmp_path):
+    root, cache = write_corpus(tmp_path / "clips", 2), tmp_path / "cache"
+    shutil.copy(root / "000.mp4", root / "copy.mp4")
+    write_captions(root, ["a", "b", "c"])
+    report = run(config_for(pipeline, root, cache))
+    assert (report.clips, report.latents_encoded) == (3, 2)
+
+
+def test_a_full_disk_is_refused_before_anything_is_encoded(pipeline, tmp_path, monkeypatch):
+    root, cache = write_corpus(tmp_path / "clips", 2), tmp_path / "cache"
+    monkeypatch.setattr(LocalStorage, "free_bytes", lambda _: 10_000)
+    with pytest.raises(CacheError, match=r"about .* KiB are needed, 9\.8 KiB are free"):
+        run(config_for(pipeline, root, cache))
+    assert not cache.exists()
+
+
+def test_costly_frame_buckets_are_pointed_out(pipeline, small):
+    root, cache = small
+    report = run(config_for(pipeline, root, cache, data={"frame_buckets": [5, 9]}))
+    assert report.warnings == report.as_json()["warnings"] == []
+    report = run(config_for(pipeline, root, cache, data={"frame_buckets": [5, 13]}))
+    assert len(report.warnings) == 1 and "frame bucket 13" in report.warnings[0]
+
+
+def test_a_missing_part_of_the_checkpoint_is_named(pipeline, tmp_path):
+    root = write_corpus(tmp_path / "clips", 1)
+    with pytest.raises(UsageError, match="has no vae/ folder"):
+        run(config_for(root, root, tmp_path / "cache"))

@@ -1,0 +1,294 @@
+"""One shard: what plain webdataset sees, what our reader sees, and what a receipt refuses."""
+
+import gc
+import hashlib
+import io
+import json
+import random
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load as load_safetensors
+
+from shared.errors import CacheError
+from shared.files import LocalStorage
+from shared.fingerprint import key_of
+from shared.shard import (
+    MappedShard,
+    Sample,
+    pack_shard,
+    parse_receipt,
+    read_receipt,
+    receipt_bytes,
+    shard_name,
+    write_shard,
+)
+from shared.store import collection_for, damage, shards, verify, write_recipe
+
+FOLDER = "latents/0123/9x32x48"
+
+
+def make_samples(count: int = 3, seed: int = 0) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Sample(
+            key_of([seed, number]),
+            {
+                "moments": torch.randn(32, 3, 4, 6 + number, generator=generator).to(torch.bfloat16),
+                "image_moments": torch.randn(2, 32, 1, 4, 6, generator=generator),
+            },
+            {"bucket": "9x32x48", "number": number},
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(str(tmp_path / "cache"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its file to the collector
+def test_webdataset_streams_the_samples_that_our_reader_gives(storage):
+    samples = {sample.key: sample for sample in make_samples()}
+    receipt = write_shard(storage, FOLDER, list(samples.values()))
+    tar = f"{FOLDER}/{receipt.shard}.tar"
+    mapped = MappedShard(storage, tar, receipt)
+    streamed = list(webdataset.WebDataset(str(storage.path(tar)), shardshuffle=False))
+    assert [item["__key__"] for item in streamed] == sorted(samples)
+    for item, place in zip(streamed, receipt.samples, strict=True):
+        sample = samples[item["__key__"]]
+        theirs, ours = load_safetensors(item["safetensors"]), mapped.tensors(place)
+        assert theirs.keys() == ours.keys() == sample.tensors.keys()
+        for name, tensor in sample.tensors.items():
+            assert torch.equal(ours[name], tensor) and ours[name].dtype == tensor.dtype
+            assert torch.equal(theirs[name], tensor)
+        assert json.loads(item["json"]) == sample.facts
+    gc.collect()
+
+
+def test_equal_samples_give_equal_bytes_in_any_order():
+    samples = make_samples(5)
+    content, receipt = pack_shard(samples, {key_of("bad"): "broken"}, 2)
+    again, same = pack_shard(list(reversed(samples)), {key_of("bad"): "broken"}, 2)
+    assert content == again and receipt == same
+    assert hashlib.sha256(content).hexdigest() == receipt.sha256 and len(content) == receipt.size
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        members = tar.getmembers()
+    assert [member.name for member in members] == sorted(member.name for member in members)
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.type) for m in members} == {
+        (0, 0, 0, "", "", 0o644, tarfile.REGTYPE)
+    }
+
+
+def test_the_bytes_of_a_known_shard_stay_what_they_are():
+    """Renew only with a new `pixels.TRANSFORM` or a new cache folder: stored shards would not be found again."""
+    content, receipt = pack_shard([Sample("0" * 32, {"moments": torch.arange(24.0).view(2, 3, 1, 2, 2)}, {"a": 1})])
+    assert receipt.shard == "d6b1039baf78122c83554e6cc9903c55"
+    assert hashlib.sha256(content).hexdigest()[:16] == "fe4e355da0baf0af"
+
+
+def test_a_shards_name_depends_on_its_keys_and_attempt_only():
+    keys = [key_of(number) for number in range(4)]
+    assert shard_name(keys) == shard_name(reversed(keys)) == pack_shard([Sample(k, {}, {}) for k in keys])[1].shard
+    assert len({shard_name(keys), shard_name(keys[1:]), shard_name(keys, 1)}) == 3
+
+
+def test_tensors_are_aligned_views_of_the_file_and_writing_to_one_stays_private(storage):
+    receipt = write_shard(storage, FOLDER, make_samples())
+    tar = f"{FOLDER}/{receipt.shard}.tar"
+    before = storage.path(tar).read_bytes()
+    tensors = MappedShard(storage, tar, receipt).tensors(receipt.samples[0])
+    assert all(tensor.data_ptr() % 8 == 0 for tensor in tensors.values())
+    tensors["moments"].zero_()
+    assert storage.path(tar).read_bytes() == before
+
+
+@settings(max_examples=300, deadline=None)
+@given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_any_flipped_bit_of_a_receipt_is_refused(position, bit):
+    content = bytearray(receipt_bytes(pack_shard(make_samples(2))[1]))
+    position %= len(content)
+    content[position] ^= 1 << bit
+    if content[position : position + 1].isspace():
+        return  # white space between JSON's tokens says nothing
+    with pytest.raises(CacheError, match=r"^here: damaged receipt"):
+        parse_receipt(bytes(content), "here")
+
+
+def test_every_truncation_of_a_receipt_is_refused():
+    content = receipt_bytes(pack_shard(make_samples(1))[1])
+    for size in range(len(content)):
+        with pytest.raises(CacheError, match=r"^here: damaged receipt"):
+            parse_receipt(content[:size], "here")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_json_that_is_no_receipt_is_refused(value):
+    with pytest.raises(CacheError):
+        parse_receipt(json.dumps(value).encode(), "here")
+
+
+def forged(changes: dict[str, object]) -> bytes:
+    """A receipt whose own hash is right and whose content is not."""
+    from shared.shard import _receipt_hash
+
+    body = json.loads(receipt_bytes(pack_shard(make_samples(2))[1]))
+    del body["receipt_sha256"]
+    place = body["samples"][0]
+    for name, value in changes.items():
+        if name in body:
+            body[name] = value
+        elif name in place:
+            place[name] = value
+        else:
+            place["tensors"]["moments"][name] = value
+    return json.dumps({**body, "receipt_sha256": _receipt_hash(body)}).encode()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": 0},
+        {"size": 2**40},
+        {"size": 512},
+        {"sha256": 7, "shard": "0" * 32},
+        {"key": "../../etc/passwd"},
+        {"offset": -512},
+        {"length": 10**9},
+        {"shape": [2**40, 2**40]},
+        {"shape": [32, 0, 4, 6]},
+        {"shape": [-1, -1]},
+        {"dtype": "I64"},
+        {"dtype": "F64"},
+        {"skipped": [1]},
+    ],
+)
+def test_a_receipt_that_points_outside_its_shard_is_refused(changes):
+    parse_receipt(forged({}), "here")
+    with pytest.raises(CacheError, match=r"^here: damaged receipt"):
+        parse_receipt(forged(changes), "here")
+
+
+def stored(storage: LocalStorage, count: int = 1) -> list[str]:
+    """`count` shards in a collection with a recipe; the receipts' names."""
+    recipe = {"kind": "latents"}
+    collection = collection_for("latents", recipe)
+    write_recipe(storage, collection, recipe)
+    for seed in range(count):
+        write_shard(storage, f"{collection.folder}/9x32x48", make_samples(2, seed))
+    return [name for name, _ in shards(storage, collection.folder)]
+
+
+def test_every_flipped_bit_of_a_shard_is_found_and_the_file_named(storage):
+    [tar] = stored(storage)
+    path, draws = storage.path(tar), random.Random(0)
+    content = path.read_bytes()
+    receipt = read_receipt(storage, tar.removesuffix(".tar") + ".json")
+    for position in draws.sample(range(len(content)), 200):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << draws.randrange(8)
+        path.write_bytes(flipped)
+        problem = damage(storage, tar, receipt)
+        assert problem is not None and tar in problem
+    path.write_bytes(content)
+    assert damage(storage, tar, receipt) is None
+
+
+def test_a_truncated_or_missing_shard_is_refused_on_opening(storage):
+    [tar] = stored(storage)
+    path = storage.path(tar)
+    content = path.read_bytes()
+    for size in (0, 1, 512, len(content) // 2, len(content) - 512, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(CacheError, match=f"{tar}: has {size} bytes where its receipt says {len(content)}"):
+            list(shards(storage, "latents"))
+    path.unlink()
+    with pytest.raises(CacheError, match=f"{tar}: is missing"):
+        list(shards(storage, "latents"))
+
+
+def test_swapped_files_are_refused(storage):
+    first, second = stored(storage, 2)
+    one, two = storage.path(first), storage.path(second)
+    a, b = one.read_bytes(), two.read_bytes()
+    assert len(a) == len(b), "sizes alone must not tell them apart"
+    one.write_bytes(b)
+    two.write_bytes(a)
+    checked, damaged = verify(storage, repair=False)
+    assert checked == 2 and len(damaged) == 2 and first in damaged[0] and second in damaged[1]
+    one.write_bytes(a)
+    two.write_bytes(b)
+    assert verify(storage, repair=False) == (2, [])
+    receipts = [path.with_suffix(".json") for path in (one, two)]
+    c, d = (path.read_bytes() for path in receipts)
+    receipts[0].write_bytes(d)
+    receipts[1].write_bytes(c)
+    assert len(verify(storage, repair=False)[1]) == 2
+
+
+def test_verify_names_the_damaged_shard_and_sets_it_aside_when_asked(storage):
+    good, bad = stored(storage, 2)
+    content = bytearray(storage.path(bad).read_bytes())
+    content[600] ^= 4
+    storage.path(bad).write_bytes(content)
+    assert verify(storage, repair=False)[1] == verify(storage, repair=True)[1] != []
+    assert [name for name, _ in shards(storage, "latents")] == [good]
+    assert storage.path(bad).with_name(storage.path(bad).name + ".damaged").is_file()
+    assert verify(storage, repair=False) == (1, [])
+
+
+@pytest.mark.parametrize("left", ["whole", "torn", "empty", "other"])
+def test_a_tar_without_receipt_does_not_exist_and_is_made_whole(storage, left):
+    samples = make_samples()
+    content, receipt = pack_shard(samples)
+    tar = f"{FOLDER}/{receipt.shard}.tar"
+    leftover = {"whole": content, "torn": content[:2000], "empty": b"", "other": bytes(len(content))}[left]
+    storage.path(tar).parent.mkdir(parents=True)
+    storage.path(tar).write_bytes(leftover)
+    assert list(shards(storage, "latents")) == []
+    assert write_shard(storage, FOLDER, samples) == receipt
+    assert storage.path(tar).read_bytes() == content
+    assert [found for _, found in shards(storage, "latents")] == [receipt]
+
+
+def test_a_finished_shard_is_left_as_it_is(storage):
+    samples = make_samples()
+    receipt = write_shard(storage, FOLDER, samples)
+    paths: Sequence[Path] = sorted(storage.path(FOLDER).iterdir())
+    before = [(path, path.stat().st_mtime_ns, path.stat().st_ino) for path in paths]
+    other = [Sample(sample.key, {"moments": torch.zeros(1)}, sample.facts) for sample in samples]
+    assert write_shard(storage, FOLDER, other) == receipt
+    assert [(path, path.stat().st_mtime_ns, path.stat().st_ino) for path in paths] == before
+
+
+def test_the_receipt_belongs_to_the_tar_that_was_there_first(storage):
+    """Two GPUs round differently, and one of them could not decode a clip that the other could."""
+    ours = make_samples(3)
+    theirs = [Sample(s.key, {name: -tensor for name, tensor in s.tensors.items()}, s.facts) for s in ours[:2]]
+    content, receipt = pack_shard(theirs, {ours[2].key: "timed out"})
+    tar = f"{FOLDER}/{receipt.shard}.tar"
+    storage.publish(tar, content)
+    written = write_shard(storage, FOLDER, ours)
+    assert (written.sha256, written.samples) == (receipt.sha256, receipt.samples)
+    assert written.skipped == {ours[2].key: "skipped by another worker"}
+    assert damage(storage, tar, read_receipt(storage, tar.removesuffix(".tar") + ".json")) is None
+
+
+def test_a_tar_without_receipt_that_holds_other_keys_is_replaced(storage):
+    ours = make_samples(2)
+    content, receipt = pack_shard(ours)
+    tar = f"{FOLDER}/{receipt.shard}.tar"
+    storage.publish(tar, pack_shard(make_samples(2, seed=9))[0])
+    assert write_shard(storage, FOLDER, ours) == receipt
+    assert storage.path(tar).read_bytes() == content

@@ -1,0 +1,172 @@
+"""Examples are pure functions of (seed, epoch, clip): draws, captions, dropout, timesteps, weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.config import Config, Train
+from shared.files import open_storage
+from shared.fingerprint import key_of
+from shared.geometry import Bucket, latent_shape
+from shared.shard import Sample, write_shard
+from shared.store import Collection
+from shared.variants import Conventions, read_conventions
+from shared.view import View, ViewRow, read_view
+from tests import tiny
+from train.data import Dataset, Example
+from train.objective import NoiseSchedule, min_snr_weight, read_schedule, schedule_from
+from train.order import Draw
+
+Settings = Callable[..., Config]
+BUCKET = Bucket(9, 32, 48)
+CAPTIONS = (key_of("first"), key_of("second"), key_of("third"))
+WEIGHTS = (1.0, 3.0, 0.0)
+
+
+def conventions_of(variant: str) -> Conventions:
+    return read_conventions(tiny.transformer_config(variant), tiny.vae_config(variant), tiny.scheduler_config(variant))
+
+
+def dataset(folder: Path, variant: str = "2b", **values: Any) -> Dataset:
+    """One clip with three captions; each prompt is filled with its number (0 is the empty one), images are ones."""
+    conventions = conventions_of(variant)
+    storage = open_storage(str(folder), local_cache_gib=1)
+    latents, prompts = Collection("latents", key_of("latents")), Collection("prompts", key_of("prompts"))
+    channels, *size = latent_shape(BUCKET, 16)
+    moments = torch.cat([torch.zeros(channels, *size), torch.full((channels, *size), -30.0)])
+    image = torch.cat([torch.ones(3, channels, 1, *size[1:]), torch.full((3, channels, 1, *size[1:]), -30.0)], dim=1)
+    image *= torch.tensor([10.0, 1.0, 2.0]).view(3, 1, 1, 1, 1)
+    image[:, channels:] = -30.0
+    tensors = {"moments": moments} | ({"image_moments": image} if conventions.image_to_video else {})
+    clip = key_of("clip")
+    write_shard(storage, latents.folder, [Sample(clip, tensors, {})])
+    shape = (conventions.text_length, conventions.text_embed_dim)
+    texts = [key_of(""), *CAPTIONS]
+    samples = [Sample(key, {"prompt_embeds": torch.full(shape, float(index))}, {}) for index, key in enumerate(texts)]
+    write_shard(storage, prompts.folder, samples)
+    row = ViewRow("a.mp4", 0.0, 1.0, 9, 32, 48, False, clip, ("", "", ""), WEIGHTS, CAPTIONS, (0, 0, 0), "train", "")
+    view = View("view", latents, prompts, {"": texts[0]}, (row,))
+    train = Train(output_dir=folder, **values)
+    return Dataset(storage, view, "train", conventions, read_schedule(tiny.scheduler_config(variant)), train)
+
+
+def example(data: Dataset, epoch: int) -> Example:
+    draw = Draw(epoch, 0)
+    return data.example(draw, *data.timesteps([draw], 0))
+
+
+def captions(data: Dataset, epochs: int = 400) -> list[int]:
+    return [int(example(data, epoch).model_input.prompt_embeds[0, 0]) for epoch in range(epochs)]
+
+
+def test_captions_come_as_often_as_their_weights_say(tmp_path: Path) -> None:
+    drawn = captions(dataset(tmp_path))
+    assert drawn.count(2) / len(drawn) == pytest.approx(0.75, abs=0.06)
+    assert drawn.count(0) == drawn.count(3) == 0
+    assert drawn == captions(dataset(tmp_path))
+    assert drawn != captions(dataset(tmp_path, seed=7))
+
+
+def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(tmp_path: Path) -> None:
+    dropping, always = dataset(tmp_path, caption_dropout=0.3), dataset(tmp_path)
+    drawn, kept = captions(dropping), captions(always)
+    assert drawn.count(0) / len(drawn) == pytest.approx(0.3, abs=0.06)
+    assert all(caption in (0, other) for caption, other in zip(drawn, kept, strict=True))
+    left, right = example(dropping, 0), example(always, 0)
+    assert torch.equal(left.model_input.latents, right.model_input.latents)
+    assert torch.equal(left.target, right.target)
+
+
+def test_image_conditions_are_dropped_as_often_as_asked(tmp_path: Path) -> None:
+    def conditions(noised_image_dropout: float) -> list[float]:
+        data = dataset(tmp_path, "5b-i2v", noised_image_dropout=noised_image_dropout)
+        return [float(example(data, epoch).model_input.latents[0, 16, 0, 0]) for epoch in range(200)]
+
+    assert all(conditions(0.0))
+    assert not any(conditions(1.0))
+    drawn = conditions(0.3)
+    assert drawn.count(0.0) / len(drawn) == pytest.approx(0.3, abs=0.08)
+
+
+def test_each_epoch_takes_one_of_the_noised_images_and_never_the_clean_one(tmp_path: Path) -> None:
+    data = dataset(tmp_path, "5b-i2v", noised_image_dropout=0)
+    first = [float(example(data, epoch).model_input.latents[0, 16, 0, 0]) for epoch in range(60)]
+    scale = conventions_of("5b-i2v").image_scaling_factor
+    seen = {round(value / scale) for value in first}
+    assert seen == {1, 2}
+
+
+def test_every_epoch_has_other_noise_and_the_same_epoch_the_same(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    first, again, second = (example(data, epoch) for epoch in (0, 0, 1))
+    assert torch.equal(first.target, again.target)
+    assert not torch.equal(first.target, second.target)
+
+
+def timesteps(data: Dataset, size: int, steps: int) -> torch.Tensor:
+    """[steps, size], for batches of one clip in `size` epochs each."""
+    batches = [[Draw(step * size + index, 0) for index in range(size)] for step in range(steps)]
+    return torch.tensor([data.timesteps(batch, step) for step, batch in enumerate(batches)])
+
+
+def test_uniform_timesteps_cover_the_schedule(tmp_path: Path) -> None:
+    drawn = timesteps(dataset(tmp_path), 8, 500).flatten()
+    assert drawn.min() < 10 and drawn.max() > 989
+    assert float(drawn.float().mean()) == pytest.approx(499.5, abs=15)
+
+
+def test_stratified_timesteps_have_one_clip_in_each_part_of_the_schedule(tmp_path: Path) -> None:
+    data = dataset(tmp_path, timestep_sampling="stratified", seed=1)
+    drawn = timesteps(data, 8, 500)
+    assert torch.equal(drawn.div(125, rounding_mode="floor").sort().values, torch.arange(8).expand(500, 8))
+    # Each place of the batch meets every part, so each clip's timestep is uniform by itself.
+    assert float(drawn[:, 0].float().mean()) == pytest.approx(499.5, abs=40)
+    assert drawn.flatten().min() < 10 and drawn.flatten().max() > 989
+    assert torch.equal(drawn, timesteps(data, 8, 500))
+    assert int(timesteps(data, 3, 400).max()) <= 999
+
+
+def test_min_snr_weights_are_the_published_ones(tmp_path: Path) -> None:
+    """Hang et al. 2023: min(SNR, gamma) / (SNR + 1) for velocities."""
+    schedule: NoiseSchedule = schedule_from(torch.tensor([0.999, 0.9, 0.5, 0.1, 0.0]))
+    for timestep, abar in enumerate((0.999, 0.9, 0.5, 0.1, 0.0)):
+        snr = abar / (1 - abar)
+        assert min_snr_weight(timestep, schedule, 5.0) == pytest.approx(min(snr, 5) / (snr + 1), rel=1e-4, abs=1e-12)
+    assert example(dataset(tmp_path), 0).weight == 1
+    data = dataset(tmp_path, snr_gamma=5.0)
+    (timestep,) = data.timesteps([Draw(0, 0)], 0)
+    expected = min_snr_weight(timestep, read_schedule(tiny.scheduler_config("2b")), 5.0)
+    weighted = example(data, 0)
+    assert weighted.weight == expected
+    assert weighted.to(torch.device("cpu"), torch.bfloat16).weight == expected
+
+
+def test_a_held_out_example_depends_on_clip_and_timestep_alone(tmp_path: Path) -> None:
+    one, other = (
+        dataset(tmp_path, seed=1, caption_dropout=1.0).fixed_example(0, 500),
+        dataset(tmp_path).fixed_example(0, 500),
+    )
+    assert torch.equal(one.model_input.latents, other.model_input.latents)
+    assert torch.equal(one.model_input.prompt_embeds, other.model_input.prompt_embeds)
+    assert not torch.equal(one.target, dataset(tmp_path).fixed_example(0, 501).target)
+
+
+def test_the_order_in_the_table_changes_no_example(experiment: Config, settings: Settings) -> None:
+    storage = open_storage(experiment.precompute.cache, local_cache_gib=1)
+    view = read_view(storage, "clips")
+    conventions = conventions_of("2b")
+    schedule = read_schedule(tiny.scheduler_config("2b"))
+    shuffled = replace(view, rows=view.rows[::-1])
+    assert shuffled.hash == view.hash
+    for row in range(7):
+        draws = Draw(3, row)
+        left, right = (
+            Dataset(storage, table, "train", conventions, schedule, settings().train).example(draws, 10)
+            for table in (view, shuffled)
+        )
+        assert left.name == right.name
+        assert torch.equal(left.target, right.target)

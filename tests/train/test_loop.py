@@ -1,0 +1,194 @@
+"""Interrupted runs in real processes: SIGKILL, SIGTERM, bad numbers, bad samples, two processes in one folder."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared.config import Config
+from shared.errors import CacheError
+from shared.preemption import StopSignal
+from tests.train import processes
+from train.checkpoint import load_checkpoint, save_checkpoint
+from train.loop import train
+from train.metrics import read_metrics
+
+Settings = Callable[..., Config]
+NUM_STEPS = 12
+VALUES: dict[str, Any] = {
+    "max_train_steps": NUM_STEPS,
+    "checkpointing_steps": 1,
+    "validation_steps": 4,
+    "lora_dropout": 0.3,
+    "caption_dropout": 0.2,
+    "lr_scheduler": "cosine",
+    "ema_decay": 0.9,
+    "timestep_sampling": "stratified",
+    "log_clips": True,
+}
+VARYING = ("seconds", "data_wait_seconds", "peak_memory_bytes")
+
+
+@pytest.fixture(scope="module")
+def straight(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    config = experiment.model_copy(
+        update={"train": experiment.train.model_copy(update=VALUES | {"output_dir": folder})}
+    )
+    assert processes.run(config) == [0], processes.log(config)
+    return config
+
+
+def same_run(left: Config, right: Config) -> bool:
+    """Losses, gradient norms, clips, timesteps, held-out losses, weights and optimizer state, to the last bit."""
+    lines, folders = [], [left.train.output_dir, right.train.output_dir]
+    for folder in folders:
+        kept = [{name: line[name] for name in line if name not in VARYING} for line in read_metrics(folder)]
+        lines.append([json.dumps(line) for line in kept])
+        assert [line["step"] for line in kept] == list(range(1, NUM_STEPS + 1))
+    saved = [load_checkpoint(folder / f"checkpoint-{NUM_STEPS:06}").tensors for folder in folders]
+    exports = [{"export": load_file(folder / "export" / "pytorch_lora_weights.safetensors")} for folder in folders]
+    for first, second in (saved, exports):
+        assert first.keys() == second.keys()
+        for file in first:
+            assert first[file].keys() == second[file].keys()
+            assert all(torch.equal(first[file][name], second[file][name]) for name in first[file]), file
+    return lines[0] == lines[1]
+
+
+def test_a_killed_and_resumed_run_repeats_the_straight_run(straight: Config, settings: Settings) -> None:
+    config = settings(**VALUES)
+    assert processes.run(config, killed_in_step=6) == [-signal.SIGKILL]
+    assert read_metrics(config.train.output_dir)[-1]["step"] == 5
+    assert processes.run(config) == [0], processes.log(config)
+    assert same_run(config, straight)
+
+
+def kill_at_random(config: Config, kills: int, seed: int) -> int:
+    """SIGKILL the run `kills` times, every second time as soon as a save has begun; the kills inside a save."""
+    draw, inside = random.Random(seed), 0
+    for number in range(kills):
+        kill_once(config, in_a_save=bool(number % 2), delay_seconds=draw.random() * 0.05)
+        inside += bool(_unfinished(config))
+    assert processes.run(config) == [0], processes.log(config)
+    return inside
+
+
+def kill_once(config: Config, *, in_a_save: bool, delay_seconds: float) -> None:
+    begun = len(_lines(config))
+    (child,) = processes.start(config)
+    if in_a_save:
+        processes.wait_until(lambda: bool(_unfinished(config)) or not child.is_alive())
+    else:
+        processes.wait_until(lambda: len(_lines(config)) > begun or not child.is_alive())
+        time.sleep(delay_seconds)
+    child.kill()
+    assert processes.finish([child]) in ([-signal.SIGKILL], [0])
+
+
+def _lines(config: Config) -> list[str]:
+    path = config.train.output_dir / "metrics.jsonl"
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _unfinished(config: Config) -> list[Path]:
+    return list(config.train.output_dir.glob(".tmp-*/*"))
+
+
+def test_kills_at_random_moments_leave_no_trace(straight: Config, settings: Settings) -> None:
+    config = settings(**VALUES)
+    kill_at_random(config, 2, seed=0)
+    assert same_run(config, straight)
+
+
+@pytest.mark.faults
+def test_ten_kills_some_inside_a_save_leave_no_trace(straight: Config, settings: Settings) -> None:
+    inside = 0
+    for seed in range(3):
+        config = settings(str(seed), **VALUES)
+        inside += kill_at_random(config, 10, seed=seed)
+        assert same_run(config, straight)
+    assert inside, "no kill fell inside a save"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75(number: int, straight: Config, settings: Settings) -> None:
+    config = settings(**VALUES | {"checkpointing_steps": 100})
+    (child,) = processes.start(config)
+    processes.wait_until(lambda: len(_lines(config)) >= 2)
+    assert child.pid is not None
+    os.kill(child.pid, number)
+    assert processes.finish([child]) == [75]
+    done = len(_lines(config))
+    assert load_checkpoint(config.train.output_dir / f"checkpoint-{done:06}").step == done
+    assert "the same command goes on from here" in processes.log(config)
+    assert processes.run(config) == [0]
+    assert f"going on from {config.train.output_dir}/checkpoint-{done:06}" in processes.log(config)
+    assert same_run(config, straight)
+
+
+def test_two_processes_do_not_train_in_one_folder(settings: Settings) -> None:
+    config = settings(**VALUES | {"max_train_steps": 100_000, "checkpointing_steps": 100_000, "validation_steps": 0})
+    (child,) = processes.start(config)
+    try:
+        processes.wait_until(lambda: len(_lines(config)) >= 1)
+        assert processes.run(config) == [2]
+        assert "another process is training in this folder" in processes.log(config)
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_a_loss_that_is_not_finite_exits_5_before_the_update_and_names_the_clip(settings: Settings) -> None:
+    config = settings("first", max_train_steps=2, checkpointing_steps=1)
+    train(config, StopSignal())
+    checkpoint = load_checkpoint(config.train.output_dir / "checkpoint-000002")
+    # An adapter whose product overflows float32 where the next clips meet it.
+    huge = {name: torch.full_like(tensor, 1e30) for name, tensor in checkpoint.tensors["adapter"].items()}
+    save_checkpoint(config.train.output_dir, 2, checkpoint.tensors | {"adapter": huge}, checkpoint.state)
+    before = sorted(path.name for path in config.train.output_dir.glob("checkpoint-*"))
+    onwards = settings("first", max_train_steps=4, checkpointing_steps=1)
+    assert processes.run(onwards) == [5]
+    assert "not finite: loss of videos/" in processes.log(onwards)
+    assert "this step was not applied" in processes.log(onwards)
+    assert sorted(path.name for path in config.train.output_dir.glob("checkpoint-*")) == before
+    assert [line["step"] for line in read_metrics(config.train.output_dir)] == [1, 2]
+
+
+def test_a_save_that_fails_ends_every_rank_and_none_waits(settings: Settings) -> None:
+    config = settings(max_train_steps=4, checkpointing_steps=2)
+    codes = processes.finish(processes.start(config, world_size=2, largest_file_bytes=8_000), others_follow=False)
+    assert codes == [1, 1]
+    assert "checkpoint-000002: cannot be saved (File too large)" in processes.log(config)
+    assert "rank 0 failed: " in processes.log(config, rank=1)
+    assert not list(config.train.output_dir.glob("checkpoint-*"))
+
+
+def test_a_missing_sample_stops_before_training_with_its_name_and_the_command(
+    settings: Settings, experiment: Config, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(experiment.precompute.cache, cache)
+    config = settings()
+    config = config.model_copy(update={"precompute": config.precompute.model_copy(update={"cache": str(cache)})})
+    receipt = sorted((cache / "latents").rglob("*/*x*/*.json"))[0]
+    receipt.rename(tmp_path / "receipt.json")
+    with pytest.raises(CacheError, match=r"sample [0-9a-f]{32} is not stored; run `precog precompute`"):
+        train(config, StopSignal())
+    shutil.move(tmp_path / "receipt.json", receipt)
+    tar = receipt.with_suffix(".tar")
+    content = tar.read_bytes()
+    tar.write_bytes(content[:-512])
+    with pytest.raises(CacheError, match=rf"{tar}: has \d+ bytes .* `precog cache verify --repair`"):
+        train(config, StopSignal())
+    assert not config.train.output_dir.exists()

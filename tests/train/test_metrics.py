@@ -1,0 +1,98 @@
+"""What a run writes and shows: metrics.jsonl, the table at the end, the loss curve."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from shared.config import Config
+from shared.errors import DataError
+from shared.preemption import StopSignal
+from train.curve import SIZE, draw_curve, ticks
+from train.loop import train
+from train.metrics import SMOOTHED_STEPS, Metrics, read_metrics, smoothed
+
+Settings = Callable[..., Config]
+FIELDS = {"step", "loss", "lr", "grad_norm", "samples", "tokens", "packs", "seconds", "data_wait_seconds"}
+
+
+def line(step: int, loss: float = 1.0, **more: Any) -> dict[str, Any]:
+    values = {"lr": 1e-3, "grad_norm": 0.1, "samples": 2, "tokens": 100, "packs": 1, "seconds": 0.5}
+    return {"step": step, "loss": loss, **values, "data_wait_seconds": 0.0, "peak_memory_bytes": 2**20, **more}
+
+
+def write(folder: Path, lines: list[dict[str, Any]], tail: str = "") -> None:
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps(values) + "\n" for values in lines)
+    (folder / "metrics.jsonl").write_text(text + tail, encoding="utf-8")
+
+
+def test_a_run_ends_with_a_table_a_curve_and_one_line_per_step(
+    settings: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shared import console
+
+    shown: list[str] = []
+    monkeypatch.setattr(console.console, "print", lambda text, **_: shown.append(str(text)))
+    config = settings(max_train_steps=4, validation_steps=2)
+    train(config, StopSignal())
+    lines = read_metrics(config.train.output_dir)
+    assert [values["step"] for values in lines] == [1, 2, 3, 4]
+    assert all(values.keys() >= FIELDS for values in lines)
+    text = "\n".join(shown)
+    for number in (lines[3]["held_out_loss"], lines[1]["base_held_out_loss"]):
+        assert f"{number:.5f}" in text
+    table = text[text.index("Trained") :]
+    assert "steps                   4" in table
+    assert "without the adapter" in table
+    assert "waiting for data" in table
+    with Image.open(config.train.output_dir / "loss.png") as image:
+        assert image.size == SIZE
+        colours = {colour for _, colour in image.getcolors(1 << 20) or []}
+    assert {(0x1F, 0x5F, 0xA8), (0xC0, 0x39, 0x2B), (0x7F, 0x8C, 0x8D)} <= colours
+
+
+def test_lines_beyond_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
+    write(tmp_path, [line(1), line(2), line(3, base_held_out_loss=0.5)], tail='{"step": 4, "lo')
+    assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2, 3]
+    assert Metrics(tmp_path, 3, 10).base_held_out_loss == 0.5
+    metrics = Metrics(tmp_path, 2, 10)
+    assert metrics.base_held_out_loss is None
+    metrics.write(line(3, 7.0))
+    assert [values["loss"] for values in read_metrics(tmp_path)] == [1, 1, 7]
+
+
+def test_a_line_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, [line(1)], tail="nonsense\n")
+    with pytest.raises(DataError, match="not JSON lines"):
+        read_metrics(tmp_path)
+
+
+def test_the_smoothed_loss_is_the_mean_of_the_last_steps() -> None:
+    losses = smoothed([line(step, float(step)) for step in range(1, 101)])
+    assert losses[:3] == [1.0, 1.5, 2.0]
+    assert losses[-1] == sum(range(101 - SMOOTHED_STEPS, 101)) / SMOOTHED_STEPS
+
+
+@pytest.mark.parametrize(
+    "losses", [[1.0], [1.0, 1.0], [1e-9, 2e-9], [0.0, 0.0], [1e6, -3.0], [float(step % 7) for step in range(500)]]
+)
+def test_any_run_has_a_curve(losses: list[float], tmp_path: Path) -> None:
+    lines = [line(step, loss) for step, loss in enumerate(losses, 1)]
+    draw_curve(lines, smoothed(lines), tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as image:
+        assert image.size == SIZE
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_enclose_the_range_and_are_round(low: float, span: float) -> None:
+    found = ticks(low, low + span)
+    step = found[1] - found[0]
+    assert found[0] <= low + 1e-6 * step and low + span <= found[-1] + 1e-6 * step
+    assert 2 <= len(found) <= 9
+    assert found == sorted(set(found))

@@ -1,0 +1,163 @@
+"""The objective against the checkpoints' own schedulers, and what a network that is exactly right would show."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from torch import Tensor
+
+from shared import seeding
+from shared.config import Train
+from shared.errors import UsageError
+from shared.files import LocalStorage
+from shared.fingerprint import key_of
+from shared.geometry import Bucket, latent_shape
+from shared.shard import Sample, write_shard
+from shared.store import Collection
+from shared.variants import Conventions, read_conventions
+from shared.view import View, ViewRow
+from tests.tiny import TEXT_LENGTH, TEXT_WIDTH, build_scheduler, scheduler_config, transformer_config, vae_config
+from train.data import Dataset
+from train.objective import NoiseSchedule, add_noise, clip_loss, read_schedule, schedule_from, velocity
+
+TIMESTEPS = range(1000)
+BUCKET = Bucket(9, 64, 96)
+SCHEDULERS = {"DDIM, snr_shift 3 (2B)": "2b", "DPM, snr_shift 1 (5B)": "5b"}
+logger = logging.getLogger(__name__)
+
+
+@pytest.fixture(params=SCHEDULERS.values(), ids=SCHEDULERS.keys())
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def abar_by_hand(config: dict[str, Any]) -> Tensor:
+    """abar [T] in float64 from the formulas: scaled-linear betas, SNR shift, zero terminal SNR."""
+    betas = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000, dtype=torch.float64) ** 2
+    abar = (1 - betas).cumprod(0)
+    abar = abar / (config["snr_shift_scale"] + (1 - config["snr_shift_scale"]) * abar)
+    root = abar.sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    return ((root - last) * first / (first - last)).square()
+
+
+def test_schedule_is_the_checkpoints_own(variant: str) -> None:
+    schedule = read_schedule(scheduler_config(variant))
+    abar = build_scheduler(variant).alphas_cumprod.double()
+    torch.testing.assert_close(abar, abar_by_hand(scheduler_config(variant)), rtol=1e-6, atol=1e-9)
+    assert len(schedule) == 1000
+    assert schedule.signal.dtype == schedule.noise.dtype == torch.float32
+    assert torch.equal(schedule.signal, abar.sqrt().float())
+    assert torch.equal(schedule.noise, (1 - abar).sqrt().float())
+    assert schedule.signal[-1] == 0 and schedule.noise[-1] == 1, "the last step is pure noise"
+
+
+def test_noisy_latents_and_velocity_equal_the_schedulers_own_in_float64(variant: str) -> None:
+    scheduler = build_scheduler(variant)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    abar = scheduler.alphas_cumprod
+    schedule = NoiseSchedule(abar.sqrt(), (1 - abar).sqrt())
+    latents, noise = (seeding.normal((3, 16, 4, 6), "test", name).double() for name in ("latents", "noise"))
+    for timestep in map(torch.tensor, TIMESTEPS):
+        expected = scheduler.add_noise(latents, noise, timestep)
+        torch.testing.assert_close(add_noise(latents, noise, timestep, schedule), expected, rtol=1e-14, atol=1e-14)
+        expected = scheduler.get_velocity(latents, noise, timestep)
+        torch.testing.assert_close(velocity(latents, noise, timestep, schedule), expected, rtol=1e-14, atol=1e-14)
+
+
+def test_weighted_x0_loss_is_the_velocity_loss(variant: str) -> None:
+    """1 / (1 - abar) * |x0' - x0|^2 = |v' - v|^2, which needs x0 to be recovered from x_t, so abar < 1."""
+    abar = build_scheduler(variant).alphas_cumprod.double()
+    latents, noise, prediction = (
+        seeding.normal((2, 16, 4, 6), "identity", name).double() for name in ("latents", "noise", "prediction")
+    )
+    schedule = NoiseSchedule(abar.sqrt(), (1 - abar).sqrt())
+    for timestep in map(torch.tensor, TIMESTEPS):
+        signal, sigma = schedule.signal[timestep], schedule.noise[timestep]
+        noisy = add_noise(latents, noise, timestep, schedule)
+        x0 = signal * noisy - sigma * prediction
+        weighted = (x0 - latents).square().mean() / (1 - abar[timestep])
+        ours = clip_loss(prediction, velocity(latents, noise, timestep, schedule))
+        # x0' - x0 = sigma * (v - v'): its rounding, one ulp of x0, is divided by sigma^2 = 1 - abar >= 8.5e-4
+        torch.testing.assert_close(weighted, ours, rtol=1e-12, atol=0)
+    assert abar[-1] == 0 and int((abar == 0).sum()) == 1
+    last = torch.tensor(999)
+    assert torch.equal(add_noise(latents, noise, last, schedule), noise)
+    assert torch.equal(velocity(latents, noise, last, schedule), -latents), "at abar = 0 the target is -x0, weight 1"
+
+
+def test_loss_is_the_mean_square_in_fp32_whatever_the_prediction() -> None:
+    target = seeding.normal((3, 16, 4, 4), "target")
+    prediction = (target + 0.25).bfloat16()
+    expected = (prediction.double() - target.double()).square().mean()
+    loss = clip_loss(prediction, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    assert clip_loss(prediction.double(), target).dtype == torch.float64
+
+
+def test_scheduler_of_another_family_is_refused() -> None:
+    with pytest.raises(UsageError, match="expected a CogVideoX DDIM or DPM scheduler"):
+        read_schedule(scheduler_config("2b") | {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+
+
+def test_perfect_network_has_no_loss_at_any_timestep_in_bf16(variant: str, tmp_path: Path) -> None:
+    """From a bf16 cache through our data set and its cast to bf16, a network that answers the true velocity in bf16
+    is left with the rounding of its own answer; the usual bf16 arithmetic shows it as much as 0.03."""
+    dataset, moments, conventions = bf16_dataset(variant, tmp_path)
+    abar = build_scheduler(variant).alphas_cumprod.double()
+    latents = moments.chunk(2)[0].double().transpose(0, 1) * conventions.scaling_factor
+    ours, usual = [], []
+    for timestep in TIMESTEPS:
+        example = dataset.fixed_example(0, timestep).to(torch.device("cpu"), torch.bfloat16)
+        assert example.model_input.latents.dtype == example.model_input.prompt_embeds.dtype == torch.bfloat16
+        noise = seeding.normal(tuple(latents.shape), "held-out", "a" * 32, timestep)
+        truth = abar[timestep].sqrt() * noise.double() - (1 - abar[timestep]).sqrt() * latents
+        ours.append(float(clip_loss(truth.bfloat16(), example.target)))
+        usual.append(usual_loss(truth, latents, noise, torch.tensor([timestep]), variant))
+    logger.info("%s: largest loss of a perfect network: ours %.2e, usual %.2e", variant, max(ours), max(usual))
+    assert max(ours) < 1e-5
+    assert max(usual) > 1e-2, "the comparison no longer shows what the fp32 objective is for"
+
+
+def usual_loss(truth: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor, variant: str) -> float:
+    """What trainers show that hand bf16 latents to the scheduler: x0 by `get_velocity`, weighted by 1 / (1 - abar)."""
+    scheduler = build_scheduler(variant)
+    narrow, narrow_noise = latents[None].bfloat16(), noise[None].bfloat16()
+    noisy = scheduler.add_noise(narrow, narrow_noise, timestep)
+    x0 = scheduler.get_velocity(truth[None].bfloat16(), noisy, timestep)
+    weight = 1 / (1 - scheduler.alphas_cumprod[timestep])
+    return float((weight.view(-1, 1, 1, 1, 1) * (x0 - narrow) ** 2).float().mean())
+
+
+def bf16_dataset(variant: str, folder: Path) -> tuple[Dataset, Tensor, Conventions]:
+    """A view of one clip in a real cache, its moments [2C,F,H,W] in bf16, and the conventions."""
+    storage = LocalStorage(str(folder))
+    latents, prompts = Collection("latents", key_of("latents")), Collection("prompts", key_of("prompts"))
+    channels, *size = latent_shape(BUCKET)
+    moments = seeding.normal((2 * channels, *size), "moments").bfloat16()
+    embeds = seeding.normal((TEXT_LENGTH, TEXT_WIDTH), "embeds").bfloat16()
+    key, text = "a" * 32, "b" * 32
+    write_shard(storage, f"{latents.folder}/{BUCKET}", [Sample(key, {"moments": moments}, {})])
+    write_shard(storage, prompts.folder, [Sample(text, {"prompt_embeds": embeds}, {})])
+    row = ViewRow("x.mp4", 0, 1, 9, 64, 96, False, key, ("",), (1.0,), (text,), (0,), "train", "")
+    view = View("test", latents, prompts, {"": text}, (row,))
+    conventions = read_conventions(transformer_config(variant), vae_config(variant), scheduler_config(variant))
+    train = Train(output_dir=folder / "run")
+    return (
+        Dataset(storage, view, "train", conventions, read_schedule(scheduler_config(variant)), train),
+        moments,
+        conventions,
+    )
+
+
+def test_schedule_from_abar_is_rooted_in_float64() -> None:
+    for kind in (CogVideoXDDIMScheduler, CogVideoXDPMScheduler):
+        scheduler = kind(rescale_betas_zero_snr=True, snr_shift_scale=1.0)
+        abar = scheduler.alphas_cumprod
+        schedule = schedule_from(abar)
+        exact = (1 - abar.double()).sqrt()
+        torch.testing.assert_close(schedule.noise.double(), exact, rtol=2**-24, atol=0)

@@ -1,0 +1,131 @@
+"""Weights that come and activations that go: who is where, and that buffers used again never mix things up."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import build_transformer
+from tests.train.test_forward import conventions_of, difference, largest_difference, make_clips, run
+from train.engine import Engine, Plan, open_engine
+from train.forward import predict
+from train.streaming import ActivationOffload, WeightStream, frozen_weights, lay_out
+
+CPU = torch.device("cpu")
+
+
+def test_no_more_blocks_are_resident_than_asked_for_and_a_block_in_use_is_one() -> None:
+    conventions = conventions_of("5b")
+    transformer = build_transformer("5b", lora_rank=4, num_layers=6)
+    clips = make_clips(conventions, torch.float32, 2)
+    for num_resident in (2, 3):
+        engine = open_engine(transformer, Plan("attention_output", stream_weights=num_resident), CPU)
+        stream = engine.weights
+        assert stream is not None
+        seen: list[int] = []
+
+        def look(module: torch.nn.Module, *_: object, stream: WeightStream = stream, seen: list[int] = seen) -> None:
+            assert any(_inside(module.weight, buffer) for buffer, _ in stream._resident.values())
+            seen.append(stream.num_resident)
+
+        hooks = [
+            layer.register_forward_hook(look)
+            for block in transformer.transformer_blocks
+            for layer in (block.ff.net[2], block.attn1.to_q.base_layer, block.norm2.norm)
+        ]
+        run(transformer, lambda engine=engine: predict(transformer, clips, conventions, engine))
+        assert max(seen) == num_resident and len(seen) >= 6 * 3
+        assert len(stream._resident) + len(stream._free) == num_resident
+        for hook in hooks:
+            hook.remove()
+
+
+def _inside(tensor: Tensor, buffer: Tensor) -> bool:
+    return buffer.data_ptr() <= tensor.data_ptr() < buffer.data_ptr() + buffer.nbytes
+
+
+def test_frozen_weights_do_not_change_and_adapters_never_move() -> None:
+    conventions = conventions_of("5b")
+    transformer = build_transformer("5b", lora_rank=4, num_layers=4)
+    before = {name: value.detach().clone() for name, value in transformer.named_parameters()}
+    adapters = {name: value.data_ptr() for name, value in transformer.named_parameters() if value.requires_grad}
+    engine = open_engine(transformer, Plan("block_input", stream_weights=2, modulation_table=True), CPU)
+    run(transformer, lambda: predict(transformer, make_clips(conventions, torch.float32, 2), conventions, engine))
+    assert all(torch.equal(value, before[name]) for name, value in transformer.named_parameters())
+    assert adapters == {name: value.data_ptr() for name, value in transformer.named_parameters() if value.requires_grad}
+
+
+def test_weights_of_many_kinds_share_a_buffer() -> None:
+    tensors = [torch.randn(3, 5), torch.arange(7, dtype=torch.int8), torch.randn(2, 2).bfloat16(), torch.randn(())]
+    places, num_bytes = lay_out(tensors)
+    buffer = torch.zeros(num_bytes, dtype=torch.uint8)
+    for tensor, place in zip(tensors, places, strict=True):
+        place.view(buffer).copy_(tensor)
+    assert all(torch.equal(place.view(buffer), tensor) for tensor, place in zip(tensors, places, strict=True))
+    assert all(place.offset % 256 == 0 for place in places)
+
+
+def test_modulation_layers_and_adapters_are_not_streamed() -> None:
+    block = build_transformer("5b", lora_rank=4).transformer_blocks[0]
+    names = {id(value): name for name, value in block.named_parameters()}
+    streamed = {names[id(value)] for value in frozen_weights(block)}
+    assert {"norm1.norm.weight", "attn1.to_q.base_layer.weight", "ff.net.2.bias"} <= streamed
+    assert not [name for name in streamed if "lora" in name or "norm1.linear" in name or "norm2.linear" in name]
+
+
+def test_tensors_come_back_as_they_went_and_buffers_are_used_again() -> None:
+    offload = ActivationOffload(CPU)
+    addresses = set()
+    for size in (5, 9, 3, 9):
+        sent = [[torch.randn(size, 4), torch.randn(size).bfloat16()] for _ in range(4)]
+        saved = [offload.send(tensors) for tensors in sent]
+        addresses.update(block.host.data_ptr() for block in saved)
+        for tensors, block in zip(sent[::-1], saved[::-1], strict=True):
+            returned = offload.take_back(block)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(returned, tensors, strict=True))
+    assert len(addresses) <= 8, "four buffers, and four larger ones"
+    assert len(offload._free) == 4
+
+
+def test_two_packs_may_be_under_way_before_their_backward_passes() -> None:
+    conventions = conventions_of("5b")
+    transformer = build_transformer("5b", torch.float64, lora_rank=4, num_layers=3)
+    packs = [make_clips(conventions, torch.float64, 3), make_clips(conventions, torch.float64, 1)]
+    plan = Plan("attention_output", offload_activations=True, stream_weights=2)
+    _, expected_loss, expected = run(
+        transformer, lambda: [velocity for pack in packs for velocity in predict(transformer, pack, conventions)]
+    )
+    engine = open_engine(transformer, plan, CPU)
+    _, loss, gradients = run(
+        transformer,
+        lambda: [velocity for pack in packs for velocity in predict(transformer, pack, conventions, engine)],
+    )
+    assert difference(loss, expected_loss) < 1e-12
+    assert largest_difference(gradients, expected) < 1e-10
+
+
+def test_a_forward_pass_without_a_backward_pass_spoils_nothing() -> None:
+    conventions = conventions_of("5b")
+    transformer = build_transformer("5b", torch.float64, lora_rank=4, num_layers=3)
+    clips = make_clips(conventions, torch.float64, 2)
+    _, _, expected = run(transformer, lambda: predict(transformer, clips, conventions))
+    engine = open_engine(transformer, Plan("attention_output", offload_activations=True, stream_weights=2), CPU)
+    predict(transformer, clips, conventions, engine)
+    _, _, gradients = run(transformer, lambda: predict(transformer, clips, conventions, engine))
+    assert largest_difference(gradients, expected) < 1e-10
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    conventions = conventions_of("5b")
+    transformer = build_transformer("5b", lora_rank=4)
+    engine = open_engine(transformer, Plan("attention_output", offload_activations=True), CPU)
+    (velocity,) = predict(transformer, make_clips(conventions, torch.float32, 1), conventions, engine)
+    velocity.sum().backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="second backward"):
+        velocity.sum().backward()
+
+
+@pytest.mark.parametrize("plan", [Plan(stream_weights=2), Plan(offload_activations=True)], ids=["stream", "offload"])
+def test_plain_autograd_is_never_combined_with_what_moves(plan: Plan) -> None:
+    with pytest.raises(AssertionError, match="recomputing level"):
+        open_engine(build_transformer("5b", lora_rank=4), plan, CPU)
+    assert Engine().weights is None

@@ -1,0 +1,156 @@
+"""Sweeps: the grid, what is refused before anything runs, one process per run, interruption, the table."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shared.config import Config, save_config
+from shared.errors import UsageError
+from shared.preemption import StopSignal
+from train.metrics import read_metrics
+from train.sweep import CSV_NAME, outcome_of, parse_axis, plan_sweep, run_sweep
+
+Settings = Callable[..., Config]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def path(settings: Settings, tmp_path: Path) -> Path:
+    save_config(settings("sweep", max_train_steps=4, checkpointing_steps=1), tmp_path / "config.toml")
+    return tmp_path / "config.toml"
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("train.lora_rank=16,64", ["16", "64"]),
+        ("train.learning_rate=1e-4,3e-4", ["0.0001", "0.0003"]),
+        ("train.lr_scheduler=constant,cosine", ["constant", "cosine"]),
+        ("train.use_dora=true,false", ["true", "false"]),
+    ],
+)
+def test_an_axis_is_a_field_and_its_values(text: str, values: list[str]) -> None:
+    assert parse_axis(text) == (text.partition("=")[0], values)
+
+
+def test_lists_stand_in_brackets(path: Path) -> None:
+    runs = plan_sweep(path, [], ['train.lora_target_modules=["to_q"],["to_q","to_k"]'])
+    assert [run.config.train.lora_target_modules for run in runs] == [("to_q",), ("to_q", "to_k")]
+    assert len({run.folder for run in runs}) == 2
+
+
+def test_the_grid_is_every_combination_in_folders_named_by_the_values(path: Path) -> None:
+    runs = plan_sweep(path, ["train.seed=1"], ["train.learning_rate=1e-4,3e-4", "train.lora_rank=2,8"])
+    assert [run.name for run in runs] == [
+        "learning_rate=0.0001_lora_rank=2",
+        "learning_rate=0.0001_lora_rank=8",
+        "learning_rate=0.0003_lora_rank=2",
+        "learning_rate=0.0003_lora_rank=8",
+    ]
+    assert {(run.config.train.learning_rate, run.config.train.lora_rank) for run in runs} == {
+        (rate, rank) for rate in (1e-4, 3e-4) for rank in (2, 8)
+    }
+    assert all(run.config.train.seed == 1 for run in runs)
+    assert all(run.folder.name == run.name for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("grid", "line"),
+    [
+        (["train.lora_rnk=1,2"], "did you mean train.lora_rank"),
+        (["train.lora_rank=1,0"], "should be greater than 0"),
+        (["train.lora_rank=1,1.0,1"], "are the same run"),
+        (["train.learning_rate=1e-4,0.0001"], "are the same run"),
+        (["train.tracker_name=a b,a-b"], "are the same run"),
+        (["train.lora_rank=1", "train.lora_rank=2"], "given twice"),
+        (["train.output_dir=a,b"], "not train.output_dir"),
+        (["data.fps=8,16"], "a sweep varies model and train"),
+        (["train.lora_rank"], "write it as"),
+        (["lora_rank=1,2"], "write it as"),
+        (["train.lora_rank=1,,2"], "write it as"),
+    ],
+)
+def test_a_grid_that_cannot_be_run_is_refused_before_anything_starts(
+    grid: list[str], line: str, path: Path, settings: Settings
+) -> None:
+    with pytest.raises(UsageError, match=line):
+        plan_sweep(path, [], grid)
+    assert not settings("sweep").train.output_dir.exists()
+
+
+def test_a_sweep_runs_the_grid_skips_what_is_finished_and_ranks_by_held_out_loss(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    runs = plan_sweep(path, [], ["train.learning_rate=1e-3,1e-1"])
+    outcomes = run_sweep(path, runs, 2, StopSignal())
+    assert_table(runs[0].folder.parent, 4)
+    assert [outcome.status for outcome in outcomes] == ["finished", "finished"]
+    marks = [(run.folder / "log.txt").stat().st_mtime_ns for run in runs]
+    assert run_sweep(path, runs, 1, StopSignal()) == outcomes
+    assert [(run.folder / "log.txt").stat().st_mtime_ns for run in runs] == marks, "nothing ran again"
+    (again, _) = plan_sweep(path, ["train.max_train_steps=5"], ["train.learning_rate=1e-3,1e-1"])
+    assert outcome_of(again, None).status == "not finished", "another config is another run"
+
+
+def assert_table(folder: Path, steps: int) -> None:
+    with (folder / CSV_NAME).open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["status"], row["step"]) for row in rows] == [("finished", str(steps))] * 2
+    losses = [float(row["held_out_loss"]) for row in rows]
+    assert losses[0] < losses[1]
+    assert len({row["base_held_out_loss"] for row in rows}) == 1, "every run has the same clips and noise"
+    for row in rows:
+        lines = read_metrics(folder / row["run"])
+        assert float(row["held_out_loss"]) == lines[-1]["held_out_loss"]
+        assert [line["step"] for line in lines] == list(range(1, steps + 1))
+
+
+def sweep(path: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "precog", "sweep", str(path), "--grid", "train.learning_rate=1e-3,1e-2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.faults
+def test_an_interrupted_sweep_saves_its_runs_and_goes_on(path: Path, settings: Settings) -> None:
+    folder = settings("sweep").train.output_dir
+    names = ["learning_rate=0.001", "learning_rate=0.01"]
+    first = sweep(path, "train.max_train_steps=20000", "--jobs", "2")
+    while not all(read_metrics(folder / name) for name in names):
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    _, shown = first.communicate(timeout=60)
+    assert first.returncode == 75, shown
+    assert "0 of 2 runs are finished; the same command goes on from here" in shown
+    done = {name: len(read_metrics(folder / name)) for name in names}
+    assert all((folder / name / f"checkpoint-{step:06}").exists() for name, step in done.items())
+
+    last = max(done.values()) + 2
+    second = sweep(path, f"train.max_train_steps={last}", "--jobs", "2")
+    _, shown = second.communicate(timeout=120)
+    assert second.returncode == 0, shown
+    assert_table(folder, last)
+    assert "going on from" in (folder / names[0] / "log.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.faults
+def test_a_run_that_fails_is_in_the_table_and_does_not_stop_the_others(path: Path, settings: Settings) -> None:
+    folder = settings("sweep").train.output_dir
+    (folder / "learning_rate=0.001").mkdir(parents=True)
+    (folder / "learning_rate=0.001" / "metrics.jsonl").write_text("nonsense\n")
+    process = sweep(path)
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "1 of 2 runs did not finish" in shown
+    with (folder / CSV_NAME).open(encoding="utf-8", newline="") as stream:
+        assert [row["status"] for row in csv.DictReader(stream)] == ["finished", "exit code 3"]

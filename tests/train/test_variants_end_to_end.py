@@ -1,0 +1,209 @@
+"""Every variant through both stages: precompute, train on two clips, export, sample. Tiny random models, real mp4s."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, DiffusionPipeline
+from torch import Tensor
+
+from shared.config import Config
+from shared.errors import UsageError
+from shared.geometry import Bucket
+from shared.preemption import StopSignal
+from tests.experiments import CAPTIONS, FRAMES, HEIGHT, WIDTH, fill_cache, write_experiment
+from tests.media import draw
+from tests.tiny import TEXT_LENGTH, VARIANTS
+from train.checkpoint import latest_checkpoint
+from train.evaluate import QUANTILES, held_out_loss
+from train.loop import train
+from train.metrics import read_metrics
+from train.model import load_adapter_weights
+from train.order import Draw
+from train.run import Run, open_run
+
+LORA = {
+    "lora_rank": 32,
+    "lora_alpha": 32,
+    "learning_rate": 5e-3,
+    "lora_target_modules": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out"),
+    "checkpointing_steps": 1000,
+}
+SHORT = {**LORA, "max_train_steps": 40}
+LONG = {**LORA, "max_train_steps": 300}
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """An experiment that ran, with its held-in velocity losses (fixed noise, fixed quantiles) before and after."""
+
+    config: Config
+    run: Run
+    before: float
+    after: float
+    silent: float
+    """The loss of an adapter that makes the model answer zero, for scale."""
+
+
+def run_both_stages(variant: str, folder: Path, settings: dict[str, object]) -> Trained:
+    config = write_experiment(variant, folder, **settings)
+    fill_cache(config)
+    run = open_run(config)
+    before = held_in_loss(run)
+    train_to_its_end(config)
+    checkpoint = latest_checkpoint(config.train.output_dir, report=pytest.fail)
+    assert checkpoint is not None
+    load_adapter_weights(run.transformer, checkpoint.tensors["adapter"])
+    after, silent = held_in_loss(run), silent_loss(run)
+    logger.info("%s: %.4f -> %.4f (-%.0f%%), silent %.4f", variant, before, after, 100 * (1 - after / before), silent)
+    return Trained(config, run, before, after, silent)
+
+
+def train_to_its_end(config: Config) -> None:
+    with StopSignal() as stop:
+        train(config, stop)
+
+
+def held_in_loss(run: Run) -> float:
+    return held_out_loss(run.transformer, run.dataset, run.conventions, len(run.schedule))
+
+
+def silent_loss(run: Run) -> float:
+    timesteps = [round(quantile * (len(run.schedule) - 1)) for quantile in QUANTILES]
+    targets = [run.dataset.fixed_example(row, timestep).target for row in range(2) for timestep in timesteps]
+    return sum(float(target.square().mean()) for target in targets) / len(targets)
+
+
+@pytest.fixture(scope="module")
+def experiments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    return {
+        variant: run_both_stages(variant, tmp_path_factory.mktemp(variant.replace(".", "_")), SHORT)
+        for variant in VARIANTS
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forty_steps_lower_the_held_in_velocity_loss(variant: str, experiments: dict[str, Trained]) -> None:
+    trained = experiments[variant]
+    assert len(trained.run.dataset.rows) == 2
+    assert trained.after < 0.85 * trained.before
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_three_hundred_steps_overfit_two_clips(variant: str, tmp_path: Path) -> None:
+    trained = run_both_stages(variant, tmp_path, LONG)
+    assert trained.after < 0.85 * trained.before
+    assert trained.after < 0.97 * trained.silent, "the adapter has learned no more than to be silent"
+
+
+@pytest.mark.parametrize("variant", ["2b", "1.5-5b", "5b-i2v", "1.5-5b-i2v"])
+def test_exported_adapter_moves_diffusers_samples_towards_the_clip(
+    variant: str, experiments: dict[str, Trained]
+) -> None:
+    trained = experiments[variant]
+    pipeline = DiffusionPipeline.from_pretrained(trained.config.model.pretrained_model_name_or_path)
+    pipeline.set_progress_bar_config(disable=True)
+    clip = stored_latents(trained)
+    base = distance(sample(pipeline), clip)
+    pipeline.load_lora_weights(trained.config.train.output_dir / "export")
+    adapted = distance(sample(pipeline), clip)
+    logger.info("%s: latent distance %.3f -> %.3f", variant, base, adapted)
+    assert adapted < 0.9 * base
+
+
+def stored_latents(trained: Trained) -> Tensor:
+    """[F,C,H,W] of the clip whose caption is the first one, padded as the sampler has it."""
+    rows = [row.captions for row in trained.run.dataset.rows]
+    return trained.run.dataset.fixed_example(rows.index(CAPTIONS[:1]), 999).target.neg()  # v = -x0 where abar is 0
+
+
+def sample(pipeline: CogVideoXPipeline | CogVideoXImageToVideoPipeline) -> Tensor:
+    image = {"image": first_frame()} if isinstance(pipeline, CogVideoXImageToVideoPipeline) else {}
+    result: Tensor = pipeline(
+        prompt=CAPTIONS[0],
+        num_frames=FRAMES,
+        height=HEIGHT,
+        width=WIDTH,
+        num_inference_steps=10,
+        guidance_scale=1.0,
+        max_sequence_length=TEXT_LENGTH,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(5),
+        **image,
+    ).frames[0]
+    return result
+
+
+def first_frame() -> Tensor:
+    """[1,3,H,W] in [0, 1]."""
+    return torch.from_numpy(draw(0, HEIGHT, WIDTH).astype(np.float32) / 255).permute(2, 0, 1)[None]
+
+
+def distance(sampled: Tensor, clip: Tensor) -> float:
+    """Root mean square."""
+    assert sampled.shape == clip.shape
+    return float((sampled - clip).square().mean().sqrt())
+
+
+def test_image_to_video_clips_of_a_step_share_one_pack(experiments: dict[str, Trained]) -> None:
+    for variant in ("5b-i2v", "1.5-5b-i2v"):
+        lines = read_metrics(experiments[variant].config.train.output_dir)
+        assert [line["packs"] for line in lines] == [1] * 40
+        assert all(line["tokens"] > 2 * TEXT_LENGTH for line in lines)
+
+
+def test_image_condition_is_noised_and_dropped_as_often_as_asked(experiments: dict[str, Trained]) -> None:
+    for variant in ("5b-i2v", "1.5-5b-i2v"):
+        run = experiments[variant].run
+        conditions = [run.dataset.example(Draw(epoch, 0), 500).model_input.latents[:, 16:] for epoch in range(400)]
+        dropped = [condition for condition in conditions if not condition.any()]
+        assert 0.02 < len(dropped) / len(conditions) < 0.09, "noised_image_dropout is 0.05"
+        shown = [condition for condition in conditions if condition.any()]
+        assert all(condition[0].any() and not condition[1:].any() for condition in shown), "one image, then zeros"
+        clean = run.dataset.fixed_example(0, 500).model_input.latents[:, 16:]
+        nearest = min(float((condition - clean).abs().max()) for condition in shown)
+        assert nearest > 0, "training never shows the clean frame when noised ones are stored"
+
+
+def test_noise_dropout_of_one_and_of_zero_are_always_and_never(experiments: dict[str, Trained]) -> None:
+    config = experiments["5b-i2v"].config
+    for dropout, expected in ((1.0, 0), (0.0, 20)):
+        settings = config.train.model_copy(update={"noised_image_dropout": dropout, "output_dir": Path("unused")})
+        dataset = open_run(config.model_copy(update={"train": settings})).dataset
+        shown = [dataset.example(Draw(epoch, 1), 10).model_input.latents[:, 16:].any() for epoch in range(20)]
+        assert sum(map(bool, shown)) == expected
+
+
+def test_learned_table_refuses_other_shapes_and_can_be_dropped(tmp_path: Path) -> None:
+    config = write_experiment("5b-i2v", tmp_path, max_train_steps=3)
+    other = config.data.model_copy(update={"resolution_buckets": ((64, 64),), "frame_buckets": (5,)})
+    config = config.model_copy(update={"data": other})
+    reason = "5x64x64: the learned position table of this checkpoint covers only 9x64x96"
+    with pytest.raises(UsageError, match=f"{reason}; use that bucket, or drop the table with drop_learned_positions"):
+        fill_cache(config)
+    dropped = config.model_copy(update={"model": config.model.model_copy(update={"drop_learned_positions": True})})
+    fill_cache(dropped)
+    with pytest.raises(UsageError, match=reason):
+        open_run(config)
+    train_to_its_end(dropped)
+    run = open_run(dropped)
+    assert {row.bucket for row in run.dataset.rows} == {Bucket(5, 64, 64)}
+    assert run.conventions.positions == "rope_crop"
+    lines = read_metrics(dropped.train.output_dir)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_view_carries_the_recipe_that_stage_2_reads_instead_of_the_vae(experiments: dict[str, Trained]) -> None:
+    for variant, trained in experiments.items():
+        view = trained.run.view
+        recipe = Path(trained.config.precompute.cache) / view.latents.folder / "recipe.json"
+        vae = json.loads(recipe.read_bytes())["vae"]["config"]
+        assert vae["scaling_factor"] == trained.run.conventions.scaling_factor
+        assert vae["invert_scale_latents"] == variant.startswith("1.5")

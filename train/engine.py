@@ -1,0 +1,74 @@
+"""How the blocks are run: what they keep for the backward pass, and what stays off the device meanwhile."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+
+from train.modulation import ModulationTable
+from train.quantise import quantise_blocks
+from train.streaming import ActivationOffload, WeightStream, frozen_weights
+
+Activations = Literal["block_input", "attention_output", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The fields of [memory] with every "auto" decided."""
+
+    activations: Activations = "full"
+    offload_activations: bool = False
+    stream_weights: int = 0
+    modulation_table: bool = False
+    chunk_tokens: int = 4096
+    base_precision: Literal["model", "int8"] = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """By default everything stays on the device and autograd keeps what it likes."""
+
+    activations: Activations = "full"
+    chunk_tokens: int = 4096
+    """Tokens that the layers around attention work on at a time, where the block is recomputed."""
+    modulation: ModulationTable | None = None
+    weights: WeightStream | None = None
+    offload: ActivationOffload | None = None
+
+    def __post_init__(self) -> None:
+        assert self.chunk_tokens > 0
+        if self.activations == "full":  # autograd would keep pointers to weights that move
+            assert self.weights is None and self.offload is None, "streaming and offloading need a recomputing level"
+
+    def block_weights(self, index: int, next_index: int) -> AbstractContextManager[None]:
+        """Inside, the weights of block `index` are on the device; those of `next_index` may be on their way."""
+        return nullcontext() if self.weights is None else self.weights.resident(index, next_index)
+
+
+EVERYTHING_RESIDENT = Engine()
+
+
+def open_engine(transformer: CogVideoXTransformer3DModel, plan: Plan, device: torch.device) -> Engine:
+    """Bring a transformer from the CPU to `device`, but for what `plan` leaves in host memory.
+
+    The base is quantised in place if the plan says so.
+    """
+    if plan.base_precision == "int8":
+        quantise_blocks(transformer)
+    modulation = ModulationTable(transformer, device) if plan.modulation_table else None
+    weights = WeightStream(transformer, plan.stream_weights, device) if plan.stream_weights else None
+    stays: set[int] = set()
+    for block in transformer.transformer_blocks:
+        if modulation is not None:
+            stays |= {id(value) for norm in (block.norm1, block.norm2) for value in norm.linear.parameters()}
+        if weights is not None:
+            stays |= set(map(id, frozen_weights(block)))
+    for value in transformer.parameters():
+        if id(value) not in stays:
+            value.data = value.data.to(device)
+    for value in transformer.buffers():
+        value.data = value.data.to(device)
+    offload = ActivationOffload(device) if plan.offload_activations else None
+    return Engine(plan.activations, plan.chunk_tokens, modulation, weights, offload)

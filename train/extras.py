@@ -1,0 +1,153 @@
+"""The optimizers that are optional extras: prodigyopt, schedulefree, bitsandbytes. Imported only when a run asks.
+
+Their state is saved as it is, all as tensors: a number beside the tensors becomes a 0-d tensor of int64 or float64,
+which holds it exactly and which no parameter's own state uses (adapters are fp32).
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.config import Train
+from shared.errors import CacheError, UsageError
+
+EXTRAS = {
+    "prodigy": ("prodigyopt", "prodigy"),
+    "schedulefree": ("schedulefree", "schedulefree"),
+    "adamw8bit": ("bitsandbytes", "bitsandbytes"),
+}
+"""Optimizer -> module and extra of this package."""
+
+GROUP_NUMBERS = ("d", "d_max", "d_numerator", "k", "lr_max", "weight_sum")
+"""What prodigy and schedule-free carry from step to step in their parameter group."""
+
+logger = logging.getLogger(__name__)
+
+
+def require_extra(module: str, what: str, extra: str) -> None:
+    """Raises `UsageError` naming the extra of this package if `module` is not installed."""
+    if find_spec(module) is None:
+        raise UsageError(f"{what} needs the package {module}: pip install 'precog[{extra}]'")
+
+
+def build_extra(named: Sequence[tuple[str, nn.Parameter]], train: Train) -> torch.optim.Optimizer:
+    """prodigy (Mishchenko and Defazio 2023), schedule-free AdamW (Defazio et al. 2024) or AdamW with 8-bit state.
+
+    bitsandbytes' Adam8bit runs AdamW's kernel, so there is no adam8bit here.
+    """
+    module, extra = EXTRAS[train.optimizer]
+    require_extra(module, f"train.optimizer = {train.optimizer!r}", extra)
+    parameters = [parameter for _, parameter in named]
+    betas = (train.adam_beta1, train.adam_beta2)
+    optimizer: torch.optim.Optimizer
+    if train.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        if train.learning_rate <= 0.1:
+            logger.warning("train.learning_rate = %g: prodigy finds its own; 1.0 is usual", train.learning_rate)
+        with redirect_stdout(StringIO()):  # it prints
+            optimizer = Prodigy(
+                parameters,
+                lr=train.learning_rate,
+                betas=betas,
+                beta3=train.prodigy_beta3,
+                eps=train.adam_epsilon,
+                weight_decay=train.adam_weight_decay,
+                decouple=train.prodigy_decouple,
+                use_bias_correction=train.prodigy_use_bias_correction,
+                safeguard_warmup=train.prodigy_safeguard_warmup,
+            )
+    elif train.optimizer == "schedulefree":
+        from schedulefree import AdamWScheduleFree
+
+        schedule_free = AdamWScheduleFree(
+            parameters,
+            lr=train.learning_rate,
+            betas=betas,
+            eps=train.adam_epsilon,
+            weight_decay=train.adam_weight_decay,
+        )
+        schedule_free.train()
+        optimizer = schedule_free
+    else:
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer = AdamW8bit(
+            parameters,
+            lr=train.learning_rate,
+            betas=betas,
+            eps=train.adam_epsilon,
+            weight_decay=train.adam_weight_decay,
+        )
+    optimizer.param_groups[0]["param_names"] = [name for name, _ in named]
+    return optimizer
+
+
+def extra_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`{parameter}.{part}` for all that the optimizer keeps, and `group.{number}`, sharing its memory."""
+    (group,) = optimizer.param_groups
+    tensors = {f"group.{name}": _as_tensor(group[name]) for name in GROUP_NUMBERS if name in group}
+    for name, parameter in zip(group["param_names"], group["params"], strict=True):
+        for part, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}.{part}"] = _as_tensor(value)
+    return tensors
+
+
+def load_extra_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Set the whole state, bit for bit. Raises `CacheError`, and changes nothing, if a name does not belong here."""
+    (group,) = optimizer.param_groups
+    numbers = {name: f"group.{name}" for name in GROUP_NUMBERS if name in group}
+    states: dict[str, dict[str, Any]] = {name: {} for name in group["param_names"]}
+    devices = {name: parameter.device for name, parameter in zip(group["param_names"], group["params"], strict=True)}
+    for name, tensor in tensors.items():
+        parameter, _, part = name.rpartition(".")
+        if parameter in states:
+            states[parameter][part] = _from_tensor(tensor, devices[parameter])
+        elif name not in numbers.values():
+            raise CacheError(f"optimizer state: {name} belongs to no parameter of this run")
+    missing = [name for name in numbers.values() if name not in tensors]
+    if any(states.values()):
+        missing += [name for name, state in states.items() if not state]
+    if missing:
+        raise CacheError(f"optimizer state: {missing[0]} is missing")
+    for name, key in numbers.items():
+        group[name] = _from_tensor(tensors[key], torch.device("cpu"))
+    for name, parameter in zip(group["param_names"], group["params"], strict=True):
+        if states[name]:
+            optimizer.state[parameter] = states[name]
+
+
+def averaged(optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
+    """Schedule-free's weights to evaluate and export, x = (y - (1 - beta1) z) / beta1 of the trained y; else None.
+
+    Its own `eval` overwrites y, and `train` brings it back with rounding, so that a run that evaluates would go on
+    elsewhere than one that does not.
+    """
+    (group,) = optimizer.param_groups
+    if "weight_sum" not in group:
+        return None
+    beta1 = group["betas"][0]
+    return {
+        name: parameter.detach().lerp(optimizer.state[parameter]["z"], 1 - 1 / beta1)
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    assert isinstance(value, int | float) and math.isfinite(value), value
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def _from_tensor(tensor: Tensor, device: torch.device) -> Any:
+    if tensor.ndim == 0 and tensor.dtype in (torch.int64, torch.float64):
+        return tensor.item()
+    return tensor.to(device, copy=True)

@@ -1,0 +1,59 @@
+"""The frozen base in eight bits: weight-only storage, one scale per output row, widened when it is used."""
+
+from typing import Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear layer whose weight is round(w / scale) in int8, scale = largest |w| of the output row / 127."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        wide = layer.weight.detach().float()
+        scale = wide.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+        self.weight = nn.Parameter((wide / scale).round().to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(scale.to(layer.weight.dtype), requires_grad=False)
+        self.bias = layer.bias
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """[out,in] in `dtype`."""
+        return self.weight.to(dtype) * self.scale.to(dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        result: Tensor = _Widened.apply(tokens, self)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _Widened(torch.autograd.Function):
+    """The wide weight lives for one product, forward or backward, and is never saved."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, layer: Int8Linear) -> Tensor:
+        ctx.layer = layer
+        return functional.linear(tokens, layer.dequantised(tokens.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.layer.dequantised(gradient.dtype), None
+
+
+def quantise_blocks(transformer: CogVideoXTransformer3DModel) -> None:
+    """Put the attention and feed-forward layers of every block in int8, below their adapters; all else stays as it is.
+
+    Norms, embeddings, modulation and the output projection are few bytes or sensitive.
+    """
+    for block in transformer.transformer_blocks:
+        for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"):
+            layer = block.get_submodule(name)
+            if isinstance(layer, LoraLayer):
+                name = f"{name}.base_layer"
+            linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear), f"{name} is a {type(linear).__name__}"
+            block.set_submodule(name, Int8Linear(linear))
