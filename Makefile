@@ -4,7 +4,7 @@ ARGS ?=
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo precompute train sample test test-faults lint format clean
+.PHONY: help setup demo precompute train sample test test-faults lint format clean bench bench-precompute bench-gpu-precompute
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -34,6 +34,15 @@ test: setup  ## Run the tests (under five minutes on two cores)
 
 test-faults: setup  ## Run the long fault and fuzz suites
 	$(BIN)/python -m pytest -m "faults" $(ARGS)
+
+bench: setup  ## Count bytes and FLOPs of the memory engine and time it against itself on the CPU
+	$(BIN)/python -m bench.cpu_memory $(ARGS)
+
+bench-precompute: setup  ## Measure stage 1 on the CPU with the tiny VAE: overlap and host memory
+	$(BIN)/python bench/precompute.py $(ARGS)
+
+bench-gpu-precompute: setup  ## Measure stage 1 on a CUDA GPU with encoders of the real size
+	$(BIN)/python bench/gpu_precompute.py $(ARGS)
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

@@ -100,9 +100,11 @@ def main() -> None:
     for size in SIZES:
         with TemporaryDirectory() as folder:
             results[size.name] = measure(size, Path(folder))
-            show(size.name, results[size.name])
+            print(table(size.name, results[size.name]))
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps({"machine": machine(), "models": results}, indent=1) + "\n", encoding="utf-8")
+    tables = "\n".join(table(name, report) for name, report in results.items())
+    RESULT.with_suffix(".md").write_text(tables, encoding="utf-8")
 
 
 def measure(size: Size, folder: Path) -> dict[str, Any]:
@@ -322,19 +324,26 @@ def machine() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "cpu": platform.machine(), "threads": "1"}
 
 
-def show(name: str, report: dict[str, Any]) -> None:
-    print(f"\n{name}: {report['rounds']} rounds of {report['steps_per_turn']} steps, one thread")
-    for key, value in report.items():
-        if isinstance(value, dict) and "median" in value:
-            print(f"  {key:<22}{value['median']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]")
+def table(name: str, report: dict[str, Any]) -> str:
+    """The report of one model for people, as Markdown."""
     per_step, peaks = report["seconds_per_step"], {arm: peak / 2**20 for arm, peak in report["peak_rss_bytes"].items()}
-    print(f"  seconds per step      ours {per_step['ours']:.3f}, plain {per_step['plain']:.3f}")
-    print(
-        f"  peak RSS, MiB         ours {peaks['ours']:.0f}, plain {peaks['plain']:.0f}: {report['peak_rss_ratio']:.3f}"
-    )
-    print(f"  noise band            {report['noise_band']:.3f}; a ratio nearer to 1 than that says nothing")
     started = report["start_to_first_step_seconds"]
-    print(f"  to the first step, s  ours {started['ours']:.1f}, plain {started['plain']:.1f} (once each)")
+    rows = [
+        f"## {name}: {report['rounds']} rounds of {report['steps_per_turn']} steps, one thread\n",
+        "| ratio | median | 95 % interval |\n|---|---|---|",
+        *(
+            f"| {key} | {value['median']:.3f} | {value['low']:.3f} to {value['high']:.3f} |"
+            for key, value in report.items()
+            if isinstance(value, dict) and "median" in value
+        ),
+        f"| peak RSS, ours/plain | {report['peak_rss_ratio']:.3f} | |\n",
+        f"A ratio nearer to 1 than {report['noise_band']:.3f}, the control's band, says nothing.\n",
+        "| | ours | plain |\n|---|---|---|",
+        f"| seconds per step | {per_step['ours']:.3f} | {per_step['plain']:.3f} |",
+        f"| peak RSS, MiB | {peaks['ours']:.0f} | {peaks['plain']:.0f} |",
+        f"| seconds to the first step, once each | {started['ours']:.1f} | {started['plain']:.1f} |\n",
+    ]
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def make_config(root: Path, cache: Path, bucket: tuple[int, int, int]) -> Any:
                 "instance_data_root": root,
                 "caption_column": "prompts.txt",
                 "video_column": "videos.txt",
-                "fps": 0,
+                "fps": 2,
                 "frame_buckets": [bucket[0]],
                 "resolution_buckets": [bucket[1:]],
             },
@@ -142,7 +142,7 @@ def measure_memory(count: int) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "clips"
-        write_corpus(root, count, 96, 160, 9)
+        write_corpus(root, count, 96, 160, 33)
         precompute(make_config(root, Path(scratch) / "cache", (9, 32, 48)), Part(), StopSignal())
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
@@ -158,7 +158,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    bucket, source = (9, 32, 48), (720, 1280, 25)
+    bucket, source = (9, 32, 48), (288, 512, 41)
     runs: dict[str, list[dict[str, float]]] = {"one after the other": [], "overlapped": []}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "clips"

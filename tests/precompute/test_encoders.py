@@ -1,4 +1,4 @@
-"""The encoders: batches equal single clips, tiling changes latents, slicing does not, and a full card halves the batch."""
+"""The encoders: batches equal single clips, tiling changes latents, slicing does not, a full card halves the batch."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,0 +1,163 @@
+"""Exact counts and interleaved ratios of the memory engine on a CPU: `make bench`.
+
+Counts (bytes kept, peak bytes, FLOPs) come from the real code on the meta device at the published sizes; they are
+exact and the same on every machine. Ratios of seconds come from a small model on this CPU, arms interleaved ABBA with
+an A/A control. Seconds per step and memory of a GPU cannot be had here; `bench/gpu_train.py` measures those.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from bench.models import PUBLISHED, build_small, make_pack, published_conventions
+from shared.config import Train
+from shared.geometry import Bucket
+from train.engine import Engine, Plan, open_engine
+from train.forward import predict
+from train.memory import GIB, predict_peak
+
+CPU = torch.device("cpu")
+LEAN = Plan("attention_output", offload_activations=True, stream_weights=2, modulation_table=True)
+PLANS = {
+    "full": Plan("full"),
+    "attention_output": Plan("attention_output"),
+    "block_input": Plan("block_input"),
+    "attention_output, offloaded": replace(LEAN, stream_weights=0),
+    "the same, int8 base": replace(LEAN, stream_weights=0, base_precision="int8"),
+    "lean: offloaded and streamed": LEAN,
+}
+
+
+class Flops(TorchDispatchMode):
+    """Sums the matrix products inside; torch's own counter hooks into modules and cannot look into `train.block`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.total += attention_flops(args[0])
+        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            self.total += attention_flops(args[1]) * 5 // 2
+        return result
+
+
+def attention_flops(query: torch.Tensor) -> int:
+    """Two products of [1,heads,S,head_dim]; the backward pass makes five."""
+    batch, heads, tokens, head_dim = query.shape
+    return 4 * batch * heads * tokens**2 * head_dim
+
+
+def count_bytes() -> list[dict[str, Any]]:
+    """Peak, loaded and kept GiB of every plan at the published sizes, LoRA rank 64, one clip."""
+    rows = []
+    for variant, bucket in (
+        ("2b", Bucket(49, 480, 720)),
+        ("5b", Bucket(49, 480, 720)),
+        ("1.5-5b", Bucket(81, 768, 1360)),
+    ):
+        conventions = published_conventions(variant)
+        train = Train(output_dir=Path("unused"), lora_rank=64, lora_alpha=64)
+        for name, plan in PLANS.items():
+            found = predict_peak(PUBLISHED[variant], conventions, train, plan, [bucket], torch.bfloat16)
+            sizes = {"peak": found.peak, "loaded": found.loaded, "kept": found.kept}
+            rows.append({"model": variant, "clip": str(bucket), "plan": name} | {k: v / GIB for k, v in sizes.items()})
+            print(f"{variant:8}{bucket!s:14}{name:32}" + "".join(f"{k} {v / GIB:8.2f} GiB  " for k, v in sizes.items()))
+    return rows
+
+
+def count_flops() -> list[dict[str, Any]]:
+    """Matrix-product FLOPs of one forward and backward pass of the small model, as multiples of its plain forward."""
+    rows = []
+    for name in ("full", "attention_output", "block_input"):
+        transformer, conventions = build_small(torch.float32, CPU)
+        pack = make_pack(conventions, [Bucket(9, 96, 160)], torch.float32, CPU)
+        engine = open_engine(transformer, PLANS[name], CPU)
+        counts = []
+        for backward in (False, True):
+            with Flops() as counter, torch.set_grad_enabled(backward):
+                loss = sum(velocity.square().mean() for velocity in predict(transformer, pack, conventions, engine))
+                if backward:
+                    torch.autograd.backward(loss)
+            counts.append(counter.total)
+        rows.append({"plan": name, "forward": counts[0], "step": counts[1], "step_per_forward": counts[1] / counts[0]})
+        print(
+            f"{name:20} forward {counts[0]:.4g}, forward and backward {counts[1]:.4g} ({counts[1] / counts[0]:.3f} x)"
+        )
+    return rows
+
+
+def time_ratios(num_pairs: int) -> list[dict[str, Any]]:
+    """Seconds of a step in each plan over those of "full", median of interleaved pairs, with the A/A control."""
+    transformer, conventions = build_small(torch.float32, CPU)
+    pack = make_pack(conventions, [Bucket(9, 96, 160)], torch.float32, CPU)
+
+    def step(engine: Engine) -> float:
+        transformer.zero_grad()
+        started = time.perf_counter()
+        torch.autograd.backward(
+            sum(velocity.square().mean() for velocity in predict(transformer, pack, conventions, engine))
+        )
+        return time.perf_counter() - started
+
+    plain = Engine()
+    arms: dict[str, Callable[[], float]] = {
+        "full again (A/A)": lambda: step(plain),
+        "attention_output": lambda: step(Engine("attention_output")),
+        "block_input": lambda: step(Engine("block_input")),
+    }
+    rows = []
+    for name, arm in arms.items():
+        arm(), step(plain)  # warm
+        ratios = []
+        for _ in range(num_pairs):  # ABBA, so that a drift hits both alike
+            first, second, third, fourth = step(plain), arm(), arm(), step(plain)
+            ratios.append((second + third) / (first + fourth))
+        low, high = bootstrap(ratios)
+        rows.append({"plan": name, "ratio": statistics.median(ratios), "low": low, "high": high, "ratios": ratios})
+        print(
+            f"{name:20} {statistics.median(ratios):.3f} x the seconds of full (95 % interval {low:.3f} to {high:.3f})"
+        )
+    return rows
+
+
+def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
+    """The 95 % interval of the median."""
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--output", type=Path, default=Path("bench/results/cpu-memory.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {
+        "torch": torch.__version__,
+        "simulated_gib": count_bytes(),
+        "flops": count_flops(),
+        "ratios": time_ratios(arguments.pairs),
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The commands of stage 1: their JSON lines, exit codes and one-line faults."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from precog import app
+from shared.config import save_config
+from tests.corpus import config_for, write_corpus
+
+
+@pytest.fixture
+def config(pipeline: Path, tmp_path: Path) -> str:
+    root = write_corpus(tmp_path / "clips", 3)
+    (root / "001.mp4").write_bytes(b"no video")
+    save_config(config_for(pipeline, root, tmp_path / "cache"), tmp_path / "config.toml")
+    return str(tmp_path / "config.toml")
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    """Exit code and standard output."""
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.stdout
+
+
+def test_plan_and_precompute_end_with_one_json_line_of_the_same_shape(config, tmp_path):
+    code, output = command("plan", config, "--json")
+    planned = json.loads(output)
+    assert code == 0 and not (tmp_path / "cache").exists()
+    code, output = command("precompute", config, "--json")
+    made = json.loads(output)
+    assert code == 0
+    assert planned["latents"] == {"planned": 2, "reused": 0} and made["latents"] == {"encoded": 2, "reused": 0}
+    assert planned["prompts"] == {"planned": 5, "reused": 0} and made["prompts"] == {"encoded": 5, "reused": 0}
+    assert planned["skipped"] == made["skipped"] and [bad["source"] for bad in made["skipped"]] == ["001.mp4"]
+    assert planned.keys() >= made.keys() - {"truncated_captions", "written_bytes"}
+
+
+def test_verify_ends_with_4_on_damage_and_with_0_once_it_is_set_aside(config, tmp_path):
+    cache = str(tmp_path / "cache")
+    assert command("precompute", config)[0] == 0
+    assert command("cache", "verify", cache)[0] == 0 and command("cache", "ls", cache)[0] == 0
+    tar = min((tmp_path / "cache").glob("latents/*/*/*.tar"))
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    tar.write_bytes(content)
+    assert [command("cache", "verify", cache, *more)[0] for more in ([], ["--repair"], [])] == [4, 0, 0]
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_a_part_that_is_none_is_a_usage_error(config, part):
+    assert command("precompute", config, f"--part={part}")[0] == 2
+
+
+def test_faults_of_the_user_end_with_their_codes(config, tmp_path):
+    assert command("precompute", config, "precompute.cache=http://x")[0] == 2
+    assert command("plan", config, "precompute.nonsense=1")[0] == 2
+    (tmp_path / "clips" / "prompts.txt").write_text("only one")
+    assert command("plan", config)[0] == 3

@@ -1,0 +1,45 @@
+"""Hashes that name things."""
+
+import os
+
+import pytest
+
+from shared.fingerprint import canonical_json, is_key, key_of, sha256_file, sha256_files
+
+
+def test_equal_values_have_one_spelling_and_other_values_another_key():
+    assert canonical_json({"b": 1, "a": [True, None, "ü"]}) == '{"a":[true,null,"ü"],"b":1}'.encode()
+    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
+    values = [0, 0.5, False, None, "", "0", [], [0], {}, {"a": 0}, {"a": "0"}, [[0]], {"a": {"b": 0}}]
+    assert len({key_of(value) for value in values}) == len(values)
+
+
+def test_a_key_written_today_is_a_key_forever():
+    """Renew never: every stored cache is found by these."""
+    assert key_of({"text": "a rabbit", "recipe": "r"}) == "067df9e1ee5cd70aa21484c03bfa4fa0"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("-inf")]}])
+def test_numbers_that_json_does_not_have_are_refused(value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        key_of(value)
+
+
+def test_what_is_a_key_and_what_is_not():
+    assert is_key("0" * 32) and is_key(key_of(1))
+    for text in ("", "0" * 31, "0" * 33, "g" * 32, "A" * 32, "0" * 32 + "\n", "../" + "0" * 29):
+        assert not is_key(text)
+
+
+def test_a_file_is_named_by_its_bytes_and_a_hub_blob_is_taken_at_its_name(tmp_path):
+    blob = tmp_path / ("ab" * 32)
+    blob.write_bytes(b"not what the name says, so it was not read")
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(blob)
+    assert sha256_file(link) == "ab" * 32
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(b"x")
+    before = sha256_file(copy)
+    os.utime(copy, (1, 1))
+    assert sha256_file(copy) == before == "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+    assert sha256_files([link, copy]) == {"copy.safetensors": before, "model.safetensors": "ab" * 32}
