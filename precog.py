@@ -1,4 +1,4 @@
-"""The one command: `precog precompute | train | doctor | sample | cache`. Stages are imported when they are asked for."""
+"""The one command: `precog precompute | train | doctor | sample | cache`. Stages are imported when asked for."""
 
 import sys
 

@@ -16,11 +16,12 @@ from torch.nn import functional
 
 from shared.variants import Conventions
 from train.attention import RotaryTable
-from train.block import Pack, run_block, scale_and_shift
+from train.block import Pack, scale_and_shift
 from train.engine import EVERYTHING_RESIDENT, Engine
 from train.linear import linear
 from train.modulation import block_rows
 from train.positions import additive_positions, image_rotary_emb
+from train.recompute import run_block
 
 
 @dataclass(frozen=True, slots=True)

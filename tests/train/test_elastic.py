@@ -97,7 +97,7 @@ def test_the_launcher_of_torch_makes_the_same_run(settings: Settings, tmp_path: 
     save_config(settings(**values), tmp_path / "config.toml")
     folder = settings().train.output_dir
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launcher = subprocess.Popen([*torchrun, "-m", "precog", "train", str(tmp_path / "config.toml")], env=environment)
     processes.wait_until(lambda: len(read_metrics(folder)) >= 3)
     launcher.terminate()

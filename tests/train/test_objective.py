@@ -119,7 +119,7 @@ def test_perfect_network_has_no_loss_at_any_timestep_in_bf16(variant: str, tmp_p
         ours.append(float(clip_loss(truth.bfloat16(), example.target)))
         usual.append(usual_loss(truth, latents, noise, torch.tensor([timestep]), variant))
     logger.info("%s: largest loss of a perfect network: ours %.2e, usual %.2e", variant, max(ours), max(usual))
-    assert max(ours) < 1e-5
+    assert max(ours) < 5e-6, "1e-5 is asked for; targets from bf16 latents and noise alone already cost 6e-6"
     assert max(usual) > 1e-2, "the comparison no longer shows what the fp32 objective is for"
 
 
