@@ -263,8 +263,6 @@ class Train(Table):
                 raise ValueError("optimizer = 'schedulefree' averages the weights itself: ema_decay has to be 0")
             if not self.adam_beta1:
                 raise ValueError("optimizer = 'schedulefree' divides by adam_beta1, which is 0")
-            if not self.adam_beta1:
-                raise ValueError("optimizer = 'schedulefree' divides by adam_beta1, which is 0")
         return self
 
 
