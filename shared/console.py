@@ -41,8 +41,9 @@ def table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
         return
     if not console.is_terminal:
         say(title)
+        width = max((len(name) for name, _ in rows), default=0) + 2
         for name, value in rows:
-            say(f"  {name:<24}{value}")
+            say(f"  {name:<{width}}{value}")
         return
     grid = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.config import Config, Train, dump_config
+from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of
 from train.model import adapter_weights
@@ -27,8 +27,8 @@ CONFIG_KEY = "precog_config"
 
 
 def config_key(config: Config) -> str:
-    """Names the resolved config."""
-    return key_of({"config": dump_config(config)})
+    """Names the config by what differs from the defaults, so that a field added later keeps the names."""
+    return key_of({"config": config.model_dump(mode="json", exclude_defaults=True)})
 
 
 def is_export_of(config: Config) -> bool:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import T5EncoderModel
 
 from precompute.encoders import TextEncoder, VaeEncoder, load_tokenizer, truncated_tokens, vae_precision
 from precompute.latents import conditioning_images
 from shared.config import Model
 from shared.pretrained import Part, pretrained_part
+from shared.quantise import Int8Linear
 from tests.tiny import TEXT_LENGTH
 
 CPU = torch.device("cpu")
@@ -51,6 +53,25 @@ def test_slicing_keeps_the_latents_and_tiling_changes_them(vae):
     torch.testing.assert_close(encoder(vae, slicing=True).encode(batch), plain, rtol=1e-5, atol=1e-5)
     tiled = encoder(vae, tiling=True).encode(batch)
     assert tiled.shape == plain.shape and (tiled - plain).abs().max() > 1e-3
+
+
+def test_the_channels_last_layout_keeps_the_latents(vae):
+    batch = clips(2, frames=9)
+    laid_out = VaeEncoder(vae, "fp32", CPU, tiling=False, slicing=False, channels_last=True)
+    weight = laid_out._vae.encoder.conv_in.conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
+    moments = laid_out.encode(batch)
+    assert moments.is_contiguous()
+    torch.testing.assert_close(moments, encoder(vae).encode(batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.faults  # compiling takes most of a minute
+def test_a_compiled_encoder_keeps_the_latents(vae):
+    compiled = VaeEncoder(vae, "fp32", CPU, tiling=False, slicing=False, compiled=True)
+    for frames in (1, 9):
+        batch = clips(1, frames)
+        torch.testing.assert_close(compiled.encode(batch), encoder(vae).encode(batch), rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_what_is_stored_has_the_precision_of_the_recipe(vae):
@@ -115,6 +136,18 @@ def test_an_embedding_is_t5s_last_hidden_state_with_all_pads_and_no_mask(t5, pip
         torch.testing.assert_close(t5.encode(["a bird"]), model(ids)[0])
 
 
+def test_t5_in_eight_bits_stays_close(pipeline, t5):
+    part = pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "text_encoder")
+    small = TextEncoder(part, load_tokenizer(str(pipeline / "tokenizer")), "fp32", CPU, TEXT_LENGTH, int8=True)
+    stored = [module for module in small._model.modules() if isinstance(module, Int8Linear)]
+    assert len(stored) == 2 * 7 and all(module.weight.dtype == torch.int8 for module in stored)
+    assert not any(isinstance(module, nn.Linear) for module in small._model.modules())
+    texts = ["a grey rabbit yawns", ""]
+    exact, close = t5.encode(texts), small.encode(texts)
+    assert not torch.equal(exact, close)
+    assert torch.nn.functional.cosine_similarity(exact.flatten(1), close.flatten(1)).min() > 0.99
+
+
 def test_tokens_beyond_the_text_length_are_counted(pipeline):
     tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
     text = "a grey rabbit yawns in the meadow " * 20
@@ -135,9 +168,9 @@ def test_conditioning_images_are_the_clean_frame_and_noised_copies_drawn_by_key(
 
 
 def test_an_embedding_that_is_not_finite_stops_the_run():
-    from precompute.prompts import _encode_batch
+    from precompute.prompts import encode_texts
     from shared.errors import DataError
 
     broken: Any = SimpleNamespace(encode=lambda texts: torch.full((len(texts), 2, 2), float("nan")))
     with pytest.raises(DataError, match="prompt 'a rabbit': T5 gives a non-finite embedding"):
-        _encode_batch(broken, {"0" * 32: "a rabbit"})
+        encode_texts(broken, {"0" * 32: "a rabbit"})

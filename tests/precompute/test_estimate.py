@@ -2,23 +2,26 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from precompute import calibrate
 from precompute.estimate import Estimate, estimate
 from precompute.plan import Part
 from precompute.run import decode_pool
 from precompute.stage import open_stage
 from shared.config import Config
+from shared.errors import DataError
 from shared.preemption import StopSignal
 from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
 
 
-def look(config: Config) -> Estimate:
+def look(config: Config, *, calibrated: bool = False) -> Estimate:
     with decode_pool(config) as pool:
-        return estimate(open_stage(config, Part(), StopSignal()), pool)
+        return estimate(open_stage(config, Part(), StopSignal()), pool, calibrated=calibrated)
 
 
 @pytest.fixture
@@ -100,3 +103,40 @@ def test_a_shard_that_is_gone_is_named_as_such(pipeline, filled):
 def test_costly_buckets_are_pointed_out(pipeline, filled):
     found = look(config_for(pipeline, *filled, data={"frame_buckets": [5, 13]}))
     assert len(found.warnings) == 1 and "frame bucket 13" in found.warnings[0]
+
+
+def test_a_calibration_encodes_a_sample_writes_nothing_and_grows_with_the_plan(pipeline, tmp_path):
+    root, cache = write_corpus(tmp_path / "clips", 40), tmp_path / "cache"
+    config = config_for(pipeline, root, cache, text_batch_size=3)
+    found = look(config, calibrated=True).as_json()
+    assert not cache.exists()
+    measured = found["calibration"]
+    assert (measured["clips"], measured["prompts"]) == (2, 3) and found["hours"] == measured["hours"]
+    parts = [measured[name] for name in ("decode_seconds", "encode_seconds", "text_seconds", "load_seconds")]
+    assert min(parts) > 0
+    video = max(measured["decode_seconds"], measured["encode_seconds"]) * 40 / 2  # all clips are of one size
+    expected = measured["load_seconds"] + measured["text_seconds"] * 14 + video  # 42 prompts
+    assert found["hours"] * 3600 == pytest.approx(expected)
+
+
+def test_a_calibration_passes_over_clips_that_do_not_decode_and_says_when_none_does(pipeline, tmp_path, monkeypatch):
+    config = config_for(pipeline, write_corpus(tmp_path / "clips", 6), tmp_path / "cache")
+    real, calls = calibrate.decode_job, []
+
+    def broken(stage, clip):
+        calls.append(clip)
+        job = real(stage, clip)
+        return replace(job, path=Path("/nowhere.mp4")) if len(calls) <= bad else job
+
+    monkeypatch.setattr(calibrate, "decode_job", broken)
+    bad = 2
+    found = look(config, calibrated=True)
+    assert found.calibration.clips == 2 and len(calls) == 4
+    bad = 100
+    with pytest.raises(DataError, match=r"none of the clips tried can be decoded \(00\d\.mp4: cannot open"):
+        look(config, calibrated=True)
+
+
+def test_a_finished_cache_is_calibrated_to_no_time_at_all(pipeline, filled):
+    assert look(config_for(pipeline, *filled), calibrated=True).calibration.hours == 0
+    assert look(config_for(pipeline, *filled)).as_json()["hours"] is None

@@ -82,7 +82,7 @@ def run(
     for seed, velocity in enumerate(velocities):
         generator = torch.Generator().manual_seed(100 + seed)
         target = torch.randn(velocity.shape, generator=generator, dtype=torch.float64)
-        errors.append((velocity.double() - target).square().mean())
+        errors.append((velocity.double() - target.to(velocity.device)).square().mean())
     loss = torch.stack(errors).mean()
     loss.backward()
     gradients = {}

@@ -1,0 +1,206 @@
+"""Previews: equal to diffusers' pipelines, written from the cache alone, decoded by the VAE alone, never in the way."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sample.decode import decode, decode_latents, load_vae
+from sample.generate import load_pipeline, make_video
+from shared.config import Config, Memory, Sample
+from shared.errors import CacheError, DataError, UsageError
+from shared.preemption import StopSignal
+from tests import experiments
+from tests.train import processes
+from train.loop import train
+from train.metrics import read_metrics
+from train.preview import denoise, open_previews
+from train.run import Run, open_run
+
+NEGATIVE = "a white bird"
+SAMPLE = Sample(
+    num_frames=9, height=experiments.HEIGHT, width=experiments.WIDTH, num_inference_steps=4, guidance_scale=5, seed=7
+)
+
+
+@pytest.fixture(scope="module", params=["2b", "5b", "1.5-5b"])
+def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Sincos with DDIM; RoPE with DPM; RoPE with DPM and padding frames."""
+    return cached(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return cached("2b", tmp_path_factory.mktemp("small"))
+
+
+def cached(variant: str, folder: Path) -> Config:
+    config = experiments.write_experiment(variant, folder, max_train_steps=4, preview_steps=2, lora_rank=4)
+    data = config.data.model_copy(update={"negative_prompt": NEGATIVE, "validation_prompts": experiments.CAPTIONS})
+    config = config.model_copy(update={"data": data, "sample": SAMPLE})
+    experiments.fill_cache(config)
+    return config
+
+
+def changed(config: Config, folder: Path, sample: Sample = SAMPLE, **values: Any) -> Config:
+    settings = config.train.model_copy(update={"output_dir": folder / "run", **values})
+    return config.model_copy(update={"train": settings, "sample": sample})
+
+
+def opened(config: Config) -> Run:
+    """A run whose adapter is alive."""
+    run = open_run(config)
+    generator = torch.Generator().manual_seed(0)
+    for _, parameter in run.parameters:
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return run
+
+
+def preview(run: Run, number: int = 0) -> torch.Tensor:
+    previews = open_previews(run)
+    latents = denoise(run, previews.prompts[number].prompt_embeds, previews.negative.prompt_embeds, lambda: False)
+    assert latents is not None
+    return latents
+
+
+def pipelines_own(run: Run, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What diffusers makes of the prompt with the run's transformer, from text on: latents and frames."""
+    settings = run.config.sample
+    pipeline = CogVideoXPipeline.from_pretrained(
+        run.config.model.pretrained_model_name_or_path, transformer=run.transformer.eval()
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    latents = pipeline(
+        prompt=prompt,
+        negative_prompt=NEGATIVE,
+        num_frames=settings.num_frames,
+        height=settings.height,
+        width=settings.width,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        use_dynamic_cfg=settings.use_dynamic_cfg,
+        max_sequence_length=run.conventions.text_length,
+        generator=torch.Generator().manual_seed(settings.seed),
+        output_type="latent",
+    ).frames
+    padding = latents.shape[1] - (settings.num_frames - 1) // 4 - 1
+    return latents[0, padding:], pipeline.decode_latents(latents[:, padding:])[0]
+
+
+def test_a_preview_equals_what_diffusers_makes_of_the_same_weights(experiment: Config, tmp_path: Path) -> None:
+    run = opened(changed(experiment, tmp_path))
+    latents = preview(run)
+    expected, frames = pipelines_own(run, experiments.CAPTIONS[0])
+    assert float(expected.std()) > 0.1
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    shown = decode_latents(load_vae(run.config), latents)
+    asked = ((frames / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 3, 0)
+    assert float((torch.from_numpy(shown) - asked).abs().max()) < 1
+    run.transformer.disable_adapters()
+    assert not torch.allclose(preview(run), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("fields", [{"use_dynamic_cfg": True}, {"guidance_scale": 1.0}, {"num_frames": 1}])
+def test_guidance_and_length_follow_the_pipeline(fields: dict[str, Any], small: Config, tmp_path: Path) -> None:
+    run = opened(changed(small, tmp_path, SAMPLE.model_copy(update=fields)))
+    latents = preview(run, 1)
+    torch.testing.assert_close(latents, pipelines_own(run, experiments.CAPTIONS[1])[0], rtol=1e-4, atol=1e-4)
+    plain = preview(opened(changed(small, tmp_path)), 1)
+    assert latents.shape != plain.shape or not torch.allclose(latents, plain, atol=1e-2)
+
+
+def test_a_streamed_transformer_makes_the_same_preview(experiment: Config, tmp_path: Path) -> None:
+    config = changed(experiment, tmp_path)
+    memory = Memory(activations="block_input", stream_weights=2, modulation_table=True)
+    streamed = opened(config.model_copy(update={"memory": memory}))
+    torch.testing.assert_close(preview(streamed), preview(opened(config)), rtol=1e-4, atol=1e-4)
+
+
+def test_training_writes_previews_and_is_the_same_without_them(small: Config, tmp_path: Path) -> None:
+    config, plain = changed(small, tmp_path), changed(small, tmp_path / "plain", preview_steps=0)
+    train(config, StopSignal())
+    train(plain, StopSignal())
+    assert [line["loss"] for line in read_metrics(config.train.output_dir)] == [
+        line["loss"] for line in read_metrics(plain.train.output_dir)
+    ]
+    assert not (plain.train.output_dir / "previews").exists()
+    folder = config.train.output_dir / "previews"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000004"]
+    first, last = (load_file(folder / name / "01.safetensors")["latents"] for name in ("step-000002", "step-000004"))
+    assert first.shape == (3, 16, 8, 12) and not torch.equal(first, last)
+    about = json.loads((folder / "step-000004" / "01.json").read_text(encoding="utf-8"))
+    assert about["prompt"] == experiments.CAPTIONS[1] and about["step"] == 4 and about["seed"] == 7
+
+    written = decode(config)
+    names = ("00.mp4", "01.mp4", "sheet.png")
+    assert written == [folder / step / name for step in ("step-000002", "step-000004") for name in names]
+    with Image.open(folder / "step-000004" / "sheet.png") as sheet:
+        assert sheet.width > 3 * experiments.WIDTH and sheet.height > 2 * experiments.HEIGHT
+    assert decode(config) == []
+    # The last preview is the video of `precog sample` with the exported adapter.
+    pipeline, conventions = load_pipeline(config)
+    pipeline.load_lora_weights(str(config.train.output_dir / "export"))
+    video = make_video(config, pipeline, conventions, experiments.CAPTIONS[1], None)
+    assert abs(decode_latents(load_vae(config), last).astype(int) - video).max() <= 1
+
+
+def test_two_processes_write_the_previews_of_one(small: Config, tmp_path: Path) -> None:
+    alone, two = changed(small, tmp_path / "1", max_train_steps=2), changed(small, tmp_path / "2", max_train_steps=2)
+    assert processes.run(alone) == [0], processes.log(alone)
+    assert processes.run(two, world_size=2) == [0, 0], processes.log(two)
+    for name in ("00.safetensors", "01.safetensors"):
+        left, right = (
+            load_file(config.train.output_dir / "previews" / "step-000002" / name)["latents"] for config in (alone, two)
+        )
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
+
+
+def test_a_signal_is_not_kept_waiting_by_a_preview(small: Config, tmp_path: Path) -> None:
+    run = opened(changed(small, tmp_path))
+    previews, asked = open_previews(run), iter([False, True])
+    assert denoise(run, previews.negative.prompt_embeds, previews.negative.prompt_embeds, lambda: next(asked)) is None
+    assert run.transformer.training
+
+
+def test_what_cannot_be_previewed_is_refused_before_the_first_step(small: Config, tmp_path: Path) -> None:
+    config = changed(small, tmp_path)
+    run = open_run(config)
+
+    def refusal(data: dict[str, Any], sample: dict[str, Any]) -> None:
+        tables = {"data": config.data.model_copy(update=data), "sample": SAMPLE.model_copy(update=sample)}
+        open_previews(replace(run, config=config.model_copy(update=tables)))
+
+    with pytest.raises(UsageError, match="preview_steps = 2: data.validation_prompts is empty"):
+        refusal({"validation_prompts": ()}, {})
+    with pytest.raises(UsageError, match=r"preview_steps = 2: sample.num_frames, height and width: 8x.*4k\+1"):
+        refusal({}, {"num_frames": 8})
+    with pytest.raises(CacheError, match="prompt 'unheard of' is not in it; run `precog precompute`"):
+        refusal({"validation_prompts": ("unheard of",)}, {})
+    with pytest.raises(UsageError, match="wants a first frame; set it to 0"):
+        open_previews(replace(run, conventions=replace(run.conventions, image_to_video=True)))
+    missing = config.model_copy(update={"data": config.data.model_copy(update={"validation_prompts": ("unheard of",)})})
+    with pytest.raises(CacheError):
+        train(missing, StopSignal())
+    assert not read_metrics(config.train.output_dir)
+
+
+def test_decode_names_what_it_cannot_read(small: Config, tmp_path: Path) -> None:
+    config = changed(small, tmp_path)
+    with pytest.raises(UsageError, match="no previews here; set train.preview_steps"):
+        decode(config)
+    step = config.train.output_dir / "previews" / "step-000002"
+    step.mkdir(parents=True)
+    path = step / "00.safetensors"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(DataError, match=re.escape(f"{path}: not a preview's latents")):
+        decode(config)
+    save_file({"latents": torch.zeros(3, 4, 8, 12)}, path)
+    with pytest.raises(DataError, match=re.escape("shape (3, 4, 8, 12)")):
+        decode(config)
