@@ -1,4 +1,4 @@
-"""The one command: `precog precompute | train | doctor | sample | cache`. Stages are imported when asked for."""
+"""The one command: `precog precompute | train | doctor | memory | sample | cache`; imports a stage when asked for."""
 
 import sys
 
@@ -9,6 +9,7 @@ from precompute.cli import cache_app
 from sample.cli import app as sample_app
 from train.cli import app as train_app
 from train.doctor_cli import app as doctor_app
+from train.memory_cli import app as memory_app
 
 app = typer.Typer(
     name="precog",
@@ -18,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for stage in (precompute_app, train_app, doctor_app, sample_app):
+for stage in (precompute_app, train_app, doctor_app, memory_app, sample_app):
     app.registered_commands += stage.registered_commands
 app.add_typer(cache_app, name="cache")
 

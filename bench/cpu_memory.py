@@ -39,7 +39,7 @@ PLANS = {
 
 
 class Flops(TorchDispatchMode):
-    """Sums the matrix products inside; torch's own counter hooks into modules and cannot look into `train.recompute`."""
+    """Sums the matrix products inside; torch's own hooks into modules and cannot look into `train.recompute`."""
 
     def __init__(self) -> None:
         super().__init__()

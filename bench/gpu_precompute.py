@@ -62,7 +62,16 @@ def save_encoders(folder: Path) -> Path:
     return folder
 
 
-def measure(pipeline: Path, root: Path, cache: Path, *, tiling: bool, batch: int) -> dict[str, Any]:
+ARMS: tuple[dict[str, Any], ...] = (
+    {},
+    {"enable_tiling": True},
+    {"channels_last": True},
+    {"compile_vae": True},
+    {"text_quantization": "int8"},
+)
+
+
+def measure(pipeline: Path, root: Path, cache: Path, arm: dict[str, Any], batch: int) -> dict[str, Any]:
     """One run of stage 1 into an empty cache."""
     import torch
 
@@ -89,7 +98,7 @@ def measure(pipeline: Path, root: Path, cache: Path, *, tiling: bool, batch: int
                 "decode_workers": 8,
                 "clips_per_shard": 16,
                 "vae_batch_size": batch,
-                "enable_tiling": tiling,
+                **arm,
             },
             "train": {"output_dir": "runs/bench"},
         }
@@ -99,7 +108,7 @@ def measure(pipeline: Path, root: Path, cache: Path, *, tiling: bool, batch: int
     seconds = report.seconds
     total = seconds["video_pass"]
     return {
-        "tiling": tiling,
+        "arm": ", ".join(f"{name} = {value}" for name, value in arm.items()) or "plain",
         "batch": batch,
         "clips": report.latents_encoded,
         "clips_per_second": round(report.latents_encoded / total, 3),
@@ -125,10 +134,10 @@ def main() -> int:
         write_corpus(root, arguments.clips, 480, 720, 49)
         warm = Path(scratch) / "warm"
         write_corpus(warm, 2, 480, 720, 49)
-        measure(pipeline, warm, Path(scratch) / "cache-warm", tiling=False, batch=arguments.batch)
+        measure(pipeline, warm, Path(scratch) / "cache-warm", {}, arguments.batch)
         rows = [
-            measure(pipeline, root, Path(scratch) / f"cache-{tiling}", tiling=tiling, batch=arguments.batch)
-            for tiling in (False, True)
+            measure(pipeline, root, Path(scratch) / f"cache-{number}", arm, arguments.batch)
+            for number, arm in enumerate(ARMS)
         ]
     result = {
         "device": torch.cuda.get_device_name(),

@@ -47,12 +47,12 @@ SMALL = PUBLISHED["5b"] | {"num_attention_heads": 6, "num_layers": 4, "text_embe
 
 def published_conventions(variant: str) -> Conventions:
     """Of the published model."""
-    return _conventions(PUBLISHED[variant])
+    return conventions_for(PUBLISHED[variant])
 
 
 def build_small(dtype: torch.dtype, device: torch.device) -> tuple[CogVideoXTransformer3DModel, Conventions]:
     """A 5B with 6 heads and 4 blocks."""
-    return build(SMALL, dtype, device, lora_rank=16), _conventions(SMALL)
+    return build(SMALL, dtype, device, lora_rank=16), conventions_for(SMALL)
 
 
 def build(
@@ -97,7 +97,8 @@ def make_pack(
     return clips
 
 
-def _conventions(transformer_config: dict[str, Any]) -> Conventions:
+def conventions_for(transformer_config: dict[str, Any]) -> Conventions:
+    """Of a transformer with this config beside the published VAE and schedule."""
     vae = {
         "block_out_channels": [128, 256, 256, 512],
         "latent_channels": 16,

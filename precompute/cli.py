@@ -1,11 +1,12 @@
 """`precog precompute` and `precog cache`. Everything heavy is imported inside the commands."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from precompute.calibrate import Calibration
     from precompute.estimate import Estimate
     from precompute.plan import Part
     from precompute.report import Report
@@ -23,27 +24,38 @@ def precompute_command(
     overrides: Overrides = None,
     json_output: Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")] = False,
     part: Annotated[str, typer.Option(help="This worker's share, such as 3/16 (1-based).")] = "",
+    engine: Annotated[
+        Literal["process", "ray"], typer.Option(help="This process alone, or a Ray worker on every GPU.")
+    ] = "process",
 ) -> None:
     """Encode the config's videos and captions into the cache; what is stored already is reused."""
     from shared.console import run_command
 
-    run_command(lambda: _precompute(config, overrides or [], json_output, part))
+    run_command(lambda: _precompute(config, overrides or [], json_output, part, engine))
 
 
-def _precompute(path: Path, overrides: list[str], json_output: bool, part: str) -> None:
+def _precompute(path: Path, overrides: list[str], json_output: bool, part: str, engine: str) -> None:
     import json
 
+    from precompute.plan import Part
+    from precompute.ray_engine import precompute_with_ray
     from precompute.run import precompute
     from shared.config import load_config
     from shared.console import quiet_libraries, show_config
+    from shared.errors import UsageError
     from shared.preemption import StopSignal
 
     config = load_config(path, overrides)
     share = _share(part)
+    if engine == "ray" and share != Part():
+        raise UsageError("--engine ray divides the work itself: start it once, without --part and outside a launcher")
     quiet_libraries()
     show_config(config)
-    with StopSignal() as stop:
-        report = precompute(config, share, stop)
+    if engine == "ray":
+        report = precompute_with_ray(config)
+    else:
+        with StopSignal() as stop:
+            report = precompute(config, share, stop)
     _show(report, config.precompute.cache)
     if json_output:
         print(json.dumps(report.as_json()))  # noqa: T201
@@ -102,14 +114,15 @@ def plan_command(
     config: ConfigFile,
     overrides: Overrides = None,
     json_output: Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")] = False,
+    calibrate: Annotated[bool, typer.Option(help="Encode two clips and a batch of prompts to estimate hours.")] = False,
 ) -> None:
     """Say what `precompute` would do: clips new, reusable and changed, shards, disk; nothing is written."""
     from shared.console import run_command
 
-    run_command(lambda: _plan(config, overrides or [], json_output))
+    run_command(lambda: _plan(config, overrides or [], json_output, calibrate))
 
 
-def _plan(path: Path, overrides: list[str], json_output: bool) -> None:
+def _plan(path: Path, overrides: list[str], json_output: bool, calibrate: bool) -> None:
     import json
 
     from precompute.estimate import estimate
@@ -117,11 +130,14 @@ def _plan(path: Path, overrides: list[str], json_output: bool) -> None:
     from precompute.run import decode_pool
     from precompute.stage import open_stage
     from shared.config import load_config
+    from shared.console import quiet_libraries
     from shared.preemption import StopSignal
 
     config = load_config(path, overrides)
+    if calibrate:
+        quiet_libraries()
     with StopSignal() as stop, decode_pool(config) as pool:
-        found = estimate(open_stage(config, Part(), stop), pool)
+        found = estimate(open_stage(config, Part(), stop), pool, calibrated=calibrate)
     _show_plan(found, config.precompute.cache)
     if json_output:
         print(json.dumps(found.as_json()))  # noqa: T201
@@ -133,7 +149,7 @@ def _show_plan(found: "Estimate", cache: str) -> None:
     from shared.console import bytes_text, say, table
 
     reasons = Counter(reason for _, reason in found.changed)
-    orphaned = found.orphaned
+    orphaned, measured = found.orphaned, found.calibration
     table(
         f"Plan for cache {cache}",
         [
@@ -151,12 +167,17 @@ def _show_plan(found: "Estimate", cache: str) -> None:
                 "used by no data set",
                 f"{orphaned['latents']} latents, {orphaned['prompts']} prompts, {bytes_text(orphaned['bytes'])}",
             ),
+            *([("hours, one worker", _hours_text(measured))] if measured else []),
         ],
     )
     for line in found.warnings:
         say(f"warning: {line}")
     for source, reason in found.skipped[:20]:
         say(f"skipped {source}: {reason}")
+
+
+def _hours_text(measured: "Calibration") -> str:
+    return f"{measured.hours:.2g} (an estimate from {measured.clips} clips and {measured.prompts} prompts)"
 
 
 @cache_app.command("ls")

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from shared.device import DTYPES
 from shared.geometry import ENCODE_CHUNK_FRAMES
 from shared.pretrained import Part
+from shared.quantise import Int8Linear
 
 
 def vae_precision(requested: str, part: Part) -> str:
@@ -21,7 +23,17 @@ def vae_precision(requested: str, part: Part) -> str:
 class VaeEncoder:
     """Clips -> moments of the posterior, in 8-frame chunks as diffusers encodes them."""
 
-    def __init__(self, part: Part, precision: str, device: torch.device, *, tiling: bool, slicing: bool) -> None:
+    def __init__(
+        self,
+        part: Part,
+        precision: str,
+        device: torch.device,
+        *,
+        tiling: bool,
+        slicing: bool,
+        channels_last: bool = False,
+        compiled: bool = False,
+    ) -> None:
         from diffusers import AutoencoderKLCogVideoX
 
         vae = AutoencoderKLCogVideoX.from_pretrained(
@@ -33,7 +45,15 @@ class VaeEncoder:
             vae.enable_tiling()
         if slicing:
             vae.enable_slicing()
+        if channels_last:
+            # Its 2D convolutions have no such layout, so the whole module cannot be converted at once.
+            for module in vae.encoder.modules():
+                if isinstance(module, nn.Conv3d):
+                    module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self._layout = torch.channels_last_3d if channels_last else torch.contiguous_format
         self._vae = vae.eval().requires_grad_(False).to(device)
+        if compiled:
+            self._vae.encoder = torch.compile(self._vae.encoder)
         self._dtype = DTYPES[precision]
         self.device = device
 
@@ -44,8 +64,9 @@ class VaeEncoder:
         Out of GPU memory, the batch is halved until one clip is left; then the error passes through.
         """
         try:
-            moments: torch.Tensor = self._vae.encode(clips.to(self.device, self._dtype)).latent_dist.parameters
-            return moments.cpu()
+            pixels = clips.to(self.device, self._dtype, memory_format=self._layout)
+            moments: torch.Tensor = self._vae.encode(pixels).latent_dist.parameters
+            return moments.contiguous().cpu()
         except torch.cuda.OutOfMemoryError:
             if len(clips) == 1:
                 raise
@@ -57,12 +78,23 @@ class VaeEncoder:
 class TextEncoder:
     """Captions -> T5's last hidden state, all pad positions kept, no mask: as the CogVideoX pipelines call it."""
 
-    def __init__(self, part: Part, tokenizer: Any, precision: str, device: torch.device, text_length: int) -> None:
+    def __init__(
+        self,
+        part: Part,
+        tokenizer: Any,
+        precision: str,
+        device: torch.device,
+        text_length: int,
+        *,
+        int8: bool = False,
+    ) -> None:
         from transformers import T5EncoderModel
 
         model: Any = T5EncoderModel.from_pretrained(
             str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
         )
+        if int8:
+            quantise(model)  # before it travels: the device never holds the wide weights
         self._model = model.eval().requires_grad_(False).to(device)
         self._tokenizer = tokenizer
         self._dtype = DTYPES[precision]
@@ -82,6 +114,13 @@ class TextEncoder:
         ).input_ids
         embeds: torch.Tensor = self._model(ids.to(self.device))[0]
         return embeds.to(self._dtype).cpu()
+
+
+def quantise(model: nn.Module) -> None:
+    """Put every linear layer in int8, in place; embeddings, norms and the position biases stay as they are."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            model.set_submodule(name, Int8Linear(layer))
 
 
 def load_tokenizer(folder: str) -> Any:

@@ -1,12 +1,13 @@
-"""`precog plan`: what a run would do, found out before any model is loaded."""
+"""`precog plan`: what a run would do, found out before any model is loaded, and hours if a calibration is asked for."""
 
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from precompute import recipes
+from precompute.calibrate import Calibration, calibrate
 from precompute.encoders import vae_precision
 from precompute.plan import Inventory, PlannedShard, propose, take_inventory
 from precompute.pool import DecodePool
@@ -49,6 +50,7 @@ class Estimate:
     free_bytes: int | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    calibration: Calibration | None = None
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -63,6 +65,8 @@ class Estimate:
             "bytes": {"needed": self.needed_bytes, "stored": self.stored_bytes, "free": self.free_bytes},
             "skipped": [{"source": source, "reason": reason} for source, reason in self.skipped],
             "warnings": self.warnings,
+            "hours": None if self.calibration is None else self.calibration.hours,
+            "calibration": None if self.calibration is None else asdict(self.calibration),
             "seconds": {"total": round(self.seconds, 3)},
         }
 
@@ -77,8 +81,8 @@ class Work:
     prompts_inventory: Inventory
 
 
-def estimate(stage: Stage, pool: DecodePool) -> Estimate:
-    """Look, count and compare; nothing is written. Raises as `precompute` does."""
+def estimate(stage: Stage, pool: DecodePool, *, calibrated: bool = False) -> Estimate:
+    """Look, count and compare, and if `calibrated` encode a sample; nothing is written. Raises as `precompute` does."""
     started = time.perf_counter()
     wanted = survey(stage, pool)
     work = find_work(stage, wanted)
@@ -101,6 +105,9 @@ def estimate(stage: Stage, pool: DecodePool) -> Estimate:
     found.skipped += [(clip.source.name, refused[clip.key]) for clip in wanted.clips if clip.key in refused]
     _compare(stage, wanted, planned, found)
     _count_stored(stage, wanted, found)
+    if calibrated:
+        texts = [wanted.texts[key] for shard in work.prompts for key in shard.keys]
+        found.calibration = calibrate(stage, [clips[key] for key in sorted(planned)], texts, pool)
     found.seconds = time.perf_counter() - started
     return found
 

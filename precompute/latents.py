@@ -32,14 +32,7 @@ def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], 
 
     def make(todo: Iterator[PlannedShard], total: int) -> None:
         started = time.perf_counter()
-        vae = stage.encoders.vae
-        encoder = VaeEncoder(
-            vae,
-            vae_precision(settings.vae_dtype, vae),
-            choose_device(settings.device),
-            tiling=settings.enable_tiling,
-            slicing=settings.enable_slicing,
-        )
+        encoder = load_vae(stage)
         report.spend("load_vae", started)
         pass_started = time.perf_counter()
         with console.Progress("clips", total) as bar, ThreadPoolExecutor(1) as writer:
@@ -69,6 +62,20 @@ def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], 
     return inventory
 
 
+def load_vae(stage: Stage) -> VaeEncoder:
+    """The VAE's encoder as the config wants it, on its device."""
+    settings, vae = stage.config.precompute, stage.encoders.vae
+    return VaeEncoder(
+        vae,
+        vae_precision(settings.vae_dtype, vae),
+        choose_device(settings.device),
+        tiling=settings.enable_tiling,
+        slicing=settings.enable_slicing,
+        channels_last=settings.channels_last,
+        compiled=settings.compile_vae,
+    )
+
+
 def _write(
     storage: Storage, shard: PlannedShard, samples: Sequence[Sample], skipped: Mapping[str, str], report: Report
 ) -> int:
@@ -76,6 +83,11 @@ def _write(
     size = write_shard(storage, shard.folder, samples, skipped, shard.attempt).size
     report.spend("write", started)
     return size
+
+
+def decode_job(stage: Stage, clip: Clip) -> DecodeJob:
+    """What a decoding process needs to know of a clip."""
+    return DecodeJob(clip.source.path, clip.probe, clip.window.indices, stage.config.precompute.decoder)
 
 
 def _encoded_shards(
@@ -94,8 +106,7 @@ def _encoded_shards(
             for batch in shard.batches:
                 for key in batch:
                     under_way.append((shard, batch, key))
-                    clip = clips[key]
-                    yield DecodeJob(clip.source.path, clip.probe, clip.window.indices, stage.config.precompute.decoder)
+                    yield decode_job(stage, clips[key])
 
     samples: list[Sample] = []
     skipped: dict[str, str] = {}
@@ -110,7 +121,7 @@ def _encoded_shards(
         if key == batch[-1]:
             stage.report.spend("wait_for_decode", started)
             started = time.perf_counter()
-            for sample in _encode_batch(stage, clips, decoded, encoder):
+            for sample in encode_clips(stage, clips, decoded, encoder):
                 if all(torch.isfinite(tensor).all() for tensor in sample.tensors.values()):
                     samples.append(sample)
                 else:
@@ -124,7 +135,7 @@ def _encoded_shards(
             started = time.perf_counter()
 
 
-def _encode_batch(
+def encode_clips(
     stage: Stage, clips: Mapping[str, Clip], decoded: Mapping[str, Decoded], encoder: VaeEncoder
 ) -> list[Sample]:
     """One encode batch of one bucket -> samples."""

@@ -33,13 +33,7 @@ def encode_prompts(stage: Stage, collection: Collection, texts: Mapping[str, str
 
     def make(todo: Iterator[PlannedShard], total: int) -> None:
         started = time.perf_counter()
-        encoder = TextEncoder(
-            stage.encoders.text_encoder,
-            tokenizer,
-            recipes.text_precision(stage.config, stage.encoders),
-            choose_device(settings.device),
-            stage.encoders.conventions.text_length,
-        )
+        encoder = load_text_encoder(stage, tokenizer)
         report.spend("load_text_encoder", started)
         with console.Progress("prompts", total) as bar:
             for shard in todo:
@@ -47,7 +41,7 @@ def encode_prompts(stage: Stage, collection: Collection, texts: Mapping[str, str
                 for batch in shard.batches:
                     stage.check()
                     started = time.perf_counter()
-                    samples += _encode_batch(encoder, {key: texts[key] for key in batch})
+                    samples += encode_texts(encoder, {key: texts[key] for key in batch})
                     report.spend("encode_prompts", started)
                     bar.advance(len(batch))
                 started = time.perf_counter()
@@ -65,12 +59,30 @@ def encode_prompts(stage: Stage, collection: Collection, texts: Mapping[str, str
         keys_per_batch=settings.text_batch_size,
     )
     report.prompts_reused = len(texts) - report.prompts_encoded
+    free_memory()
+
+
+def free_memory() -> None:
+    """Give a dropped encoder's memory back to the device, for the next one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _encode_batch(encoder: TextEncoder, texts: Mapping[str, str]) -> list[Sample]:
+def load_text_encoder(stage: Stage, tokenizer: Any) -> TextEncoder:
+    """T5 as the config wants it, on its device."""
+    settings = stage.config.precompute
+    return TextEncoder(
+        stage.encoders.text_encoder,
+        tokenizer,
+        recipes.text_precision(stage.config, stage.encoders),
+        choose_device(settings.device),
+        stage.encoders.conventions.text_length,
+        int8=settings.text_quantization == "int8",
+    )
+
+
+def encode_texts(encoder: TextEncoder, texts: Mapping[str, str]) -> list[Sample]:
     """Raises `DataError` if an embedding is not finite: a prompt is never skipped."""
     embeds = encoder.encode(list(texts.values()))
     for text, embed in zip(texts.values(), embeds, strict=True):

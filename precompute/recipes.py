@@ -65,6 +65,8 @@ def latents_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
         "chunk_frames": ENCODE_CHUNK_FRAMES,
         "tiling": settings.enable_tiling,
         "slicing": settings.enable_slicing,
+        "channels_last": settings.channels_last,
+        "compiled": settings.compile_vae,
         "image_conditions": {"noised": settings.noised_image_count, "log_sigma": [-3.0, 0.5]} if image else None,
     }
 
@@ -79,6 +81,7 @@ def prompts_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
         "tokenizer": dict(sha256_files(tokenizer)),
         "text_length": encoders.conventions.text_length,
         "precision": text_precision(config, encoders),
+        "quantization": config.precompute.text_quantization,
         "attention_mask": False,
     }
 

@@ -1,7 +1,8 @@
 """What a run of stage 1 did, and where the time went."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -34,3 +35,23 @@ class Report:
 
     def spend(self, name: str, started: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def merge(reports: Sequence[Report]) -> Report:
+    """What workers did together: what they encoded is summed, times are those of the slowest."""
+    first = reports[0]
+    latents = sum(report.latents_encoded for report in reports)
+    prompts = sum(report.prompts_encoded for report in reports)
+    return replace(
+        first,
+        latents_encoded=latents,
+        # To each worker, what the others made meanwhile looks reused.
+        latents_reused=max(0, first.latents_reused + first.latents_encoded - latents),
+        prompts_encoded=prompts,
+        prompts_reused=max(0, first.prompts_reused + first.prompts_encoded - prompts),
+        written_bytes=sum(report.written_bytes for report in reports),
+        seconds={
+            name: max(report.seconds.get(name, 0.0) for report in reports)
+            for name in dict.fromkeys(name for report in reports for name in report.seconds)
+        },
+    )

@@ -1,4 +1,4 @@
-"""`precog sample`. Everything heavy is imported inside the command."""
+"""`precog sample | decode`. Everything heavy is imported inside the command."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +21,19 @@ def sample_command(
     run_command(lambda: _sample(config, overrides or []))
 
 
+@app.command("decode")
+def decode_command(
+    config: Annotated[Path, typer.Argument(help="TOML file of the experiment.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="table.field=value ...", metavar="[TABLE.FIELD=VALUE]...")
+    ] = None,
+) -> None:
+    """Make videos of the previews that training saved as latents; only the VAE is loaded."""
+    from shared.console import run_command
+
+    run_command(lambda: _decode(config, overrides or []))
+
+
 def _sample(path: Path, overrides: list[str]) -> None:
     from sample.generate import sample
     from shared.config import load_config
@@ -30,3 +43,13 @@ def _sample(path: Path, overrides: list[str]) -> None:
     quiet_libraries()
     show_config(config)
     sample(config)
+
+
+def _decode(path: Path, overrides: list[str]) -> None:
+    from sample.decode import decode
+    from shared.config import load_config
+    from shared.console import quiet_libraries
+
+    config = load_config(path, overrides)
+    quiet_libraries()
+    decode(config)

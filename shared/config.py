@@ -132,10 +132,16 @@ class Precompute(Table):
     """Precision of the VAE and of the stored moments; auto is the checkpoint's own, fp16 raised to fp32."""
     text_dtype: Precision = "auto"
     """Precision of T5 and of the stored embeddings; auto is the transformer's own, fp32 on a CPU checkpoint."""
+    text_quantization: Literal["none", "int8"] = "none"
+    """int8: T5's linear weights take half of bf16's memory; other embeddings."""
     enable_tiling: bool = False
     """Encode in spatial tiles: less memory, other latents."""
     enable_slicing: bool = False
     """Encode a batch one clip at a time."""
+    channels_last: bool = False
+    """The VAE in channels_last_3d layout; the same values up to rounding, but other keys."""
+    compile_vae: bool = False
+    """torch.compile the VAE's encoder, once per bucket; the same values up to rounding, but other keys."""
     vae_batch_size: Positive = 1
     """Clips of one bucket encoded together."""
     text_batch_size: Positive = 8
@@ -241,6 +247,8 @@ class Train(Table):
     """"latest", a checkpoint's name in the run folder, or "none" to refuse a run folder that has checkpoints."""
     validation_steps: Count = 0
     """Optimizer steps between held-out losses, which are taken at the end in any case; 0 is only at the end."""
+    preview_steps: Count = 0
+    """Optimizer steps between previews: data.validation_prompts, as [sample] says, to latents; 0 is never."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Where the metrics also go; metrics.jsonl is always written."""
     tracker_name: Text = "precog"
@@ -281,6 +289,10 @@ class Memory(Table):
     """Tokens that the layers around attention work on at a time, where a block is recomputed."""
     base_precision: Literal["model", "int8"] = "model"
     """Storage of the frozen blocks' weights; int8 is weight-only, one scale per output row."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+    """Kernels of attention for the whole run; auto takes the fastest that works on the card, found by trying."""
+    compile: bool | Literal["auto"] = "auto"
+    """Fuse norms, modulation, gates and rotary positions with torch.compile; auto is on with a GPU and triton."""
     allow_low_cosine: bool = False
     """Train on an int8 base even if the adapter's gradient strays below cosine 0.99 from the unquantised one."""
 

@@ -108,6 +108,7 @@ class SampleReader:
                 self._receipts[tar] = replace(receipt, samples=(), skipped={})
                 self._places |= {place.key: (tar, place) for place in wanted}
         self._mapped: dict[str, MappedShard] = {}
+        self._checked: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -117,8 +118,14 @@ class SampleReader:
         return {name: tensor.shape for name, tensor in self._place(key)[1].tensors.items()}
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
-        """The sample's tensors, views of the mapped file; raises `CacheError` if it is not stored."""
+        """The sample's tensors, views of the mapped file; raises `CacheError` if it is not stored or damaged.
+
+        Its bytes are compared with the receipt's hash the first time that this reader is asked for them.
+        """
         tar, place = self._place(key)
+        if key not in self._checked:
+            self.check(key)
+            self._checked.add(place.key)
         return self._shard(tar).tensors(place)
 
     def check(self, key: str) -> None:

@@ -5,18 +5,33 @@ torch itself would choose, so that the backward pass needs the output and its lo
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from shared.errors import UsageError
 
 RotaryTable = tuple[Tensor, Tensor]
 """cos and sin, [S,head_dim] each, fp32, every angle twice in a row."""
 
 BACKENDS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
 """torch.nn.attention.SDPBackend by number."""
+
+Backend = Literal["auto", "cudnn", "flash", "efficient", "math"]
+"""auto: what torch would choose, clip by clip."""
+KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+PROBE_TOLERANCE = 0.05
+"""Relative to the largest value; bf16 kernels differ from each other by some 0.01."""
 
 aten = torch.ops.aten
 
@@ -45,10 +60,54 @@ def rotate(tokens: Tensor, rotary: RotaryTable) -> Tensor:
     return tokens * cos + turned * sin
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], backend: Backend = "auto") -> Tensor:
     """[S,heads,head_dim] three times -> [S,heads*head_dim]; `lengths` are the tokens of each clip and add up to S."""
     clips = zip(*(torch.split(part, lengths) for part in (query, key, value)), strict=True)
-    return torch.cat([_attend_clip(*clip) for clip in clips])
+    with pinned(backend):
+        return torch.cat([_attend_clip(*clip) for clip in clips])
+
+
+def pinned(backend: Backend) -> AbstractContextManager[None]:
+    """Inside, torch's own attention runs on `backend`, or fails."""
+    return nullcontext() if backend == "auto" else sdpa_kernel(KERNELS[backend])
+
+
+def choose_backend(wanted: Backend, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> Backend:
+    """The backend for all of a run's attention: `wanted`, or for "auto" the fastest that works here.
+
+    What works is tried, forward and backward by hand, against plain arithmetic. Raises `UsageError` if `wanted` fails.
+    """
+    if device.type == "meta":
+        return wanted
+    # cuDNN is written for Hopper and later; before them FlashAttention is ahead
+    newer = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    fused: tuple[Backend, ...] = ("cudnn", "flash") if newer else ("flash", "cudnn")
+    order: tuple[Backend, ...] = (*fused, "efficient", "math") if device.type == "cuda" else ("flash", "math")
+    for backend in order if wanted == "auto" else (wanted,):
+        if backend in order and _works(backend, device, dtype, heads, head_dim):
+            return backend
+    shape = f"{str(dtype).removeprefix('torch.')} with {heads} heads of {head_dim}"
+    others = ", ".join(repr(name) for name in get_args(Backend) if name != wanted)
+    raise UsageError(f"memory.attention = {wanted!r}: not available on {device} in {shape}; the others: {others}")
+
+
+def _works(backend: Backend, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> bool:
+    """Forward and backward of one short clip, close to those of "math"."""
+    generator = torch.Generator(device).manual_seed(0)
+    draws = torch.randn(4, 80, heads, head_dim, generator=generator, device=device, dtype=torch.float32)
+    query, key, value, gradient = draws.to(dtype)
+    results: list[tuple[Tensor, ...]] = []
+    for name in ("math", backend):
+        try:
+            attended, states = attention_forward(query, key, value, [80], name)
+            pulled = attention_backward(gradient.flatten(1), query, key, value, attended, states, [80])
+        except RuntimeError:
+            return False
+        results.append((attended, *pulled))
+    return all(
+        bool((ours - theirs).abs().max() <= PROBE_TOLERANCE * theirs.abs().max())
+        for theirs, ours in zip(*results, strict=True)
+    )
 
 
 def _attend_clip(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -59,14 +118,14 @@ def _attend_clip(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], backend: Backend = "auto"
 ) -> tuple[Tensor, list[AttentionState]]:
     """The same as `attend` outside autograd, and what `attention_backward` needs of each clip."""
     attended = torch.empty_like(query)
     states: list[AttentionState] = []
     for parts in _clips(lengths, query, key, value, attended):
         *inputs, result = (_heads_first(part) for part in parts)
-        output, state = _forward(*inputs)
+        output, state = _forward(backend, *inputs)
         result.copy_(output)
         states.append(state)
     return attended.flatten(1), states
@@ -96,11 +155,11 @@ def attention_backward(
     return query_gradient, key_gradient, value_gradient
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, AttentionState]:
+def _forward(wanted: Backend, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, AttentionState]:
     if query.device.type == "meta":
         lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
         return torch.empty_like(query), AttentionState("meta", lse)
-    backend = attention_backend(query, key, value)
+    backend = attention_backend(query, key, value) if wanted == "auto" else wanted
     if backend == "flash" and query.device.type == "cpu":
         output, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
         return output, AttentionState("flash_cpu", lse)

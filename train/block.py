@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
-from torch import Tensor
+from torch import Tensor, nn
 
-from train.attention import RotaryTable, attend, rotate
+from train.attention import Backend, RotaryTable, attend, rotate
+from train.fused import Fused
 from train.linear import known_linear, linear
 from train.modulation import Rows
 
@@ -21,6 +22,10 @@ class Pack:
     """Tokens of text_1, video_1, text_2, ...: 2n numbers."""
     rotary: RotaryTable | None
     """Of the whole sequence; text rows turn by nothing."""
+    fused: Fused | None = None
+    """Compiled functions for the arithmetic of rows, which want to know every token's part."""
+    part_of_token: Tensor | None = None
+    """[S] int64, with `fused`."""
 
     @property
     def clip_lengths(self) -> list[int]:
@@ -34,20 +39,27 @@ class Pack:
             lengths.append(max(0, min(stop, begin + length) - max(start, begin)))
             begin += length
         rotary = None if self.rotary is None else (self.rotary[0][start:stop], self.rotary[1][start:stop])
-        return replace(self, part_lengths=lengths, rotary=rotary)
+        parts = None if self.part_of_token is None else self.part_of_token[start:stop]
+        return replace(self, part_lengths=lengths, rotary=rotary, part_of_token=parts)
+
+    def compiled(self, fused: Fused, device: torch.device) -> "Pack":
+        """The same, whose rows are computed by `fused`."""
+        return replace(self, fused=fused, part_of_token=fused.part_of_token(self.part_lengths, device))
 
 
-def run_block_plainly(block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Rows) -> Tensor:
+def run_block_plainly(
+    block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Rows, backend: Backend = "auto"
+) -> Tensor:
     """Attention, then feed-forward, each normalised and modulated before and gated after; autograd keeps it all."""
     raw_query, raw_key, value = raw_qkv(block, hidden, pack, rows[0])
     query, key = normalise_and_turn(block, raw_query, raw_key, pack)
-    attended = attend(query, key, per_head(block, value), pack.clip_lengths)
+    attended = attend(query, key, per_head(block, value), pack.clip_lengths, backend)
     return after_attention(block, hidden, attended, pack, rows)
 
 
 def raw_qkv(block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[S,D] -> query, key and value [S,D] as the linear layers give them."""
-    normed = modulate(block.norm1.norm(hidden), rows, pack)
+    normed = modulate(block.norm1.norm, hidden, rows, pack)
     attention = block.attn1
     return linear(attention.to_q, normed), linear(attention.to_k, normed), linear(attention.to_v, normed)
 
@@ -56,7 +68,7 @@ def known_qkv(
     block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Tensor, raw_query: Tensor, raw_key: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`raw_qkv` for a backward pass: query and key known, the value's value not needed."""
-    normed = modulate(block.norm1.norm(hidden), rows, pack)
+    normed = modulate(block.norm1.norm, hidden, rows, pack)
     attention = block.attn1
     known = ((attention.to_q, raw_query), (attention.to_k, raw_key), (attention.to_v, None))
     query, key, value = (known_linear(layer, normed, values) for layer, values in known)
@@ -65,8 +77,12 @@ def known_qkv(
 
 def normalise_and_turn(block: CogVideoXBlock, raw_query: Tensor, raw_key: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
     """[S,D] twice -> [S,heads,head_dim] twice, normalised per head and turned to their positions."""
-    query = block.attn1.norm_q(per_head(block, raw_query))
-    key = block.attn1.norm_k(per_head(block, raw_key))
+    heads = ((block.attn1.norm_q, per_head(block, raw_query)), (block.attn1.norm_k, per_head(block, raw_key)))
+    if pack.fused is not None:
+        turn = pack.fused.normalise_and_turn
+        query, key = (turn(tokens, norm.weight, norm.bias, norm.eps, pack.rotary) for norm, tokens in heads)
+        return query, key
+    query, key = (norm(tokens) for norm, tokens in heads)
     if pack.rotary is not None:
         query, key = rotate(query, pack.rotary), rotate(key, pack.rotary)
     return query, key
@@ -82,7 +98,7 @@ def after_attention(
 ) -> Tensor:
     """The block from attention's output on; with `backward` the value of the result is not needed."""
     hidden = add_gated(hidden, linear(block.attn1.to_out[0], attended), rows[0], pack)
-    normed = modulate(block.norm2.norm(hidden), rows[1], pack)
+    normed = modulate(block.norm2.norm, hidden, rows[1], pack)
     inner, outer = block.ff.net[0], block.ff.net[2]
     activated = inner.gelu(linear(inner.proj, normed))
     # only the gate's gradient reads the value of the last layer
@@ -92,10 +108,13 @@ def after_attention(
     return add_gated(hidden, update, rows[1], pack)
 
 
-def modulate(normed: Tensor, rows: Tensor, pack: Pack) -> Tensor:
-    """[S,D] scaled and shifted by clip and kind of token."""
+def modulate(norm: nn.LayerNorm, hidden: Tensor, rows: Tensor, pack: Pack) -> Tensor:
+    """[S,D] normalised, then scaled and shifted by clip and kind of token."""
+    if pack.fused is not None and pack.part_of_token is not None:
+        fused = pack.fused.normalise_and_modulate
+        return fused(hidden, norm.weight, norm.bias, norm.eps, rows, pack.part_of_token)
     shift, scale, _ = rows.unbind(1)
-    return scale_and_shift(normed, scale, shift, pack.part_lengths)
+    return scale_and_shift(norm(hidden), scale, shift, pack.part_lengths)
 
 
 def scale_and_shift(tokens: Tensor, scale: Tensor, shift: Tensor, lengths: list[int]) -> Tensor:
@@ -106,5 +125,7 @@ def scale_and_shift(tokens: Tensor, scale: Tensor, shift: Tensor, lengths: list[
 
 def add_gated(hidden: Tensor, update: Tensor, rows: Tensor, pack: Pack) -> Tensor:
     """hidden + gate * update on [S,D], a gate [D] for each part."""
+    if pack.fused is not None and pack.part_of_token is not None:
+        return pack.fused.add_gated(hidden, update, rows, pack.part_of_token)
     runs = zip(torch.split(hidden, pack.part_lengths), torch.split(update, pack.part_lengths), rows[:, 2], strict=True)
     return torch.cat([part + gate * change for part, change, gate in runs if len(part)])

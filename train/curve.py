@@ -1,4 +1,4 @@
-"""The loss curve as a PNG: every step, their moving average, and the held-out losses. Drawn with Pillow."""
+"""The loss curve as a PNG: every step, the EMA loss, and the held-out losses. Drawn with Pillow."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Point = tuple[float, float]
 
 
 def draw_curve(lines: Sequence[dict[str, Any]], smooth: Sequence[float], path: Path) -> None:
-    """One object of metrics.jsonl and one smoothed loss per step, from step 1 on; held-out losses where they are."""
+    """One object of metrics.jsonl and one EMA loss per step, from step 1 on; held-out losses where they are."""
     assert lines
     loss = [(line["step"], line["loss"]) for line in lines]
     held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
@@ -57,7 +57,7 @@ def draw_curve(lines: Sequence[dict[str, Any]], smooth: Sequence[float], path: P
     for point in held_out:
         x, y = place(point)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=HELD_OUT)
-    legend = [("each step", RAW), ("smoothed", SMOOTH)]
+    legend = [("each step", RAW), ("EMA loss", SMOOTH)]
     legend += [("held out", HELD_OUT)] if held_out else []
     legend += [("held out, without the adapter", BASE)] if base is not None else []
     x = float(RIGHT)

@@ -114,7 +114,7 @@ class Dataset:
         """The training example of one draw, on the CPU in fp32; `timestep` is from `timesteps`."""
         row, train = self.rows[draw.row], self._train
         where = (train.seed, draw.epoch, row.latent_key)
-        samples = self._latents.read(row.latent_key)
+        samples = self._read(self._latents, row.latent_key, row)
         latents = self._draw_latents(samples["moments"], "posterior", *where)
         condition = self._draw_image(samples["image_moments"], len(latents), *where) if self._is_i2v else None
         noise = seeding.normal(tuple(latents.shape), "noise", *where)
@@ -127,15 +127,22 @@ class Dataset:
     def fixed_example(self, row: int, timestep: int) -> Example:
         """A held-out example: posterior mean, first caption, and noise that depends on clip and timestep alone."""
         clip = self.rows[row]
-        samples = self._latents.read(clip.latent_key)
+        samples = self._read(self._latents, clip.latent_key, clip)
         latents = self._scaled(samples["moments"].float().chunk(2)[0])
         condition = None
         if self._is_i2v:
             mean = samples["image_moments"][0].float().chunk(2)[0]
             condition = image_condition(mean.transpose(0, 1), len(latents), self._conventions)
         noise = seeding.normal(tuple(latents.shape), "held-out", clip.latent_key, timestep)
-        embeds = self._prompts.read(clip.prompt_keys[0])["prompt_embeds"]
+        embeds = self._read(self._prompts, clip.prompt_keys[0], clip)["prompt_embeds"]
         return self._example(clip, "held-out", latents, noise, timestep, embeds, condition)
+
+    def _read(self, reader: SampleReader, key: str, row: ViewRow) -> dict[str, Tensor]:
+        """A sample's tensors; raises `CacheError` naming the clip, the sample and what mends it."""
+        try:
+            return reader.read(key)
+        except CacheError as error:
+            raise CacheError(f"{name(row)}: {error}") from None
 
     @property
     def _is_i2v(self) -> bool:
@@ -181,7 +188,7 @@ class Dataset:
         weights = torch.tensor(row.caption_weights, dtype=torch.float64).cumsum(0)
         chosen = int(torch.searchsorted(weights, draw.random() * float(weights[-1]), right=True))
         key = self._empty_prompt if dropped else row.prompt_keys[min(chosen, len(row.prompt_keys) - 1)]
-        return self._prompts.read(key)["prompt_embeds"]
+        return self._read(self._prompts, key, row)["prompt_embeds"]
 
 
 def posterior_draw(moments: Tensor, *where: str | int) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
+from train.attention import Backend, choose_backend
+from train.fused import Fused, fused_for
 from train.modulation import ModulationTable
 from train.quantise import quantise_blocks
 from train.streaming import ActivationOffload, WeightStream, frozen_weights
@@ -24,6 +26,8 @@ class Plan:
     modulation_table: bool = False
     chunk_tokens: int = 4096
     base_precision: Literal["model", "int8"] = "model"
+    attention: Backend = "auto"
+    compile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class Engine:
     modulation: ModulationTable | None = None
     weights: WeightStream | None = None
     offload: ActivationOffload | None = None
+    attention: Backend = "auto"
+    fused: Fused | None = None
 
     def __post_init__(self) -> None:
         assert self.chunk_tokens > 0
@@ -71,4 +77,9 @@ def open_engine(transformer: CogVideoXTransformer3DModel, plan: Plan, device: to
     for value in transformer.buffers():
         value.data = value.data.to(device)
     offload = ActivationOffload(device) if plan.offload_activations else None
-    return Engine(plan.activations, plan.chunk_tokens, modulation, weights, offload)
+    shape = transformer.config
+    attention = choose_backend(
+        plan.attention, device, transformer.dtype, shape.num_attention_heads, shape.attention_head_dim
+    )
+    fused = fused_for() if plan.compile and device.type != "meta" else None  # fused or not, the same tensors live
+    return Engine(plan.activations, plan.chunk_tokens, modulation, weights, offload, attention, fused)

@@ -8,7 +8,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.quantise import Int8Linear
+from shared.quantise import Int8Linear
 
 
 def linear(layer: LoraLinear, tokens: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from train.optimizer import (
     set_learning_rate,
 )
 from train.order import divide, global_batch, num_train_steps
+from train.preview import open_previews, write_preview
 from train.run import Run, announce, open_run, refuse_another_run
 from train.step import accumulate_gradients, finish_gradients, require_finite
 
@@ -49,6 +51,9 @@ def train(config: Config, stop: StopSignal) -> None:
 
     Raises `CacheError` if the cache does not fit, `NonFiniteError` before an update that would spoil the adapter,
     `Preempted` after a signal, with a checkpoint saved.
+
+    A sample that one rank cannot read (missing, damaged, unreachable) ends that rank before the step, with the sample's
+    name; the others wait for its gradients until the launcher (torchrun, accelerate) sees that and ends them.
     """
     run = open_run(config)
     with claimed(config.train.output_dir) if run.accelerator.is_main_process else nullcontext():
@@ -63,6 +68,7 @@ def run_steps(run: Run, stop: StopSignal) -> None:
     num_steps = num_train_steps(
         len(run.dataset.rows), settings.global_batch_size, settings.max_train_steps, settings.num_train_epochs
     )
+    previews = open_previews(run) if settings.preview_steps else None
     optimizer = build_optimizer(parameters, settings)
     learning_rate = learning_rate_factor(settings, num_steps)
     ema = start_average(parameters) if settings.ema_decay else {}
@@ -95,6 +101,11 @@ def run_steps(run: Run, stop: StopSignal) -> None:
     def evaluation_weights() -> AbstractContextManager[None]:
         weights = ema or averaged(optimizer)
         return swapped(parameters, weights) if weights else nullcontext()
+
+    def save_preview(number: int) -> None:
+        assert previews is not None
+        with evaluation_weights():
+            write_preview(run, previews, number, step, stopped=lambda: stop.requested)
 
     with ThreadPoolExecutor(1) as reader:
         upcoming: Future[Work] = reader.submit(_read_work, run, step)
@@ -141,8 +152,11 @@ def run_steps(run: Run, stop: StopSignal) -> None:
                         line["base_held_out_loss"] = base_held_out_loss(
                             transformer, run.held_out, run.conventions, len(run.schedule), run.engine
                         )
-                metrics.write(line)
+                line = metrics.write(line)
                 accelerator.log({name: value for name, value in line.items() if isinstance(value, int | float)}, step)
+            if previews is not None and _is_multiple(step, settings.preview_steps):
+                for number in range(len(previews.prompts)):  # one at a time, so that no rank waits for many
+                    on_main(accelerator, partial(save_preview, number))
             if _is_multiple(step, settings.checkpointing_steps) or step == num_steps or result.stopping:
                 on_main(accelerator, save)
             if result.stopping and step < num_steps:

@@ -4,6 +4,7 @@ A prediction counts what torch allocates: frozen weights, fp32 adapter, its grad
 leaves out the CUDA context and what the allocator reserves beyond.
 """
 
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -171,11 +172,14 @@ def candidates(config: Config, device: torch.device, *, table_possible: bool) ->
         raise UsageError("memory.modulation_table = true: not with adapters on the layers that make the modulation")
     if fixed["base_precision"] == "int8" and train.use_dora:
         raise UsageError("memory.base_precision = 'int8': not with train.use_dora, which needs the weights' norms")
+    fixed.setdefault("compile", device.type == "cuda" and importlib.util.find_spec("triton") is not None)
     moving = any(fixed.get(name) for name in ("offload_activations", "stream_weights"))
     if train.transformer_engine == "reference":
         if moving or fixed.get("modulation_table") or fixed.get("activations", "full") != "full":
             raise UsageError("[memory] acts on train.transformer_engine = 'packed'; with 'reference' leave it out")
-        return [Plan(base_precision=fixed["base_precision"])]
+        if memory.compile is True:
+            raise UsageError("memory.compile = true acts on train.transformer_engine = 'packed'; leave it out")
+        return [Plan(base_precision=fixed["base_precision"], attention=memory.attention)]
     if moving and fixed.get("activations") == "full":
         raise UsageError(
             "memory.activations = 'full' keeps everything on the card; offload or stream with another level"
@@ -219,4 +223,6 @@ def describe(plan: Plan) -> str:
         words.append("modulation by timestep")
     if plan.base_precision != "model":
         words.append(f"{plan.base_precision} base")
+    if plan.compile:
+        words.append("compiled")
     return ", ".join(words)

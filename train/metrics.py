@@ -14,8 +14,8 @@ from train.curve import FILE_NAME as CURVE
 from train.curve import draw_curve
 
 FILE_NAME = "metrics.jsonl"
-SMOOTHED_STEPS = 50
-"""The smoothed loss is the mean of so many steps at most."""
+EMA_DECAY = 0.98
+"""Of the smoothed loss, per optimizer step: about the last 50 steps."""
 
 
 class Metrics:
@@ -25,7 +25,9 @@ class Metrics:
         self._path = run / FILE_NAME
         self._num_steps = num_steps
         kept = [line for line in read_metrics(run) if line["step"] <= step]
-        self._losses = [line["loss"] for line in kept]
+        self._average = EmaLoss()
+        for line in kept:
+            self._average.add(line["loss"])
         self.base_held_out_loss = _first(kept, "base_held_out_loss")
         """Without the adapter, once it has been written."""
         if kept or self._path.exists():
@@ -33,41 +35,58 @@ class Metrics:
             pending.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             pending.replace(self._path)
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one step and show it."""
+    def write(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Append one step and show it; the line as written, which has its `ema_loss`."""
+        line = {"step": line["step"], "loss": line["loss"], "ema_loss": self._average.add(line["loss"]), **line}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self._losses = [*self._losses, line["loss"]][-SMOOTHED_STEPS:]
-        console.say(self._row(line, sum(self._losses) / len(self._losses)))
+        console.say(self._row(line))
         if self.base_held_out_loss is None:
             self.base_held_out_loss = line.get("base_held_out_loss")
         if "held_out_loss" in line:
             base = f", {self.base_held_out_loss:.5f} without the adapter" if self.base_held_out_loss is not None else ""
             console.say(f"{'held out':>11} {line['held_out_loss']:>9.5f}{base}")
+        return line
 
     def header(self) -> None:
         """The names above the fixed-width lines."""
         console.say(
-            f"{'step':>11} {'loss':>9} {'smooth':>9} {'lr':>9} {'grad':>9} {'clips/s':>8} {'tokens/s':>9} {'wait':>6} "
-            f"{'memory':>10} {'left':>8}"
+            f"{'step':>11} {'loss':>9} {'EMA loss':>9} {'lr':>9} {'grad':>9} {'clips/s':>8} {'tokens/s':>9} "
+            f"{'wait':>6} {'memory':>10} {'left':>8}"
         )
 
-    def _row(self, line: dict[str, Any], smooth: float) -> str:
+    def _row(self, line: dict[str, Any]) -> str:
         seconds = max(line["seconds"], 1e-9)
         left = seconds * (self._num_steps - line["step"])
         return (
-            f"{line['step']:>5}/{self._num_steps:<5} {line['loss']:>9.5f} {smooth:>9.5f} "
+            f"{line['step']:>5}/{self._num_steps:<5} {line['loss']:>9.5f} {line['ema_loss']:>9.5f} "
             f"{line['lr']:>9.2e} {line['grad_norm']:>9.4f} {line['samples'] / seconds:>8.2f} "
             f"{line['tokens'] / seconds:>9.0f} {line['data_wait_seconds'] / seconds:>6.1%} "
             f"{console.bytes_text(line['peak_memory_bytes']):>10} {_duration(left):>8}"
         )
 
 
+class EmaLoss:
+    """Exponential moving average, bias-corrected (Kingma & Ba 2015, arXiv 1412.6980, section 3).
+
+    It follows from the losses alone, so a resumed run goes on from those in its metrics to the last bit.
+    """
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._weight = 0.0
+
+    def add(self, loss: float) -> float:
+        """The average after one more step."""
+        self._sum = EMA_DECAY * self._sum + (1 - EMA_DECAY) * loss
+        self._weight = EMA_DECAY * self._weight + (1 - EMA_DECAY)
+        return self._sum / self._weight
+
+
 def smoothed(lines: Sequence[dict[str, Any]]) -> list[float]:
-    """The mean of the last steps' losses after each step."""
-    losses = [line["loss"] for line in lines]
-    windows = [losses[max(0, end - SMOOTHED_STEPS) : end] for end in range(1, len(losses) + 1)]
-    return [sum(window) / len(window) for window in windows]
+    """The EMA loss after each step."""
+    average = EmaLoss()
+    return [average.add(line["loss"]) for line in lines]
 
 
 def finish_metrics(run: Path, export: Path) -> None:
@@ -80,7 +99,7 @@ def finish_metrics(run: Path, export: Path) -> None:
     held_out, base = _first(lines[::-1], "held_out_loss"), _first(lines, "base_held_out_loss")
     rows: list[tuple[str, Any]] = [
         ("steps", lines[-1]["step"]),
-        ("loss, smoothed", f"{smooth[0]:.5f} -> {smooth[-1]:.5f}"),
+        ("EMA loss", f"{smooth[0]:.5f} -> {smooth[-1]:.5f}"),
         ("held-out loss", "no clips held out" if held_out is None else f"{held_out:.5f}"),
         ("without the adapter", "-" if base is None else f"{base:.5f}"),
         ("clips per second", f"{sum(line['samples'] for line in lines) / seconds:.2f}"),

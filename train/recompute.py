@@ -27,8 +27,10 @@ Chunk = tuple[int, int, Pack]
 
 def run_block(block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Rows, engine: Engine, index: int) -> Tensor:
     """[S,D] -> [S,D] by the `index`-th block, keeping for the backward pass what `engine.activations` says."""
+    if engine.fused is not None:
+        pack = pack.compiled(engine.fused, hidden.device)
     if engine.activations == "full":
-        return run_block_plainly(block, hidden, pack, rows)
+        return run_block_plainly(block, hidden, pack, rows, engine.attention)
     if not torch.is_grad_enabled():
         return _run_in_chunks(block, hidden, pack, rows, engine, index, _chunks(pack, engine.chunk_tokens))[0]
     result: Tensor = _Recomputed.apply(hidden, *rows, block, pack, engine, index, *trainable_parameters(block))  # type: ignore[no-untyped-call]
@@ -80,7 +82,7 @@ class _Recomputed(torch.autograd.Function):
             else:
                 with before.again():
                     projected = _Projected(block, hidden, ctx.rows[0], chunks, keep_raw=True)
-                attended, states = attention_forward(*projected.for_attention(), pack.clip_lengths)
+                attended, states = attention_forward(*projected.for_attention(), pack.clip_lengths, engine.attention)
             with after.again():
                 attended_gradient = totals.pull_after_attention(gradients[0], hidden, attended, chunks)
             if projected is None:
@@ -104,7 +106,7 @@ def _run_in_chunks(
     before = _Randomness(block, hidden.device)
     with engine.block_weights(index, index + 1):
         attended, states = attention_forward(
-            *_Projected(block, hidden, rows[0], chunks).for_attention(), pack.clip_lengths
+            *_Projected(block, hidden, rows[0], chunks).for_attention(), pack.clip_lengths, engine.attention
         )
         after = _Randomness(block, hidden.device)
         for start, stop, part in chunks:

@@ -159,6 +159,7 @@ def announce(run: Run) -> None:
             ("model", run.conventions.name),
             ("precision", f"{precision} base, float32 adapter"),
             ("adapter", f"{trainable:,} weights, scale {train.lora_alpha / divisor:g}"),
+            ("attention", run.engine.attention),
             ("clips", f"{len(run.dataset.rows)} to train on, {len(run.held_out.rows)} held out"),
             ("buckets", ", ".join(map(str, sorted({row.bucket for row in run.view.split("train")})))),
         ],

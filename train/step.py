@@ -14,6 +14,7 @@ from shared import seeding
 from shared.config import Train
 from shared.errors import NonFiniteError
 from shared.variants import Conventions
+from train.attention import Backend, pinned
 from train.data import Example
 from train.engine import Engine
 from train.forward import ModelInput, predict, predict_reference
@@ -43,7 +44,7 @@ def accumulate_gradients(
         torch.manual_seed(seeding.integer_seed("dropout", train.seed, *(example.draw for example in pack)))
         inputs = [example.model_input for example in pack]
         if train.transformer_engine == "reference":
-            predictions = _predict_reference(transformer, inputs, conventions)
+            predictions = _predict_reference(transformer, inputs, conventions, engine.attention)
         else:
             predictions = predict(transformer, inputs, conventions, engine)
         pairs = zip(predictions, pack, strict=True)
@@ -56,11 +57,11 @@ def accumulate_gradients(
 
 
 def _predict_reference(
-    transformer: CogVideoXTransformer3DModel, inputs: Sequence[ModelInput], conventions: Conventions
+    transformer: CogVideoXTransformer3DModel, inputs: Sequence[ModelInput], conventions: Conventions, attention: Backend
 ) -> list[Tensor]:
     """diffusers' forward under autocast, as the reference script runs it."""
     narrow = transformer.dtype in (torch.float16, torch.bfloat16)
-    with torch.autocast(transformer.device.type, transformer.dtype) if narrow else nullcontext():
+    with pinned(attention), torch.autocast(transformer.device.type, transformer.dtype) if narrow else nullcontext():
         return predict_reference(transformer, inputs, conventions)
 
 

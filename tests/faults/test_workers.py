@@ -95,10 +95,10 @@ def killed_and_finished(sources: tuple[Path, Path], cache: Path, draws: random.R
 def test_workers_killed_at_random_moments_lose_nothing(sources, undisturbed, tmp_path):
     draws = random.Random(3)
     kills = 0
-    for number in range(3):
+    for number in range(2):
         kills += killed_and_finished(sources, tmp_path / str(number), draws)
         check_same(tmp_path / str(number), undisturbed)
-    assert kills >= 3
+    assert kills >= 2
 
 
 @pytest.mark.faults
@@ -145,6 +145,7 @@ def test_a_stopped_worker_ends_soon_with_75_and_the_next_one_goes_on(sources, un
     check_same(tmp_path / "cache", undisturbed)
 
 
+@pytest.mark.faults
 def test_a_signal_is_heard_while_a_decoder_hangs(sources, tmp_path, monkeypatch):
     config = config_for(*sources, tmp_path / "cache", decode_deadline_seconds=500)
     monkeypatch.setattr("precompute.latents.DecodeJob", _HangingJob)

@@ -38,6 +38,14 @@ def test_plan_and_precompute_end_with_one_json_line_of_the_same_shape(config, tm
     assert planned.keys() >= made.keys() - {"truncated_captions", "written_bytes"}
 
 
+def test_a_calibrated_plan_has_hours_and_says_from_how_much(config, tmp_path):
+    result = CliRunner().invoke(app, ["plan", config, "--calibrate", "--json"])
+    planned = json.loads(result.stdout)
+    assert planned["hours"] > 0 and (planned["calibration"]["clips"], planned["calibration"]["prompts"]) == (2, 5)
+    assert "an estimate from 2 clips and 5 prompts" in result.stderr
+    assert not (tmp_path / "cache").exists()
+
+
 def test_verify_ends_with_4_on_damage_and_with_0_once_it_is_set_aside(config, tmp_path):
     cache = str(tmp_path / "cache")
     assert command("precompute", config)[0] == 0
@@ -52,6 +60,10 @@ def test_verify_ends_with_4_on_damage_and_with_0_once_it_is_set_aside(config, tm
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
 def test_a_part_that_is_none_is_a_usage_error(config, part):
     assert command("precompute", config, f"--part={part}")[0] == 2
+
+
+def test_ray_divides_the_work_itself(config):
+    assert command("precompute", config, "--engine=ray", "--part=1/2")[0] == 2
 
 
 def test_faults_of_the_user_end_with_their_codes(config, tmp_path):

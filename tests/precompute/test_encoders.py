@@ -65,7 +65,8 @@ def test_the_channels_last_layout_keeps_the_latents(vae):
     torch.testing.assert_close(moments, encoder(vae).encode(batch), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.faults  # compiling takes most of a minute
+@pytest.mark.faults  # compiling takes long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_a_compiled_encoder_keeps_the_latents(vae):
     compiled = VaeEncoder(vae, "fp32", CPU, tiling=False, slicing=False, compiled=True)
     for frames in (1, 9):

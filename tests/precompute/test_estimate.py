@@ -140,3 +140,11 @@ def test_a_calibration_passes_over_clips_that_do_not_decode_and_says_when_none_d
 def test_a_finished_cache_is_calibrated_to_no_time_at_all(pipeline, filled):
     assert look(config_for(pipeline, *filled), calibrated=True).calibration.hours == 0
     assert look(config_for(pipeline, *filled)).as_json()["hours"] is None
+
+
+def test_decoding_that_is_slower_than_encoding_counts_shared_by_its_workers(pipeline, tmp_path, monkeypatch):
+    config = config_for(pipeline, write_corpus(tmp_path / "clips", 20), tmp_path / "cache", decode_workers=2)
+    monkeypatch.setattr(calibrate, "encode_clips", lambda *_: [])
+    measured = look(config, calibrated=True).calibration
+    seconds = measured.load_seconds + measured.text_seconds * 3 + measured.decode_seconds * 10 / 2  # 22 prompts, by 8
+    assert measured.hours * 3600 == pytest.approx(seconds)

@@ -12,8 +12,8 @@ from shared.config import Config, Train
 from shared.files import open_storage
 from shared.fingerprint import key_of
 from shared.geometry import Bucket, latent_shape
-from shared.shard import Sample, write_shard
-from shared.store import Collection
+from shared.shard import MappedShard, Sample, write_shard
+from shared.store import Collection, SampleReader
 from shared.variants import Conventions, read_conventions
 from shared.view import View, ViewRow, read_view
 from tests import tiny
@@ -153,6 +153,24 @@ def test_a_held_out_example_depends_on_clip_and_timestep_alone(tmp_path: Path) -
     assert torch.equal(one.model_input.latents, other.model_input.latents)
     assert torch.equal(one.model_input.prompt_embeds, other.model_input.prompt_embeds)
     assert not torch.equal(one.target, dataset(tmp_path).fixed_example(0, 501).target)
+
+
+def test_a_sample_is_compared_with_its_receipt_once_and_never_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+    data = dataset(tmp_path)
+    hash_of = MappedShard.payload_sha256
+    monkeypatch.setattr(
+        MappedShard, "payload_sha256", lambda shard, place: (compared.append(place.key), hash_of(shard, place))[1]
+    )
+    for epoch in range(3):
+        example(data, epoch)
+    assert compared.count(key_of("clip")) == 1
+    assert len(compared) == len(set(compared)) > 1
+    reader = SampleReader(open_storage(str(tmp_path), local_cache_gib=1), Collection("latents", key_of("latents")))
+    left, right = (reader.read(key_of("clip"))["moments"] for _ in range(2))
+    assert left.data_ptr() == right.data_ptr()
 
 
 def test_the_order_in_the_table_changes_no_example(experiment: Config, settings: Settings) -> None:

@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 
 from shared.config import Config
 from shared.errors import CacheError
+from shared.files import open_storage
 from shared.preemption import StopSignal
+from shared.store import shards, verify
+from shared.view import read_view
 from tests.train import processes
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.loop import train
@@ -192,3 +195,28 @@ def test_a_missing_sample_stops_before_training_with_its_name_and_the_command(
     with pytest.raises(CacheError, match=rf"{tar}: has \d+ bytes .* `precog cache verify --repair`"):
         train(config, StopSignal())
     assert not config.train.output_dir.exists()
+
+
+@pytest.mark.parametrize("kind", ["latents", "prompts"])
+def test_a_flipped_bit_ends_training_before_its_step_with_exit_4(
+    kind: str, settings: Settings, experiment: Config, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(experiment.precompute.cache, cache)
+    config = settings(max_train_steps=8, log_clips=True)
+    config = config.model_copy(update={"precompute": config.precompute.model_copy(update={"cache": str(cache)})})
+    storage = open_storage(str(cache), local_cache_gib=1)
+    row = read_view(storage, "clips").split("train")[3]
+    key = row.latent_key if kind == "latents" else row.prompt_keys[0]
+    tar, place = next(
+        (tar, place) for tar, receipt in shards(storage, kind) for place in receipt.samples if place.key == key
+    )
+    content = bytearray((cache / tar).read_bytes())
+    content[place.offset + place.length // 2] ^= 4
+    (cache / tar).write_bytes(content)
+    assert processes.run(config) == [4]
+    last = processes.log(config).splitlines()[-1]
+    assert last.startswith(f"precog: {row.source} at 0.00 s: {cache}/{tar}: sample {key} is damaged; "), last
+    assert "`precog cache verify --repair`" in last
+    assert all(row.latent_key not in line["clips"] for line in read_metrics(config.train.output_dir))
+    assert verify(storage, repair=True)[1] == [f"{cache}/{tar}: sample {key} is damaged"]

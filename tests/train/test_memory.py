@@ -17,7 +17,7 @@ from shared.variants import Conventions, read_conventions
 from tests.experiments import fill_cache, write_experiment
 from tests.tiny import build_transformer, scheduler_config, transformer_config, vae_config
 from train import memory
-from train.engine import Activations, Plan
+from train.engine import Activations, Plan, open_engine
 from train.loop import train as train_run
 from train.memory import GIB, PREFERENCE, Prediction, candidates, choose_plan, largest_pack, predict_peak
 from train.tally import Tally
@@ -51,8 +51,17 @@ def conventions_of(variant: str) -> Conventions:
     return read_conventions(published(variant), vae_config(variant), scheduler_config(variant))
 
 
-@pytest.mark.parametrize(("activations", "units"), [("block_input", 1), ("attention_output", 2)])
-@pytest.mark.parametrize(("variant", "bucket"), [("2b", SMALL), ("5b", SMALL), ("1.5-5b", LARGE)])
+@pytest.mark.parametrize(
+    ("variant", "bucket", "activations", "units"),
+    [
+        ("5b", SMALL, "block_input", 1),
+        ("5b", SMALL, "attention_output", 2),
+        pytest.param("2b", SMALL, "block_input", 1, marks=pytest.mark.faults),
+        pytest.param("2b", SMALL, "attention_output", 2, marks=pytest.mark.faults),
+        pytest.param("1.5-5b", LARGE, "block_input", 1, marks=pytest.mark.faults),
+        pytest.param("1.5-5b", LARGE, "attention_output", 2, marks=pytest.mark.faults),
+    ],
+)
 def test_a_block_keeps_its_input_and_attention_output_and_no_more(
     variant: str, bucket: Bucket, activations: Activations, units: int
 ) -> None:
@@ -81,10 +90,10 @@ def test_peaks_at_the_published_sizes(variant: str, bucket: Bucket, plan: Plan, 
 
 
 def test_prediction_continues_shallow_models_to_the_depth_that_running_them_all_gives() -> None:
-    for plan in (RESIDENT, LEAN, Plan("attention_output"), Plan("full")):
-        deep = predicted("2b", plan, Bucket(9, 256, 256), num_layers=9)
+    for plan in (LEAN, Plan("full")):
+        deep = predicted("2b", plan, Bucket(9, 256, 256), num_layers=6)
         by_hand = memory._run_on_meta(
-            published("2b") | {"num_layers": 9},
+            published("2b") | {"num_layers": 6},
             conventions_of("2b"),
             Train(output_dir="unused", lora_rank=64, lora_alpha=64),
             plan,
@@ -96,7 +105,7 @@ def test_prediction_continues_shallow_models_to_the_depth_that_running_them_all_
 
 
 def test_each_leaner_plan_needs_less() -> None:
-    peaks = [predicted("5b", plan, Bucket(17, 480, 720)).peak for plan in PREFERENCE]
+    peaks = [predicted("5b", plan, Bucket(9, 480, 720)).peak for plan in PREFERENCE]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
 
 
@@ -144,7 +153,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
     ],
 )
 def test_fields_that_are_set_stay_and_auto_fills_the_rest(fields: Any, train: Any, expected: Any) -> None:
-    plans = candidates(config_of(fields, **train), CUDA, table_possible=True)
+    plans = candidates(config_of({"compile": False} | fields, **train), CUDA, table_possible=True)
     if isinstance(expected, list):
         assert plans == expected
     assert isinstance(expected, list) or {plan.activations for plan in plans} == expected
@@ -160,11 +169,22 @@ def test_fields_that_are_set_stay_and_auto_fills_the_rest(fields: Any, train: An
         ({"modulation_table": True}, {}, False, "adapters on the layers"),
         ({"stream_weights": 2}, {"transformer_engine": "reference"}, True, "with 'reference' leave it out"),
         ({"base_precision": "int8"}, {"use_dora": True}, True, "use_dora"),
+        ({"compile": True}, {"transformer_engine": "reference"}, True, "compile = true acts on"),
     ],
 )
 def test_contradictions_are_refused(fields: Any, train: Any, table_possible: bool, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         candidates(config_of(fields, **train), CUDA, table_possible=table_possible)
+
+
+def test_compile_and_attention_reach_the_engine() -> None:
+    assert not any(plan.compile for plan in candidates(config_of({}), CPU, table_possible=True)), "auto, on a CPU"
+    for compiled in (True, False):
+        (plan, *_) = candidates(config_of({"compile": compiled, "attention": "math"}), CPU, table_possible=True)
+        engine = open_engine(build_transformer("5b", lora_rank=4), plan, CPU)
+        assert (engine.fused is not None) == compiled and engine.attention == "math"
+    config = config_of({"attention": "flash"}, transformer_engine="reference")
+    assert [plan.attention for plan in candidates(config, CPU, table_possible=True)] == ["flash"]
 
 
 def test_auto_takes_the_fastest_plan_that_fits_and_says_why(

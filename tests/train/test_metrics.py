@@ -15,10 +15,10 @@ from shared.errors import DataError
 from shared.preemption import StopSignal
 from train.curve import SIZE, draw_curve, ticks
 from train.loop import train
-from train.metrics import SMOOTHED_STEPS, Metrics, read_metrics, smoothed
+from train.metrics import EMA_DECAY, Metrics, read_metrics, smoothed
 
 Settings = Callable[..., Config]
-FIELDS = {"step", "loss", "lr", "grad_norm", "samples", "tokens", "packs", "seconds", "data_wait_seconds"}
+FIELDS = {"step", "loss", "ema_loss", "lr", "grad_norm", "samples", "tokens", "packs", "seconds", "data_wait_seconds"}
 
 
 def line(step: int, loss: float = 1.0, **more: Any) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def test_a_run_ends_with_a_table_a_curve_and_one_line_per_step(
     for number in (lines[3]["held_out_loss"], lines[1]["base_held_out_loss"]):
         assert f"{number:.5f}" in text
     table = text[text.index("Trained") :]
-    assert "steps                   4" in table
+    assert "steps                4" in table
     assert "without the adapter" in table
     assert "waiting for data" in table
     with Image.open(config.train.output_dir / "loss.png") as image:
@@ -73,10 +73,47 @@ def test_a_line_that_is_no_json_is_refused(tmp_path: Path) -> None:
         read_metrics(tmp_path)
 
 
-def test_the_smoothed_loss_is_the_mean_of_the_last_steps() -> None:
-    losses = smoothed([line(step, float(step)) for step in range(1, 101)])
-    assert losses[:3] == [1.0, 1.5, 2.0]
-    assert losses[-1] == sum(range(101 - SMOOTHED_STEPS, 101)) / SMOOTHED_STEPS
+def test_the_ema_loss_is_the_published_average_corrected_for_its_start() -> None:
+    """Written out as sums: (1 - d) sum d^(t-i) loss_i / (1 - d^t)."""
+    losses = [float((7 * step) % 11) for step in range(1, 101)]
+    expected = [
+        (1 - EMA_DECAY)
+        * sum(EMA_DECAY ** (number - index) * loss for index, loss in enumerate(losses[:number], 1))
+        / (1 - EMA_DECAY**number)
+        for number in range(1, 101)
+    ]
+    assert smoothed([line(step, loss) for step, loss in enumerate(losses, 1)]) == pytest.approx(expected, rel=1e-12)
+    assert smoothed([line(step, 3.0) for step in range(1, 6)]) == pytest.approx([3.0] * 5)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 30, 60])
+def test_a_resumed_ema_loss_is_the_straight_one_to_the_last_bit(cut: int, tmp_path: Path) -> None:
+    lines = [line(step, 1 / step) for step in range(1, 61)]
+    for folder, kept in ((tmp_path / "straight", 60), (tmp_path / "resumed", cut)):
+        folder.mkdir()
+        metrics = Metrics(folder, 0, 60)
+        for values in lines[: max(kept, cut + 5)]:  # a few more than the checkpoint knows of
+            metrics.write(values)
+    metrics = Metrics(tmp_path / "resumed", cut, 60)
+    for values in lines[cut:]:
+        metrics.write(values)
+    straight, resumed = (read_metrics(tmp_path / name) for name in ("straight", "resumed"))
+    assert straight == resumed
+    assert [values["ema_loss"] for values in straight] == smoothed(lines)
+
+
+def test_the_line_shows_the_ema_loss_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shared import console
+
+    shown: list[str] = []
+    monkeypatch.setattr(console, "say", shown.append)
+    metrics = Metrics(tmp_path, 0, 2)
+    metrics.header()
+    metrics.write(line(1, 4.0))
+    written = metrics.write(line(2, 2.0))
+    assert written["ema_loss"] == pytest.approx((0.98 * 4 + 2) / 1.98)
+    end = shown[0].index("EMA loss") + len("EMA loss")
+    assert shown[2][:end].endswith(f" {written['ema_loss']:.5f}")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,174 @@
+"""Previews: the validation prompts denoised to latents while training, from the cache's embeddings.
+
+T5 and the VAE stay closed; `precog decode` makes videos of the latents afterwards. The loop, the noise and the guidance
+are those of diffusers' `pipelines/cogvideo/pipeline_cogvideox.py`, so a preview is what `precog sample` would make of
+the adapter at that step, with the same seed and precision.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import CogVideoXDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shared import console
+from shared.config import Config, Sample
+from shared.errors import CacheError, UsageError
+from shared.files import open_storage
+from shared.geometry import Bucket, latent_shape, padding_frames
+from shared.pretrained import pretrained_folder, read_config
+from shared.store import SampleReader
+from shared.variants import refusal
+from train.forward import ModelInput, predict
+from train.run import Run
+
+FOLDER = "previews"
+"""In the run folder; below it `step-000100/00.safetensors` and `.json`, and what `precog decode` adds."""
+SHEET = "sheet.png"
+"""What `precog decode` writes last into a step's folder."""
+RECORDED = {"num_frames", "height", "width", "num_inference_steps", "guidance_scale", "use_dynamic_cfg", "seed"}
+"""Fields of [sample] that shape a preview, written beside it."""
+
+Stopped = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A validation prompt and its embedding [L,D] on the CPU."""
+
+    text: str
+    prompt_embeds: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Previews:
+    """What the previews of a run share."""
+
+    prompts: tuple[Prompt, ...]
+    negative: Prompt
+
+
+def open_previews(run: Run) -> Previews:
+    """Read the embeddings; raises `UsageError` or `CacheError` for all that would stop a preview later."""
+    config, where = run.config, f"train.preview_steps = {run.config.train.preview_steps}"
+    if not config.data.validation_prompts:
+        raise UsageError(f"{where}: data.validation_prompts is empty; give the prompts to preview")
+    if run.conventions.image_to_video:
+        raise UsageError(
+            f"{where}: previews are made from text alone, and this checkpoint wants a first frame; set it to 0 "
+            "and use `precog sample`"
+        )
+    if reason := refusal(run.conventions, _bucket(config.sample)):
+        raise UsageError(f"{where}: sample.num_frames, height and width: {reason}")
+    keys = run.view.special_prompts
+    wanted = [*config.data.validation_prompts, config.data.negative_prompt]
+    for text in wanted:
+        if text not in keys:
+            raise CacheError(
+                f"view {run.view.name}: prompt {text!r} is not in it; run `precog precompute` with this config"
+            )
+    storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
+    reader = SampleReader(storage, run.view.prompts, {keys[text] for text in wanted})
+    *prompts, negative = (Prompt(text, reader.read(keys[text])["prompt_embeds"].clone()) for text in wanted)
+    return Previews(tuple(prompts), negative)
+
+
+def write_preview(run: Run, previews: Previews, number: int, step: int, stopped: Stopped) -> None:
+    """Denoise prompt `number` with the weights as they are and save it in the step's folder, whole or not at all."""
+    settings, prompt = run.config.sample, previews.prompts[number]
+    latents = denoise(run, prompt.prompt_embeds, previews.negative.prompt_embeds, stopped)
+    if latents is None:
+        return
+    about = {
+        "prompt": prompt.text,
+        "negative_prompt": previews.negative.text,
+        "step": step,
+        **settings.model_dump(mode="json", include=RECORDED),
+    }
+    folder = run.config.train.output_dir / FOLDER / f"step-{step:06}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SHEET).unlink(missing_ok=True)
+    _replace(folder / f"{number:02}.json", lambda path: path.write_text(json.dumps(about, indent=1), "utf-8"))
+    _replace(folder / f"{number:02}.safetensors", lambda path: save_file({"latents": latents}, path))
+    console.say(f"{'preview':>11} {folder / f'{number:02}.safetensors'}: {prompt.text}")
+
+
+@torch.no_grad()
+def denoise(run: Run, prompt_embeds: Tensor, negative_embeds: Tensor, stopped: Stopped) -> Tensor | None:
+    """Two embeddings [L,D] to latents [F,C,H,W] on the CPU, scaled, without padding; None if `stopped` said so.
+
+    With and without the prompt run one after the other, so that no more is on the device than for one clip.
+    """
+    settings, transformer = run.config.sample, run.transformer
+    device, dtype = run.accelerator.device, transformer.dtype
+    scheduler = open_scheduler(run.config)
+    scheduler.set_timesteps(settings.num_inference_steps, device=device)
+    generator = torch.Generator().manual_seed(settings.seed)  # as `precog sample` draws it
+    channels, frames, height, width = latent_shape(_bucket(settings), run.conventions.out_channels)
+    padding = padding_frames(frames, run.conventions.patch_size_t)
+    shape = (frames + padding, channels, height, width)
+    latents: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+    latents = latents * scheduler.init_noise_sigma
+    prompt_embeds, negative_embeds = prompt_embeds.to(device, dtype), negative_embeds.to(device, dtype)
+
+    was_training = transformer.training
+    transformer.eval()
+    previous, original = None, None
+    try:
+        with console.Progress("denoising steps", len(scheduler.timesteps)) as bar:
+            for timestep in scheduler.timesteps:
+                if stopped():
+                    return None
+                model_input = scheduler.scale_model_input(latents, timestep)
+                guess = _velocity(run, ModelInput(model_input, prompt_embeds, timestep))
+                if settings.guidance_scale > 1:
+                    without = _velocity(run, ModelInput(model_input, negative_embeds, timestep))
+                    guess = without + guidance(settings, int(timestep)) * (guess - without)
+                if isinstance(scheduler, CogVideoXDPMScheduler):
+                    latents, original = scheduler.step(
+                        guess, original, timestep, previous, latents, generator=generator, return_dict=False
+                    )
+                else:
+                    latents = scheduler.step(guess, timestep, latents, generator=generator, return_dict=False)[0]
+                latents, previous = latents.to(dtype), timestep
+                bar.advance()
+    finally:
+        transformer.train(was_training)
+    return latents[padding:].cpu().contiguous()
+
+
+def _velocity(run: Run, clip: ModelInput) -> Tensor:
+    (prediction,) = predict(run.transformer, [clip], run.conventions, run.engine)
+    return prediction.float()
+
+
+def guidance(settings: Sample, timestep: int) -> float:
+    """Classifier-free guidance at a step; the pipeline's cosine of the timestep if `use_dynamic_cfg`."""
+    if not settings.use_dynamic_cfg:
+        return settings.guidance_scale
+    steps = settings.num_inference_steps
+    return 1 + settings.guidance_scale * (1 - math.cos(math.pi * ((steps - timestep) / steps) ** 5)) / 2
+
+
+def open_scheduler(config: Config) -> Any:
+    """The checkpoint's own `CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler`; `read_schedule` allows no other."""
+    settings = read_config(pretrained_folder(config.model, "scheduler") / "scheduler_config.json")
+    return getattr(diffusers, settings["_class_name"]).from_config(settings)
+
+
+def _bucket(settings: Sample) -> Bucket:
+    return Bucket(settings.num_frames, settings.height, settings.width)
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    pending = path.with_name(f".tmp-{path.name}")
+    write(pending)
+    pending.replace(path)
