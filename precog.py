@@ -1,4 +1,4 @@
-"""The one command: `precog precompute | train | doctor | memory | sample | cache`; imports a stage when asked for."""
+"""The one command: `precog precompute | train | sample | cache | ...`. Stages are imported when they are asked for."""
 
 import sys
 
