@@ -30,7 +30,7 @@ sample: setup  ## Make videos with and without the adapter
 	$(BIN)/precog sample $(CONFIG) $(ARGS)
 
 test: setup  ## Run the tests (under five minutes on two cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not gpu" $(ARGS)
 
 test-faults: setup  ## Run the long fault and fuzz suites
 	$(BIN)/python -m pytest -m "faults" $(ARGS)

@@ -15,6 +15,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.faults  # half a minute
 def test_a_dry_run_goes_through_every_arm_and_writes_nothing() -> None:
     before = set((ROOT / "bench" / "results").iterdir())
     done = bench("--dry-run")

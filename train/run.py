@@ -119,6 +119,8 @@ def start_processes(train: Train) -> Accelerator:
     on_cpu = choose_device(train.device).type == "cpu"
     if on_cpu:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+        if "OMP_NUM_THREADS" not in os.environ:  # the background reader needs a core of its own
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     if train.report_to == "none":
         return Accelerator(cpu=on_cpu)
     require_extra(train.report_to, f"train.report_to = {train.report_to!r}", train.report_to)
