@@ -26,6 +26,7 @@ def test_a_dry_run_goes_through_every_arm_and_writes_nothing() -> None:
     assert set((ROOT / "bench" / "results").iterdir()) == before
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_ends_with_two_and_one_line() -> None:
     done = bench("--piece", "1")

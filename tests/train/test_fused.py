@@ -13,7 +13,10 @@ from train.forward import predict
 from train.fused import fused_for
 
 # dynamo itself reads .grad of the tensors it traces
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = [
+    pytest.mark.faults,  # compiling takes half a minute
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 GRADIENTS, TRACE = "aot_eager", "eager"
 """Differentiated as for inductor but not compiled; traced only, which is where torch decides to compile anew."""
 
