@@ -31,9 +31,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 PIPELINE = GOLDEN / "tiny-cogvideox"
 CPU = torch.device("cpu")
 RELATIVE = 1e-5
-"""Of losses, norms and moments as they are; of a final weight tensor in the L2 norm. Adam divides by the square root of
-what may be a few ulp, so single elements carry the processor's rounding: the recording's own worst element is 1.08e-5 of
-its tensor's largest from the float64 run, while its worst tensor is 1.7e-6 from it.
+"""Of losses, norms and moments as they are; of a final weight tensor in the L2 norm.
+
+Adam divides by the square root of what may be a few ulp, so single elements carry the processor's rounding: the
+recording's own worst element is 1.08e-5 of its tensor's largest from a float64 run, its worst tensor 1.7e-6.
 """
 logger = logging.getLogger(__name__)
 
