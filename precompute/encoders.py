@@ -9,7 +9,7 @@ from torch import nn
 from shared.device import DTYPES
 from shared.geometry import ENCODE_CHUNK_FRAMES
 from shared.pretrained import Part
-from shared.quantise import Int8Linear
+from shared.quantise import QuantisedLinear
 
 
 def vae_precision(requested: str, part: Part) -> str:
@@ -120,7 +120,7 @@ def quantise(model: nn.Module) -> None:
     """Put every linear layer in int8, in place; embeddings, norms and the position biases stay as they are."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
-            model.set_submodule(name, Int8Linear(layer))
+            model.set_submodule(name, QuantisedLinear(layer))
 
 
 def load_tokenizer(folder: str) -> Any:

@@ -287,14 +287,14 @@ class Memory(Table):
     """Keep the frozen adaLN layers in host memory and their result per timestep."""
     chunk_tokens: Positive = 4096
     """Tokens that the layers around attention work on at a time, where a block is recomputed."""
-    base_precision: Literal["model", "int8"] = "model"
-    """Storage of the frozen blocks' weights; int8 is weight-only, one scale per output row."""
+    base_precision: Literal["model", "int8", "fp8", "nf4"] = "model"
+    """Storage of the frozen blocks' weights; weight-only. int8, fp8: a scale per row; nf4: per 64 weights, an extra."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
     """Kernels of attention for the whole run; auto takes the fastest that works on the card, found by trying."""
     compile: bool | Literal["auto"] = "auto"
     """Fuse norms, modulation, gates and rotary positions with torch.compile; auto is on with a GPU and triton."""
     allow_low_cosine: bool = False
-    """Train on an int8 base even if the adapter's gradient strays below cosine 0.99 from the unquantised one."""
+    """Train on a quantised base even if the adapter's gradient strays below cosine 0.99 from the unquantised one."""
 
 
 class Sample(Table):

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
+from shared.quantise import Storage
 from train.attention import Backend, choose_backend
 from train.fused import Fused, fused_for
 from train.modulation import ModulationTable
@@ -25,7 +26,7 @@ class Plan:
     stream_weights: int = 0
     modulation_table: bool = False
     chunk_tokens: int = 4096
-    base_precision: Literal["model", "int8"] = "model"
+    base_precision: Literal["model"] | Storage = "model"
     attention: Backend = "auto"
     compile: bool = False
 
@@ -61,8 +62,8 @@ def open_engine(transformer: CogVideoXTransformer3DModel, plan: Plan, device: to
 
     The base is quantised in place if the plan says so.
     """
-    if plan.base_precision == "int8":
-        quantise_blocks(transformer)
+    if plan.base_precision != "model":
+        quantise_blocks(transformer, plan.base_precision, device)
     modulation = ModulationTable(transformer, device) if plan.modulation_table else None
     weights = WeightStream(transformer, plan.stream_weights, device) if plan.stream_weights else None
     stays: set[int] = set()

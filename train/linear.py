@@ -8,7 +8,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shared.quantise import Int8Linear
+from shared.quantise import QuantisedLinear
 
 
 def linear(layer: LoraLinear, tokens: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def known_linear(layer: LoraLinear, tokens: Tensor, known: Tensor | None) -> Ten
     """
     plain_lora = _is_plain_lora(layer)
     base = layer.base_layer if isinstance(layer, LoraLinear) else layer
-    if not (plain_lora or layer is base) or not isinstance(base, nn.Linear | Int8Linear):
+    if not (plain_lora or layer is base) or not isinstance(base, nn.Linear | QuantisedLinear):
         return linear(layer, tokens)
     if known is None:
         known = tokens.new_zeros(()).expand(*tokens.shape[:-1], base.out_features)
@@ -45,9 +45,9 @@ def known_linear(layer: LoraLinear, tokens: Tensor, known: Tensor | None) -> Ten
     return result
 
 
-def frozen_weight(layer: nn.Linear | Int8Linear, dtype: torch.dtype) -> Tensor:
-    """[out,in], widened if it is stored in eight bits."""
-    return layer.dequantised(dtype) if isinstance(layer, Int8Linear) else layer.weight
+def frozen_weight(layer: nn.Linear | QuantisedLinear, dtype: torch.dtype) -> Tensor:
+    """[out,in], widened if it is stored small."""
+    return layer.dequantised(dtype) if isinstance(layer, QuantisedLinear) else layer.weight
 
 
 class _Known(torch.autograd.Function):
@@ -57,7 +57,7 @@ class _Known(torch.autograd.Function):
     def forward(
         ctx: Any,
         known: Tensor,
-        base: nn.Linear | Int8Linear,
+        base: nn.Linear | QuantisedLinear,
         scalings: Sequence[float],
         tokens: Tensor,
         *factors: Tensor,

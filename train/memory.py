@@ -20,6 +20,7 @@ from shared.errors import UsageError
 from shared.geometry import Bucket, latent_shape, padding_frames, video_tokens
 from shared.variants import Conventions
 from train.engine import Plan, open_engine
+from train.extras import require_extra
 from train.forward import ModelInput, predict
 from train.model import add_adapter
 from train.modulation import is_frozen
@@ -136,8 +137,10 @@ def choose_plan(
 ) -> Plan:
     """The first plan of the preference that the user's fields allow and that fits; says what and why.
 
-    Raises `UsageError` if the fields contradict each other.
+    Raises `UsageError` if the fields contradict each other or need what is not installed.
     """
+    if config.memory.base_precision == "nf4":
+        require_extra("bitsandbytes", "memory.base_precision = 'nf4'", "bitsandbytes")
     plans = candidates(config, device, table_possible=is_frozen(transformer))
     if len(plans) == 1:
         return plans[0]
@@ -170,8 +173,10 @@ def candidates(config: Config, device: torch.device, *, table_possible: bool) ->
         )
     if fixed.get("modulation_table") and not table_possible:
         raise UsageError("memory.modulation_table = true: not with adapters on the layers that make the modulation")
-    if fixed["base_precision"] == "int8" and train.use_dora:
-        raise UsageError("memory.base_precision = 'int8': not with train.use_dora, which needs the weights' norms")
+    if memory.base_precision != "model" and train.use_dora:
+        raise UsageError(
+            f"memory.base_precision = {memory.base_precision!r}: not with train.use_dora, which needs the weights' norms"
+        )
     fixed.setdefault("compile", device.type == "cuda" and importlib.util.find_spec("triton") is not None)
     moving = any(fixed.get(name) for name in ("offload_activations", "stream_weights"))
     if train.transformer_engine == "reference":

@@ -13,6 +13,7 @@ from shared.config import Config, Memory, Train
 from shared.errors import UsageError
 from shared.geometry import Bucket, video_tokens
 from shared.preemption import StopSignal
+from shared.quantise import Storage
 from shared.variants import Conventions, read_conventions
 from tests.experiments import fill_cache, write_experiment
 from tests.tiny import build_transformer, scheduler_config, transformer_config, vae_config
@@ -107,6 +108,17 @@ def test_prediction_continues_shallow_models_to_the_depth_that_running_them_all_
 def test_each_leaner_plan_needs_less() -> None:
     peaks = [predicted("5b", plan, Bucket(9, 480, 720)).peak for plan in PREFERENCE]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
+@pytest.mark.parametrize(("storage", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4.5)])
+def test_a_quantised_base_weighs_what_its_bits_say(storage: Storage, bits: float) -> None:
+    """On its way through a product, and lean, too: without bitsandbytes, on the meta device."""
+    plans = (RESIDENT, replace(RESIDENT, base_precision=storage), replace(LEAN, base_precision=storage))
+    wide, small, lean = (predicted("5b", plan, Bucket(9, 256, 256), num_layers=4) for plan in plans)
+    of_a_block = 12 * 3072**2
+    assert (wide.loaded - small.loaded) / 4 == pytest.approx(of_a_block * (16 - bits) / 8, rel=0.01)
+    assert small.loaded - lean.loaded == pytest.approx(of_a_block * bits / 8, rel=0.01), "three of four are resident"
+    assert small.peak < wide.peak
+
+
 
 
 def test_tally_counts_what_is_live_once_and_no_host_buffer() -> None:

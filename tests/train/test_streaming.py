@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.quantise import QuantisedLinear, Storage
 from tests.tiny import build_transformer
 from tests.train.test_forward import conventions_of, difference, largest_difference, make_clips, run
+from tests.train.test_quantise import STORAGES
 from train.engine import Engine, Plan, open_engine
 from train.forward import predict
+from train.quantise import quantise_blocks
 from train.streaming import ActivationOffload, WeightStream, frozen_weights, lay_out
 
 CPU = torch.device("cpu")
@@ -70,6 +73,17 @@ def test_modulation_layers_and_adapters_are_not_streamed() -> None:
     streamed = {names[id(value)] for value in frozen_weights(block)}
     assert {"norm1.norm.weight", "attn1.to_q.base_layer.weight", "ff.net.2.bias"} <= streamed
     assert not [name for name in streamed if "lora" in name or "norm1.linear" in name or "norm2.linear" in name]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_scales_travel_with_the_weights_that_they_widen(storage: Storage) -> None:
+    transformer = build_transformer("5b", lora_rank=4)
+    quantise_blocks(transformer, storage, CPU)
+    for block in transformer.transformer_blocks:
+        streamed = set(map(id, frozen_weights(block)))
+        layers = [module for module in block.modules() if isinstance(module, QuantisedLinear)]
+        assert len(layers) == 6 and not any(list(layer.buffers()) for layer in layers)
+        assert all({id(layer.weight), id(layer.scale), id(layer.bias)} <= streamed for layer in layers)
 
 
 def test_tensors_come_back_as_they_went_and_buffers_are_used_again() -> None:
