@@ -27,19 +27,24 @@ class Worker:
 
 
 def precompute_with_ray(config: Config) -> Report:
-    """Stage 1 on the cluster of RAY_ADDRESS, or one that runs here, or one made here; counts are summed over workers.
+    """Stage 1 on the cluster of RAY_ADDRESS, or else on one made here; counts are summed over workers.
 
-    Raises as `precompute` does, `UsageError` if Ray is not installed, and `PrecogError` for a worker that dies more
-    than `MAX_RESTARTS` times. A signal here ends the workers at once, which costs the shards in work.
+    Raises as `precompute` does, `UsageError` if Ray is not installed or the cluster does not answer, and `PrecogError`
+    for a worker that dies more than `MAX_RESTARTS` times. A signal here ends the workers at once, which costs the
+    shards in work.
     """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # On Linux too this keeps all of Ray's servers on the loopback; Ray reads it when it is imported.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError:
         raise UsageError("--engine ray needs Ray: pip install 'precog[ray]'") from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ours = not ray.is_initialized()
     if ours:
-        ray.init(include_dashboard=False, configure_logging=False)
+        _connect(ray, address)
     workers: list[Any] = []
     try:
         return _run(ray, config, workers)
@@ -48,6 +53,14 @@ def precompute_with_ray(config: Config) -> Report:
             ray.kill(worker)
         if ours:
             ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    try:
+        ray.init(address=address or "local", include_dashboard=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({reason})") from None
 
 
 def _run(ray: Any, config: Config, workers: list[Any]) -> Report:

@@ -1,10 +1,11 @@
-"""`--engine ray`: the same cache as one process makes, a killed worker started again, one line where Ray is missing.
+"""`--engine ray`: the same cache as one process makes, a killed worker started again, nothing open to the network.
 
 The runs need Ray (`pip install 'precog[ray]'`) and are left out without it.
 """
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -46,16 +47,50 @@ def test_workers_reports_add_up():
     assert both.seconds == {"total": 3.0, "write": 1.0}
 
 
+@pytest.mark.parametrize(("address", "reason"), [("auto", "Could not find any"), ("nonsense", "Invalid address")])
+def test_a_cluster_that_is_not_there_is_one_line(pipeline, tmp_path, monkeypatch, address, reason):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a cluster of this machine would be noted
+    with pytest.raises(
+        UsageError, match=rf"RAY_ADDRESS = '{address}': no Ray cluster answers there \({reason}"
+    ) as caught:
+        precompute_with_ray(config_for(pipeline, tmp_path, "cache"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.faults
+def test_a_cluster_made_here_listens_on_the_loopback_only():
+    pytest.importorskip("ray")
+    script = """
+import psutil
+from precompute import ray_engine
+
+def listeners(ray, config, workers):
+    ray.get(ray.remote(lambda: None).remote())
+    here = psutil.Process()
+    sockets = [socket for process in (here, *here.children(recursive=True)) for socket in process.net_connections()]
+    print(*{socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN})
+
+ray_engine._run = listeners
+ray_engine.precompute_with_ray(None)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    found = set(done.stdout.split())
+    assert found and found <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def cluster():
-    """Four slots, whatever the machine has."""
+    """Four slots, whatever the machine has, on the loopback."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=4, include_dashboard=False, configure_logging=False)
     yield ray
     ray.shutdown()
 
 
-@pytest.mark.filterwarnings("default")
 @pytest.mark.faults
 def test_two_workers_make_what_one_process_makes(cluster, pipeline, tmp_path):
     root = write_corpus(tmp_path / "clips", 10)
@@ -65,7 +100,6 @@ def test_two_workers_make_what_one_process_makes(cluster, pipeline, tmp_path):
     assert (report.clips, report.latents_reused) == (10, 0) and report.latents_encoded >= 10
 
 
-@pytest.mark.filterwarnings("default")
 @pytest.mark.faults
 def test_a_users_fault_is_raised_here_as_it_was_there(cluster, pipeline, tmp_path):
     root = write_corpus(tmp_path / "clips", 2)
@@ -75,7 +109,6 @@ def test_a_users_fault_is_raised_here_as_it_was_there(cluster, pipeline, tmp_pat
     assert type(caught.value) is DataError and "\n" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("default")
 @pytest.mark.faults
 def test_a_killed_worker_is_started_again_and_finishes(cluster, pipeline, tmp_path, monkeypatch):
     root, cache = write_corpus(tmp_path / "clips", 24), tmp_path / "cache"
@@ -104,7 +137,6 @@ def test_a_killed_worker_is_started_again_and_finishes(cluster, pipeline, tmp_pa
     assert stored_files(cache) == stored_files(tmp_path / "alone")
 
 
-@pytest.mark.filterwarnings("default")
 @pytest.mark.faults
 def test_a_signal_ends_the_workers_and_the_next_run_goes_on(cluster, pipeline, tmp_path):
     root, cache = write_corpus(tmp_path / "clips", 12), tmp_path / "cache"
