@@ -1,4 +1,4 @@
-"""Whether a base in eight or four bits still teaches the adapter the same: the cosine of its gradient with the exact base's."""
+"""Whether a base in fewer bits teaches the adapter the same: the cosine of its gradient with the exact base's."""
 
 import torch
 from diffusers import CogVideoXTransformer3DModel

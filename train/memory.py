@@ -174,9 +174,8 @@ def candidates(config: Config, device: torch.device, *, table_possible: bool) ->
     if fixed.get("modulation_table") and not table_possible:
         raise UsageError("memory.modulation_table = true: not with adapters on the layers that make the modulation")
     if memory.base_precision != "model" and train.use_dora:
-        raise UsageError(
-            f"memory.base_precision = {memory.base_precision!r}: not with train.use_dora, which needs the weights' norms"
-        )
+        base = memory.base_precision
+        raise UsageError(f"memory.base_precision = {base!r}: not with train.use_dora, which needs the weights' norms")
     fixed.setdefault("compile", device.type == "cuda" and importlib.util.find_spec("triton") is not None)
     moving = any(fixed.get(name) for name in ("offload_activations", "stream_weights"))
     if train.transformer_engine == "reference":
