@@ -286,11 +286,13 @@ class Memory(Table):
     modulation_table: bool | Literal["auto"] = "auto"
     """Keep the frozen adaLN layers in host memory and their result per timestep."""
     chunk_tokens: Positive = 4096
-    """Tokens that the layers around attention work on at a time, where a block is recomputed."""
+    """Tokens that the layers around attention work on at a time."""
     base_precision: Literal["model", "int8", "fp8", "nf4"] = "model"
     """Storage of the frozen blocks' weights; weight-only. int8, fp8: a scale per row; nf4: per 64 weights, an extra."""
-    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
-    """Kernels of attention for the whole run; auto takes the fastest that works on the card, found by trying."""
+    attention: Literal["auto", "flash3", "cudnn", "flash", "efficient", "math"] = "auto"
+    """Kernels of attention for the whole run; auto takes the fastest that works on the card, found by trying.
+
+    flash3 is FlashAttention 3 on Hopper, from the package flash_attn_interface, which is built from source."""
     compile: bool | Literal["auto"] = "auto"
     """Fuse norms, modulation, gates and rotary positions with torch.compile; auto is on with a GPU and triton."""
     allow_low_cosine: bool = False

@@ -1,9 +1,10 @@
 """Attention over a pack: full inside a clip, none across. Tokens of one clip are neighbours, text before video.
 
-`attend` is for autograd. `attention_forward` and `attention_backward` are the two halves by hand, on the kernels that
-torch itself would choose, so that the backward pass needs the output and its logsumexp and never the forward again.
+`attention_forward` and `attention_backward` are the two halves by hand, on torch's own kernels, so that the backward
+pass needs the output and its logsumexp and never the forward again.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,8 +12,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 
 from shared.errors import UsageError
 
@@ -22,9 +27,10 @@ RotaryTable = tuple[Tensor, Tensor]
 BACKENDS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
 """torch.nn.attention.SDPBackend by number."""
 
-Backend = Literal["auto", "cudnn", "flash", "efficient", "math"]
-"""auto: what torch would choose, clip by clip."""
+Backend = Literal["auto", "flash3", "cudnn", "flash", "efficient", "math"]
+"""auto: what torch would choose, clip by clip. flash3: FlashAttention 3 in the place of torch's own flash kernels."""
 KERNELS = {
+    "flash3": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -60,13 +66,6 @@ def rotate(tokens: Tensor, rotary: RotaryTable) -> Tensor:
     return tokens * cos + turned * sin
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], backend: Backend = "auto") -> Tensor:
-    """[S,heads,head_dim] three times -> [S,heads*head_dim]; `lengths` are the tokens of each clip and add up to S."""
-    clips = zip(*(torch.split(part, lengths) for part in (query, key, value)), strict=True)
-    with pinned(backend):
-        return torch.cat([_attend_clip(*clip) for clip in clips])
-
-
 def pinned(backend: Backend) -> AbstractContextManager[None]:
     """Inside, torch's own attention runs on `backend`, or fails."""
     return nullcontext() if backend == "auto" else sdpa_kernel(KERNELS[backend])
@@ -79,9 +78,9 @@ def choose_backend(wanted: Backend, device: torch.device, dtype: torch.dtype, he
     """
     if device.type == "meta":
         return wanted
-    # cuDNN is written for Hopper and later; before them FlashAttention is ahead
+    # FlashAttention 3 and cuDNN are written for Hopper and later; before them FlashAttention 2 is ahead
     newer = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    fused: tuple[Backend, ...] = ("cudnn", "flash") if newer else ("flash", "cudnn")
+    fused: tuple[Backend, ...] = ("flash3", "cudnn", "flash") if newer else ("flash", "cudnn")
     order: tuple[Backend, ...] = (*fused, "efficient", "math") if device.type == "cuda" else ("flash", "math")
     for backend in order if wanted == "auto" else (wanted,):
         if backend in order and _works(backend, device, dtype, heads, head_dim):
@@ -91,8 +90,26 @@ def choose_backend(wanted: Backend, device: torch.device, dtype: torch.dtype, he
     raise UsageError(f"memory.attention = {wanted!r}: not available on {device} in {shape}; the others: {others}")
 
 
+def _put_flash3_in_place() -> bool:
+    """Register FlashAttention 3's kernels with torch; False if its package, flash_attn_interface, is not there."""
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return False
+    try:
+        activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError):  # built for another torch, or for inference alone
+        return False
+    return True
+
+
 def _works(backend: Backend, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> bool:
     """Forward and backward of one short clip, close to those of "math"."""
+    if backend == "flash3":
+        if not _put_flash3_in_place():
+            return False
+        works = _works("flash", device, dtype, heads, head_dim)
+        if not works:
+            restore_flash_attention_impl()
+        return works
     generator = torch.Generator(device).manual_seed(0)
     draws = torch.randn(4, 80, heads, head_dim, generator=generator, device=device, dtype=torch.float32)
     query, key, value, gradient = draws.to(dtype)
@@ -110,17 +127,13 @@ def _works(backend: Backend, device: torch.device, dtype: torch.dtype, heads: in
     )
 
 
-def _attend_clip(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    query, key, value = (_heads_first(part) for part in (query, key, value))
-    if query.device.type == "meta":  # where torch knows no kernel but the one that keeps all scores
-        return aten._scaled_dot_product_flash_attention(query, key, value)[0][0].transpose(0, 1).flatten(1)  # type: ignore[no-any-return]
-    return functional.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1).flatten(1)
-
-
 def attention_forward(
     query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], backend: Backend = "auto"
 ) -> tuple[Tensor, list[AttentionState]]:
-    """The same as `attend` outside autograd, and what `attention_backward` needs of each clip."""
+    """[S,heads,head_dim] three times -> [S,heads*head_dim], outside autograd, and what `attention_backward` needs.
+
+    `lengths` are the tokens of each clip and add up to S.
+    """
     attended = torch.empty_like(query)
     states: list[AttentionState] = []
     for parts in _clips(lengths, query, key, value, attended):
@@ -163,9 +176,9 @@ def _forward(wanted: Backend, query: Tensor, key: Tensor, value: Tensor) -> tupl
     if backend == "flash" and query.device.type == "cpu":
         output, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
         return output, AttentionState("flash_cpu", lse)
-    if backend == "flash":
+    if backend in ("flash", "flash3"):
         output, lse, *kernel = aten._scaled_dot_product_flash_attention(query, key, value)[:8]
-        return output, AttentionState(backend, lse, tuple(kernel))
+        return output, AttentionState("flash", lse, tuple(kernel))
     if backend == "cudnn":
         output, lse, *kernel = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)[:8]
         return output, AttentionState(backend, lse, tuple(kernel))

@@ -1,4 +1,7 @@
-"""One transformer block over a pack; the arithmetic and its order are those of diffusers' `CogVideoXBlock`."""
+"""The parts of a transformer block over a pack; the arithmetic and its order are those of diffusers' `CogVideoXBlock`.
+
+`train.recompute` puts them together: attention between `raw_qkv` and `add_attention`, then the feed-forward layers.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -6,10 +9,9 @@ import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import Tensor, nn
 
-from train.attention import Backend, RotaryTable, attend, rotate
+from train.attention import RotaryTable, rotate
 from train.fused import Fused
-from train.linear import known_linear, linear
-from train.modulation import Rows
+from train.linear import known_linear, linear, with_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +47,6 @@ class Pack:
     def compiled(self, fused: Fused, device: torch.device) -> "Pack":
         """The same, whose rows are computed by `fused`."""
         return replace(self, fused=fused, part_of_token=fused.part_of_token(self.part_lengths, device))
-
-
-def run_block_plainly(
-    block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Rows, backend: Backend = "auto"
-) -> Tensor:
-    """Attention, then feed-forward, each normalised and modulated before and gated after; autograd keeps it all."""
-    raw_query, raw_key, value = raw_qkv(block, hidden, pack, rows[0])
-    query, key = normalise_and_turn(block, raw_query, raw_key, pack)
-    attended = attend(query, key, per_head(block, value), pack.clip_lengths, backend)
-    return after_attention(block, hidden, attended, pack, rows)
 
 
 def raw_qkv(block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,19 +85,33 @@ def per_head(block: CogVideoXBlock, tokens: Tensor) -> Tensor:
     return tokens.view(len(tokens), block.attn1.heads, -1)
 
 
-def after_attention(
-    block: CogVideoXBlock, hidden: Tensor, attended: Tensor, pack: Pack, rows: Rows, *, backward: bool = False
+def add_attention(
+    block: CogVideoXBlock, hidden: Tensor, attended: Tensor, pack: Pack, rows: Tensor, known: Tensor | None = None
 ) -> Tensor:
-    """The block from attention's output on; with `backward` the value of the result is not needed."""
-    hidden = add_gated(hidden, linear(block.attn1.to_out[0], attended), rows[0], pack)
-    normed = modulate(block.norm2.norm, hidden, rows[1], pack)
-    inner, outer = block.ff.net[0], block.ff.net[2]
-    activated = inner.gelu(linear(inner.proj, normed))
-    # only the gate's gradient reads the value of the last layer
-    update = (
-        known_linear(outer, activated, None) if backward and not rows[1].requires_grad else linear(outer, activated)
-    )
-    return add_gated(hidden, update, rows[1], pack)
+    """[S,D] with attention's update added. With `known`, its value for a backward pass, only the gradient is made."""
+    layer = block.attn1.to_out[0]
+    if known is None:
+        return add_gated(hidden, linear(layer, attended), rows, pack)
+    # only the gate's gradient reads the value of the layer
+    update = linear(layer, attended) if rows.requires_grad else known_linear(layer, attended, None)
+    return with_value(add_gated(hidden, update, rows, pack), known)
+
+
+def widen(block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Tensor, known: Tensor | None = None) -> Tensor:
+    """[S,D] -> [S,4D], the first feed-forward layer before its activation; `known` as in `add_attention`."""
+    normed = modulate(block.norm2.norm, hidden, rows, pack)
+    layer = block.ff.net[0].proj
+    return linear(layer, normed) if known is None else known_linear(layer, normed, known)
+
+
+def add_feed_forward(
+    block: CogVideoXBlock, hidden: Tensor, wide: Tensor, pack: Pack, rows: Tensor, *, backward: bool = False
+) -> Tensor:
+    """[S,D] with the feed-forward update added; with `backward` the value of the result is not needed."""
+    activated, layer = block.ff.net[0].gelu(wide), block.ff.net[2]
+    unread = backward and not rows.requires_grad
+    update = known_linear(layer, activated, None) if unread else linear(layer, activated)
+    return add_gated(hidden, update, rows, pack)
 
 
 def modulate(norm: nn.LayerNorm, hidden: Tensor, rows: Tensor, pack: Pack) -> Tensor:

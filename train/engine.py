@@ -33,11 +33,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """By default everything stays on the device and autograd keeps what it likes."""
+    """By default everything stays on the device and nothing that costs a matrix product is computed again."""
 
     activations: Activations = "full"
     chunk_tokens: int = 4096
-    """Tokens that the layers around attention work on at a time, where the block is recomputed."""
+    """Tokens that the layers around attention work on at a time."""
     modulation: ModulationTable | None = None
     weights: WeightStream | None = None
     offload: ActivationOffload | None = None
@@ -46,8 +46,6 @@ class Engine:
 
     def __post_init__(self) -> None:
         assert self.chunk_tokens > 0
-        if self.activations == "full":  # autograd would keep pointers to weights that move
-            assert self.weights is None and self.offload is None, "streaming and offloading need a recomputing level"
 
     def block_weights(self, index: int, next_index: int) -> AbstractContextManager[None]:
         """Inside, the weights of block `index` are on the device; those of `next_index` may be on their way."""

@@ -45,9 +45,25 @@ def known_linear(layer: LoraLinear, tokens: Tensor, known: Tensor | None) -> Ten
     return result
 
 
+def with_value(computed: Tensor, value: Tensor) -> Tensor:
+    """`value`, with the gradient of `computed`."""
+    result: Tensor = _WithValue.apply(computed, value)  # type: ignore[no-untyped-call]
+    return result
+
+
 def frozen_weight(layer: nn.Linear | QuantisedLinear, dtype: torch.dtype) -> Tensor:
     """[out,in], widened if it is stored small."""
     return layer.dequantised(dtype) if isinstance(layer, QuantisedLinear) else layer.weight
+
+
+class _WithValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, computed: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 class _Known(torch.autograd.Function):

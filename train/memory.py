@@ -25,6 +25,7 @@ from train.forward import ModelInput, predict
 from train.model import add_adapter
 from train.modulation import is_frozen
 from train.objective import clip_loss
+from train.peers import gather
 from train.positions import forget_tables
 from train.tally import Tally
 
@@ -145,7 +146,7 @@ def choose_plan(
     if len(plans) == 1:
         return plans[0]
     pack = largest_pack(config.train, conventions, buckets)
-    free = free_bytes(device)
+    free = min(gather(free_bytes(device)))  # so that all processes choose alike
     for plan in plans:
         found = predict_peak(transformer.config, conventions, config.train, plan, pack, transformer.dtype)
         needed = int(found.peak * RESERVED_PER_ALLOCATED)
@@ -184,18 +185,13 @@ def candidates(config: Config, device: torch.device, *, table_possible: bool) ->
         if memory.compile is True:
             raise UsageError("memory.compile = true acts on train.transformer_engine = 'packed'; leave it out")
         return [Plan(base_precision=fixed["base_precision"], attention=memory.attention)]
-    if moving and fixed.get("activations") == "full":
-        raise UsageError(
-            "memory.activations = 'full' keeps everything on the card; offload or stream with another level"
-        )
     preference = PREFERENCE_ON_CPU if device.type == "cpu" else PREFERENCE
     plans: list[Plan] = []
     for plan in preference:
         plan = replace(plan, **fixed)
         if not table_possible:
             plan = replace(plan, modulation_table=False)
-        contradicts = plan.activations == "full" and (plan.offload_activations or plan.stream_weights)
-        if not contradicts and plan not in plans:
+        if plan not in plans:
             plans.append(plan)
     assert plans, fixed
     return plans

@@ -1,11 +1,11 @@
-"""What a block keeps for its backward pass: everything, its input, or attention's output too.
+"""What a block keeps for its backward pass: its input, attention's output too, or all that a matrix product made.
 
-Everything but attention is token by token, so `_Recomputed` works in chunks of tokens and recomputes them in the
-backward pass: with `block_input` it keeps the block's input, with `attention_output` the attention's output and
-logsumexp too, so that attention never runs twice.
+Everything but attention is token by token, so a block works in chunks of tokens. The backward pass recomputes what was
+not kept: with `block_input` everything, with `attention_output` everything but attention, with `full` only norms,
+modulation, rotary positions and the activation function. The levels keep 1, 2 and 10 tensors [S,D].
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -17,28 +17,43 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from train.attention import AttentionState, attention_backward, attention_forward
-from train.block import Pack, after_attention, known_qkv, normalise_and_turn, per_head, raw_qkv, run_block_plainly
-from train.engine import Engine
+from train.block import (
+    Pack,
+    add_attention,
+    add_feed_forward,
+    known_qkv,
+    normalise_and_turn,
+    per_head,
+    raw_qkv,
+    widen,
+)
+from train.engine import Activations, Engine
 from train.modulation import Rows
 
 Chunk = tuple[int, int, Pack]
 """Start, stop and the tokens between."""
+
+RAW = ("raw_query", "raw_key", "value")
+KEPT: Mapping[Activations, tuple[str, ...]] = {
+    "block_input": (),
+    "attention_output": ("attended",),
+    "full": ("attended", *RAW, "middle", "wide"),
+}
+"""What a level keeps beside the block's input: [S,D] each, `wide` [S,4D]; with `attended` its log-sum-exps."""
 
 
 def run_block(block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Rows, engine: Engine, index: int) -> Tensor:
     """[S,D] -> [S,D] by the `index`-th block, keeping for the backward pass what `engine.activations` says."""
     if engine.fused is not None:
         pack = pack.compiled(engine.fused, hidden.device)
-    if engine.activations == "full":
-        return run_block_plainly(block, hidden, pack, rows, engine.attention)
     if not torch.is_grad_enabled():
-        return _run_in_chunks(block, hidden, pack, rows, engine, index, _chunks(pack, engine.chunk_tokens))[0]
-    result: Tensor = _Recomputed.apply(hidden, *rows, block, pack, engine, index, *trainable_parameters(block))  # type: ignore[no-untyped-call]
+        return _run_forward(block, hidden, pack, rows, engine, index, keep=())[0]
+    result: Tensor = _ByHand.apply(hidden, *rows, block, pack, engine, index, *trainable_parameters(block))  # type: ignore[no-untyped-call]
     return result
 
 
-class _Recomputed(torch.autograd.Function):
-    """A block by hand: gradients for its input, its modulation rows where they are trained, and its adapters."""
+class _ByHand(torch.autograd.Function):
+    """A block's gradients for its input, its modulation rows where they are trained, and its adapters."""
 
     @staticmethod
     def forward(
@@ -53,92 +68,101 @@ class _Recomputed(torch.autograd.Function):
         *trainable: nn.Parameter,
     ) -> Tensor:
         rows = (attention_rows, feed_forward_rows)
-        chunks = _chunks(pack, engine.chunk_tokens)
-        result, attended, states, randomness = _run_in_chunks(block, hidden, pack, rows, engine, index, chunks)
-        kept = [hidden]
-        if engine.activations == "attention_output":
-            kept += [attended, *(state.logsumexp for state in states)]
-            ctx.states = [replace(state, logsumexp=hidden.new_empty(0)) for state in states]
+        keep = KEPT[engine.activations]
+        result, kept, states, ctx.randomness = _run_forward(block, hidden, pack, rows, engine, index, keep=keep)
+        states = states if "attended" in kept else []
+        saved = [hidden, *kept.values(), *(state.logsumexp for state in states)]
         if engine.offload is None:
-            ctx.save_for_backward(*kept)
+            ctx.save_for_backward(*saved)
         else:
-            ctx.offloaded = engine.offload.send(kept)
-        ctx.rows, ctx.randomness = rows, randomness
-        ctx.arguments = block, pack, engine, index, chunks
+            ctx.offloaded = engine.offload.send(saved)
+        ctx.names, ctx.rows = list(kept), rows
+        ctx.states = [replace(state, logsumexp=hidden.new_empty(0)) for state in states]
+        ctx.arguments = block, pack, engine, index
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        block, pack, engine, index, chunks = ctx.arguments
+        block, pack, engine, index = ctx.arguments
+        chunks = _chunks(pack, engine.chunk_tokens)
         before, after = ctx.randomness
         hidden, *rest = ctx.saved_tensors if engine.offload is None else engine.offload.take_back(ctx.offloaded)
+        kept = dict(zip(ctx.names, rest, strict=False))
+        states = [replace(state, logsumexp=lse) for state, lse in zip(ctx.states, rest[len(kept) :], strict=True)]
+        raw, turned = [kept.pop(name) for name in RAW if name in kept], None
         totals = _Totals(ctx, block, hidden)
-        projected: _Projected | None = None
         with engine.block_weights(index, index - 1):
-            if rest:
-                attended, *sums = rest
-                states = [replace(state, logsumexp=lse) for state, lse in zip(ctx.states, sums, strict=True)]
-            else:
+            if "attended" not in kept:
                 with before.again():
-                    projected = _Projected(block, hidden, ctx.rows[0], chunks, keep_raw=True)
-                attended, states = attention_forward(*projected.for_attention(), pack.clip_lengths, engine.attention)
+                    raw = _project(block, hidden, ctx.rows[0], chunks)
+                turned = _turn(block, raw, chunks)
+                kept["attended"], states = attention_forward(
+                    *turned, per_head(block, raw[2]), pack.clip_lengths, engine.attention
+                )
             with after.again():
-                attended_gradient = totals.pull_after_attention(gradients[0], hidden, attended, chunks)
-            if projected is None:
+                attended_gradient = totals.pull_after_attention(gradients[0], hidden, kept, chunks)
+            if not raw:
                 with before.again():
-                    projected = _Projected(block, hidden, ctx.rows[0], chunks, keep_raw=True)
+                    raw = _project(block, hidden, ctx.rows[0], chunks)
+            turned = turned or _turn(block, raw, chunks)
             qkv_gradients = attention_backward(
-                attended_gradient, *projected.for_attention(), attended, states, pack.clip_lengths
+                attended_gradient, *turned, per_head(block, raw.pop()), kept["attended"], states, pack.clip_lengths
             )
-            del rest, attended, attended_gradient
-            projected.drop_for_attention()
+            del rest, kept, attended_gradient, turned
             with before.again():
-                totals.pull_qkv(qkv_gradients, hidden, projected, chunks)
+                totals.pull_qkv(qkv_gradients, hidden, raw, chunks)
         return totals.hidden, *totals.rows, None, None, None, None, *totals.trainable
 
 
-def _run_in_chunks(
-    block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Rows, engine: Engine, index: int, chunks: list[Chunk]
-) -> tuple[Tensor, Tensor, list[AttentionState], tuple["_Randomness", "_Randomness"]]:
-    """The block outside autograd: its result, attention's output and state, the generator before and after it."""
+def _run_forward(
+    block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Rows, engine: Engine, index: int, *, keep: Sequence[str]
+) -> tuple[Tensor, dict[str, Tensor], list[AttentionState], tuple["_Randomness", "_Randomness"]]:
+    """The block outside autograd: its result, what is kept, attention's state, the generator before and after it."""
+    chunks = _chunks(pack, engine.chunk_tokens)
+    kept: dict[str, Tensor] = {}
     result = torch.empty_like(hidden)
     before = _Randomness(block, hidden.device)
     with engine.block_weights(index, index + 1):
-        attended, states = attention_forward(
-            *_Projected(block, hidden, rows[0], chunks).for_attention(), pack.clip_lengths, engine.attention
-        )
+        raw = _project(block, hidden, rows[0], chunks)
+        query, key = _turn(block, raw, chunks, in_place="raw_query" not in keep)
+        attended, states = attention_forward(query, key, per_head(block, raw[2]), pack.clip_lengths, engine.attention)
+        kept |= {name: value for name, value in zip(RAW, raw, strict=True) if name in keep}
+        if "attended" in keep:
+            kept["attended"] = attended
+        del raw, query, key
         after = _Randomness(block, hidden.device)
         for start, stop, part in chunks:
-            result[start:stop] = after_attention(block, hidden[start:stop], attended[start:stop], part, rows)
-    return result, attended, states, (before, after)
+            middle = add_attention(block, hidden[start:stop], attended[start:stop], part, rows[0])
+            wide = widen(block, middle, part, rows[1])
+            result[start:stop] = add_feed_forward(block, middle, wide, part, rows[1])
+            for name, tokens in (("middle", middle), ("wide", wide)):
+                if name in keep:
+                    kept.setdefault(name, tokens.new_empty(len(hidden), tokens.shape[1]))[start:stop] = tokens
+    return result, kept, states, (before, after)
 
 
-class _Projected:
-    """Query, key and value of a whole pack, made chunk by chunk outside autograd."""
+@torch.no_grad()
+def _project(block: CogVideoXBlock, hidden: Tensor, rows: Tensor, chunks: list[Chunk]) -> list[Tensor]:
+    """Query, key and value [S,D] of a whole pack, as the linear layers give them."""
+    whole = [torch.empty_like(hidden) for _ in range(3)]
+    for start, stop, part in chunks:
+        for tokens, made in zip(whole, raw_qkv(block, hidden[start:stop], part, rows), strict=True):
+            tokens[start:stop] = made
+    return whole
 
-    def __init__(
-        self, block: CogVideoXBlock, hidden: Tensor, rows: Tensor, chunks: list[Chunk], *, keep_raw: bool = False
-    ) -> None:
-        query, key, value = (torch.empty_like(hidden) for _ in range(3))
-        self.raw_query, self.raw_key = (torch.empty_like(hidden if keep_raw else hidden[:0]) for _ in range(2))
-        with torch.no_grad():
-            for start, stop, part in chunks:
-                raw_query, raw_key, value[start:stop] = raw_qkv(block, hidden[start:stop], part, rows)
-                turned = normalise_and_turn(block, raw_query, raw_key, part)
-                query[start:stop], key[start:stop] = (heads.flatten(1) for heads in turned)
-                if keep_raw:
-                    self.raw_query[start:stop], self.raw_key[start:stop] = raw_query, raw_key
-        self._for_attention = [per_head(block, tokens) for tokens in (query, key, value)]
 
-    def for_attention(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value [S,heads,head_dim], normalised and turned."""
-        query, key, value = self._for_attention
-        return query, key, value
-
-    def drop_for_attention(self) -> None:
-        """Their memory is free; the raw query and key stay."""
-        self._for_attention = []
+@torch.no_grad()
+def _turn(
+    block: CogVideoXBlock, raw: Sequence[Tensor], chunks: list[Chunk], *, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Query and key [S,heads,head_dim], normalised and turned; in the memory of `raw` if that is not needed again."""
+    raw_query, raw_key, _ = raw
+    query, key = (raw_query, raw_key) if in_place else (torch.empty_like(raw_query), torch.empty_like(raw_key))
+    for start, stop, part in chunks:
+        turned = normalise_and_turn(block, raw_query[start:stop], raw_key[start:stop], part)
+        query[start:stop], key[start:stop] = (heads.flatten(1) for heads in turned)
+    return per_head(block, query), per_head(block, key)
 
 
 class _Totals:
@@ -155,13 +179,20 @@ class _Totals:
         self.rows: list[Tensor | None] = [None, None]
         self.trainable: list[Tensor | None] = [None] * len(self._parameters)
 
-    def pull_after_attention(self, gradient: Tensor, hidden: Tensor, attended: Tensor, chunks: list[Chunk]) -> Tensor:
+    def pull_after_attention(
+        self, gradient: Tensor, hidden: Tensor, kept: Mapping[str, Tensor], chunks: list[Chunk]
+    ) -> Tensor:
         """The gradient [S,D] for attention's output."""
+        block, (attention_rows, feed_forward_rows) = self._block, self._rows
+        attended = kept["attended"]
         attended_gradient = torch.empty_like(attended)
         for start, stop, part in chunks:
             tokens, heads = self._leaf(hidden[start:stop]), attended[start:stop].detach().requires_grad_()
+            known = {name: kept[name][start:stop] for name in ("middle", "wide") if name in kept}
             with torch.enable_grad():
-                result = after_attention(self._block, tokens, heads, part, self._rows, backward=True)
+                middle = add_attention(block, tokens, heads, part, attention_rows, known.get("middle"))
+                wide = widen(block, middle, part, feed_forward_rows, known.get("wide"))
+                result = add_feed_forward(block, middle, wide, part, feed_forward_rows, backward=True)
             tokens_gradient, heads_gradient = self._pull([result], [gradient[start:stop]], [tokens, heads])
             assert heads_gradient is not None
             attended_gradient[start:stop] = heads_gradient
@@ -169,10 +200,11 @@ class _Totals:
                 self.hidden[start:stop] = tokens_gradient
         return attended_gradient
 
-    def pull_qkv(self, gradients: Sequence[Tensor], hidden: Tensor, projected: _Projected, chunks: list[Chunk]) -> None:
+    def pull_qkv(self, gradients: Sequence[Tensor], hidden: Tensor, raw: Sequence[Tensor], chunks: list[Chunk]) -> None:
+        """Adds to the sums what the gradients [S,heads,head_dim] for query, key and value give."""
         for start, stop, part in chunks:
             tokens = self._leaf(hidden[start:stop])
-            raw_query, raw_key = projected.raw_query[start:stop], projected.raw_key[start:stop]
+            raw_query, raw_key = (values[start:stop] for values in raw)
             with torch.enable_grad():
                 raw_query, raw_key, value = known_qkv(self._block, tokens, part, self._rows[0], raw_query, raw_key)
                 query, key = normalise_and_turn(self._block, raw_query, raw_key, part)

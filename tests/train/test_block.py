@@ -1,12 +1,15 @@
 """Every level of the recomputing engine against diffusers' own forward with peft's own layers."""
 
+import sys
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from torch.nn.functional import scaled_dot_product_attention
 
 from shared.errors import UsageError
 from shared.variants import Conventions
@@ -22,15 +25,17 @@ from tests.train.test_forward import (
     run,
 )
 from train import attention
-from train.attention import Backend, attend, attention_backward, attention_forward, choose_backend
+from train.attention import Backend, attention_backward, attention_forward, choose_backend
 from train.engine import Activations, Engine, Plan, open_engine
 from train.forward import ModelInput, predict, predict_reference
 
 CPU = torch.device("cpu")
 LEAN = Plan("attention_output", offload_activations=True, stream_weights=2, modulation_table=True, chunk_tokens=37)
+LEVELS = get_args(Activations)
 PLANS = {
     "full": Plan("full"),
     "full-table": Plan("full", modulation_table=True),
+    "full-chunks": Plan("full", chunk_tokens=29),
     "block_input": Plan("block_input"),
     "block_input-chunks": Plan("block_input", chunk_tokens=29),
     "attention_output": Plan("attention_output"),
@@ -40,6 +45,7 @@ PLANS = {
     "table": replace(LEAN, offload_activations=False, stream_weights=0),
     "lean": LEAN,
     "lean-block_input": replace(LEAN, activations="block_input"),
+    "lean-full": replace(LEAN, activations="full"),
 }
 
 
@@ -82,16 +88,16 @@ def test_every_plan_equals_diffusers_in_float64(variant: str, plan: Plan) -> Non
     assert_like_diffusers(transformer, conventions, make_clips(conventions, torch.float64, 3), plan)
 
 
-@pytest.mark.parametrize("activations", ["full", "block_input", "attention_output"])
+@pytest.mark.parametrize("activations", LEVELS)
 @pytest.mark.parametrize("variant", ["2b", "1.5-5b-i2v"])
 def test_every_level_equals_diffusers_in_float32(variant: str, activations: Activations) -> None:
     conventions = conventions_of(variant)
     transformer = build_transformer(variant, torch.float32, lora_rank=4)
-    plan = replace(LEAN, activations=activations) if activations != "full" else Plan("full")
+    plan = replace(LEAN, activations=activations)
     assert_like_diffusers(transformer, conventions, make_clips(conventions, torch.float32, 2), plan)
 
 
-@pytest.mark.parametrize("activations", ["block_input", "attention_output"])
+@pytest.mark.parametrize("activations", LEVELS)
 @pytest.mark.parametrize("variant", [pytest.param("2b", marks=pytest.mark.faults), "1.5-5b-i2v"])
 def test_adapters_on_every_linear_layer_equal_peft(variant: str, activations: Activations) -> None:
     conventions = conventions_of(variant)
@@ -115,7 +121,9 @@ def test_adapters_on_one_kind_of_layer_equal_peft(targets: tuple[str, ...]) -> N
     [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}, {"lora_alpha": 3}],
     ids=["dora", "rslora", "lora_bias", "alpha"],
 )
-@pytest.mark.parametrize("activations", [pytest.param("block_input", marks=pytest.mark.faults), "attention_output"])
+@pytest.mark.parametrize(
+    "activations", [pytest.param("block_input", marks=pytest.mark.faults), "attention_output", "full"]
+)
 def test_other_kinds_of_adapters_equal_peft(activations: Activations, options: dict[str, object]) -> None:
     conventions = conventions_of("5b")
     transformer = build_transformer("5b", torch.float64)
@@ -134,24 +142,24 @@ def test_two_adapters_add_up_as_in_peft() -> None:
     assert_like_diffusers(transformer, conventions, make_clips(conventions, torch.float64, 2), LEAN)
 
 
-@pytest.mark.parametrize("activations", ["block_input", "attention_output"])
+@pytest.mark.parametrize("activations", LEVELS)
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_dropout_in_one_chunk_falls_as_in_plain_autograd(activations: Activations, options: dict[str, object]) -> None:
+def test_dropout_in_one_chunk_falls_as_in_diffusers(activations: Activations, options: dict[str, object]) -> None:
     conventions = conventions_of("5b")
     transformer = build_transformer("5b", torch.float64)
     add_lora(transformer, 4, lora_dropout=0.4, **options)
     transformer.train()
-    clips = make_clips(conventions, torch.float64, 2)
-    results = []
-    for engine in (Engine(), Engine(activations)):
-        torch.manual_seed(5)
-        results.append(run(transformer, lambda engine=engine: predict(transformer, clips, conventions, engine)))
-    (_, expected_loss, expected), (_, loss, gradients) = results
-    assert loss == expected_loss
+    clips = make_clips(conventions, torch.float64, 1)
+    torch.manual_seed(5)
+    with float64_rotary(torch.float64):
+        _, expected_loss, expected = run(transformer, lambda: predict_reference(transformer, clips, conventions))
+    torch.manual_seed(5)
+    _, loss, gradients = run(transformer, lambda: predict(transformer, clips, conventions, Engine(activations)))
+    assert difference(loss, expected_loss) < 1e-10
     assert largest_difference(gradients, expected) < 1e-10
 
 
-@pytest.mark.parametrize("activations", ["block_input", "attention_output"])
+@pytest.mark.parametrize("activations", LEVELS)
 def test_dropout_in_chunks_falls_in_the_backward_pass_as_in_the_forward_pass(activations: Activations) -> None:
     """A numerical derivative along a fixed direction, with the same draw of dropout at both ends."""
     conventions = conventions_of("5b")
@@ -199,7 +207,8 @@ def test_attention_by_halves_equals_autograd(dtype: torch.dtype, monkeypatch: py
     shape = (sum(lengths), 3, 16)
     query, key, value, gradient = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(4))
     leaves = [part.clone().requires_grad_() for part in (query, key, value)]
-    expected = attend(*leaves, lengths)
+    clips = zip(*(torch.split(leaf, lengths) for leaf in leaves), strict=True)
+    expected = torch.cat([plain_attention(*clip) for clip in clips])
     expected_gradients = torch.autograd.grad(expected, leaves, gradient.flatten(1))
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for backend in ("flash", "math"):
@@ -208,6 +217,12 @@ def test_attention_by_halves_equals_autograd(dtype: torch.dtype, monkeypatch: py
         ours = attention_backward(gradient.flatten(1), query, key, value, attended, states, lengths)
         assert difference(attended, expected.detach()) < tolerance
         assert max(difference(a, b) for a, b in zip(ours, expected_gradients, strict=True)) < tolerance
+
+
+def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """[S,heads,head_dim] three times -> [S,heads*head_dim] by torch's own attention."""
+    heads = scaled_dot_product_attention(*(part.transpose(0, 1) for part in (query, key, value)))
+    return heads.transpose(0, 1).flatten(1)
 
 
 def test_evaluation_keeps_nothing() -> None:
@@ -227,7 +242,7 @@ def test_evaluation_keeps_nothing() -> None:
 
 
 @pytest.mark.parametrize("backend", ["flash", "math"])
-@pytest.mark.parametrize("activations", ["full", "block_input", "attention_output"])
+@pytest.mark.parametrize("activations", LEVELS)
 def test_pinned_kernels_give_the_same_gradients(activations: Activations, backend: Backend) -> None:
     conventions = conventions_of("5b")
     transformer = build_transformer("5b", torch.float64, lora_rank=4)
@@ -258,3 +273,25 @@ def test_auto_takes_what_works_and_a_missing_kernel_is_refused(monkeypatch: pyte
 
     monkeypatch.setattr(attention, "attention_backward", wrong)
     assert choose_backend("auto", CPU, torch.float32, 4, 16) == "math", "a kernel that errs is passed over"
+
+
+def test_hopper_tries_flash_attention_3_first_and_older_cards_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(attention, "_works", lambda backend, *_: tried.append(backend) or backend == "math")
+    for capability in ((9, 0), (8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, 48, 64) == "math"
+    assert tried == ["flash3", "cudnn", "flash", "efficient", "math", "flash", "cudnn", "efficient", "math"]
+
+
+@pytest.mark.parametrize("source", [None, "", "raise ImportError('built for another torch')"])
+def test_a_flash_attention_3_that_is_absent_or_broken_is_passed_over(
+    source: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if source is not None:
+        (tmp_path / "flash_attn_interface.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn_interface", raising=False)
+    assert not attention._works("flash3", CPU, torch.bfloat16, 4, 16)
+    with pytest.raises(UsageError, match="'flash3': not available on cpu"):
+        choose_backend("flash3", CPU, torch.bfloat16, 4, 16)

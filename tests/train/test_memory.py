@@ -57,13 +57,16 @@ def conventions_of(variant: str) -> Conventions:
     [
         ("5b", SMALL, "block_input", 1),
         ("5b", SMALL, "attention_output", 2),
+        ("5b", SMALL, "full", 10),
         pytest.param("2b", SMALL, "block_input", 1, marks=pytest.mark.faults),
         pytest.param("2b", SMALL, "attention_output", 2, marks=pytest.mark.faults),
+        pytest.param("2b", SMALL, "full", 10, marks=pytest.mark.faults),
         pytest.param("1.5-5b", LARGE, "block_input", 1, marks=pytest.mark.faults),
         pytest.param("1.5-5b", LARGE, "attention_output", 2, marks=pytest.mark.faults),
+        pytest.param("1.5-5b", LARGE, "full", 10, marks=pytest.mark.faults),
     ],
 )
-def test_a_block_keeps_its_input_and_attention_output_and_no_more(
+def test_a_block_keeps_what_the_formula_says_and_no_more(
     variant: str, bucket: Bucket, activations: Activations, units: int
 ) -> None:
     config, conventions = published(variant), conventions_of(variant)
@@ -105,9 +108,6 @@ def test_prediction_continues_shallow_models_to_the_depth_that_running_them_all_
         assert deep.kept == pytest.approx(by_hand.kept, rel=0.002)
 
 
-def test_each_leaner_plan_needs_less() -> None:
-    peaks = [predicted("5b", plan, Bucket(9, 480, 720)).peak for plan in PREFERENCE]
-    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
 @pytest.mark.parametrize(("storage", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4.5)])
 def test_a_quantised_base_weighs_what_its_bits_say(storage: Storage, bits: float) -> None:
     """On its way through a product, and lean, too: without bitsandbytes, on the meta device."""
@@ -119,6 +119,9 @@ def test_a_quantised_base_weighs_what_its_bits_say(storage: Storage, bits: float
     assert small.peak < wide.peak
 
 
+def test_each_leaner_plan_needs_less() -> None:
+    peaks = [predicted("5b", plan, Bucket(9, 480, 720)).peak for plan in PREFERENCE]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
 
 
 def test_tally_counts_what_is_live_once_and_no_host_buffer() -> None:
@@ -159,8 +162,8 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
         ({}, {}, list(PREFERENCE)),
         ({"activations": "block_input"}, {}, {"block_input"}),
         ({}, {"gradient_checkpointing": True}, {"block_input"}),
-        ({"stream_weights": 4}, {}, {"attention_output"}),
-        ({"offload_activations": True}, {}, {"attention_output"}),
+        ({"stream_weights": 4}, {}, {"full", "attention_output"}),
+        ({"offload_activations": True, "activations": "full"}, {}, {"full"}),
         ({"activations": "full"}, {}, {"full"}),
     ],
 )
@@ -175,8 +178,6 @@ def test_fields_that_are_set_stay_and_auto_fills_the_rest(fields: Any, train: An
 @pytest.mark.parametrize(
     ("fields", "train", "table_possible", "message"),
     [
-        ({"activations": "full", "stream_weights": 2}, {}, True, "keeps everything on the card"),
-        ({"activations": "full", "offload_activations": True}, {}, True, "keeps everything on the card"),
         ({"activations": "full"}, {"gradient_checkpointing": True}, True, "means memory.activations = 'block_input'"),
         ({"modulation_table": True}, {}, False, "adapters on the layers"),
         ({"stream_weights": 2}, {"transformer_engine": "reference"}, True, "with 'reference' leave it out"),

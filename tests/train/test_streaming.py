@@ -8,7 +8,7 @@ from shared.quantise import QuantisedLinear, Storage
 from tests.tiny import build_transformer
 from tests.train.test_forward import conventions_of, difference, largest_difference, make_clips, run
 from tests.train.test_quantise import STORAGES
-from train.engine import Engine, Plan, open_engine
+from train.engine import Plan, open_engine
 from train.forward import predict
 from train.quantise import quantise_blocks
 from train.streaming import ActivationOffload, WeightStream, frozen_weights, lay_out
@@ -136,10 +136,3 @@ def test_a_second_backward_pass_is_refused() -> None:
     velocity.sum().backward(retain_graph=True)
     with pytest.raises(AssertionError, match="second backward"):
         velocity.sum().backward()
-
-
-@pytest.mark.parametrize("plan", [Plan(stream_weights=2), Plan(offload_activations=True)], ids=["stream", "offload"])
-def test_plain_autograd_is_never_combined_with_what_moves(plan: Plan) -> None:
-    with pytest.raises(AssertionError, match="recomputing level"):
-        open_engine(build_transformer("5b", lora_rank=4), plan, CPU)
-    assert Engine().weights is None
