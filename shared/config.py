@@ -237,6 +237,8 @@ class Train(Table):
     """Chance that a clip is trained with the empty prompt."""
     noised_image_dropout: Fraction = 0.05
     """I2V: chance that a clip is trained with an empty image condition."""
+    shuffle_shards: Literal["auto", "all"] | Positive = "auto"
+    """Shards whose clips are mixed at a time; auto: all in a folder, of a URL half of those local_cache_gib holds."""
     seed: Count = 42
     """Order, noise, timesteps, posterior draws and the adapter's initial weights."""
     checkpointing_steps: Positive = 500

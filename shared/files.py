@@ -29,6 +29,9 @@ class Storage(Protocol):
     def read(self, name: str, *, limit_bytes: int) -> bytes:
         """The whole file; raises `CacheError` if it is missing or larger than `limit_bytes`."""
 
+    def read_part(self, name: str, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on; raises `CacheError` if they are not there."""
+
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
 
@@ -37,6 +40,9 @@ class Storage(Protocol):
 
     def free_bytes(self) -> int | None:
         """What can still be written, or None where nobody can tell."""
+
+    def copies_bytes(self) -> int | None:
+        """What the local copies behind `path` may take together, or None where it needs none."""
 
     def set_aside(self, name: str) -> None:
         """Rename a file to `<name>.damaged`, out of every reader's sight, if it is there."""
@@ -94,6 +100,18 @@ class LocalStorage:
             raise CacheError(f"{path}: larger than {limit_bytes} bytes, which no such file is")
         return content
 
+    def read_part(self, name: str, offset: int, length: int) -> bytes:
+        path = self.root / name
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                content = file.read(length)
+        except OSError as error:
+            raise CacheError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from None
+        if len(content) != length:
+            raise CacheError(f"{path}: ends before byte {offset + length}")
+        return content
+
     def exists(self, name: str) -> bool:
         return (self.root / name).is_file()
 
@@ -106,6 +124,9 @@ class LocalStorage:
     def free_bytes(self) -> int | None:
         there = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.is_dir())
         return shutil.disk_usage(there).free
+
+    def copies_bytes(self) -> int | None:
+        return None
 
     def set_aside(self, name: str) -> None:
         path = self.root / name

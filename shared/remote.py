@@ -83,6 +83,13 @@ class RemoteStorage:
             content: bytes = self._filesystem.cat_file(self._at(name))
         return content
 
+    def read_part(self, name: str, offset: int, length: int) -> bytes:
+        with self._driver(name, "cannot be read"):
+            content: bytes = self._filesystem.cat_file(self._at(name), start=offset, end=offset + length)
+            if len(content) != length:
+                raise CacheError(f"{self}/{name}: ends before byte {offset + length}")
+        return content
+
     def exists(self, name: str) -> bool:
         return self.size(name) is not None
 
@@ -96,6 +103,9 @@ class RemoteStorage:
 
     def free_bytes(self) -> int | None:
         return None
+
+    def copies_bytes(self) -> int | None:
+        return self._limit_bytes
 
     def set_aside(self, name: str) -> None:
         if self.exists(name):

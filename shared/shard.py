@@ -246,6 +246,16 @@ def _product(shape: tuple[int, ...]) -> int:
     return total
 
 
+def sample_tensors(place: SamplePlace, content: mmap.mmap | bytearray, start: int) -> dict[str, torch.Tensor]:
+    """Zero-copy CPU tensors of one sample; `content` is of the tar from byte `start` on."""
+    return {
+        name: torch.frombuffer(
+            content, dtype=DTYPES[tensor.dtype], count=_product(tensor.shape), offset=tensor.offset - start
+        ).view(tensor.shape)
+        for name, tensor in place.tensors.items()
+    }
+
+
 class MappedShard:
     """A tar mapped into memory; its samples are views of the page cache."""
 
@@ -261,12 +271,7 @@ class MappedShard:
 
     def tensors(self, place: SamplePlace) -> dict[str, torch.Tensor]:
         """Zero-copy CPU tensors of one sample; writing to one changes private memory only."""
-        return {
-            name: torch.frombuffer(
-                self._map, dtype=DTYPES[tensor.dtype], count=_product(tensor.shape), offset=tensor.offset
-            ).view(tensor.shape)
-            for name, tensor in place.tensors.items()
-        }
+        return sample_tensors(place, self._map, 0)
 
     def payload_sha256(self, place: SamplePlace) -> str:
         """Hash of the bytes that are there now, to compare with the receipt's."""

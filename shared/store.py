@@ -3,7 +3,9 @@
 A collection is `latents/<recipe>` or `prompts/<recipe>`: all in it was made by the settings in its `recipe.json`.
 """
 
+import hashlib
 import json
+import math
 from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,7 +16,7 @@ import torch
 from shared.errors import CacheError
 from shared.files import Storage
 from shared.fingerprint import Json, key_of
-from shared.shard import MappedShard, Receipt, SamplePlace, read_receipt
+from shared.shard import MappedShard, Receipt, SamplePlace, read_receipt, sample_tensors
 
 RECIPE_BYTES = 2**20
 
@@ -96,8 +98,18 @@ MAPPED_SHARDS = 2
 class SampleReader:
     """Reads samples of a collection by key, zero-copy; what it holds in memory does not grow with what it has read."""
 
-    def __init__(self, storage: Storage, collection: Collection, keys: Container[str] | None = None) -> None:
-        """`keys` are those that will be asked for, all if None."""
+    def __init__(
+        self,
+        storage: Storage,
+        collection: Collection,
+        keys: Container[str] | None = None,
+        whole_up_to_bytes: float = math.inf,
+    ) -> None:
+        """`keys` are those that will be asked for, all if None.
+
+        Their shards are mapped, which fetches remote ones whole, if they take `whole_up_to_bytes` at most; else each
+        sample is read alone, whenever it is asked for.
+        """
         self._storage = storage
         self._collection = collection
         self._receipts: dict[str, Receipt] = {}
@@ -107,8 +119,23 @@ class SampleReader:
             if wanted:
                 self._receipts[tar] = replace(receipt, samples=(), skipped={})
                 self._places |= {place.key: (tar, place) for place in wanted}
+        self._whole = sum(self.shard_bytes.values()) <= whole_up_to_bytes
         self._mapped: dict[str, MappedShard] = {}
         self._checked: set[str] = set()
+
+    @property
+    def shard_bytes(self) -> dict[str, int]:
+        """Tar -> its size, of the shards with the samples that will be asked for."""
+        return {tar: receipt.size for tar, receipt in self._receipts.items()}
+
+    @property
+    def copies_bytes(self) -> int:
+        """What local copies of those shards take when all have been read."""
+        return sum(self.shard_bytes.values()) if self._whole else 0
+
+    def shard_of(self, key: str) -> str:
+        """The tar that holds the sample."""
+        return self._place(key)[0]
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -123,6 +150,10 @@ class SampleReader:
         Its bytes are compared with the receipt's hash the first time that this reader is asked for them.
         """
         tar, place = self._place(key)
+        if not self._whole:
+            content = bytearray(self._storage.read_part(tar, place.offset, place.length))
+            self._compare(tar, place, hashlib.sha256(content).hexdigest())
+            return sample_tensors(place, content, place.offset)
         if key not in self._checked:
             self.check(key)
             self._checked.add(place.key)
@@ -131,10 +162,13 @@ class SampleReader:
     def check(self, key: str) -> None:
         """Compare the sample's bytes with the receipt's hash; raises `CacheError` naming it."""
         tar, place = self._place(key)
-        if self._shard(tar).payload_sha256(place) != place.sha256:
+        self._compare(tar, place, self._shard(tar).payload_sha256(place))
+
+    def _compare(self, tar: str, place: SamplePlace, found: str) -> None:
+        if found != place.sha256:
             raise CacheError(
-                f"{self._storage}/{tar}: sample {key} is damaged; `precog cache verify --repair` sets the shard aside, "
-                "then precompute makes it again"
+                f"{self._storage}/{tar}: sample {place.key} is damaged; `precog cache verify --repair` sets the shard "
+                "aside, then precompute makes it again"
             )
 
     def _place(self, key: str) -> tuple[str, SamplePlace]:

@@ -3,6 +3,7 @@
 Every draw is keyed by (seed, epoch, sample key), so a clip's example depends on nothing else.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from shared.view import View, ViewRow
 from train.conditioning import image_condition, pad_front
 from train.forward import ModelInput
 from train.objective import NoiseSchedule, add_noise, min_snr_weight, velocity
-from train.order import Draw
+from train.order import Draw, Windows, window_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,16 @@ class Dataset:
         self.rows = view.split(split)
         self._empty_prompt = view.special_prompts[""]
         prompts = {self._empty_prompt, *(key for row in self.rows for key in row.prompt_keys)}
-        self._latents = SampleReader(storage, view.latents, {row.latent_key for row in self.rows})
-        self._prompts = SampleReader(storage, view.prompts, prompts)
+        room = storage.copies_bytes()
+        if room is None:
+            latents_up_to = prompts_up_to = math.inf
+        elif split == "held_out":  # one in this shard, one in that: not worth a shard each
+            latents_up_to = prompts_up_to = 0.0
+        else:  # the order goes by the shards of latents, so prompts come from anywhere
+            latents_up_to, prompts_up_to = math.inf, room / 2
+        self._latents = SampleReader(storage, view.latents, {row.latent_key for row in self.rows}, latents_up_to)
+        self._prompts = SampleReader(storage, view.prompts, prompts, prompts_up_to)
+        self._room_bytes = None if room is None else room - self._prompts.copies_bytes
         self._conventions = conventions
         self._schedule = schedule
         self._train = train
@@ -84,6 +93,19 @@ class Dataset:
                 if self._prompts.shapes(key)["prompt_embeds"] != text:
                     found = self._prompts.shapes(key)["prompt_embeds"]
                     raise CacheError(f"{name(row)}: prompt embedding of shape {found}, the transformer takes {text}")
+
+    def windows(self) -> Windows | None:
+        """How the order keeps to a few shards at a time, see `train.shuffle_shards`; None if it shuffles all."""
+        sizes = dict(sorted(self._latents.shard_bytes.items()))
+        chosen, size = self._train.shuffle_shards, len(sizes)
+        if isinstance(chosen, int):
+            size = chosen
+        elif chosen == "auto" and self._room_bytes is not None:
+            size = window_size(list(sizes.values()), self._room_bytes)
+        if size >= len(sizes):
+            return None
+        numbers = {tar: number for number, tar in enumerate(sizes)}
+        return Windows(size, np.array([numbers[self._latents.shard_of(row.latent_key)] for row in self.rows]))
 
     def tokens(self, row: int) -> int:
         """Text and video tokens of a clip."""

@@ -187,7 +187,7 @@ class Work:
 def _read_work(run: Run, step: int) -> Work:
     """Cut the global batch into packs and read this rank's; runs in the background, one step ahead."""
     train, accelerator, dataset = run.config.train, run.accelerator, run.dataset
-    draws = global_batch(run.view.hash, train.seed, len(dataset.rows), train.global_batch_size, step)
+    draws = global_batch(run.view.hash, train.seed, len(dataset.rows), train.global_batch_size, step, run.windows)
     timesteps = dataset.timesteps(draws, step)
     tokens = [dataset.tokens(draw.row) for draw in draws]
     ranks = divide(tokens, run.width, accelerator.num_processes, train.max_tokens_per_pack)

@@ -3,6 +3,8 @@
 The rows of the view form an endless stream of epochs. Epoch e is a permutation keyed by (view hash, seed, e), and
 optimizer step k (from 0) is positions [k*G, (k+1)*G) of the stream. So each step has G clips, each clip comes once
 per epoch, a batch may span the end of an epoch, and a run's position is one integer, on any number of processes.
+
+Where shards have to be fetched, the permutation is one that reads a few at a time: see `Windows`.
 """
 
 import heapq
@@ -15,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import DataError
+from shared.fingerprint import key_of
 from shared.seeding import generator
 
 Packs = tuple[tuple[int, ...], ...]
@@ -29,8 +32,37 @@ class Draw:
     row: int
 
 
-def global_batch(view_hash: str, seed: int, num_rows: int, global_batch_size: int, step: int) -> tuple[Draw, ...]:
-    """The clips of optimizer step `step` (from 0), in stream order."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Windows:
+    """An order that needs `num_shards` shards at any moment, and each of them for one stretch of the epoch.
+
+    A cache that holds the last `2 * num_shards - 1` shards that were read fetches each once per epoch.
+    """
+
+    num_shards: int
+    shards: npt.NDArray[np.int64]
+    """[rows] the number of the shard that holds the row's clip, from 0 without a gap."""
+
+    @property
+    def name(self) -> str:
+        """Tells this order from any other over the same view and seed."""
+        layout = key_of([int(shard) for shard in self.shards])
+        return f"{self.num_shards} of layout {layout[:16]}"
+
+
+def window_size(shard_bytes: Sequence[int], room_bytes: int) -> int:
+    """How many shards at a time leave room for the `2 n - 1` that `Windows` wants kept: 1 to all of them."""
+    if sum(shard_bytes) <= room_bytes:
+        return len(shard_bytes)
+    largest = np.cumsum(sorted(shard_bytes, reverse=True))
+    kept = int(np.searchsorted(largest, room_bytes, side="right"))
+    return max(1, (kept + 1) // 2)
+
+
+def global_batch(
+    view_hash: str, seed: int, num_rows: int, global_batch_size: int, step: int, windows: Windows | None = None
+) -> tuple[Draw, ...]:
+    """The clips of optimizer step `step` (from 0), in stream order; without `windows`, epochs are shuffled whole."""
     assert num_rows > 0, "num_train_steps refuses an empty view"
     assert global_batch_size > 0
     assert step >= 0
@@ -39,8 +71,11 @@ def global_batch(view_hash: str, seed: int, num_rows: int, global_batch_size: in
     while position < end:
         epoch, start = divmod(position, num_rows)
         stop = min(num_rows, start + end - position)
-        rows = _epoch_rows(view_hash, seed, num_rows, epoch)[start:stop].tolist()
-        draws += [Draw(epoch, row) for row in rows]
+        if windows is None:
+            rows = _epoch_rows(view_hash, seed, num_rows, epoch)
+        else:
+            rows = _windowed_rows(view_hash, seed, windows, epoch)
+        draws += [Draw(epoch, row) for row in rows[start:stop].tolist()]
         position += stop - start
     return tuple(draws)
 
@@ -100,3 +135,21 @@ def _epoch_rows(view_hash: str, seed: int, num_rows: int, epoch: int) -> npt.NDA
     """The epoch's permutation, by sorting raw Philox words: `Generator.permutation` may change with numpy's version."""
     words = generator("order", view_hash, seed, epoch).bit_generator.random_raw(num_rows)
     return np.argsort(words, kind="stable")
+
+
+@lru_cache(maxsize=2)
+def _windowed_rows(view_hash: str, seed: int, windows: Windows, epoch: int) -> npt.NDArray[np.int64]:
+    """The epoch's permutation, in which the shard at place p of a permutation of them is read from time p to p + n.
+
+    Each clip has a time drawn evenly from that stretch, so that n shards are under way at any time and a clip comes
+    from each alike. Before time n - 1 and after the last shard has begun there are fewer: those clips are shuffled
+    among themselves.
+    """
+    size, num_shards = windows.num_shards, int(windows.shards.max()) + 1
+    draw = generator("windows", view_hash, seed, epoch).bit_generator
+    places = np.empty(num_shards, np.int64)
+    places[np.argsort(draw.random_raw(num_shards), kind="stable")] = np.arange(num_shards)
+    fractions, again = ((draw.random_raw(len(windows.shards)) >> np.uint64(11)) * 2.0**-53 for _ in range(2))
+    times = places[windows.shards] + size * fractions
+    part = (times >= num_shards).astype(np.int64) - (times < size - 1)
+    return np.lexsort((np.where(part == 0, times, again), part))

@@ -27,6 +27,7 @@ from train.fidelity import open_quantised_engine
 from train.memory import choose_plan
 from train.model import load_adapter_weights, load_transformer
 from train.objective import NoiseSchedule, read_schedule
+from train.order import Windows
 
 FIXED_FIELDS = (
     "adam_weight_decay",
@@ -47,6 +48,10 @@ FIXED_FIELDS = (
     "use_rslora",
 )
 """Fields of [train] that a resumed run may not change."""
+ORDER = "train.shuffle_shards"
+"""The order's name in a run's identity: what `shuffle_shards` came to."""
+WHOLE = "all"
+"""The order without windows, and of every checkpoint from before there were any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,8 @@ class Run:
     conventions: Conventions
     schedule: NoiseSchedule
     dataset: Dataset
+    windows: Windows | None
+    """Of the training clips' order."""
     held_out: Dataset
     transformer: CogVideoXTransformer3DModel
     engine: Engine
@@ -77,7 +84,8 @@ class Run:
     def identity(self) -> dict[str, Json]:
         """What a resumed run must share with the run that made its checkpoints."""
         settings = self.config.train.model_dump(mode="json")
-        return {"view": self.view.hash, **{f"train.{name}": settings[name] for name in FIXED_FIELDS}}
+        order = WHOLE if self.windows is None else self.windows.name
+        return {"view": self.view.hash, ORDER: order, **{f"train.{name}": settings[name] for name in FIXED_FIELDS}}
 
 
 def open_run(config: Config) -> Run:
@@ -108,7 +116,8 @@ def open_run(config: Config) -> Run:
         engine = open_quantised_engine(
             transformer, plan, accelerator.device, conventions, example, allow_low_cosine=allowed
         )
-    return Run(config, accelerator, view, conventions, schedule, dataset, held_out, transformer, engine)
+    windows = dataset.windows()
+    return Run(config, accelerator, view, conventions, schedule, dataset, windows, held_out, transformer, engine)
 
 
 def start_processes(train: Train) -> Accelerator:
@@ -143,7 +152,7 @@ def agreed_conventions(config: Config, storage: Storage, view: View) -> tuple[Co
 
 def refuse_another_run(state: dict[str, Any], identity: dict[str, Json], where: str) -> None:
     """Raises `CacheError` naming what differs between the checkpoint's run and this one."""
-    theirs = state.get("identity", {})
+    theirs = {ORDER: WHOLE, **state.get("identity", {})}
     differing = [name for name in identity if theirs.get(name) != identity[name]]
     if differing:
         shown = ", ".join(f"{name} was {theirs.get(name)!r}, is {identity[name]!r}" for name in differing)
@@ -164,5 +173,6 @@ def announce(run: Run) -> None:
             ("attention", run.engine.attention),
             ("clips", f"{len(run.dataset.rows)} to train on, {len(run.held_out.rows)} held out"),
             ("buckets", ", ".join(map(str, sorted({row.bucket for row in run.view.split("train")})))),
+            ("shuffled", "whole" if run.windows is None else f"{run.windows.num_shards} shards at a time"),
         ],
     )

@@ -1,6 +1,8 @@
 """Examples are pure functions of (seed, epoch, clip): draws, captions, dropout, timesteps, weights."""
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,18 +11,20 @@ import pytest
 import torch
 
 from shared.config import Config, Train
+from shared.errors import CacheError
 from shared.files import open_storage
 from shared.fingerprint import key_of
 from shared.geometry import Bucket, latent_shape
 from shared.shard import MappedShard, Sample, write_shard
-from shared.store import Collection, SampleReader
+from shared.store import Collection, SampleReader, shards
 from shared.variants import Conventions, read_conventions
 from shared.view import View, ViewRow, read_view
 from tests import tiny
 from train.data import Dataset, Example
 from train.objective import NoiseSchedule, min_snr_weight, read_schedule, schedule_from
-from train.order import Draw
+from train.order import Draw, global_batch
 
+NUM_SHARDS, PER_SHARD = 16, 8
 Settings = Callable[..., Config]
 BUCKET = Bucket(9, 32, 48)
 CAPTIONS = (key_of("first"), key_of("second"), key_of("third"))
@@ -171,6 +175,137 @@ def test_a_sample_is_compared_with_its_receipt_once_and_never_copied(
     reader = SampleReader(open_storage(str(tmp_path), local_cache_gib=1), Collection("latents", key_of("latents")))
     left, right = (reader.read(key_of("clip"))["moments"] for _ in range(2))
     assert left.data_ptr() == right.data_ptr()
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Iterator[Callable[..., Dataset]]:
+    """Many shards of clips with a caption each, half as many of prompts, behind a URL; `room` counts latents shards."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    conventions = conventions_of("2b")
+    latents, prompts = Collection("latents", key_of("latents")), Collection("prompts", key_of("prompts"))
+    storage = open_storage("memory://data/cache", local_folder=tmp_path / "copies")
+    channels, *size = latent_shape(BUCKET, 16)
+    moments = torch.zeros(2 * channels, *size)
+    embeds = torch.zeros(conventions.text_length, conventions.text_embed_dim)
+    texts = [key_of(["caption", number]) for number in range(NUM_SHARDS * PER_SHARD)]
+    rows, shard_bytes = [], 0
+    for number in range(NUM_SHARDS):
+        keys = [key_of([number, clip]) for clip in range(PER_SHARD)]
+        shard_bytes = write_shard(storage, latents.folder, [Sample(key, {"moments": moments}, {}) for key in keys]).size
+        own = texts[number * PER_SHARD : (number + 1) * PER_SHARD]
+        rows += [
+            ViewRow("a.mp4", 0.0, 1.0, 9, 32, 48, False, key, ("",), (1.0,), (text,), (0,), "train", "")
+            for key, text in zip(keys, own, strict=True)
+        ]
+    for number in range(0, len(texts), 2 * PER_SHARD):
+        chosen = [*texts[number : number + 2 * PER_SHARD], *([key_of("")] if number == 0 else [])]
+        write_shard(storage, prompts.folder, [Sample(key, {"prompt_embeds": embeds}, {}) for key in chosen])
+
+    def make(room: float, split: str = "train", **values: Any) -> Dataset:
+        storage = open_storage(
+            "memory://data/cache", local_cache_gib=room * shard_bytes / 2**30, local_folder=tmp_path / "copies"
+        )
+        view = View("view", latents, prompts, {"": key_of("")}, tuple(replace(row, split=split) for row in rows))
+        train = Train(output_dir=tmp_path, **values)
+        return Dataset(storage, view, split, conventions, read_schedule(tiny.scheduler_config("2b")), train)
+
+    yield make
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+def downloads_of_an_epoch(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """By kind: latents or prompts."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    fetched: Counter[str] = Counter()
+    fetch = MemoryFileSystem.get_file
+
+    def counted(self: Any, name: str, *arguments: Any, **options: Any) -> Any:
+        fetched[name.split("/")[-3]] += 1
+        return fetch(self, name, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "get_file", counted)
+        for step in range(len(data.rows) // 4):
+            for draw in global_batch("view", 7, len(data.rows), 4, step, data.windows()):
+                data.example(draw, 10)
+    return fetched
+
+
+@pytest.mark.parametrize(("room", "size"), [(2, 1), (5, 3), (13, 3)])
+def test_each_shard_is_fetched_once_per_epoch_however_little_room_there_is(
+    room: int, size: int, remote: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for thirteen, the prompts' shards (the space of six) are kept whole beside the latents'."""
+    data = remote(room)
+    windows = data.windows()
+    assert windows is not None and windows.num_shards == size
+    fetched = downloads_of_an_epoch(data, monkeypatch)
+    assert fetched["latents"] == NUM_SHARDS
+    assert fetched["prompts"] == (NUM_SHARDS // 2 if room == 13 else 0)
+
+
+def test_shuffling_all_shards_at_once_would_fetch_one_for_nearly_every_clip(
+    remote: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = remote(2, shuffle_shards="all")
+    assert data.windows() is None
+    assert downloads_of_an_epoch(data, monkeypatch)["latents"] > 0.8 * NUM_SHARDS * PER_SHARD
+
+
+def test_where_all_copies_fit_all_shards_are_shuffled_at_once(
+    remote: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = remote(1000)
+    assert data.windows() is None
+    assert downloads_of_an_epoch(data, monkeypatch)["latents"] == NUM_SHARDS
+
+
+def test_the_window_can_be_chosen(remote: Callable[..., Dataset], tmp_path: Path) -> None:
+    for room in (2, 1000):
+        windows = remote(room, shuffle_shards=4).windows()
+        assert windows is not None and windows.num_shards == 4
+        assert remote(room, shuffle_shards=NUM_SHARDS).windows() is None
+    assert dataset(tmp_path / "folder").windows() is None
+
+
+def test_held_out_clips_are_read_alone(remote: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out, trained = remote(2, split="held_out"), remote(2)
+    assert torch.equal(held_out.fixed_example(3, 10).target, trained.fixed_example(3, 10).target)
+    assert downloads_of_an_epoch(held_out, monkeypatch).total() == 0
+
+
+def test_a_damaged_sample_that_is_read_alone_is_named(remote: Callable[..., Dataset]) -> None:
+    data, storage = remote(2), open_storage("memory://data/cache")
+    for tar, receipt in shards(storage, "prompts"):
+        content = bytearray(storage.read(tar, limit_bytes=2**24))
+        for place in receipt.samples:
+            content[place.offset + place.length - 1] ^= 1
+        storage.publish(tar, bytes(content), replace=True)
+    line = r"a\.mp4 at 0\.00 s: memory://data/cache/prompts/\w+/\w+\.tar: sample \w+ is damaged; `precog cache verify"
+    with pytest.raises(CacheError, match=line):
+        data.example(Draw(0, 0), 10)
+    for tar, _ in shards(storage, "prompts"):
+        storage.publish(tar, b"short", replace=True)
+    with pytest.raises(CacheError, match=r"\.tar: (ends before byte|cannot be read)"):
+        data.example(Draw(0, 0), 10)
+
+
+def test_a_sample_of_a_folder_can_be_read_alone(tmp_path: Path) -> None:
+    dataset(tmp_path)
+    storage, collection = open_storage(str(tmp_path)), Collection("latents", key_of("latents"))
+    alone, mapped = (SampleReader(storage, collection, None, limit) for limit in (0, math.inf))
+    assert torch.equal(alone.read(key_of("clip"))["moments"], mapped.read(key_of("clip"))["moments"])
+    assert alone.copies_bytes == 0 < mapped.copies_bytes
+    (tar,) = alone.shard_bytes
+    (tmp_path / tar).write_bytes((tmp_path / tar).read_bytes()[:1000])
+    with pytest.raises(CacheError, match="ends before byte"):
+        alone.read(key_of("clip"))
+    (tmp_path / tar).unlink()
+    with pytest.raises(CacheError, match="cannot be read"):
+        alone.read(key_of("clip"))
 
 
 def test_the_order_in_the_table_changes_no_example(experiment: Config, settings: Settings) -> None:

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from shared.errors import DataError
 from shared.geometry import Bucket, video_tokens
 from train import order
-from train.order import Draw, divide, global_batch, num_train_steps, pack_cost
+from train.order import Draw, Windows, divide, global_batch, num_train_steps, pack_cost, window_size
 
 TEXT_TOKENS = 226
 WIDTH = 3072  # CogVideoX-5B: 48 heads of 64
 GOLDEN = [(0, 0), (0, 3), (0, 4), (0, 2), (0, 1), (1, 2), (1, 3), (1, 0), (1, 1), (1, 4), (2, 3), (2, 1)]
+WINDOWED = [6, 7, 4, 3, 2, 5, 0, 1]
 worlds = st.integers(1, 64)
 batch_sizes = st.integers(1, 64)
 quick = settings(max_examples=60, deadline=None)
@@ -96,6 +97,99 @@ def test_an_epoch_is_permuted_once_and_not_for_each_step() -> None:
 def test_a_batch_larger_than_the_view_repeats_it() -> None:
     batch = global_batch("view", 1, 3, 8, 0)
     assert [draw.epoch for draw in batch] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> Windows:
+    """Up to 300 clips in up to 20 shards of uneven sizes, and a window of one to all of them."""
+    sizes = draw(st.lists(st.integers(1, 15), min_size=1, max_size=20))
+    shards = np.repeat(np.arange(len(sizes)), sizes)
+    np.random.default_rng(draw(st.integers(0, 99))).shuffle(shards)
+    return Windows(draw(st.integers(1, len(sizes))), shards)
+
+
+def windowed_epoch(order_of: Windows, epoch: int = 0, seed: int = 7) -> list[int]:
+    """Rows in the order they come."""
+    size = len(order_of.shards)
+    return [draw.row for draw in global_batch("view", seed, size, size, epoch, order_of)]
+
+
+@quick
+@given(windows(), batch_sizes, st.integers(0, 3))
+def test_every_clip_comes_exactly_once_per_epoch_of_windows(
+    order_of: Windows, global_batch_size: int, epoch: int
+) -> None:
+    rows = len(order_of.shards)
+    first, last = epoch * rows // global_batch_size, -(-(epoch + 1) * rows // global_batch_size)
+    draws = [
+        draw for step in range(first, last) for draw in global_batch("v", 1, rows, global_batch_size, step, order_of)
+    ]
+    assert len(draws) == (last - first) * global_batch_size
+    assert sorted(draw.row for draw in draws if draw.epoch == epoch) == list(range(rows))
+
+
+@quick
+@given(windows(), st.integers(0, 3))
+def test_no_more_shards_are_under_way_than_the_window_has(order_of: Windows, epoch: int) -> None:
+    shards = order_of.shards[windowed_epoch(order_of, epoch)].tolist()
+    stretches = [(shards.index(shard), len(shards) - 1 - shards[::-1].index(shard)) for shard in set(shards)]
+    for place in range(len(shards)):
+        assert sum(first <= place <= last for first, last in stretches) <= order_of.num_shards
+
+
+@quick
+@given(windows())
+def test_what_keeps_the_last_shards_fetches_each_once_per_epoch(order_of: Windows) -> None:
+    for epoch in range(2):
+        fetched: list[int] = []
+        kept: list[int] = []  # the least recently used first
+        for row in windowed_epoch(order_of, epoch):
+            shard = int(order_of.shards[row])
+            if shard in kept:
+                kept.remove(shard)
+            else:
+                fetched.append(shard)
+            kept = [*kept, shard][-(2 * order_of.num_shards - 1) :]
+        assert sorted(fetched) == sorted(set(order_of.shards.tolist()))
+
+
+def test_a_window_mixes_the_clips_of_its_shards() -> None:
+    order_of = Windows(8, np.repeat(np.arange(64), 32))
+    shards = order_of.shards[windowed_epoch(order_of)]
+    same = float((shards[1:] == shards[:-1]).mean())
+    assert same == pytest.approx(1 / 8, abs=0.03)  # 2047 pairs: four standard deviations
+    # From the first batch to the last, a batch of 16 has clips of many shards.
+    assert all(len(set(batch)) >= 4 for batch in shards.reshape(-1, 16).tolist())
+    (within,) = [windowed_epoch(Windows(1, np.zeros(100, np.int64)))]
+    assert within != sorted(within)
+
+
+def test_epochs_seeds_and_layouts_have_orders_of_their_own() -> None:
+    layout = np.repeat(np.arange(10), 10)
+    one, two, other = Windows(3, layout), Windows(4, layout), Windows(3, layout[::-1].copy())
+    orders = [windowed_epoch(one, 0), windowed_epoch(one, 1), windowed_epoch(one, 0, seed=8)]
+    orders += [windowed_epoch(two), windowed_epoch(other)]
+    assert len({tuple(rows) for rows in orders}) == 5
+    assert len({one.name, two.name, other.name}) == 3
+    assert one.name == Windows(3, layout.copy()).name
+    assert windowed_epoch(Windows(3, layout.copy())) == orders[0]
+
+
+def test_the_order_in_windows_is_the_recorded_one() -> None:
+    """Golden, as above."""
+    assert windowed_epoch(Windows(2, np.array([0, 0, 1, 1, 2, 2, 3, 3]))) == WINDOWED
+
+
+@quick
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(0, 4000))
+def test_the_window_is_the_largest_for_which_the_copies_fit(sizes: list[int], room: int) -> None:
+    size = window_size(sizes, room)
+    if sum(sizes) <= room:
+        assert size == len(sizes)
+    else:
+        largest = sorted(sizes, reverse=True)
+        assert size == 1 or sum(largest[: 2 * size - 1]) <= room
+        assert sum(largest[: 2 * size + 1]) > room
 
 
 @pytest.mark.parametrize(
