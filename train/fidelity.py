@@ -11,6 +11,7 @@ from train.data import Example
 from train.engine import Engine, Plan, open_engine
 from train.forward import predict
 from train.objective import clip_loss
+from train.step import loss_scale
 
 LEAST_COSINE = 0.99
 
@@ -45,12 +46,13 @@ def open_quantised_engine(
 def adapter_gradient(
     transformer: CogVideoXTransformer3DModel, engine: Engine, conventions: Conventions, example: Example
 ) -> Tensor:
-    """[weights of the adapter] fp32, for one clip without dropout; the model is left as it was."""
+    """[weights of the adapter] fp32, for one clip without dropout, in fp16 scaled; the model is left as it was."""
     was_training = transformer.training
     transformer.eval()
     example = example.to(transformer.device, transformer.dtype)
     trained = [value for value in transformer.parameters() if value.requires_grad]
     (prediction,) = predict(transformer, [example.model_input], conventions, engine)
-    gradients = torch.autograd.grad(clip_loss(prediction, example.target), trained, allow_unused=True)
+    loss = clip_loss(prediction, example.target) * loss_scale(transformer.dtype, clips=1)
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
     transformer.train(was_training)
     return torch.cat([gradient.flatten().float() for gradient in gradients if gradient is not None])

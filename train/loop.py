@@ -41,7 +41,7 @@ from train.optimizer import (
 from train.order import divide, global_batch, num_train_steps
 from train.preview import open_previews, write_preview
 from train.run import Run, announce, open_run, refuse_another_run
-from train.step import accumulate_gradients, finish_gradients, require_finite
+from train.step import require_finite, step_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +118,9 @@ def run_steps(run: Run, stop: StopSignal) -> None:
 
             rate = settings.learning_rate * learning_rate(step)
             set_learning_rate(optimizer, rate)
-            losses = accumulate_gradients(transformer, work.packs, run.conventions, settings, run.engine)
-            trained = [parameter for _, parameter in parameters]
-            result = finish_gradients(trained, losses, accelerator, settings, stopping=stop.requested)
+            losses, result = step_gradients(
+                transformer, work.packs, run.conventions, settings, run.engine, accelerator, stopping=stop.requested
+            )
             require_finite(result, work.packs, losses, accelerator)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

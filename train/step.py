@@ -1,5 +1,7 @@
 """One optimizer step's gradients: forward and backward of this rank's packs, then one sum over the ranks."""
 
+import logging
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +24,13 @@ from train.objective import clip_loss
 
 Packs = Sequence[Sequence[Example]]
 
+logger = logging.getLogger(__name__)
+
+FP16_LOSS_SCALE = 2.0**16
+"""Of one clip's mean loss. Its gradient for one of a million predicted values is else below fp16's smallest normal."""
+SMALLER = 2.0**-4
+"""By which the scale falls when a gradient overflows."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -35,10 +44,51 @@ class StepResult:
     """Some rank was asked to stop."""
 
 
+def step_gradients(
+    transformer: CogVideoXTransformer3DModel,
+    packs: Packs,
+    conventions: Conventions,
+    train: Train,
+    engine: Engine,
+    accelerator: Accelerator,
+    *,
+    stopping: bool,
+) -> tuple[list[Tensor], StepResult]:
+    """The global batch's gradient in the adapter, the same on every rank; this rank's losses and the step's result.
+
+    A transformer in fp16 takes its backward pass with a scaled loss. On overflow the pass is repeated with a smaller
+    scale, from the same start in every step, so that a resumed run has nothing to remember (unlike a `GradScaler`).
+    """
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    scale = loss_scale(transformer.dtype, train.global_batch_size)
+    while True:
+        losses = accumulate_gradients(transformer, packs, conventions, train, engine, scale)
+        result = finish_gradients(parameters, losses, accelerator, train, scale, stopping=stopping)
+        if scale <= 1 or not math.isfinite(result.loss) or math.isfinite(result.grad_norm):
+            return losses, result
+        scale *= SMALLER
+        logger.warning("a gradient is beyond fp16; once more with the loss scaled by %g", scale)
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def loss_scale(dtype: torch.dtype, clips: int) -> float:
+    """Of a mean over `clips`: a power of two, which rounds nothing; 1 but for fp16."""
+    return FP16_LOSS_SCALE * 2.0 ** math.ceil(math.log2(clips)) if dtype == torch.float16 else 1.0
+
+
 def accumulate_gradients(
-    transformer: CogVideoXTransformer3DModel, packs: Packs, conventions: Conventions, train: Train, engine: Engine
+    transformer: CogVideoXTransformer3DModel,
+    packs: Packs,
+    conventions: Conventions,
+    train: Train,
+    engine: Engine,
+    scale: float = 1.0,
 ) -> list[Tensor]:
-    """Add this rank's share of the global mean's gradient to the adapter; the loss of each clip."""
+    """Add `scale` times this rank's share of the global mean's gradient to the adapter; the loss of each clip.
+
+    The adapter's dropout, if any, is drawn per pack, so it follows the packing and with it the number of processes.
+    """
     losses: list[Tensor] = []
     for pack in packs:
         torch.manual_seed(seeding.integer_seed("dropout", train.seed, *(example.draw for example in pack)))
@@ -51,7 +101,7 @@ def accumulate_gradients(
         pack_losses = torch.stack(
             [example.weight * clip_loss(prediction, example.target) for prediction, example in pairs]
         )
-        torch.autograd.backward(pack_losses.sum() / train.global_batch_size)
+        torch.autograd.backward(pack_losses.sum() / (train.global_batch_size / scale))
         losses += pack_losses.detach().unbind()
     return losses
 
@@ -70,10 +120,11 @@ def finish_gradients(
     losses: Sequence[Tensor],
     accelerator: Accelerator,
     train: Train,
+    scale: float = 1.0,
     *,
     stopping: bool,
 ) -> StepResult:
-    """Sum gradients over the ranks, once, and scale them down to `max_grad_norm`."""
+    """Sum gradients over the ranks, once, divide them by `scale`, and bring them down to `max_grad_norm`."""
     for parameter in parameters:
         if parameter.grad is None:  # this rank had no clip
             parameter.grad = torch.zeros_like(parameter)
@@ -88,6 +139,9 @@ def finish_gradients(
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
         sums = accelerator.reduce(sums, reduction="sum")
+    if scale != 1:
+        for gradient in gradients:
+            gradient.div_(scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
     loss, asked = sums.tolist()
     return StepResult(loss / train.global_batch_size, float(norm), asked > 0)
