@@ -257,8 +257,8 @@ class Train(Table):
     """The tracker's name of the project."""
     log_clips: bool = False
     """Write each step's clips and timesteps to metrics.jsonl."""
-    device: str = "auto"
-    """"cpu", "cuda"; auto takes this process's GPU when there is one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes this process's GPU when there is one; CUDA_VISIBLE_DEVICES says which that is."""
 
     @model_validator(mode="after")
     def _options_agree(self) -> "Train":
@@ -382,14 +382,15 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     name, separator, raw = override.partition("=")
     parts = name.strip().split(".")
     if not separator or len(parts) != 2 or not all(parts):
-        raise UsageError(f"override {override!r}: write it as table.field=value, such as train.lora_rank=64")
+        shown = SECRET.sub("***", override)
+        raise UsageError(f"override {shown!r}: write it as table.field=value, such as train.lora_rank=64")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw
     table = values.setdefault(parts[0], {})
     if not isinstance(table, dict):
-        raise UsageError(f"override {override!r}: {parts[0]} is not a table")
+        raise UsageError(f"override {SECRET.sub('***', override)!r}: {parts[0]} is not a table")
     table[parts[1]] = value
 
 

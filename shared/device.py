@@ -1,18 +1,20 @@
 """Devices, precisions and memory, under the names that configs use."""
 
+import os
 import resource
 
 import torch
 
 from shared.errors import UsageError
 
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_device(requested: str) -> torch.device:
-    """`auto` is the GPU when there is one. Raises `UsageError` for a device that is not there."""
+    """`auto` is this process's GPU when there is one. Raises `UsageError` for a device that is not there."""
     if requested == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local_rank() % torch.cuda.device_count()) if torch.cuda.is_available() else CPU
     try:
         device = torch.device(requested)
     except RuntimeError:
@@ -20,6 +22,11 @@ def choose_device(requested: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device = {requested!r}: torch sees {torch.cuda.device_count()} GPUs here")
     return device
+
+
+def local_rank() -> int:
+    """This process's number among those of its machine (torchrun, accelerate, SLURM); 0 alone."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -45,3 +45,11 @@ def test_a_token_is_refused_wherever_it_is_put() -> None:
     with pytest.raises(UsageError, match="looks like an access token") as caught:
         load_config(ROOT / "configs" / "demo.toml", [f"model.revision={secret}"])
     assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["hub_token={}", "model.a.b={}", "{}"])
+def test_a_malformed_override_does_not_repeat_a_token(override: str) -> None:
+    secret = "hf_" + "b" * 30
+    with pytest.raises(UsageError, match="write it as") as caught:
+        load_config(ROOT / "configs" / "demo.toml", [override.format(secret)])
+    assert secret not in str(caught.value)
