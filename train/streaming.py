@@ -14,7 +14,7 @@ import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock, CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
-from train.transfer import CopyStream, host_empty
+from train.transfer import CopyStream, host_empty, shared_slab
 
 ALIGNMENT = 256
 """Bytes; what kernels like best."""
@@ -53,19 +53,27 @@ def frozen_weights(block: CogVideoXBlock) -> list[nn.Parameter]:
 
 
 class WeightStream:
-    """Every block's frozen weights in host memory, and room for `resident_blocks` of them on the device."""
+    """Every block's frozen weights in host memory, and room for `resident_blocks` of them on the device.
+
+    The processes of one machine share the host memory, so that all of them have to make theirs together.
+    """
 
     def __init__(self, transformer: CogVideoXTransformer3DModel, resident_blocks: int, device: torch.device) -> None:
         assert resident_blocks >= 2, "one block computes while another is copied"
         self._weights = [frozen_weights(block) for block in transformer.transformer_blocks]
         layouts = [lay_out([value.data for value in weights]) for weights in self._weights]
         self._places = [places for places, _ in layouts]
-        self._hosts = [host_empty(num_bytes, device) for _, num_bytes in layouts]
-        for index, weights in enumerate(self._weights):
-            for value, place in zip(weights, self._places[index], strict=True):
-                place.view(self._hosts[index]).copy_(value.data)
-            self._point(index, self._hosts[index])
-        largest = max(num_bytes for _, num_bytes in layouts)
+        sizes = [num_bytes for _, num_bytes in layouts]
+        self._hosts: list[Tensor] = []
+        self._slab = shared_slab(sum(sizes), device, lambda buffer: self._move_to(torch.split(buffer, sizes)))
+        """Where `_hosts` are, if other processes of this machine use them too."""
+        if self._slab is None:
+            self._move_to([host_empty(num_bytes, device) for num_bytes in sizes])
+        else:
+            self._hosts = list(torch.split(self._slab.buffer, sizes))
+            for index, host in enumerate(self._hosts):
+                self._point(index, host)
+        largest = max(sizes)
         self._free = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(resident_blocks)]
         self._resident: OrderedDict[int, tuple[Tensor, torch.cuda.Event | None]] = OrderedDict()
         """Block -> its buffer and the end of its copy; the least recently used comes first."""
@@ -99,6 +107,14 @@ class WeightStream:
         with self._copies.after_compute():  # whoever computed with this buffer is done with it
             buffer[: len(host)].copy_(host, non_blocking=True)
         self._resident[index] = (buffer, self._copies.record())
+
+    def _move_to(self, hosts: Sequence[Tensor]) -> None:
+        """Block by block, so that no more than one is there twice."""
+        self._hosts = list(hosts)
+        for index, host in enumerate(hosts):
+            for value, place in zip(self._weights[index], self._places[index], strict=True):
+                place.view(host).copy_(value.data)
+            self._point(index, host)
 
     def _point(self, index: int, buffer: Tensor) -> None:
         for value, place in zip(self._weights[index], self._places[index], strict=True):

@@ -1,11 +1,23 @@
-"""Copies between device and host beside the computation: pinned host memory, a stream of their own, events."""
+"""Copies between device and host beside the computation: pinned host memory, a stream of their own, events.
 
-from collections.abc import Iterator
+Host memory may be shared by the processes of one machine. It is a memory file then: it has no name that a crash could
+leave behind, and what /dev/shm holds does not limit it.
+"""
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from mmap import mmap
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+
+from train.peers import gather, machine
+
+logger = logging.getLogger(__name__)
 
 
 def host_empty(num_bytes: int, device: torch.device) -> Tensor:
@@ -24,6 +36,81 @@ def host_copy(tensor: Tensor, device: torch.device) -> Tensor:
     tensor = tensor.detach().contiguous()
     copy = host_empty(tensor.nbytes, device).view(tensor.dtype).view(tensor.shape)
     return copy.copy_(tensor)
+
+
+class SharedSlab:
+    """A memory file in this process: `buffer` [num_bytes] uint8, pinned where `device` is a GPU."""
+
+    def __init__(self, descriptor: int, num_bytes: int, device: torch.device) -> None:
+        self.buffer = torch.frombuffer(mmap(descriptor, num_bytes), dtype=torch.uint8)
+        if device.type == "cuda":
+            portable = 1
+            address = self.buffer.data_ptr()
+            status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, portable)  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(status)
+            weakref.finalize(self, _unpin, address, device)
+
+
+def _unpin(address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # no copy is under way
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))  # type: ignore[no-untyped-call]
+
+
+def shared_slab(num_bytes: int, device: torch.device, fill: Callable[[Tensor], None]) -> SharedSlab | None:
+    """The same bytes for all processes of this machine, in memory once; the first of them fills it.
+
+    All processes of the run call this together. None to one that is alone on its machine and, after a warning, to one
+    that cannot share: it needs a copy of its own. On meta there is nothing to share.
+    """
+    if device.type == "meta":
+        return None
+    peers = gather((machine(), os.getpid()))
+    pids = [pid for name, pid in peers if name == machine()]
+    slab, descriptor = None, -1
+    if len(pids) > 1 and pids[0] == os.getpid():
+        try:
+            descriptor = _memory_file(num_bytes)
+            slab = SharedSlab(descriptor, num_bytes, device)
+            fill(slab.buffer)
+        except (OSError, RuntimeError) as error:
+            _warn(num_bytes, error)
+    offers = dict(zip(peers, gather(None if slab is None else descriptor), strict=True))  # filled, or given up
+    offer = offers[machine(), pids[0]]
+    if offer is not None and pids[0] != os.getpid():
+        try:
+            slab = _open_slab(f"/proc/{pids[0]}/fd/{offer}", num_bytes, device)
+        except (OSError, RuntimeError) as error:
+            _warn(num_bytes, error)
+    gather(None)  # everybody has opened it
+    if descriptor >= 0:
+        os.close(descriptor)
+    return slab
+
+
+def _memory_file(num_bytes: int) -> int:
+    """The descriptor of a new one, with room for all its bytes."""
+    descriptor = os.memfd_create("precog-weights")
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _open_slab(path: str, num_bytes: int, device: torch.device) -> SharedSlab:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return SharedSlab(descriptor, num_bytes, device)
+    finally:
+        os.close(descriptor)
+
+
+def _warn(num_bytes: int, error: Exception) -> None:
+    size = f"{num_bytes / 2**30:.2f} GiB"
+    logger.warning(
+        "the frozen weights (%s) cannot be shared on this machine, every process keeps its own: %s", size, error
+    )
 
 
 class CopyStream:
