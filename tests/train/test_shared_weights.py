@@ -186,3 +186,19 @@ def test_a_run_of_two_processes_that_stream_is_the_run_of_one(settings: Callable
         exports.append(load_file(config.train.output_dir / "export" / "pytorch_lora_weights.safetensors"))
     for name, tensor in exports[0].items():
         torch.testing.assert_close(tensor, exports[1][name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_shared_memory_is_pinned_as_long_as_it_is_used() -> None:
+    size = 2**20
+    descriptor = transfer._memory_file(size)
+    for _ in range(2):  # the second would fail if the first were still registered at its address
+        slab = transfer.SharedSlab(descriptor, size, torch.device("cuda"))
+        values = slab.buffer
+        assert values.is_pinned()
+        values.random_()
+        assert values.to("cuda", non_blocking=True).cpu().equal(values)
+        del slab
+        assert not values.is_pinned()
+    os.close(descriptor)
