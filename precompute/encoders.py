@@ -11,6 +11,9 @@ from shared.geometry import ENCODE_CHUNK_FRAMES
 from shared.pretrained import Part
 from shared.quantise import QuantisedLinear
 
+INT8 = "int8-2"
+"""Names the arithmetic of `quantise`; part of the recipe, so changing the arithmetic means changing the name."""
+
 
 def vae_precision(requested: str, part: Part) -> str:
     """`auto` is the published one, fp16 raised to fp32: fp16 encoding gives NaN on some clips (CogVideo#343)."""
@@ -116,11 +119,26 @@ class TextEncoder:
         return embeds.to(self._dtype).cpu()
 
 
+class _KeptPrecision(QuantisedLinear):
+    """Its product has the precision of the wide layer, whatever its tokens have.
+
+    transformers keeps T5's `wo` in fp32 within an fp16 model (`_keep_in_fp32_modules`), since its values may be beyond
+    65504; it casts the tokens itself, but not for a weight of type int8.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer)
+        self._precision = layer.weight.dtype
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens.to(self._precision))
+
+
 def quantise(model: nn.Module) -> None:
     """Put every linear layer in int8, in place; embeddings, norms and the position biases stay as they are."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
-            model.set_submodule(name, QuantisedLinear(layer))
+            model.set_submodule(name, _KeptPrecision(layer))
 
 
 def load_tokenizer(folder: str) -> Any:

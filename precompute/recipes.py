@@ -8,7 +8,7 @@ from pathlib import Path
 
 from precompute import pixels
 from precompute.clips import Source
-from precompute.encoders import vae_precision
+from precompute.encoders import INT8, vae_precision
 from precompute.video import Probe
 from precompute.windows import Window
 from shared.config import Config
@@ -81,7 +81,7 @@ def prompts_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
         "tokenizer": dict(sha256_files(tokenizer)),
         "text_length": encoders.conventions.text_length,
         "precision": text_precision(config, encoders),
-        "quantization": config.precompute.text_quantization,
+        "quantization": INT8 if config.precompute.text_quantization == "int8" else "none",
         "attention_mask": False,
     }
 

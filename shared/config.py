@@ -131,7 +131,7 @@ class Precompute(Table):
     vae_dtype: Precision = "auto"
     """Precision of the VAE and of the stored moments; auto is the checkpoint's own, fp16 raised to fp32."""
     text_dtype: Precision = "auto"
-    """Precision of T5 and of the stored embeddings; auto is the transformer's own, fp32 on a CPU checkpoint."""
+    """Precision of T5 and of the stored embeddings; auto is the one that T5 is published in."""
     text_quantization: Literal["none", "int8"] = "none"
     """int8: T5's linear weights take half of bf16's memory; other embeddings."""
     enable_tiling: bool = False

@@ -1,11 +1,13 @@
 """The encoders: batches equal single clips, tiling changes latents, slicing does not, a full card halves the batch."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5EncoderModel
 
@@ -147,6 +149,30 @@ def test_t5_in_eight_bits_stays_close(pipeline, t5):
     exact, close = t5.encode(texts), small.encode(texts)
     assert not torch.equal(exact, close)
     assert torch.nn.functional.cosine_similarity(exact.flatten(1), close.flatten(1)).min() > 0.99
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_t5_in_eight_bits_keeps_what_half_precision_cannot_hold(pipeline, tmp_path, precision):
+    """T5's `wo` gives values beyond fp16's 65504, which transformers therefore computes in fp32."""
+    shutil.copytree(pipeline / "text_encoder", tmp_path / "text_encoder")
+    [weights] = (tmp_path / "text_encoder").glob("*.safetensors")
+    tensors = load_file(weights)
+    for name in tensors:
+        tensors[name] *= 1e5 if "DenseReluDense.wo" in name else 10 if "DenseReluDense.wi_1" in name else 1
+    save_file(tensors, weights, {"format": "pt"})
+    part = Part(tmp_path / "text_encoder", None, (weights,))
+    tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
+    texts = ["a grey rabbit yawns", ""]
+    exact = TextEncoder(part, tokenizer, "fp32", CPU, TEXT_LENGTH)
+    beyond = []
+    exact._model.encoder.block[0].layer[1].DenseReluDense.wo.register_forward_hook(
+        lambda _layer, _given, result: beyond.append(float(result.abs().max()))
+    )
+    wanted = exact.encode(texts).flatten(1)
+    assert beyond[0] > 65504
+    for int8 in (False, True):
+        found = TextEncoder(part, tokenizer, precision, CPU, TEXT_LENGTH, int8=int8).encode(texts).float().flatten(1)
+        assert torch.nn.functional.cosine_similarity(wanted, found).min() > 0.99, f"int8: {int8}"
 
 
 def test_tokens_beyond_the_text_length_are_counted(pipeline):

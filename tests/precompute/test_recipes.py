@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from precompute.recipes import (
@@ -19,6 +20,7 @@ from precompute.recipes import (
     latents_recipe,
     prompt_key,
     prompts_recipe,
+    text_precision,
 )
 from precompute.video import Probe
 from precompute.windows import Window
@@ -107,6 +109,11 @@ def _scale(folder: Path, name: str) -> None:
     save_file(tensors, weights, {"format": "pt"})
 
 
+def _store_as(folder: Path, name: str, dtype: torch.dtype) -> None:
+    [weights] = (folder / name).glob("*.safetensors")
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+
+
 def _append(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\n")
 
@@ -144,6 +151,16 @@ def test_a_part_of_the_checkpoint_is_known_by_its_bytes(pipeline, tmp_path, chan
     change(folder)
     after = keys_of(config_for(folder, tmp_path, "cache"))
     assert (before[0] != after[0], before[1] != after[1]) == (bool(latents), bool(prompts))
+
+
+def test_an_automatic_precision_of_t5_is_its_own_and_not_the_transformers(pipeline, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(pipeline, folder)
+    config = config_for(folder, tmp_path, "cache")
+    for own, other, named in ((torch.bfloat16, torch.float16, "bf16"), (torch.float16, torch.bfloat16, "fp16")):
+        _store_as(folder, "text_encoder", own)
+        _store_as(folder, "transformer", other)
+        assert text_precision(config, find_encoders(config)) == named
 
 
 def _without(config: Config, **changes: dict[str, Any]) -> Config:
