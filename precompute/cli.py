@@ -227,9 +227,9 @@ def _ls(cache: str) -> None:
 @cache_app.command("verify")
 def cache_verify(
     cache: Annotated[str, typer.Argument(help="Cache folder.")] = "cache",
-    repair: Annotated[bool, typer.Option(help="Set damaged shards aside; precompute makes them again.")] = False,
+    repair: Annotated[bool, typer.Option(help="Set damaged files aside; precompute makes them again.")] = False,
 ) -> None:
-    """Read every shard and compare it with its receipt; exit code 4 if anything is damaged."""
+    """Read every shard, recipe and plan and compare shards with their receipts; exit code 4 if anything is damaged."""
     from shared.console import run_command
 
     run_command(lambda: _verify(cache, repair))
@@ -248,5 +248,5 @@ def _verify(cache: str, repair: bool) -> None:
     for line in damaged:
         say(f"damaged: {line}" + (" (set aside)" if repair else ""))
     if damaged and not repair:
-        raise CacheError(f"{cache}: {len(damaged)} of {checked} shards are damaged; add --repair to set them aside")
+        raise CacheError(f"{cache}: {checked} shards checked, {len(damaged)} damaged; add --repair to set them aside")
     say(f"{cache}: {checked} shards checked, {len(damaged)} {'set aside' if repair else 'damaged'}")

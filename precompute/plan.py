@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from shared.errors import CacheError
 from shared.files import Storage
 from shared.fingerprint import key_of
-from shared.shard import RECEIPT_BYTES, shard_name
-from shared.store import Collection, shards
+from shared.shard import shard_name
+from shared.store import PLAN_BYTES, Collection, shards
 
 MAX_GENERATIONS = 100
 
@@ -114,7 +114,7 @@ def read_plan(storage: Storage, folders: Mapping[str, str], generation: int) -> 
     """Raises `CacheError` naming the file if it is damaged."""
     name = plan_name(folders, generation)
     try:
-        entries = json.loads(storage.read(name, limit_bytes=16 * RECEIPT_BYTES))
+        entries = json.loads(storage.read(name, limit_bytes=PLAN_BYTES))
         if not isinstance(entries, list):
             raise ValueError("not a list of shards")
         planned = [

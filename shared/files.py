@@ -137,7 +137,7 @@ class LocalStorage:
         final = self.root / name
         temporary = final.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{final.name}")
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(final.parent)
             with temporary.open("xb") as stream:
                 stream.write(content)
                 stream.flush()
@@ -163,6 +163,14 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder and its parents where they are missing, each durable in its own parent."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def _move(temporary: Path, final: Path, replace: bool) -> bool:

@@ -40,7 +40,7 @@ _before_effect: Callable[[], None] | None = None
 
 def _hear(event: str, arguments: tuple[object, ...]) -> None:
     changes = event in ("os.link", "os.rename", "os.remove", "os.mkdir")
-    if _before_effect is not None and (changes or (event == "open" and str(arguments[1]) in ("xb", "wb"))):
+    if _before_effect is not None and (changes or (event == "open" and str(arguments[1])[:1] in ("x", "w"))):
         _before_effect()
 
 

@@ -11,7 +11,7 @@ from shared.errors import CacheError, UsageError
 from shared.files import TEMPORARY, LocalStorage, open_storage
 from shared.fingerprint import key_of
 from shared.shard import Sample, read_receipt, shard_name, write_shard
-from shared.store import damage, shards
+from shared.store import check_shard, shards
 
 
 @pytest.fixture
@@ -76,6 +76,7 @@ def test_another_errors_kind_passes_through_and_leaves_nothing(storage, monkeypa
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
+    storage.path("a").mkdir(parents=True)
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="Input/output error"):
         storage.publish("a/new.tar", b"x")
@@ -123,8 +124,9 @@ def test_writers_that_race_leave_one_consistent_shard(tmp_path):
     found = list(shards(storage, "latents"))
     assert len(found) == rounds
     for tar, receipt in found:
-        assert damage(storage, tar, receipt) is None
-        assert receipt == read_receipt(storage, tar.removesuffix(".tar") + ".json")
+        name = tar.removesuffix(".tar") + ".json"
+        check_shard(storage, name)
+        assert receipt == read_receipt(storage, name)
     assert {receipt.shard for _, receipt in found} == {shard_name([key_of(turn)]) for turn in range(rounds)}
     assert list(tmp_path.rglob(f"{TEMPORARY}*")) == []
 

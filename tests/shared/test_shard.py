@@ -24,12 +24,11 @@ from shared.shard import (
     Sample,
     pack_shard,
     parse_receipt,
-    read_receipt,
     receipt_bytes,
     shard_name,
     write_shard,
 )
-from shared.store import collection_for, damage, shards, verify, write_recipe
+from shared.store import check_shard, collection_for, shards, verify, write_recipe
 
 FOLDER = "latents/0123/9x32x48"
 
@@ -194,15 +193,15 @@ def test_every_flipped_bit_of_a_shard_is_found_and_the_file_named(storage):
     [tar] = stored(storage)
     path, draws = storage.path(tar), random.Random(0)
     content = path.read_bytes()
-    receipt = read_receipt(storage, tar.removesuffix(".tar") + ".json")
+    receipt = tar.removesuffix(".tar") + ".json"
     for position in draws.sample(range(len(content)), 200):
         flipped = bytearray(content)
         flipped[position] ^= 1 << draws.randrange(8)
         path.write_bytes(flipped)
-        problem = damage(storage, tar, receipt)
-        assert problem is not None and tar in problem
+        with pytest.raises(CacheError, match=tar):
+            check_shard(storage, receipt)
     path.write_bytes(content)
-    assert damage(storage, tar, receipt) is None
+    check_shard(storage, receipt)
 
 
 def test_a_truncated_or_missing_shard_is_refused_on_opening(storage):
@@ -248,6 +247,21 @@ def test_verify_names_the_damaged_shard_and_sets_it_aside_when_asked(storage):
     assert verify(storage, repair=False) == (1, [])
 
 
+def test_verify_finds_damaged_recipes_and_plans_and_a_shard_whose_recipe_is_gone(storage):
+    [tar] = stored(storage)
+    recipe = f"{tar.rpartition('/9x')[0]}/recipe.json"
+    storage.publish("plans/p.json", b"\0\0")
+    for name, content in ((recipe, b"{}"), (tar, b"torn")):
+        storage.publish(name, content, replace=True)
+    found = verify(storage, repair=True)[1]
+    assert len(found) == 3 and all(any(name in line for line in found) for name in (recipe, "plans/p.json", tar))
+    assert verify(storage, repair=False) == (0, [])
+    [tar] = stored(storage)
+    storage.set_aside(recipe)
+    storage.publish(tar, b"torn", replace=True)
+    assert [tar in line for line in verify(storage, repair=False)[1]] == [True]
+
+
 @pytest.mark.parametrize("left", ["whole", "torn", "empty", "other"])
 def test_a_tar_without_receipt_does_not_exist_and_is_made_whole(storage, left):
     samples = make_samples()
@@ -260,6 +274,17 @@ def test_a_tar_without_receipt_does_not_exist_and_is_made_whole(storage, left):
     assert write_shard(storage, FOLDER, samples) == receipt
     assert storage.path(tar).read_bytes() == content
     assert [found for _, found in shards(storage, "latents")] == [receipt]
+
+
+def test_a_lost_tar_so_small_that_it_looks_like_an_empty_one_is_made_again(storage):
+    """Zeros of 10240 bytes are what a tar without members is, which is what a shard of skipped clips has."""
+    samples = [Sample(key_of(0), {"moments": torch.ones(2)}, {})]
+    content, receipt = pack_shard(samples)
+    tar = f"{FOLDER}/{receipt.shard}.tar"
+    assert len(content) == len(pack_shard([], {key_of(0): "skipped"})[0])
+    storage.publish(tar, bytes(len(content)))
+    assert write_shard(storage, FOLDER, samples) == receipt
+    assert storage.path(tar).read_bytes() == content
 
 
 def test_a_finished_shard_is_left_as_it_is(storage):
@@ -282,7 +307,7 @@ def test_the_receipt_belongs_to_the_tar_that_was_there_first(storage):
     written = write_shard(storage, FOLDER, ours)
     assert (written.sha256, written.samples) == (receipt.sha256, receipt.samples)
     assert written.skipped == {ours[2].key: "skipped by another worker"}
-    assert damage(storage, tar, read_receipt(storage, tar.removesuffix(".tar") + ".json")) is None
+    check_shard(storage, tar.removesuffix(".tar") + ".json")
 
 
 def test_a_tar_without_receipt_that_holds_other_keys_is_replaced(storage):

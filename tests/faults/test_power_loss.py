@@ -1,0 +1,218 @@
+"""The power fails: in every state that the disk may then be in, a rerun ends in the undisturbed cache.
+
+One stage-1 write (recipe, plan, shards, receipts, view) is recorded effect by effect, and replayed by `disk`.
+"""
+
+import os
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.errors import CacheError
+from shared.files import LocalStorage
+from shared.fingerprint import key_of
+from shared.geometry import Bucket
+from shared.store import SampleReader, collection_for, verify
+from shared.view import View, ViewRow, read_view, view_names, write_view
+from tests.corpus import config_for, run, stored_files, write_corpus
+from tests.faults.disk import EMPTY, Log, State, crash_states, crashed, insecure
+from tests.faults.test_writer import COLLECTION, SAMPLES, SKIPPED, work
+from tests.tiny import save_pipeline
+
+PROMPTS = collection_for("prompts", {"kind": "prompts", "test": "writer"})
+
+
+def write_all(root: Path) -> None:
+    """What stage 1 writes, without its encoders."""
+    work(root)
+    bucket = Bucket(9, 32, 48)
+    rows = tuple(
+        ViewRow(
+            f"{number}.mp4",
+            0.0,
+            1.0,
+            bucket.frames,
+            bucket.height,
+            bucket.width,
+            False,
+            key,
+            ("text",),
+            (1.0,),
+            (key_of("text"),),
+            (0,),
+            "skipped" if key == SKIPPED else "train",
+            "broken" if key == SKIPPED else "",
+        )
+        for number, key in enumerate(SAMPLES)
+    )
+    write_view(LocalStorage(str(root)), View("power", COLLECTION, PROMPTS, {"": key_of("")}, rows))
+
+
+def wrong_reads(root: Path) -> list[str]:
+    """Keys whose sample is handed out with other values than were written; refusing is right."""
+    storage = LocalStorage(str(root))
+    wrong = []
+    try:
+        reader = SampleReader(storage, COLLECTION)
+    except CacheError:
+        return []
+    for key, sample in SAMPLES.items():
+        try:
+            tensors = reader.read(key)
+        except CacheError:
+            continue
+        wrong += [key] if not torch.equal(tensors["moments"], sample.tensors["moments"]) else []
+    for name in view_names(storage):
+        try:
+            wrong += [name] if len(read_view(storage, name).split("train")) != len(SAMPLES) - 1 else []
+        except CacheError:
+            continue
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline("2b", tmp_path_factory.mktemp("pipeline") / "2b")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    root = tmp_path_factory.mktemp("undisturbed")
+    write_all(root)
+    return stored_files(root)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states are made, not suffered: a real fsync would only cost time."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def recorded(root: Path, ignored: tuple[str, ...] = (), before: State = EMPTY) -> Log:
+    before.write(root)
+    with Log(root, ignored) as log:
+        write_all(root)
+    return log
+
+
+@dataclass
+class Tally:
+    """Crash states by what came of them."""
+
+    states: int = 0
+    wrong_reads: int = 0
+    wrong_ends: int = 0
+    """The rerun refused to go on, or ended in another cache."""
+
+
+def replay(states: Iterable[State], folder: Path, undisturbed: dict[str, bytes], *, repaired: bool = False) -> Tally:
+    """A rerun on every state, after `precog cache verify --repair` if `repaired`."""
+    tally = Tally()
+    for state in states:
+        root = folder / str(tally.states)
+        state.write(root)
+        tally.states += 1
+        tally.wrong_reads += bool(wrong_reads(root))
+        if repaired:
+            verify(LocalStorage(str(root)), repair=True)
+        try:
+            write_all(root)
+            same = {name: kept for name, kept in stored_files(root).items() if not name.endswith(".damaged")}
+            tally.wrong_ends += same != undisturbed
+        except CacheError:
+            tally.wrong_ends += 1
+    return tally
+
+
+def test_after_a_power_loss_nothing_wrong_is_read_and_a_rerun_ends_in_the_undisturbed_cache(tmp_path, undisturbed):
+    states = crash_states(recorded(tmp_path / "log"), 7, random.Random(0))
+    tally = replay(states, tmp_path, undisturbed)
+    assert (tally.wrong_reads, tally.wrong_ends) == (0, 0) and tally.states > 100
+
+
+def test_what_a_finished_run_has_written_survives_a_power_loss(tmp_path, undisturbed):
+    log = recorded(tmp_path / "log")
+    names, contents = insecure(log, len(log.effects))
+    assert contents == []
+    crashed(log, len(log.effects), set(names), {}).write(tmp_path / "after")
+    assert stored_files(tmp_path / "after") == undisturbed
+
+
+def some(log: Log, draws: random.Random) -> list[State]:
+    """Enough to show that a mutant is caught."""
+    return draws.sample(list(crash_states(log, 3, draws)), 60)
+
+
+@pytest.mark.parametrize("ignored", [("fsync",), ("fsync folder",), ("fsync", "fsync folder")])
+def test_without_fsync_a_rerun_does_not_end_right_but_still_nothing_wrong_is_read(tmp_path, undisturbed, ignored):
+    """The replay has teeth; and on a disk that does not do what it is told, hashes protect the reader."""
+    log = recorded(tmp_path / "log", ignored)
+    tally = replay(some(log, random.Random(1)), tmp_path, undisturbed)
+    assert tally.wrong_reads == 0 and tally.wrong_ends > 0
+
+
+def test_without_fsync_and_with_sizes_trusted_wrong_values_are_read(tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setattr(SampleReader, "check", lambda *_: None)
+    tally = replay(some(recorded(tmp_path / "log", ("fsync",)), random.Random(2)), tmp_path, undisturbed)
+    assert tally.wrong_reads > 0
+
+
+def test_with_the_receipt_before_its_shard_a_rerun_does_not_end_right(tmp_path, undisturbed, monkeypatch):
+    publish, waiting = LocalStorage.publish, {}
+
+    def receipt_first(storage, name, content, *, replace=False):
+        if name.endswith(".tar"):
+            waiting[name] = content
+            return True
+        published = publish(storage, name, content, replace=replace)
+        tar = f"{name.removesuffix('.json')}.tar"
+        if tar in waiting:
+            publish(storage, tar, waiting.pop(tar))
+        return published
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "publish", receipt_first)
+        log = recorded(tmp_path / "log")
+    tally = replay(some(log, random.Random(3)), tmp_path, undisturbed)
+    assert tally.wrong_ends > 0
+
+
+@pytest.mark.faults
+def test_even_without_fsync_a_repaired_cache_ends_in_the_undisturbed_one(tmp_path, undisturbed):
+    log = recorded(tmp_path / "log", ("fsync", "fsync folder"))
+    tally = replay(crash_states(log, 2, random.Random(4)), tmp_path, undisturbed, repaired=True)
+    assert (tally.wrong_reads, tally.wrong_ends) == (0, 0) and tally.states > 1000
+
+
+@pytest.mark.faults
+def test_after_any_of_thousands_of_power_losses_a_rerun_ends_in_the_undisturbed_cache(tmp_path, undisturbed):
+    """Every prefix; then the reruns of some states are hit by a second loss."""
+    draws = random.Random(5)
+    states = list(crash_states(recorded(tmp_path / "log"), 1, draws))
+    first = replay(states, tmp_path / "first", undisturbed)
+    assert (first.wrong_reads, first.wrong_ends) == (0, 0) and first.states > 500
+    for number, before in enumerate(draws.sample(states, 30)):
+        log = recorded(tmp_path / f"log {number}", before=before)
+        second = replay(crash_states(log, 3, draws, before), tmp_path / f"second {number}", undisturbed)
+        assert (second.wrong_reads, second.wrong_ends) == (0, 0)
+        first.states += second.states
+    assert first.states > 2000
+
+
+@pytest.mark.faults
+def test_a_whole_stage_1_hit_by_a_power_loss_is_finished_by_the_next_one(pipeline, tmp_path):
+    """With its decoders and encoders, where the log has effects of two threads."""
+    root, cache = write_corpus(tmp_path / "clips", 12), tmp_path / "cache"
+    cache.mkdir()
+    with Log(cache) as log:
+        run(config_for(pipeline, root, cache))
+    undisturbed, draws = stored_files(cache), random.Random(6)
+    assert sum(effect.kind == "fsync" for effect in log.effects) > 10
+    for number, state in enumerate(draws.sample(list(crash_states(log, 1, draws)), 25)):
+        state.write(tmp_path / str(number))
+        run(config_for(pipeline, root, tmp_path / str(number)))
+        assert stored_files(tmp_path / str(number)) == undisturbed
