@@ -43,10 +43,8 @@ def decode(config: Config) -> list[Path]:
                 frames = decode_latents(vae, load_latents(path, vae.config.latent_channels))
                 written.append(write_mp4(path.with_suffix(".mp4"), frames, config.sample.fps))
                 videos.append((f"{step.name}/{path.stem}", frames))
-            # The previews of one step share their size, unless [sample] was changed between two starts of the run.
-            rows = [(label, frames) for label, frames in videos if frames.shape == videos[0][1].shape]
             pending = step / f".tmp-{SHEET}"
-            contact_sheet(rows).save(pending, format="PNG")
+            contact_sheet(videos).save(pending, format="PNG")
             written.append(pending.replace(step / SHEET))
             bar.advance()
     for path in written:

@@ -25,15 +25,22 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> Path:
 
 
 def contact_sheet(videos: Sequence[tuple[str, np.ndarray]], columns: int = 8) -> Image.Image:
-    """One row for each (label, uint8 [F,H,W,3]), with frames spread evenly over the video."""
-    frames, height, width = videos[0][1].shape[:3]
-    chosen = np.unique(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int))
-    row_height = LABEL_PIXELS + height + MARGIN_PIXELS
-    sheet = Image.new("RGB", (len(chosen) * (width + MARGIN_PIXELS), len(videos) * row_height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (label, video) in enumerate(videos):
-        draw.text((2, row * row_height), label, fill="black")
-        for column, index in enumerate(chosen):
-            place = (column * (width + MARGIN_PIXELS), row * row_height + LABEL_PIXELS)
-            sheet.paste(Image.fromarray(video[index]), place)
+    """One row for each (label, uint8 [F,H,W,3]) of any size, with frames spread evenly over the video."""
+    rows = [_row(label, frames, columns) for label, frames in videos]
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
     return sheet
+
+
+def _row(label: str, video: np.ndarray, columns: int) -> Image.Image:
+    frames, height, width = video.shape[:3]
+    chosen = np.unique(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int))
+    size = (len(chosen) * (width + MARGIN_PIXELS), LABEL_PIXELS + height + MARGIN_PIXELS)
+    row = Image.new("RGB", size, "white")
+    ImageDraw.Draw(row).text((2, 0), label, fill="black")
+    for column, index in enumerate(chosen):
+        row.paste(Image.fromarray(video[index]), (column * (width + MARGIN_PIXELS), LABEL_PIXELS))
+    return row

@@ -159,6 +159,11 @@ class Dataset:
         embeds = self._read(self._prompts, clip.prompt_keys[0], clip)["prompt_embeds"]
         return self._example(clip, "held-out", latents, noise, timestep, embeds, condition)
 
+    def first_frame_moments(self, row: int) -> Tensor:
+        """[2C,1,H,W] of the clean first frame, image-to-video only; a copy that keeps no shard open."""
+        clip = self.rows[row]
+        return self._read(self._latents, clip.latent_key, clip)["image_moments"][0].clone()
+
     def _read(self, reader: SampleReader, key: str, row: ViewRow) -> dict[str, Tensor]:
         """A sample's tensors; raises `CacheError` naming the clip, the sample and what mends it."""
         try:

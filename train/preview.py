@@ -1,8 +1,9 @@
-"""Previews: the validation prompts denoised to latents while training, from the cache's embeddings.
+"""Previews: the validation prompts denoised to latents while training, from what is in the cache.
 
-T5 and the VAE stay closed; `precog decode` makes videos of the latents afterwards. The loop, the noise and the guidance
-are those of diffusers' `pipelines/cogvideo/pipeline_cogvideox.py`, so a preview is what `precog sample` would make of
-the adapter at that step, with the same seed and precision.
+T5 and the VAE stay closed; `precog decode` makes videos of the latents afterwards. The loop, the draws and the guidance
+are those of diffusers' `pipelines/cogvideo/pipeline_cogvideox{,_image2video}.py`, so a preview is what `precog sample`
+would make of the adapter at that step, with the same seed and precision. Where the checkpoint wants a first frame, it
+is that of a clip, held out if there are such, and the preview has the clip's size.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import CogVideoXDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,6 +29,8 @@ from shared.geometry import Bucket, latent_shape, padding_frames
 from shared.pretrained import pretrained_folder, read_config
 from shared.store import SampleReader
 from shared.variants import refusal
+from train.conditioning import image_condition
+from train.data import name
 from train.forward import ModelInput, predict
 from train.run import Run
 
@@ -34,18 +38,32 @@ FOLDER = "previews"
 """In the run folder; below it `step-000100/00.safetensors` and `.json`, and what `precog decode` adds."""
 SHEET = "sheet.png"
 """What `precog decode` writes last into a step's folder."""
-RECORDED = {"num_frames", "height", "width", "num_inference_steps", "guidance_scale", "use_dynamic_cfg", "seed"}
-"""Fields of [sample] that shape a preview, written beside it."""
+RECORDED = {"num_inference_steps", "guidance_scale", "use_dynamic_cfg", "seed"}
+"""Fields of [sample] that shape a preview, written beside it with its size."""
 
 Stopped = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
+class FirstFrame:
+    """An image that a clip begins with."""
+
+    clip: str
+    """Its source and start."""
+    moments: Tensor
+    """[2C,1,H,W] of the image's posterior, unscaled, on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
-    """A validation prompt and its embedding [L,D] on the CPU."""
+    """A validation prompt and what is made of it."""
 
     text: str
     prompt_embeds: Tensor
+    """[L,D] on the CPU."""
+    bucket: Bucket
+    first_frame: FirstFrame | None
+    """Only where the checkpoint wants one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +71,16 @@ class Previews:
     """What the previews of a run share."""
 
     prompts: tuple[Prompt, ...]
-    negative: Prompt
+    negative_prompt_embeds: Tensor
+    """[L,D] on the CPU."""
 
 
 def open_previews(run: Run) -> Previews:
-    """Read the embeddings; raises `UsageError` or `CacheError` for all that would stop a preview later."""
+    """Read embeddings and first frames; raises `UsageError` or `CacheError` for all that would stop a preview later."""
     config, where = run.config, f"train.preview_steps = {run.config.train.preview_steps}"
     if not config.data.validation_prompts:
         raise UsageError(f"{where}: data.validation_prompts is empty; give the prompts to preview")
-    if run.conventions.image_to_video:
-        raise UsageError(
-            f"{where}: previews are made from text alone, and this checkpoint wants a first frame; set it to 0 "
-            "and use `precog sample`"
-        )
-    if reason := refusal(run.conventions, _bucket(config.sample)):
+    if not run.conventions.image_to_video and (reason := refusal(run.conventions, _bucket(config.sample))):
         raise UsageError(f"{where}: sample.num_frames, height and width: {reason}")
     keys = run.view.special_prompts
     wanted = [*config.data.validation_prompts, config.data.negative_prompt]
@@ -76,22 +90,40 @@ def open_previews(run: Run) -> Previews:
                 f"view {run.view.name}: prompt {text!r} is not in it; run `precog precompute` with this config"
             )
     storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
-    reader = SampleReader(storage, run.view.prompts, {keys[text] for text in wanted})
-    *prompts, negative = (Prompt(text, reader.read(keys[text])["prompt_embeds"].clone()) for text in wanted)
+    reader = SampleReader(storage, run.view.prompts, {keys[text] for text in wanted}, whole_up_to_bytes=0)
+    *embeds, negative = (reader.read(keys[text])["prompt_embeds"] for text in wanted)
+    prompts = [
+        Prompt(text, prompt_embeds, *_size_and_first_frame(run, number))
+        for number, (text, prompt_embeds) in enumerate(zip(config.data.validation_prompts, embeds, strict=True))
+    ]
     return Previews(tuple(prompts), negative)
+
+
+def _size_and_first_frame(run: Run, number: int) -> tuple[Bucket, FirstFrame | None]:
+    """Of [sample], or for image-to-video of the `number`th clip, counted around."""
+    if not run.conventions.image_to_video:
+        return _bucket(run.config.sample), None
+    dataset = run.held_out if run.held_out.rows else run.dataset
+    number %= len(dataset.rows)
+    row = dataset.rows[number]
+    return row.bucket, FirstFrame(name(row), dataset.first_frame_moments(number))
 
 
 def write_preview(run: Run, previews: Previews, number: int, step: int, stopped: Stopped) -> None:
     """Denoise prompt `number` with the weights as they are and save it in the step's folder, whole or not at all."""
-    settings, prompt = run.config.sample, previews.prompts[number]
-    latents = denoise(run, prompt.prompt_embeds, previews.negative.prompt_embeds, stopped)
+    prompt = previews.prompts[number]
+    latents = denoise(run, prompt, previews.negative_prompt_embeds, stopped)
     if latents is None:
         return
     about = {
         "prompt": prompt.text,
-        "negative_prompt": previews.negative.text,
+        "negative_prompt": run.config.data.negative_prompt,
+        "first_frame_of": None if prompt.first_frame is None else prompt.first_frame.clip,
         "step": step,
-        **settings.model_dump(mode="json", include=RECORDED),
+        "num_frames": prompt.bucket.frames,
+        "height": prompt.bucket.height,
+        "width": prompt.bucket.width,
+        **run.config.sample.model_dump(mode="json", include=RECORDED),
     }
     folder = run.config.train.output_dir / FOLDER / f"step-{step:06}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,8 +134,8 @@ def write_preview(run: Run, previews: Previews, number: int, step: int, stopped:
 
 
 @torch.no_grad()
-def denoise(run: Run, prompt_embeds: Tensor, negative_embeds: Tensor, stopped: Stopped) -> Tensor | None:
-    """Two embeddings [L,D] to latents [F,C,H,W] on the CPU, scaled, without padding; None if `stopped` said so.
+def denoise(run: Run, prompt: Prompt, negative_prompt_embeds: Tensor, stopped: Stopped) -> Tensor | None:
+    """A prompt to latents [F,C,H,W] on the CPU, scaled, without padding; None if `stopped` said so.
 
     With and without the prompt run one after the other, so that no more is on the device than for one clip.
     """
@@ -112,12 +144,17 @@ def denoise(run: Run, prompt_embeds: Tensor, negative_embeds: Tensor, stopped: S
     scheduler = open_scheduler(run.config)
     scheduler.set_timesteps(settings.num_inference_steps, device=device)
     generator = torch.Generator().manual_seed(settings.seed)  # as `precog sample` draws it
-    channels, frames, height, width = latent_shape(_bucket(settings), run.conventions.out_channels)
+    channels, frames, height, width = latent_shape(prompt.bucket, run.conventions.out_channels)
     padding = padding_frames(frames, run.conventions.patch_size_t)
     shape = (frames + padding, channels, height, width)
+    condition = torch.zeros(shape[0], 0, height, width, device=device, dtype=dtype)  # no channels without an image
+    if prompt.first_frame is not None:  # the pipeline draws the image before the noise
+        image = DiagonalGaussianDistribution(prompt.first_frame.moments[None]).sample(generator)[0].transpose(0, 1)
+        condition = image_condition(image.to(device, dtype), frames, run.conventions)
     latents: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     latents = latents * scheduler.init_noise_sigma
-    prompt_embeds, negative_embeds = prompt_embeds.to(device, dtype), negative_embeds.to(device, dtype)
+    prompt_embeds = prompt.prompt_embeds.to(device, dtype)
+    negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
 
     was_training = transformer.training
     transformer.eval()
@@ -127,10 +164,10 @@ def denoise(run: Run, prompt_embeds: Tensor, negative_embeds: Tensor, stopped: S
             for timestep in scheduler.timesteps:
                 if stopped():
                     return None
-                model_input = scheduler.scale_model_input(latents, timestep)
+                model_input = torch.cat([scheduler.scale_model_input(latents, timestep), condition], dim=1)
                 guess = _velocity(run, ModelInput(model_input, prompt_embeds, timestep))
                 if settings.guidance_scale > 1:
-                    without = _velocity(run, ModelInput(model_input, negative_embeds, timestep))
+                    without = _velocity(run, ModelInput(model_input, negative_prompt_embeds, timestep))
                     guess = without + guidance(settings, int(timestep)) * (guess - without)
                 if isinstance(scheduler, CogVideoXDPMScheduler):
                     latents, original = scheduler.step(

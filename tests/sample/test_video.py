@@ -29,3 +29,11 @@ def test_a_contact_sheet_shows_first_and_last_frame_of_each_video() -> None:
     for top in (14, 14 + 34):
         assert (sheet[top : top + 16, :24] == 50).all()
         assert (sheet[top : top + 16, 3 * 28 : 3 * 28 + 24] == 200).all()
+
+
+def test_a_contact_sheet_holds_videos_of_other_sizes() -> None:
+    small, large = np.full((1, 16, 24, 3), 50, np.uint8), np.full((9, 32, 16, 3), 200, np.uint8)
+    sheet = np.asarray(contact_sheet([("small", small), ("large", large)], columns=4))
+    assert sheet.shape == (14 + 16 + 4 + 14 + 32 + 4, 4 * 20, 3)
+    assert (sheet[14:30, :24] == 50).all() and (sheet[14:30, 30:] == 255).all()
+    assert (sheet[48:80, 60:76] == 200).all()

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,7 @@ from shared.config import Config, Memory, Sample
 from shared.errors import CacheError, DataError, UsageError
 from shared.preemption import StopSignal
 from tests import experiments
+from tests.media import write_clip
 from tests.train import processes
 from train.loop import train
 from train.metrics import read_metrics
@@ -30,10 +32,14 @@ SAMPLE = Sample(
 )
 
 
-@pytest.fixture(scope="module", params=["2b", "5b", "1.5-5b"])
+@pytest.fixture(scope="module", params=["2b", "5b", "1.5-5b", "5b-i2v", "1.5-5b-i2v"])
 def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Sincos with DDIM; RoPE with DPM; RoPE with DPM and padding frames."""
-    return cached(request.param, tmp_path_factory.mktemp(request.param))
+    """Sincos with DDIM; RoPE with DPM; RoPE with DPM and padding frames; the same two from a first frame.
+
+    One clip of the last one's is held out.
+    """
+    held_out = request.param == "1.5-5b-i2v"
+    return cached(request.param, tmp_path_factory.mktemp(request.param), held_out_clips=int(held_out))
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +47,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return cached("2b", tmp_path_factory.mktemp("small"))
 
 
-def cached(variant: str, folder: Path) -> Config:
+def cached(variant: str, folder: Path, **data: Any) -> Config:
     config = experiments.write_experiment(variant, folder, max_train_steps=4, preview_steps=2, lora_rank=4)
-    data = config.data.model_copy(update={"negative_prompt": NEGATIVE, "validation_prompts": experiments.CAPTIONS})
+    values = {"negative_prompt": NEGATIVE, "validation_prompts": experiments.CAPTIONS, **data}
+    data = config.data.model_copy(update=values)
     config = config.model_copy(update={"data": data, "sample": SAMPLE})
     experiments.fill_cache(config)
     return config
@@ -65,17 +72,17 @@ def opened(config: Config) -> Run:
 
 def preview(run: Run, number: int = 0) -> torch.Tensor:
     previews = open_previews(run)
-    latents = denoise(run, previews.prompts[number].prompt_embeds, previews.negative.prompt_embeds, lambda: False)
+    latents = denoise(run, previews.prompts[number], previews.negative_prompt_embeds, lambda: False)
     assert latents is not None
     return latents
 
 
-def pipelines_own(run: Run, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What diffusers makes of the prompt with the run's transformer, from text on: latents and frames."""
-    settings = run.config.sample
-    pipeline = CogVideoXPipeline.from_pretrained(
-        run.config.model.pretrained_model_name_or_path, transformer=run.transformer.eval()
-    )
+def pipelines_own(run: Run, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What diffusers makes of the prompt with the run's transformer, from text and image on: latents and frames."""
+    settings, prompt = run.config.sample, experiments.CAPTIONS[number]
+    kind = CogVideoXImageToVideoPipeline if run.conventions.image_to_video else CogVideoXPipeline
+    pipeline = kind.from_pretrained(run.config.model.pretrained_model_name_or_path, transformer=run.transformer.eval())
+    image = {"image": first_frame(run, number)} if run.conventions.image_to_video else {}
     pipeline.set_progress_bar_config(disable=True)
     latents = pipeline(
         prompt=prompt,
@@ -89,29 +96,41 @@ def pipelines_own(run: Run, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         max_sequence_length=run.conventions.text_length,
         generator=torch.Generator().manual_seed(settings.seed),
         output_type="latent",
+        **image,
     ).frames
     padding = latents.shape[1] - (settings.num_frames - 1) // 4 - 1
     return latents[0, padding:], pipeline.decode_latents(latents[:, padding:])[0].detach()
 
 
-def test_a_preview_equals_what_diffusers_makes_of_the_same_weights(experiment: Config, tmp_path: Path) -> None:
+def first_frame(run: Run, number: int) -> torch.Tensor:
+    """[1,3,H,W] in [0, 1], decoded from the clip whose turn it is."""
+    rows = run.held_out.rows or run.dataset.rows
+    with av.open(str(run.config.data.instance_data_root / rows[number % len(rows)].source)) as container:
+        frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    return torch.from_numpy(frame).permute(2, 0, 1)[None] / 255
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_preview_equals_what_diffusers_makes_of_the_same_weights(
+    number: int, experiment: Config, tmp_path: Path
+) -> None:
     run = opened(changed(experiment, tmp_path))
-    latents = preview(run)
-    expected, frames = pipelines_own(run, experiments.CAPTIONS[0])
+    latents = preview(run, number)
+    expected, frames = pipelines_own(run, number)
     assert float(expected.std()) > 0.1
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
     shown = decode_latents(load_vae(run.config), latents)
     asked = ((frames / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 3, 0)
     assert float((torch.from_numpy(shown) - asked).abs().max()) < 1
     run.transformer.disable_adapters()
-    assert not torch.allclose(preview(run), expected, atol=1e-2)
+    assert not torch.allclose(preview(run, number), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("fields", [{"use_dynamic_cfg": True}, {"guidance_scale": 1.0}, {"num_frames": 1}])
 def test_guidance_and_length_follow_the_pipeline(fields: dict[str, Any], small: Config, tmp_path: Path) -> None:
     run = opened(changed(small, tmp_path, SAMPLE.model_copy(update=fields)))
     latents = preview(run, 1)
-    torch.testing.assert_close(latents, pipelines_own(run, experiments.CAPTIONS[1])[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latents, pipelines_own(run, 1)[0], rtol=1e-4, atol=1e-4)
     plain = preview(opened(changed(small, tmp_path)), 1)
     assert latents.shape != plain.shape or not torch.allclose(latents, plain, atol=1e-2)
 
@@ -137,6 +156,7 @@ def test_training_writes_previews_and_is_the_same_without_them(small: Config, tm
     assert first.shape == (3, 16, 8, 12) and not torch.equal(first, last)
     about = json.loads((folder / "step-000004" / "01.json").read_text(encoding="utf-8"))
     assert about["prompt"] == experiments.CAPTIONS[1] and about["step"] == 4 and about["seed"] == 7
+    assert about["first_frame_of"] is None and (about["num_frames"], about["height"], about["width"]) == (9, 64, 96)
 
     written = decode(config)
     names = ("00.mp4", "01.mp4", "sheet.png")
@@ -149,6 +169,26 @@ def test_training_writes_previews_and_is_the_same_without_them(small: Config, tm
     pipeline.load_lora_weights(str(config.train.output_dir / "export"))
     video = make_video(config, pipeline, conventions, experiments.CAPTIONS[1], None)
     assert abs(decode_latents(load_vae(config), last).astype(int) - video).max() <= 1
+
+
+def test_an_image_to_video_run_previews_from_its_clips_at_their_own_size(tmp_path: Path) -> None:
+    """Two clips of two sizes, and three prompts: the third begins with the first clip's frame again."""
+    folder = tmp_path / "experiment"
+    config = experiments.write_experiment("1.5-5b-i2v", folder, max_train_steps=1, preview_steps=1, lora_rank=4)
+    write_clip(folder / "clips" / "1.mp4", frames=9, height=48, width=64)
+    values = {"resolution_buckets": ((64, 96), (48, 64)), "validation_prompts": ("one", "two", "three")}
+    data = config.data.model_copy(update=values)
+    config = config.model_copy(update={"data": data, "sample": SAMPLE.model_copy(update={"num_frames": 33})})
+    experiments.fill_cache(config)
+    train(config, StopSignal())
+    step = config.train.output_dir / "previews" / "step-000001"
+    about = [json.loads((step / f"{number:02}.json").read_text(encoding="utf-8")) for number in range(3)]
+    shown = [(one["first_frame_of"], one["num_frames"], one["height"], one["width"]) for one in about]
+    assert set(shown) == {("0.mp4 at 0.00 s", 9, 64, 96), ("1.mp4 at 0.00 s", 9, 48, 64)}
+    assert shown[0] != shown[1] and shown[2] == shown[0]
+    shapes = [load_file(step / f"{number:02}.safetensors")["latents"].shape for number in range(3)]
+    assert shapes == [(3, 16, height // 8, width // 8) for _, _, height, width in shown]
+    assert [path.name for path in decode(config)] == ["00.mp4", "01.mp4", "02.mp4", "sheet.png"]
 
 
 def test_two_processes_write_the_previews_of_one(small: Config, tmp_path: Path) -> None:
@@ -165,7 +205,7 @@ def test_two_processes_write_the_previews_of_one(small: Config, tmp_path: Path) 
 def test_a_signal_is_not_kept_waiting_by_a_preview(small: Config, tmp_path: Path) -> None:
     run = opened(changed(small, tmp_path))
     previews, asked = open_previews(run), iter([False, True])
-    assert denoise(run, previews.negative.prompt_embeds, previews.negative.prompt_embeds, lambda: next(asked)) is None
+    assert denoise(run, previews.prompts[0], previews.negative_prompt_embeds, lambda: next(asked)) is None
     assert run.transformer.training
 
 
@@ -183,8 +223,6 @@ def test_what_cannot_be_previewed_is_refused_before_the_first_step(small: Config
         refusal({}, {"num_frames": 8})
     with pytest.raises(CacheError, match="prompt 'unheard of' is not in it; run `precog precompute`"):
         refusal({"validation_prompts": ("unheard of",)}, {})
-    with pytest.raises(UsageError, match="wants a first frame; set it to 0"):
-        open_previews(replace(run, conventions=replace(run.conventions, image_to_video=True)))
     missing = config.model_copy(update={"data": config.data.model_copy(update={"validation_prompts": ("unheard of",)})})
     with pytest.raises(CacheError):
         train(missing, StopSignal())
