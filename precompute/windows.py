@@ -18,7 +18,7 @@ from shared.config import Data
 from shared.geometry import ENCODE_CHUNK_FRAMES, Bucket, choose_frames, choose_resolution, first_chunk_frames
 
 MAX_UPSCALE = 2
-"""A source that would have to be enlarged by more than this, in either direction, is left out."""
+"""No source is enlarged by more than this, in either direction; one without a bucket within reach is left out."""
 
 STAMP_SLACK_US = 2000
 """Two roundings to a millisecond time base; at most half the median frame interval."""
@@ -61,8 +61,8 @@ def cut_windows(
     3. `fps` > 0: output frame k shows the source frame displayed at t0 + k / fps, t0 being the first frame left. The
        last one is displayed for one median frame interval of the source, and not beyond `end_seconds`.
        `fps` = 0: every source frame is an output frame.
-    4. The bucket's frames are the most that fit into the output frames and `max_num_frames`; one window begins at
-       the start.
+    4. The bucket's frames are the most that fit into the output frames and `max_num_frames`, its height and width those
+       nearest in aspect ratio of the ones within `MAX_UPSCALE`; one window begins at the start.
     """
     if height <= 0 or width <= 0:
         return Skipped(f"no pixels: {height}x{width}")
@@ -102,9 +102,10 @@ def cut_windows(
         plural = "" if num_frames == 1 else "s"
         return Skipped(f"too short: {num_frames} frame{plural}{rate}, the smallest bucket is {min(data.frame_buckets)}")
 
-    bucket = Bucket(frames, *choose_resolution(height, width, data.resolutions))
-    if _upscale(height, width, bucket, data.video_reshape_mode == "letterbox") > MAX_UPSCALE:
-        return Skipped(f"too few pixels: {height}x{width} for {bucket.height}x{bucket.width}")
+    resolution = _resolution(height, width, data)
+    if isinstance(resolution, Skipped):
+        return resolution
+    bucket = Bucket(frames, *resolution)
 
     starts = window_starts(num_frames, frames, data.windows_per_clip, data.window_placement == "consecutive")
     # Two windows inside one long-held frame would be the same clip.
@@ -163,7 +164,18 @@ def _microseconds(seconds: float) -> int:
     return round(Fraction(str(seconds)) * _SECOND_US)
 
 
-def _upscale(height: int, width: int, bucket: Bucket, letterbox: bool) -> Fraction:
-    """Enlargement that makes the source cover the bucket, or with `letterbox` fit into it."""
-    scales = Fraction(bucket.height, height), Fraction(bucket.width, width)
+def _resolution(height: int, width: int, data: Data) -> tuple[int, int] | Skipped:
+    """Height and width of the bucket, out of those within reach."""
+    letterbox = data.video_reshape_mode == "letterbox"
+    upscale = {size: _upscale((height, width), size, letterbox) for size in data.resolutions}
+    within_reach = [size for size in upscale if upscale[size] <= MAX_UPSCALE]
+    if within_reach:
+        return choose_resolution(height, width, within_reach)
+    nearest = min(upscale, key=lambda size: upscale[size])
+    return Skipped(f"too few pixels: {height}x{width} for {nearest[0]}x{nearest[1]}")
+
+
+def _upscale(source: tuple[int, int], bucket: tuple[int, int], letterbox: bool) -> Fraction:
+    """Enlargement that makes the source (height, width) cover the bucket, or with `letterbox` fit into it."""
+    scales = [Fraction(wanted, there) for wanted, there in zip(bucket, source, strict=True)]
     return min(scales) if letterbox else max(scales)

@@ -93,7 +93,7 @@ class Data(Table):
     width: Side | None = None
     """Fixed width instead of `resolution_buckets`."""
     resolution_buckets: Annotated[tuple[tuple[Side, Side], ...], Field(min_length=1)] = ((480, 720),)
-    """Heights x widths; a clip takes the one nearest in aspect ratio."""
+    """Heights x widths; a clip takes the one nearest in aspect ratio that does not enlarge it more than twice."""
     video_reshape_mode: Literal["center", "random", "letterbox"] = "center"
     """Crop in the middle, crop at a place drawn by the clip's bytes, or pad with black."""
     random_flip: bool = False

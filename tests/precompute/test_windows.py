@@ -296,6 +296,13 @@ def test_the_resolution_bucket_is_the_nearest_in_aspect_ratio():
     assert cut(steady(9, 8), 640, 960, height=96, width=64)[0].bucket == Bucket(9, 96, 64)
 
 
+def test_a_bucket_that_would_enlarge_the_source_too_much_is_not_in_the_running():
+    buckets = [[480, 720], [240, 352]]
+    assert cut(steady(9, 8), 200, 300, resolution_buckets=buckets)[0].bucket == Bucket(9, 240, 352)
+    assert cut(steady(9, 8), 240, 360, resolution_buckets=buckets)[0].bucket == Bucket(9, 480, 720)
+    assert reason(steady(9, 8), 100, 150, resolution_buckets=buckets) == "too few pixels: 100x150 for 240x352"
+
+
 def test_one_frame_is_a_clip_only_when_the_buckets_have_one():
     assert cut([40], frame_buckets=[1, 9])[0] == Window((0,), (40,), Bucket(1, 64, 96), flip=False)
     assert cut([40], frame_buckets=[1, 9], fps=8)[0].indices == (0,)
