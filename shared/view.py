@@ -3,7 +3,8 @@
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 from shared.errors import CacheError
@@ -45,9 +46,9 @@ class ViewRow:
         return Bucket(self.frames, self.height, self.width)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class View:
-    """A data set as stage 2 sees it."""
+    """A data set as stage 2 sees it; what follows from its rows, which may be many, is worked out once."""
 
     name: str
     latents: Collection
@@ -60,10 +61,16 @@ class View:
 
     def split(self, name: str) -> tuple[ViewRow, ...]:
         """The rows of one split in canonical order: by what they hold, not by where they were listed."""
-        rows = [row for row in self.rows if row.split == name]
-        return tuple(sorted(rows, key=lambda row: (row.latent_key, row.prompt_keys, row.caption_weights)))
+        return self._splits.get(name, ())
 
-    @property
+    @cached_property
+    def _splits(self) -> dict[str, tuple[ViewRow, ...]]:
+        splits: dict[str, list[ViewRow]] = {}
+        for row in sorted(self.rows, key=lambda row: (row.latent_key, row.prompt_keys, row.caption_weights)):
+            splits.setdefault(row.split, []).append(row)
+        return {name: tuple(rows) for name, rows in splits.items()}
+
+    @cached_property
     def hash(self) -> str:
         """Names what training depends on: keys, weights and splits, in canonical order."""
         content: dict[str, Json] = {
@@ -82,10 +89,7 @@ def write_view(storage: Storage, view: View) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, list[Any]] = {field.name: [] for field in fields(ViewRow)}
-    for row in view.rows:
-        for name, value in asdict(row).items():
-            columns[name].append(list(value) if isinstance(value, tuple) else value)
+    columns = {column.name: [getattr(row, column.name) for row in view.rows] for column in fields(ViewRow)}
     table = pa.table(columns, schema=_schema())
     stream = io.BytesIO()
     pq.write_table(table, stream, compression="zstd")
