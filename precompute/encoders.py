@@ -8,6 +8,7 @@ from torch import nn
 
 from shared.device import DTYPES
 from shared.geometry import ENCODE_CHUNK_FRAMES
+from shared.errors import UsageError
 from shared.pretrained import Part
 from shared.quantise import QuantisedLinear
 
@@ -56,7 +57,7 @@ class VaeEncoder:
         self._layout = torch.channels_last_3d if channels_last else torch.contiguous_format
         self._vae = vae.eval().requires_grad_(False).to(device)
         if compiled:
-            self._vae.encoder = torch.compile(self._vae.encoder)
+            self._vae.encoder = _Compiled(self._vae.encoder)
         self._dtype = DTYPES[precision]
         self.device = device
 
@@ -97,6 +98,27 @@ class TextEncoder:
             str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
         )
         if int8:
+class _Compiled(nn.Module):
+    """torch.compile, which compiles at the first call of a shape; raises `UsageError` where that fails."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._compiled = torch.compile(module)
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        from torch._dynamo.exc import TorchDynamoException  # two seconds, and diffusers has it loaded by now
+
+        try:
+            return self._compiled(*arguments, **named)
+        except TorchDynamoException as error:
+            cause = getattr(error, "inner_exception", error)
+            reason = (str(cause).strip() or "no reason given").splitlines()[0]
+            raise UsageError(
+                f"precompute.compile_vae = true: torch.compile fails here ({type(cause).__name__}: {reason}); it needs a "
+                "C++ compiler, and on a GPU triton; or leave it false"
+            ) from error
+
+
             quantise(model)  # before it travels: the device never holds the wide weights
         self._model = model.eval().requires_grad_(False).to(device)
         self._tokenizer = tokenizer

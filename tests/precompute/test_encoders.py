@@ -14,6 +14,7 @@ from transformers import T5EncoderModel
 from precompute.encoders import TextEncoder, VaeEncoder, load_tokenizer, truncated_tokens, vae_precision
 from precompute.latents import conditioning_images
 from shared.config import Model
+from shared.errors import UsageError
 from shared.pretrained import Part, pretrained_part
 from shared.quantise import QuantisedLinear
 from tests.tiny import TEXT_LENGTH
@@ -75,6 +76,19 @@ def test_a_compiled_encoder_keeps_the_latents(vae):
         batch = clips(1, frames)
         torch.testing.assert_close(compiled.encode(batch), encoder(vae).encode(batch), rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_without_a_compiler_a_compiled_encoder_is_one_line_that_says_what_to_do(vae, tmp_path, monkeypatch):
+    import torch._inductor.config
+
+    compiled = VaeEncoder(vae, "fp32", CPU, tiling=False, slicing=False, compiled=True)
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing that was compiled before
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "g++")))
+    with pytest.raises(UsageError, match=r"compile_vae = true.*No working C\+\+ compiler.*leave it false") as caught:
+        compiled.encode(clips(1, 1))
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
 def test_what_is_stored_has_the_precision_of_the_recipe(vae):
