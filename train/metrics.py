@@ -90,8 +90,11 @@ def smoothed(lines: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def finish_metrics(run: Path, export: Path) -> None:
-    """Draw the loss curve and show the run's table."""
+    """Draw the loss curve and show the run's table; of both only the export, if the metrics were moved away."""
     lines = read_metrics(run)
+    if not lines:
+        console.table("Trained", [("adapter", export)])
+        return
     smooth = smoothed(lines)
     draw_curve(lines, smooth, run / CURVE)
     seconds = sum(line["seconds"] for line in lines)
