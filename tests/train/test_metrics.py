@@ -73,6 +73,22 @@ def test_a_line_that_is_no_json_is_refused(tmp_path: Path) -> None:
         read_metrics(tmp_path)
 
 
+def test_a_finished_run_whose_metrics_were_moved_away_is_exported_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shared import console
+
+    config = settings(max_train_steps=2)
+    train(config, StopSignal())
+    (config.train.output_dir / "metrics.jsonl").unlink()
+    shown: list[str] = []
+    monkeypatch.setattr(console, "say", shown.append)
+    train(config, StopSignal())
+    table = shown[shown.index("Trained") :]
+    assert len(table) == 2
+    assert table[1].endswith("export/pytorch_lora_weights.safetensors")
+
+
 def test_the_ema_loss_is_the_published_average_corrected_for_its_start() -> None:
     """Written out as sums: (1 - d) sum d^(t-i) loss_i / (1 - d^t)."""
     losses = [float((7 * step) % 11) for step in range(1, 101)]
