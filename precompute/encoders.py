@@ -114,8 +114,8 @@ class _Compiled(nn.Module):
             cause = getattr(error, "inner_exception", error)
             reason = (str(cause).strip() or "no reason given").splitlines()[0]
             raise UsageError(
-                f"precompute.compile_vae = true: torch.compile fails here ({type(cause).__name__}: {reason}); it needs a "
-                "C++ compiler, and on a GPU triton; or leave it false"
+                f"precompute.compile_vae = true: torch.compile fails here ({type(cause).__name__}: {reason}); "
+                "it needs a C++ compiler, and on a GPU triton; or leave it false"
             ) from error
 
 
