@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from sample.report import Report, reporting
 from sample.video import contact_sheet, write_mp4
 from shared import console
 from shared.config import Config
@@ -18,38 +19,56 @@ from shared.pretrained import pretrained_part
 PREVIEWS = "previews"
 """In the run folder; below it `step-000100/00.safetensors`."""
 SHEET = "sheet.png"
-"""Written last: a step's folder that has one is done."""
+"""Written last: a step's folder that has one is done, the tracker included."""
 
 
 def decode(config: Config) -> list[Path]:
     """Write mp4s and a contact sheet for each step of the run folder's previews that has no sheet yet; the paths.
 
-    Raises `UsageError` if there are no previews, `DataError` naming one that is damaged.
+    They also go to the tracker of `train.report_to`. Raises `UsageError` if there are no previews or no tracker,
+    `DataError` naming a preview that is damaged.
     """
     folder = config.train.output_dir / PREVIEWS
-    steps = sorted({path.parent for path in folder.glob("step-*/*.safetensors") if not path.name.startswith(".")})
+    steps = sorted({path.parent for path in folder.glob("step-*/[0-9]*.safetensors")}, key=_number)
     if not steps:
         raise UsageError(f"{folder}: no previews here; set train.preview_steps and data.validation_prompts, then train")
     todo = [step for step in steps if not (step / SHEET).exists()]
     if not todo:
         console.say(f"{folder}: all previews are decoded already")
         return []
-    vae = load_vae(config)
     written: list[Path] = []
-    with console.Progress("steps", len(todo)) as bar:
-        for step in todo:
-            videos: list[tuple[str, np.ndarray]] = []
-            for path in sorted(step.glob("[0-9]*.safetensors")):
-                frames = decode_latents(vae, load_latents(path, vae.config.latent_channels))
-                written.append(write_mp4(path.with_suffix(".mp4"), frames, config.sample.fps))
-                videos.append((f"{step.name}/{path.stem}", frames))
-            pending = step / f".tmp-{SHEET}"
-            contact_sheet(videos).save(pending, format="PNG")
-            written.append(pending.replace(step / SHEET))
-            bar.advance()
+    with reporting(config.train) as report:
+        vae = load_vae(config)
+        with console.Progress("steps", len(todo)) as bar:
+            for step in todo:
+                written += decode_step(vae, step, config.sample.fps, report)
+                bar.advance()
     for path in written:
         console.say(str(path))
     return written
+
+
+def decode_step(vae: Any, step: Path, fps: int, report: Report) -> list[Path]:
+    """The mp4s of one step's previews and, when the tracker has them, their contact sheet; the paths."""
+    videos = {
+        path.with_suffix(".mp4"): decode_latents(vae, load_latents(path, vae.config.latent_channels))
+        for path in sorted(step.glob("[0-9]*.safetensors"))
+    }
+    for path, frames in videos.items():
+        write_mp4(path, frames, fps)
+    sheet = contact_sheet([(f"{step.name}/{path.stem}", frames) for path, frames in videos.items()])
+    report(_number(step), sheet, list(videos))
+    pending = step / f".tmp-{SHEET}"
+    sheet.save(pending, format="PNG")
+    return [*videos, pending.replace(step / SHEET)]
+
+
+def _number(step: Path) -> int:
+    """`step-000100` -> 100; raises `DataError` for another name."""
+    try:
+        return int(step.name.removeprefix("step-"))
+    except ValueError:
+        raise DataError(f"{step}: not a folder of previews; move it away") from None
 
 
 def load_vae(config: Config) -> Any:

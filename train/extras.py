@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from io import StringIO
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from shared.config import Train
-from shared.errors import CacheError, UsageError
+from shared.errors import CacheError
+from shared.extras import require_extra
 
 EXTRAS = {
     "prodigy": ("prodigyopt", "prodigy"),
@@ -29,12 +29,6 @@ GROUP_NUMBERS = ("d", "d_max", "d_numerator", "k", "lr_max", "weight_sum")
 """What prodigy and schedule-free carry from step to step in their parameter group."""
 
 logger = logging.getLogger(__name__)
-
-
-def require_extra(module: str, what: str, extra: str) -> None:
-    """Raises `UsageError` naming the extra of this package if `module` is not installed."""
-    if find_spec(module) is None:
-        raise UsageError(f"{what} needs the package {module}: pip install 'precog[{extra}]'")
 
 
 def build_extra(named: Sequence[tuple[str, nn.Parameter]], train: Train) -> torch.optim.Optimizer:

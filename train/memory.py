@@ -17,10 +17,10 @@ from torch import nn
 from shared import console
 from shared.config import Config, Train
 from shared.errors import UsageError
+from shared.extras import require_extra
 from shared.geometry import Bucket, latent_shape, padding_frames, video_tokens
 from shared.variants import Conventions
 from train.engine import Plan, open_engine
-from train.extras import require_extra
 from train.forward import ModelInput, predict
 from train.model import add_adapter
 from train.modulation import is_frozen

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from shared import console
 from shared.config import Config
 from shared.errors import DataError
+from shared.tracker import starting_tracker, wandb_options
 from train.curve import FILE_NAME as CURVE
 from train.curve import draw_curve
 
@@ -115,13 +116,17 @@ def finish_metrics(run: Path, export: Path) -> None:
 
 
 def open_tracker(accelerator: Accelerator, config: Config) -> None:
-    """Start the tracker of `train.report_to`, if any, with the resolved config."""
-    if config.train.report_to == "none":
+    """Start the tracker of `train.report_to`, if any, with the resolved config; raises `UsageError` if it will not."""
+    train = config.train
+    if train.report_to == "none":
         return
     tables = config.model_dump(mode="json", exclude_none=True)
     flat = {f"{table}.{name}": value for table, fields in tables.items() for name, value in fields.items()}
     plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in flat.items()}
-    accelerator.init_trackers(config.train.tracker_name, config=plain)
+    ours = train.report_to == "wandb" and accelerator.is_main_process
+    options = {"wandb": wandb_options(train)} if ours else {}
+    with starting_tracker(train):
+        accelerator.init_trackers(train.tracker_name, config=plain, init_kwargs=options)
 
 
 def _first(lines: Sequence[dict[str, Any]], field: str) -> Any:

@@ -16,13 +16,13 @@ from shared.files import Storage, open_storage
 from shared.fingerprint import Json
 from shared.pretrained import pretrained_folder, read_config
 from shared.store import read_recipe
+from shared.tracker import require_tracker
 from shared.variants import Conventions, read_conventions, refusal
 from shared.view import View, read_view
 from train.data import Dataset
 from train.encoders import check_encoders
 from train.engine import Engine, open_engine
 from train.export import read_adapter
-from train.extras import require_extra
 from train.fidelity import open_quantised_engine
 from train.memory import choose_plan
 from train.model import load_adapter_weights, load_transformer
@@ -132,7 +132,6 @@ def start_processes(train: Train) -> Accelerator:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     if train.report_to == "none":
         return Accelerator(cpu=on_cpu)
-    require_extra(train.report_to, f"train.report_to = {train.report_to!r}", train.report_to)
     return Accelerator(cpu=on_cpu, log_with=train.report_to, project_dir=train.output_dir)
 
 
@@ -141,6 +140,7 @@ def agreed_conventions(config: Config, storage: Storage, view: View) -> tuple[Co
     transformer = read_config(pretrained_folder(config.model, "transformer") / "config.json")
     scheduler = read_config(pretrained_folder(config.model, "scheduler") / "scheduler_config.json")
     recipe = read_recipe(storage, view.latents)
+    require_tracker(train)
     conventions = read_conventions(
         transformer, recipe["vae"]["config"], scheduler, drop_learned_positions=config.model.drop_learned_positions
     )

@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,26 +240,10 @@ def test_the_clips_and_timesteps_are_written_when_asked(settings: Settings) -> N
         assert len(line["clips"]) == len(line["timesteps"]) == 2
 
 
-def test_tensorboard_gets_the_metrics_under_the_projects_name(settings: Settings) -> None:
-    pytest.importorskip("tensorboard")
-    config = settings(report_to="tensorboard", tracker_name="rabbits")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        train(config, StopSignal())
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(config.train.output_dir / "rabbits"))
-        events.Reload()
-    lines = read_metrics(config.train.output_dir)
-    written = [(event.step, event.value) for event in events.Scalars("loss")]
-    assert written == [(line["step"], pytest.approx(line["loss"])) for line in lines]
-    assert len(events.Scalars("held_out_loss")) == 1
-
-
 def test_a_tracker_that_is_not_installed_is_refused_in_one_line(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("shared.extras.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"report_to = 'wandb' needs .*pip install 'precog\[wandb\]'"):
         train(settings(report_to="wandb"), StopSignal())
 
@@ -269,7 +252,7 @@ def test_a_tracker_that_is_not_installed_is_refused_in_one_line(
 def test_an_optimizer_that_is_not_installed_is_refused_in_one_line(
     optimizer: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("shared.extras.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"train.optimizer = .* needs the package .*pip install 'precog\["):
         train(settings(optimizer=optimizer), StopSignal())
 

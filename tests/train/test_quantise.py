@@ -16,7 +16,6 @@ from shared.quantise import QuantisedLinear, Storage
 from tests.tiny import build_pipeline, build_transformer
 from tests.train.test_forward import conventions_of, largest_difference, make_clip, make_clips, run
 from tests.train.test_memory import config_of
-from train import extras
 from train.data import Example
 from train.engine import Plan, open_engine
 from train.export import export_adapter
@@ -189,7 +188,7 @@ def test_a_base_that_strays_is_refused_unless_forced(storage: Storage, monkeypat
 
 
 def test_nf4_without_its_extra_is_one_line_before_anything_is_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr("shared.extras.find_spec", lambda name: None)
     config = config_of({"base_precision": "nf4"})
     with pytest.raises(UsageError, match=r"'nf4' needs the package bitsandbytes: pip install 'precog\[bitsandbytes\]'"):
         choose_plan(config, build_transformer("5b", lora_rank=4), conventions_of("5b"), [], CPU)

@@ -1,0 +1,156 @@
+"""The trackers get the metrics of every step while training, and the previews when they are decoded."""
+
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sample.decode import decode
+from shared.config import Config, Sample
+from shared.errors import UsageError
+from shared.preemption import StopSignal
+from shared.tracker import wandb_options
+from tests import experiments
+from train.loop import train
+from train.metrics import read_metrics
+
+SAMPLE = Sample(num_frames=9, height=experiments.HEIGHT, width=experiments.WIDTH, num_inference_steps=2)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """One clip to train on, one held out, two prompts."""
+    config = experiments.write_experiment("2b", tmp_path_factory.mktemp("tracker"), lora_rank=4)
+    values = {"held_out_clips": 1, "validation_prompts": experiments.CAPTIONS}
+    config = config.model_copy(update={"data": config.data.model_copy(update=values), "sample": SAMPLE})
+    experiments.fill_cache(config)
+    return config
+
+
+def changed(config: Config, folder: Path, **values: Any) -> Config:
+    fields = {"output_dir": folder, "tracker_name": "rabbits", "max_train_steps": 4, "checkpointing_steps": 2} | values
+    settings = config.train.model_copy(update={"preview_steps": 2, "validation_steps": 2, **fields})
+    return config.model_copy(update={"train": settings})
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """The trackers use what is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def test_tensorboard_shows_metrics_and_previews_under_the_projects_name(
+    cached: Config, tmp_path: Path, quiet: None
+) -> None:
+    pytest.importorskip("tensorboard")
+    config = changed(cached, tmp_path / "run", report_to="tensorboard")
+    train(config, StopSignal())
+    decode(config)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(config.train.output_dir / "rabbits"))
+    events.Reload()
+    lines = read_metrics(config.train.output_dir)
+    for name in ("loss", "ema_loss", "held_out_loss", "base_held_out_loss"):
+        written = [(event.step, event.value) for event in events.Scalars(name)]
+        assert written == [(line["step"], pytest.approx(line[name])) for line in lines if name in line] != []
+    shown = events.Images("previews")
+    assert [image.step for image in shown] == [2, 4]
+    sheet = tmp_path / "sheet.png"
+    sheet.write_bytes(shown[1].encoded_image_string)
+    with Image.open(sheet) as seen, Image.open(tmp_path / "run" / "previews" / "step-000004" / "sheet.png") as ours:
+        assert np.array_equal(np.asarray(seen), np.asarray(ours))
+
+
+@pytest.fixture
+def wandb(quiet: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """wandb as a fresh process has it: it reads the environment once."""
+    module = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    module.teardown()
+    yield monkeypatch
+    module.teardown()
+
+
+@pytest.mark.faults  # it starts wandb's own process twice
+def test_wandb_keeps_metrics_and_previews_offline_as_one_run(
+    cached: Config, tmp_path: Path, wandb: pytest.MonkeyPatch
+) -> None:
+    wandb.setenv("WANDB_MODE", "offline")
+    config = changed(cached, tmp_path / "run", report_to="wandb")
+    train(config, StopSignal())
+    written = decode(config)
+
+    folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(folders) == 2, "of training and of decoding"
+    assert {folder.name.rpartition("-")[2] for folder in folders} == {wandb_options(config.train)["id"]}, "one run"
+    history = [line for folder in folders for line in wandb_history(next(folder.glob("*.wandb")))]
+    steps = [line for line in history if "loss" in line]
+    lines = read_metrics(config.train.output_dir)
+    assert [int(line["step"]) for line in steps] == [1, 2, 3, 4]
+    for name in ("loss", "held_out_loss"):
+        assert [float(line[name]) for line in steps if name in line] == [line[name] for line in lines if name in line]
+    videos = [path.read_bytes() for path in written if path.suffix == ".mp4"]
+    assert sorted(path.read_bytes() for path in folders[1].rglob("*.mp4")) == sorted(videos)
+    assert [line["previews/step"] for line in history if "previews/step" in line] == ["2", "4"]
+    assert "rabbits" in next(folders[0].glob("*.wandb")).read_bytes().decode("latin-1")
+
+
+def wandb_history(path: Path) -> list[dict[str, str]]:
+    """What was logged, name -> JSON: protobuf records in LevelDB's log format, in blocks of 32 KiB, after 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, record, history = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(content):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            items = Record.FromString(record).history.item
+            history.append({item.key or "/".join(item.nested_key): item.value_json for item in items})
+            record = b""
+    return [line for line in history if line]
+
+
+def test_without_a_tracker_nothing_is_written_for_one(cached: Config, tmp_path: Path) -> None:
+    config = changed(cached, tmp_path / "run", max_train_steps=2)
+    train(config, StopSignal())
+    decode(config)
+    names = {path.name.partition("-")[0] for path in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoint", "config.toml", "export", "loss.png", "metrics.jsonl", "previews"}
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused_in_one_line(
+    tracker: str, cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = rf"report_to = '{tracker}' needs the package {tracker}: pip install 'precog\[{tracker}\]'"
+    train(changed(cached, tmp_path / "run", max_train_steps=2), StopSignal())
+    monkeypatch.setattr("shared.extras.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=line):
+        train(changed(cached, tmp_path / "other", report_to=tracker), StopSignal())
+    with pytest.raises(UsageError, match=line):
+        decode(changed(cached, tmp_path / "run", report_to=tracker))
+    assert not list((tmp_path / "run").rglob("sheet.png"))
+
+
+def test_wandb_without_a_login_is_refused_before_the_first_step(
+    cached: Config, tmp_path: Path, wandb: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        wandb.delenv(name, raising=False)
+    wandb.setenv("HOME", str(tmp_path))
+    config = changed(cached, tmp_path / "run", report_to="wandb")
+    with pytest.raises(UsageError, match=r"report_to = 'wandb': No API key .*; log in with `wandb login`, or set"):
+        train(config, StopSignal())
+    assert not read_metrics(config.train.output_dir)
