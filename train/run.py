@@ -130,6 +130,7 @@ def start_processes(train: Train) -> Accelerator:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
         if "OMP_NUM_THREADS" not in os.environ:  # the background reader needs a core of its own
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
+    require_tracker(train)
     if train.report_to == "none":
         return Accelerator(cpu=on_cpu)
     return Accelerator(cpu=on_cpu, log_with=train.report_to, project_dir=train.output_dir)
@@ -140,7 +141,6 @@ def agreed_conventions(config: Config, storage: Storage, view: View) -> tuple[Co
     transformer = read_config(pretrained_folder(config.model, "transformer") / "config.json")
     scheduler = read_config(pretrained_folder(config.model, "scheduler") / "scheduler_config.json")
     recipe = read_recipe(storage, view.latents)
-    require_tracker(train)
     conventions = read_conventions(
         transformer, recipe["vae"]["config"], scheduler, drop_learned_positions=config.model.drop_learned_positions
     )
