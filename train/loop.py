@@ -38,7 +38,7 @@ from train.optimizer import (
     optimizer_state,
     set_learning_rate,
 )
-from train.order import divide, global_batch, num_train_steps
+from train.order import divide, global_batch
 from train.preview import open_previews, write_preview
 from train.run import Run, announce, open_run, refuse_another_run
 from train.step import require_finite, step_gradients
@@ -64,10 +64,7 @@ def run_steps(run: Run, stop: StopSignal) -> None:
     """From the newest checkpoint to the export."""
     config, settings, folder = run.config, run.config.train, run.config.train.output_dir
     accelerator, transformer, parameters = run.accelerator, run.transformer, run.parameters
-    main = accelerator.is_main_process
-    num_steps = num_train_steps(
-        len(run.dataset.rows), settings.global_batch_size, settings.max_train_steps, settings.num_train_epochs
-    )
+    main, num_steps = accelerator.is_main_process, run.num_steps
     previews = open_previews(run) if settings.preview_steps else None
     optimizer = build_optimizer(parameters, settings)
     learning_rate = learning_rate_factor(settings, num_steps)

@@ -27,7 +27,7 @@ from train.fidelity import open_quantised_engine
 from train.memory import choose_plan
 from train.model import load_adapter_weights, load_transformer
 from train.objective import NoiseSchedule, read_schedule
-from train.order import Windows
+from train.order import Windows, num_train_steps
 
 FIXED_FIELDS = (
     "adam_weight_decay",
@@ -69,6 +69,8 @@ class Run:
     held_out: Dataset
     transformer: CogVideoXTransformer3DModel
     engine: Engine
+    num_steps: int
+    """Optimizer steps, those done before included."""
 
     @property
     def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
@@ -91,12 +93,19 @@ class Run:
 def open_run(config: Config) -> Run:
     """Read the view and load the transformer; neither the VAE nor T5 is touched.
 
-    Raises `CacheError` if the cache does not fit the config, `UsageError` if a bucket cannot be trained.
+    Raises `CacheError` if the cache does not fit the config, `DataError` if it has no clip to train on, `UsageError` if
+    a bucket cannot be trained.
     """
     accelerator = start_processes(config.train)
     torch.backends.cuda.matmul.allow_tf32 = config.train.allow_tf32
     storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
     view = read_view(storage, config.data.name)
+    num_steps = num_train_steps(
+        len(view.split("train")),
+        config.train.global_batch_size,
+        config.train.max_train_steps,
+        config.train.num_train_epochs,
+    )
     check_encoders(config, view, read_recipe(storage, view.latents), read_recipe(storage, view.prompts))
     conventions, scheduler = agreed_conventions(config, storage, view)
     schedule = read_schedule(scheduler)
@@ -117,7 +126,9 @@ def open_run(config: Config) -> Run:
             transformer, plan, accelerator.device, conventions, example, allow_low_cosine=allowed
         )
     windows = dataset.windows()
-    return Run(config, accelerator, view, conventions, schedule, dataset, windows, held_out, transformer, engine)
+    return Run(
+        config, accelerator, view, conventions, schedule, dataset, windows, held_out, transformer, engine, num_steps
+    )
 
 
 def start_processes(train: Train) -> Accelerator:
