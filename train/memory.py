@@ -7,7 +7,7 @@ leaves out the CUDA context and what the allocator reserves beyond.
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.extras import require_extra
 from shared.geometry import Bucket, latent_shape, padding_frames, video_tokens
-from shared.variants import Conventions
+from shared.variants import Conventions, refusal
 from train.engine import Plan, open_engine
 from train.forward import ModelInput, predict
 from train.model import add_adapter
@@ -45,6 +45,13 @@ class Prediction:
     """Before the first step: weights, adapter, gradients, Adam moments."""
     kept: int
     """More than that between forward and backward pass: saved activations, mostly."""
+    preview: int = 0
+    """The most that is allocated at once while a preview is made, without gradients; 0 if none is."""
+
+    @property
+    def needed(self) -> int:
+        """The most of the whole run."""
+        return max(self.peak, self.preview)
 
 
 def predict_peak(
@@ -54,25 +61,25 @@ def predict_peak(
     plan: Plan,
     pack: Sequence[Bucket],
     dtype: torch.dtype,
+    preview: Bucket | None = None,
 ) -> Prediction:
     """The memory of training on `pack` with a transformer in `dtype`, Adam in fp32 and a CUDA attention kernel.
 
-    Two shallow models are run and continued to the real depth, which is exact because every block costs the same.
+    Between the steps, previews of the size `preview` are made. Two shallow models are run and continued to the real
+    depth, which is exact because every block costs the same.
     """
     depth = int(transformer_config["num_layers"])
     shallow = max(plan.stream_weights, 2)
 
     def run(num_layers: int) -> Prediction:
-        return _run_on_meta({**transformer_config, "num_layers": num_layers}, conventions, train, plan, pack, dtype)
+        shape = {**transformer_config, "num_layers": num_layers}
+        return _run_on_meta(shape, conventions, train, plan, pack, dtype, preview)
 
     if depth <= shallow + 1:
         return run(depth)
     low, high = run(shallow), run(shallow + 1)
-    peak, loaded, kept = (
-        a + (b - a) * (depth - shallow)
-        for a, b in ((low.peak, high.peak), (low.loaded, high.loaded), (low.kept, high.kept))
-    )
-    return Prediction(peak, loaded, kept)
+    sizes = zip(astuple(low), astuple(high), strict=True)
+    return Prediction(*(a + (b - a) * (depth - shallow) for a, b in sizes))
 
 
 def _run_on_meta(
@@ -82,6 +89,7 @@ def _run_on_meta(
     plan: Plan,
     pack: Sequence[Bucket],
     dtype: torch.dtype,
+    preview: Bucket | None = None,
 ) -> Prediction:
     clips = [_clip_on_meta(bucket, conventions, dtype) for bucket in pack]
     targets = [torch.empty(clip.latents.shape, device=META)[:, : conventions.out_channels] for clip in clips]
@@ -104,8 +112,15 @@ def _run_on_meta(
         del predictions
         kept = tally.num_bytes - loaded
         torch.autograd.backward(loss)
+        peak = tally.peak_bytes
+        if preview is not None:
+            del loss
+            transformer.zero_grad(set_to_none=True)
+            tally.peak_bytes = tally.num_bytes
+            with torch.no_grad():
+                predict(transformer.eval(), [_clip_on_meta(preview, conventions, dtype)], conventions, engine)
     del moments
-    return Prediction(tally.peak_bytes, loaded, kept)
+    return Prediction(peak, loaded, kept, 0 if preview is None else tally.peak_bytes)
 
 
 def _clip_on_meta(bucket: Bucket, conventions: Conventions, dtype: torch.dtype) -> ModelInput:
@@ -145,18 +160,23 @@ def choose_plan(
     plans = candidates(config, device, table_possible=is_frozen(transformer))
     if len(plans) == 1:
         return plans[0]
-    pack = largest_pack(config.train, conventions, buckets)
+    pack, preview = largest_pack(config.train, conventions, buckets), preview_bucket(config, conventions)
     free = min(gather(free_bytes(device)))  # so that all processes choose alike
+    too_large: list[str] = []
     for plan in plans:
-        found = predict_peak(transformer.config, conventions, config.train, plan, pack, transformer.dtype)
-        needed = int(found.peak * RESERVED_PER_ALLOCATED)
+        found = predict_peak(transformer.config, conventions, config.train, plan, pack, transformer.dtype, preview)
+        needed = int(found.needed * RESERVED_PER_ALLOCATED)
         if needed <= free:
             break
-    shape = f"{len(pack)} x {pack[0]}" if len(pack) > 1 else str(pack[0])
-    figures = f"predicted {needed / GIB:.2f} GiB for {shape}, {free / GIB:.2f} GiB free on {device}"
+        too_large.append(f"{describe(plan)} would take {needed / GIB:.2f} GiB")
+    what = describe_pack(pack) if found.peak >= found.preview else f"a preview of {preview}"
+    why = f"predicted {needed / GIB:.2f} GiB for {what}, {free / GIB:.2f} GiB free on {device}"
     if needed > free:
-        figures += "; this may not fit"
-    console.say(f"memory: {describe(plan)} ({figures})")
+        too_large.pop()
+        why += "; this may not fit, and is the leanest that [memory] leaves"
+    if too_large:
+        why += f"; {too_large[-1]}"
+    console.say(f"memory: {describe(plan)} ({why})")
     return plan
 
 
@@ -205,6 +225,19 @@ def largest_pack(train: Train, conventions: Conventions, buckets: Sequence[Bucke
 
     bucket = max(buckets, key=tokens)
     return [bucket] * max(1, min(train.max_tokens_per_pack // tokens(bucket), train.global_batch_size))
+
+
+def preview_bucket(config: Config, conventions: Conventions) -> Bucket | None:
+    """The size of the run's previews, if it makes any that may be larger than what it trains on."""
+    if not config.train.preview_steps or conventions.image_to_video:  # which has its previews in the clips' sizes
+        return None
+    bucket = Bucket(config.sample.num_frames, config.sample.height, config.sample.width)
+    return None if refusal(conventions, bucket) else bucket  # `train.preview` will refuse it, too
+
+
+def describe_pack(pack: Sequence[Bucket]) -> str:
+    """One bucket, and how often."""
+    return f"{len(pack)} x {pack[0]}" if len(pack) > 1 else str(pack[0])
 
 
 def free_bytes(device: torch.device) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.config import Config, Memory, Train
+from shared.config import Config, Memory, Sample, Train
 from shared.errors import UsageError
 from shared.geometry import Bucket, video_tokens
 from shared.preemption import StopSignal
@@ -20,7 +20,16 @@ from tests.tiny import build_transformer, scheduler_config, transformer_config, 
 from train import memory
 from train.engine import Activations, Plan, open_engine
 from train.loop import train as train_run
-from train.memory import GIB, PREFERENCE, Prediction, candidates, choose_plan, largest_pack, predict_peak
+from train.memory import (
+    GIB,
+    PREFERENCE,
+    Prediction,
+    candidates,
+    choose_plan,
+    largest_pack,
+    predict_peak,
+    preview_bucket,
+)
 from train.tally import Tally
 from train.transfer import host_empty
 
@@ -212,14 +221,59 @@ def test_auto_takes_the_fastest_plan_that_fits_and_says_why(
     ]
     enough = [int(size * memory.RESERVED_PER_ALLOCATED) for size in sizes]
     assert enough[1] < enough[0]
-    chosen = []
+    said = [f"{size / GIB:.2f} GiB" for size in enough]
+    chosen, told = [], []
     for free in (*enough, 0):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         chosen.append(choose_plan(config, transformer, conventions, [bucket], CPU))
-        told = capsys.readouterr().err
-        assert f"activations {chosen[-1].activations}" in told and str(bucket) in told
-        assert ("may not fit" in told) == (free == 0)
+        told.append(capsys.readouterr().err.strip())
     assert [plan.activations for plan in chosen] == ["full", "attention_output", "block_input"]
+    fits = f"for {bucket}, {{}} free on cpu"
+    assert told[0] == f"memory: activations full (predicted {said[0]} {fits.format(said[0])})"
+    assert told[1] == (
+        f"memory: activations attention_output (predicted {said[1]} {fits.format(said[1])}; "
+        f"activations full would take {said[0]})"
+    )
+    assert told[2].startswith("memory: activations block_input (predicted ")
+    assert told[2].endswith(
+        f"{fits.format('0.00 GiB')}; this may not fit, and is the leanest that [memory] leaves; "
+        f"activations attention_output would take {said[1]})"
+    )
+
+
+def test_a_preview_larger_than_the_clips_counts_where_previews_are_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformer = build_transformer("5b", lora_rank=4)
+    conventions = read_conventions(transformer_config("5b"), vae_config("5b"), scheduler_config("5b"))
+    clip, large = Bucket(9, 64, 96), Bucket(49, 160, 240)
+    sample = {"num_frames": large.frames, "height": large.height, "width": large.width}
+    with_previews, without = (
+        config_of({}, preview_steps=steps).model_copy(update={"sample": Sample.model_validate(sample)})
+        for steps in (5, 0)
+    )
+    assert preview_bucket(with_previews, conventions) == large and preview_bucket(without, conventions) is None
+    i2v = read_conventions(transformer_config("5b-i2v"), vae_config("5b-i2v"), scheduler_config("5b-i2v"))
+    assert preview_bucket(with_previews, i2v) is None, "its previews have the clips' sizes"
+
+    def predict_with(preview: Bucket | None, *pack: Bucket) -> Prediction:
+        settings = with_previews.train
+        return predict_peak(
+            transformer.config, conventions, settings, Plan("full"), pack, torch.float32, preview=preview
+        )
+
+    found = predict_with(large, clip)
+    assert predict_with(None, clip) == replace(found, preview=0)
+    assert found.preview > found.peak, "inference on the large one takes more than training on the small one"
+    assert found.preview < 0.8 * predict_with(None, large).peak, "and less than training on it"
+    small = predict_with(clip, large)
+    assert small.preview < small.peak == small.needed == predict_with(None, large).peak
+    free = int(found.peak * memory.RESERVED_PER_ALLOCATED)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    assert choose_plan(without, transformer, conventions, [clip], CPU).activations == "full"
+    assert "full (predicted" in capsys.readouterr().err
+    assert choose_plan(with_previews, transformer, conventions, [clip], CPU).activations != "full"
+    assert f"for a preview of {large}" in capsys.readouterr().err
 
 
 def test_largest_pack_is_as_many_of_the_largest_clip_as_the_budget_holds() -> None:
