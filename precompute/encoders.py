@@ -1,14 +1,15 @@
 """The two encoders: the VAE's encoder half, and T5. Never on the device together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from shared.device import DTYPES
-from shared.geometry import ENCODE_CHUNK_FRAMES
 from shared.errors import UsageError
+from shared.geometry import ENCODE_CHUNK_FRAMES
 from shared.pretrained import Part
 from shared.quantise import QuantisedLinear
 
@@ -22,6 +23,23 @@ def vae_precision(requested: str, part: Part) -> str:
         return requested
     own = part.dtype()
     return "fp32" if own == "fp16" else own
+
+
+@contextmanager
+def no_tf32() -> Iterator[None]:
+    """fp32 means fp32 within: by default cuDNN convolves in TF32 (10 bits of mantissa), and a CPU with the same keys not.
+
+    torch's switches are put back as they were.
+    """
+    switches: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 class VaeEncoder:
@@ -62,6 +80,7 @@ class VaeEncoder:
         self.device = device
 
     @torch.no_grad()
+    @no_tf32()
     def encode(self, clips: torch.Tensor) -> torch.Tensor:
         """float32 [B,3,F,H,W] -> [B,2C,F',H/8,W/8] mean and logvar, unscaled, in the encoder's precision, on the CPU.
 
@@ -79,25 +98,6 @@ class VaeEncoder:
         return torch.cat([self.encode(clips[:half]), self.encode(clips[half:])])
 
 
-class TextEncoder:
-    """Captions -> T5's last hidden state, all pad positions kept, no mask: as the CogVideoX pipelines call it."""
-
-    def __init__(
-        self,
-        part: Part,
-        tokenizer: Any,
-        precision: str,
-        device: torch.device,
-        text_length: int,
-        *,
-        int8: bool = False,
-    ) -> None:
-        from transformers import T5EncoderModel
-
-        model: Any = T5EncoderModel.from_pretrained(
-            str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
-        )
-        if int8:
 class _Compiled(nn.Module):
     """torch.compile, which compiles at the first call of a shape; raises `UsageError` where that fails."""
 
@@ -119,6 +119,25 @@ class _Compiled(nn.Module):
             ) from error
 
 
+class TextEncoder:
+    """Captions -> T5's last hidden state, all pad positions kept, no mask: as the CogVideoX pipelines call it."""
+
+    def __init__(
+        self,
+        part: Part,
+        tokenizer: Any,
+        precision: str,
+        device: torch.device,
+        text_length: int,
+        *,
+        int8: bool = False,
+    ) -> None:
+        from transformers import T5EncoderModel
+
+        model: Any = T5EncoderModel.from_pretrained(
+            str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
+        )
+        if int8:
             quantise(model)  # before it travels: the device never holds the wide weights
         self._model = model.eval().requires_grad_(False).to(device)
         self._tokenizer = tokenizer
@@ -127,6 +146,7 @@ class _Compiled(nn.Module):
         self.device = device
 
     @torch.no_grad()
+    @no_tf32()
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
         """B texts -> [B,L,D] in the encoder's precision, on the CPU."""
         ids = self._tokenizer(

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from precompute import recipes
+from precompute import provenance, recipes
 from precompute.ahead import ahead
 from precompute.encoders import VaeEncoder, vae_precision
 from precompute.pixels import to_clip
@@ -34,6 +34,7 @@ def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], 
         started = time.perf_counter()
         encoder = load_vae(stage)
         report.spend("load_vae", started)
+        provenance.record(stage.storage, collection, encoder.device)
         pass_started = time.perf_counter()
         with console.Progress("clips", total) as bar, ThreadPoolExecutor(1) as writer:
             writing: deque[Future[int]] = deque()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from precompute import recipes
+from precompute import provenance, recipes
 from precompute.clips import Source
 from precompute.encoders import TextEncoder
 from precompute.plan import PlannedShard, make_missing
@@ -35,6 +35,7 @@ def encode_prompts(stage: Stage, collection: Collection, texts: Mapping[str, str
         started = time.perf_counter()
         encoder = load_text_encoder(stage, tokenizer)
         report.spend("load_text_encoder", started)
+        provenance.record(stage.storage, collection, encoder.device)
         with console.Progress("prompts", total) as bar:
             for shard in todo:
                 samples: list[Sample] = []

@@ -18,7 +18,7 @@ from shared.geometry import ENCODE_CHUNK_FRAMES
 from shared.pretrained import Part, pretrained_folder, pretrained_part, read_config
 from shared.variants import Conventions, read_conventions
 
-TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ def latents_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
         "transform": pixels.TRANSFORM,
         "vae": {"weights": encoders.vae.sha256(), "config": encoders.vae.settings},
         "precision": vae_precision(settings.vae_dtype, encoders.vae),
+        "tf32": False,
         "chunk_frames": ENCODE_CHUNK_FRAMES,
         "tiling": settings.enable_tiling,
         "slicing": settings.enable_slicing,

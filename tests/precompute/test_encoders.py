@@ -1,6 +1,7 @@
 """The encoders: batches equal single clips, tiling changes latents, slicing does not, a full card halves the batch."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +95,51 @@ def test_what_is_stored_has_the_precision_of_the_recipe(vae):
     moments = encoder(vae, precision="bf16").encode(clips(1, frames=5))
     assert moments.dtype == torch.bfloat16
     torch.testing.assert_close(moments.float(), encoder(vae).encode(clips(1, frames=5)), rtol=0.1, atol=0.1)
+
+
+def fp32_switches() -> tuple[str, str]:
+    return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+def set_fp32_switches(convolutions: str, products: str) -> None:
+    torch.backends.cudnn.conv.fp32_precision = convolutions
+    torch.backends.cuda.matmul.fp32_precision = products
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """A process that allows TF32 everywhere."""
+    before = fp32_switches()
+    set_fp32_switches("tf32", "tf32")
+    yield
+    set_fp32_switches(*before)
+
+
+def test_fp32_is_never_tf32_and_torchs_switches_are_left_as_they_were(vae, t5, tf32):
+    within: list[tuple[str, str]] = []
+
+    def look(*_: object) -> None:
+        within.append(fp32_switches())
+
+    encoding = encoder(vae)
+    encoding._vae.encoder.conv_in.register_forward_hook(look)
+    encoding.encode(clips(1, frames=1))
+    hook = t5._model.encoder.block[0].register_forward_hook(look)
+    t5.encode(["a"])
+    hook.remove()
+    with pytest.raises(ValueError, match="expected"):
+        encoding.encode(torch.zeros(1))
+    assert within == [("ieee", "ieee")] * 2
+    assert fp32_switches() == ("tf32", "tf32")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fp32_on_the_gpu_is_fp32(vae):
+    batch = clips(2, frames=9, height=96, width=160)
+    expected = encoder(vae).encode(batch)
+    found = VaeEncoder(vae, "fp32", torch.device("cuda"), tiling=False, slicing=False).encode(batch)
+    assert (found - expected).norm() / expected.norm() < 1e-5  # with TF32 about 3e-4
 
 
 def test_half_precision_is_raised_when_nothing_is_asked(vae, monkeypatch):

@@ -137,6 +137,7 @@ def _edit(path: Path, old: str, new: str) -> None:
             1,
         ),
         (lambda folder: _append(folder / "tokenizer/tokenizer.json"), False, True),
+        (lambda folder: (folder / "tokenizer/added_tokens.json").write_text('{"<clip>": 199}'), False, True),
         (lambda folder: (folder / "vae/diffusion_pytorch_model.safetensors").touch(), False, False),
         (lambda folder: _scale(folder, "transformer"), False, False),
         (lambda folder: _edit(folder / "vae/config.json", "_diffusers_version", "_name_or_path"), False, False),
