@@ -78,7 +78,7 @@ class _ByHand(torch.autograd.Function):
             ctx.offloaded = engine.offload.send(saved)
         ctx.names, ctx.rows = list(kept), rows
         ctx.states = [replace(state, logsumexp=hidden.new_empty(0)) for state in states]
-        ctx.arguments = block, pack, engine, index
+        ctx.arguments, ctx.trainable = (block, pack, engine, index), trainable
         return result
 
     @staticmethod
@@ -122,7 +122,8 @@ def _run_forward(
     chunks = _chunks(pack, engine.chunk_tokens)
     kept: dict[str, Tensor] = {}
     result = torch.empty_like(hidden)
-    before = _Randomness(block, hidden.device)
+    drops = _drops(block)
+    before = _Randomness(drops, hidden.device)
     with engine.block_weights(index, index + 1):
         raw = _project(block, hidden, rows[0], chunks)
         query, key = _turn(block, raw, chunks, in_place="raw_query" not in keep)
@@ -131,7 +132,7 @@ def _run_forward(
         if "attended" in keep:
             kept["attended"] = attended
         del raw, query, key
-        after = _Randomness(block, hidden.device)
+        after = _Randomness(drops, hidden.device)
         for start, stop, part in chunks:
             middle = add_attention(block, hidden[start:stop], attended[start:stop], part, rows[0])
             wide = widen(block, middle, part, rows[1])
@@ -170,7 +171,7 @@ class _Totals:
 
     def __init__(self, ctx: Any, block: CogVideoXBlock, hidden: Tensor) -> None:
         wants_hidden, *wants_rows = ctx.needs_input_grad[:3]
-        self._block, self._parameters = block, trainable_parameters(block)
+        self._block, self._parameters = block, ctx.trainable
         first, second = (
             rows.detach().requires_grad_(wanted) for rows, wanted in zip(ctx.rows, wants_rows, strict=True)
         )
@@ -240,8 +241,7 @@ class _Totals:
 class _Randomness:
     """The generator's state before a stretch of the forward pass, so that its repetition drops the same values."""
 
-    def __init__(self, block: CogVideoXBlock, device: torch.device) -> None:
-        drops = any(isinstance(module, nn.Dropout) and module.training and module.p for module in block.modules())
+    def __init__(self, drops: bool, device: torch.device) -> None:
         self._devices = [device] if drops and device.type == "cuda" else []
         self._state = torch.get_rng_state() if drops else None
         self._device_states = [torch.cuda.get_rng_state(device) for device in self._devices]
@@ -258,10 +258,17 @@ class _Randomness:
             yield
 
 
+def _drops(block: CogVideoXBlock) -> bool:
+    """Whether anything in the block draws."""
+    return block.training and any(
+        isinstance(module, nn.Dropout) and module.training and module.p for module in block.modules()
+    )
+
+
 def trainable_parameters(block: CogVideoXBlock) -> list[nn.Parameter]:
     """Of a block, without those that make its modulation rows."""
-    modulation = {id(value) for norm in (block.norm1, block.norm2) for value in norm.linear.parameters()}
-    return [value for value in block.parameters() if value.requires_grad and id(value) not in modulation]
+    layers = (block.norm1.norm, block.attn1, block.norm2.norm, block.ff)
+    return [value for layer in layers for value in layer.parameters() if value.requires_grad]
 
 
 def _chunks(pack: Pack, size: int) -> list[Chunk]:
