@@ -27,7 +27,7 @@ def vae_precision(requested: str, part: Part) -> str:
 
 @contextmanager
 def no_tf32() -> Iterator[None]:
-    """fp32 means fp32 within: by default cuDNN convolves in TF32 (10 bits of mantissa), and a CPU with the same keys not.
+    """fp32 means fp32 within, as on a CPU with the same keys. cuDNN's default is TF32, with a mantissa of 10 bits.
 
     torch's switches are put back as they were.
     """

@@ -18,7 +18,13 @@ from shared.geometry import ENCODE_CHUNK_FRAMES
 from shared.pretrained import Part, pretrained_folder, pretrained_part, read_config
 from shared.variants import Conventions, read_conventions
 
-TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @dataclass(frozen=True, slots=True)
