@@ -15,11 +15,7 @@ from shared.config import Config
 from shared.device import DTYPES, choose_device
 from shared.errors import DataError, UsageError
 from shared.pretrained import pretrained_part
-
-PREVIEWS = "previews"
-"""In the run folder; below it `step-000100/00.safetensors`."""
-SHEET = "sheet.png"
-"""Written last: a step's folder that has one is done, the tracker included."""
+from shared.run_folder import PREVIEWS, SHEET
 
 
 def decode(config: Config) -> list[Path]:

@@ -14,9 +14,8 @@ from shared.config import Config
 from shared.device import DTYPES, choose_device
 from shared.errors import UsageError
 from shared.pretrained import pretrained_folder, pretrained_part, read_config
-from shared.variants import Conventions, read_conventions, without_learned_positions
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+from shared.run_folder import EXPORT, adapter_file
+from shared.variants import Conventions, drop_learned_table, read_conventions, without_learned_positions
 
 
 def sample(config: Config) -> list[Path]:
@@ -52,8 +51,7 @@ def sample(config: Config) -> list[Path]:
 
 def find_adapter(config: Config) -> Path:
     """The adapter file of `sample.lora`, or the export of [train]; raises `UsageError` if it is not there."""
-    place = config.sample.lora or config.train.output_dir / "export"
-    path = place / ADAPTER_FILE if place.is_dir() else place
+    path = adapter_file(config.sample.lora or config.train.output_dir / EXPORT)
     if not path.is_file():
         raise UsageError(f"{path}: no adapter here; train first, or set sample.lora to a .safetensors file")
     return path
@@ -80,7 +78,7 @@ def load_pipeline(config: Config) -> tuple[Any, Conventions]:
     )
     if config.model.drop_learned_positions:
         without_learned_positions(conventions)  # refuses a checkpoint that has no such table
-        pipeline.transformer.patch_embed.use_learned_positional_embeddings = False
+        drop_learned_table(pipeline.transformer)
     device = choose_device(config.sample.device)
     if device.type == "cuda":
         pipeline.enable_model_cpu_offload(device=device)

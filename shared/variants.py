@@ -182,12 +182,16 @@ def read_conventions(
 def without_learned_positions(conventions: Conventions) -> Conventions:
     """The same checkpoint on RoPE alone, which frees frames, height, width, text length: another model until trained.
 
-    diffusers' own forward has to follow, see `train.positions.drop_learned_positions`. Raises `UsageError` where there
-    is no table.
+    diffusers' own forward has to follow, see `drop_learned_table`. Raises `UsageError` where there is no table.
     """
     if conventions.positions != "rope_crop_learned":
         raise UsageError(f"drop_learned_positions: this checkpoint has no learned table ({conventions.name})")
     return replace(conventions, positions="rope_crop", text_length_fixed=False)
+
+
+def drop_learned_table(transformer: Any) -> None:
+    """Make diffusers' own forward leave the learned table out (`CogVideoXPatchEmbed.forward`)."""
+    transformer.patch_embed.use_learned_positional_embeddings = False
 
 
 def refusal(conventions: Conventions, bucket: Bucket) -> str | None:

@@ -14,14 +14,12 @@ from torch import Tensor
 from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of
+from shared.run_folder import ADAPTER, EXPORT, adapter_file
 from train.model import adapter_weights
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."
 METADATA_KEY = "lora_adapter_metadata"
 """Header key under which diffusers looks for the adapter's settings (`diffusers/loaders/lora_base.py`)."""
-
-
 CONFIG_KEY = "precog_config"
 """Header key of `config_key`."""
 
@@ -34,7 +32,7 @@ def config_key(config: Config) -> str:
 def is_export_of(config: Config) -> bool:
     """The run folder has the export of a finished run of this very config."""
     try:
-        with safe_open(config.train.output_dir / "export" / FILE_NAME, framework="numpy") as tensors:
+        with safe_open(config.train.output_dir / EXPORT / ADAPTER, framework="numpy") as tensors:
             return (tensors.metadata() or {}).get(CONFIG_KEY) == config_key(config)
     except (OSError, SafetensorError):
         return False
@@ -54,10 +52,10 @@ def export_adapter(
     metadata = {"format": "pt", METADATA_KEY: json.dumps(settings, sort_keys=True), **provenance}
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
-        pending = Path(temporary) / FILE_NAME
+        pending = Path(temporary) / ADAPTER
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, pending, metadata)
         _check(pending, weights, settings)
-        return pending.replace(folder / FILE_NAME)
+        return pending.replace(folder / ADAPTER)
 
 
 def adapter_settings(train: Train) -> dict[str, Json]:
@@ -79,9 +77,8 @@ def read_adapter(transformer: CogVideoXTransformer3DModel, train: Train, path: P
     Raises `UsageError` unless it was made with this run's rank, scale, targets, and for this transformer.
     """
     where = f"train.initial_adapter = {str(path)!r}"
-    file = path / FILE_NAME if path.is_dir() else path
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(adapter_file(path), framework="pt") as tensors:
             header = tensors.metadata() or {}
             weights = {name.removeprefix(PREFIX): tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118
         theirs = json.loads(header.get(METADATA_KEY, "{}"))

@@ -23,8 +23,9 @@ from shared.config import Config, save_config
 from shared.device import peak_memory_bytes
 from shared.errors import PrecogError, UsageError
 from shared.preemption import StopSignal
+from shared.run_folder import EXPORT
 from train.average import start_average, swapped, update_average
-from train.checkpoint import find_checkpoint, prune_checkpoints, save_checkpoint
+from train.checkpoint import prune_checkpoints, save_checkpoint
 from train.data import Example
 from train.evaluate import base_held_out_loss, held_out_loss
 from train.export import CONFIG_KEY, config_key, export_adapter
@@ -40,7 +41,8 @@ from train.optimizer import (
 )
 from train.order import divide, global_batch
 from train.preview import open_previews, write_preview
-from train.run import Run, announce, open_run, refuse_another_run
+from train.resume import find_start
+from train.run import Run, announce, open_run
 from train.step import require_finite, step_gradients
 
 logger = logging.getLogger(__name__)
@@ -70,9 +72,9 @@ def run_steps(run: Run, stop: StopSignal) -> None:
     learning_rate = learning_rate_factor(settings, num_steps)
     ema = start_average(parameters) if settings.ema_decay else {}
     step = 0
-    checkpoint = find_checkpoint(folder, settings.resume_from_checkpoint, report=console.say)
+    start = find_start(run)
+    checkpoint = start.checkpoint
     if checkpoint is not None:
-        refuse_another_run(checkpoint.state, run.identity, str(checkpoint.path))
         load_adapter_weights(transformer, checkpoint.tensors["adapter"])
         load_optimizer_state(optimizer, checkpoint.tensors["optimizer"])
         ema = {name: checkpoint.tensors["ema"][name].to(accelerator.device) for name in ema}
@@ -92,8 +94,8 @@ def run_steps(run: Run, stop: StopSignal) -> None:
         tensors = {"adapter": adapter_weights(transformer), "optimizer": optimizer_state(optimizer)}
         if ema:
             tensors["ema"] = ema
-        save_checkpoint(folder, step, tensors, {"identity": run.identity})
-        prune_checkpoints(folder, settings.checkpoints_total_limit)
+        saved = save_checkpoint(folder, step, tensors, start.state)
+        prune_checkpoints(folder, settings.checkpoints_total_limit, saved)
 
     def evaluation_weights() -> AbstractContextManager[None]:
         weights = ema or averaged(optimizer)
@@ -164,7 +166,7 @@ def run_steps(run: Run, stop: StopSignal) -> None:
     if main:
         provenance = {"precog_view": run.view.hash, "precog_steps": str(step), CONFIG_KEY: config_key(config)}
         with evaluation_weights():
-            path = export_adapter(transformer, settings, folder / "export", provenance)
+            path = export_adapter(transformer, settings, folder / EXPORT, provenance)
         finish_metrics(folder, path)
     accelerator.end_training()
 

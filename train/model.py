@@ -12,7 +12,7 @@ from shared.config import Config, Train
 from shared.device import DTYPES
 from shared.errors import UsageError
 from shared.pretrained import pretrained_part
-from train.positions import drop_learned_positions
+from shared.variants import drop_learned_table
 
 
 def load_transformer(config: Config, device: torch.device) -> CogVideoXTransformer3DModel:
@@ -24,7 +24,7 @@ def load_transformer(config: Config, device: torch.device) -> CogVideoXTransform
     )
     transformer.requires_grad_(False).eval().to(device)
     if config.model.drop_learned_positions:
-        drop_learned_positions(transformer)
+        drop_learned_table(transformer)
     add_adapter(transformer, config.train)
     return transformer
 

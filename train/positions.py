@@ -79,11 +79,6 @@ def additive_positions(
     return torch.cat([video.new_zeros(text_length, video.shape[1]), video]).to(latents.dtype)
 
 
-def drop_learned_positions(transformer: CogVideoXTransformer3DModel) -> None:
-    """Make diffusers' own forward leave the learned table out (`shared.variants.without_learned_positions`)."""
-    transformer.patch_embed.use_learned_positional_embeddings = False
-
-
 @lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)
 def _sincos(

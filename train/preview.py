@@ -27,6 +27,7 @@ from shared.errors import CacheError, UsageError
 from shared.files import open_storage
 from shared.geometry import Bucket, latent_shape, padding_frames
 from shared.pretrained import pretrained_folder, read_config
+from shared.run_folder import SHEET, preview_folder
 from shared.store import SampleReader
 from shared.variants import refusal
 from train.conditioning import image_condition
@@ -34,10 +35,6 @@ from train.data import name
 from train.forward import ModelInput, predict
 from train.run import Run
 
-FOLDER = "previews"
-"""In the run folder; below it `step-000100/00.safetensors` and `.json`, and what `precog decode` adds."""
-SHEET = "sheet.png"
-"""What `precog decode` writes last into a step's folder."""
 RECORDED = {"num_inference_steps", "guidance_scale", "use_dynamic_cfg", "seed"}
 """Fields of [sample] that shape a preview, written beside it with its size."""
 
@@ -125,7 +122,7 @@ def write_preview(run: Run, previews: Previews, number: int, step: int, stopped:
         "width": prompt.bucket.width,
         **run.config.sample.model_dump(mode="json", include=RECORDED),
     }
-    folder = run.config.train.output_dir / FOLDER / f"step-{step:06}"
+    folder = preview_folder(run.config.train.output_dir, step)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SHEET).unlink(missing_ok=True)
     _replace(folder / f"{number:02}.json", lambda path: path.write_text(json.dumps(about, indent=1), "utf-8"))

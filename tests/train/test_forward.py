@@ -9,7 +9,7 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models import embeddings
 from torch import Tensor
 
-from shared.variants import Conventions, read_conventions, without_learned_positions
+from shared.variants import Conventions, drop_learned_table, read_conventions, without_learned_positions
 from tests.tiny import (
     TEXT_LENGTH,
     TEXT_WIDTH,
@@ -23,7 +23,7 @@ from tests.tiny import (
 from train.conditioning import pad_front
 from train.engine import Engine
 from train.forward import ModelInput, linear, predict, predict_reference
-from train.positions import drop_learned_positions, image_rotary_emb
+from train.positions import image_rotary_emb
 
 Gradients = dict[str, Tensor]
 RECOMPUTING = Engine(activations="block_input")
@@ -140,7 +140,7 @@ def test_pack_of_mixed_clips_equals_diffusers_one_by_one(variant: str, dtype: to
 def test_i2v_without_its_learned_table_runs_at_any_shape(dtype: torch.dtype) -> None:
     conventions = without_learned_positions(conventions_of("5b-i2v"))
     transformer = build_transformer("5b-i2v", dtype, lora_rank=4)
-    drop_learned_positions(transformer)
+    drop_learned_table(transformer)
     assert_like_diffusers(transformer, conventions, make_clips(conventions, dtype))
 
 
