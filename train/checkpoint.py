@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from shared.errors import CacheError, PrecogError, UsageError
+from shared.errors import CacheError, PrecogError
 from shared.files import TEMPORARY, sync_folder
 from shared.fingerprint import Json, canonical_json
 
@@ -46,6 +46,8 @@ class Checkpoint:
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    commit: str
+    """sha256 in its COMMIT.json, which names all its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +97,13 @@ def save_checkpoint(
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises `CacheError` with one line that names the file and the reason."""
     try:
-        step, seals = _read_commit(path)
+        step, seals, commit = _read_commit(path)
         contents = {name: _read_file(path, name, seal) for name, seal in seals.items()}
         state = _parse_json(contents.pop(STATE), STATE)
         tensors = {name.removesuffix(".safetensors"): _parse_tensors(data, name) for name, data in contents.items()}
     except _Damage as damage:
         raise CacheError(f"{path}: damaged checkpoint: {damage}") from None
-    return Checkpoint(path, step, tensors, state)
+    return Checkpoint(path, step, tensors, state, commit)
 
 
 def latest_checkpoint(run: Path, *, report: Callable[[str], None]) -> Checkpoint | None:
@@ -110,7 +112,7 @@ def latest_checkpoint(run: Path, *, report: Callable[[str], None]) -> Checkpoint
     Raises `CacheError` if all are damaged: to start from zero again is for a person to decide.
     """
     problems: list[str] = []
-    for path in _newest_first(run):
+    for path in newest_first(run):
         try:
             checkpoint = load_checkpoint(path)
         except CacheError as error:
@@ -127,38 +129,46 @@ def latest_checkpoint(run: Path, *, report: Callable[[str], None]) -> Checkpoint
     return None
 
 
-def find_checkpoint(run: Path, request: str, *, report: Callable[[str], None]) -> Checkpoint | None:
-    """What `train.resume_from_checkpoint` asks for: "latest", a name, or "none"; None starts from the beginning.
+def newest_first(run: Path) -> list[Path]:
+    """Everything in the folder that is named as a checkpoint, intact or not."""
+    found = [(step_of(path), path.suffix != ".old", path) for path in _entries(run) if NAME.fullmatch(path.name)]
+    return [path for _, _, path in sorted(found, reverse=True)]
 
-    Raises `UsageError` for a name that is not there, and for "none" where there are checkpoints.
-    """
-    there = [path.name for path in reversed(_newest_first(run))]
-    if request == "latest":
-        return latest_checkpoint(run, report=report)
-    if request == "none":
-        if there:
-            raise UsageError(
-                f'train.resume_from_checkpoint = "none", but {run} has {", ".join(there)}: '
-                'choose another train.output_dir, move them away, or take "latest" to go on'
-            )
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CacheError(f"{folder}: cannot be read ({error.strerror or error})") from None
+
+
+def step_of(path: Path) -> int:
+    """By its name."""
+    match = NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
+def commit_of(path: Path) -> str | None:
+    """The hash that a checkpoint's COMMIT.json has of itself; None if there is none that is whole."""
+    try:
+        return _read_commit(path)[2]
+    except _Damage:
         return None
-    name = request.rstrip("/")
-    if name not in there:
-        raise UsageError(
-            f"train.resume_from_checkpoint = {request!r} is not in {run}: there are {', '.join(there) or 'none'}"
-        )
-    return load_checkpoint(run / name)
 
 
-def prune_checkpoints(run: Path, keep: int) -> None:
+def prune_checkpoints(run: Path, keep: int, saved: Path) -> None:
     """Delete what is older than the newest `keep` intact checkpoints (two at least), and what dead runs left half done.
 
-    Called after a save. Those kept are read again first. What cannot be deleted is logged and tried again next time.
+    Called after `saved` was saved, which stays in any case. Those kept are read again first. What cannot be deleted is
+    logged and tried again next time.
     """
     kept: set[str] = set()
-    for path in _newest_first(run):
+    for path in newest_first(run):
         name = path.name.removesuffix(".old")
-        if len(kept) >= max(keep, 2) or name in kept:
+        if path != saved and (len(kept) >= max(keep, 2) or name in kept):
             _delete(path)
         elif _valid_seals(path) is not None:
             kept.add(name)
@@ -166,12 +176,6 @@ def prune_checkpoints(run: Path, keep: int) -> None:
         # A younger one may be of another process that is saving now.
         if temporary.lstat().st_mtime < PROCESS_START_SECONDS:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _newest_first(run: Path) -> list[Path]:
-    matches = [(NAME.fullmatch(path.name), path) for path in (run.iterdir() if run.is_dir() else ())]
-    found = [(int(match[1]), match[2] is None, path) for match, path in matches if match]
-    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def _move_into_place(temporary: Path, final: Path) -> None:
@@ -223,8 +227,8 @@ def _commit_bytes(step: int, seals: Mapping[str, _Seal]) -> bytes:
     return canonical_json({**commit, "sha256": hashlib.sha256(canonical_json(commit)).hexdigest()})
 
 
-def _read_commit(path: Path) -> tuple[int, dict[str, _Seal]]:
-    """Step and files of a COMMIT.json that is byte for byte what we would write."""
+def _read_commit(path: Path) -> tuple[int, dict[str, _Seal], str]:
+    """Step, files and own hash of a COMMIT.json that is byte for byte what we would write."""
     data = _read_bytes(path, COMMIT, MAX_JSON_BYTES)
     commit = _parse_json(data, COMMIT)
     if commit.get("format") != FORMAT:
@@ -241,13 +245,13 @@ def _read_commit(path: Path) -> tuple[int, dict[str, _Seal]]:
         raise _Damage(f"{COMMIT}: is of step {step}")
     if STATE not in seals or not all(_is_file_name(name) for name in seals):
         raise _Damage(f"{COMMIT}: lists other files than a checkpoint has")
-    return step, seals
+    return step, seals, commit["sha256"]
 
 
 def _valid_seals(path: Path) -> dict[str, _Seal] | None:
     """The files of an intact checkpoint, without loading it."""
     try:
-        _, seals = _read_commit(path)
+        _, seals, _ = _read_commit(path)
         for name, seal in seals.items():
             _read_file(path, name, seal)
     except _Damage:

@@ -2,10 +2,13 @@
 
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from torch import distributed
+
+from shared.errors import PrecogError
 
 Value = TypeVar("Value")
 
@@ -17,6 +20,26 @@ def gather(value: Value) -> list[Value]:
     values = [value] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values
+
+
+def together(work: Callable[[], Value]) -> Value:
+    """The result of `work`, which every process runs: where it fails in one it fails in all, and none waits for it.
+
+    Raises the `PrecogError` of the first that failed, on every process; an `OSError` becomes one.
+    """
+    failure = None
+    try:
+        result = work()
+    except PrecogError as error:
+        failure = type(error), str(error)
+    except OSError as error:
+        failure = PrecogError, str(error)
+    failures = gather(failure)
+    for rank, found in enumerate(failures):
+        if found is not None:
+            kind, line = found
+            raise kind(line if len(failures) == 1 else f"rank {rank}: {line}")
+    return result
 
 
 def machine() -> str:

@@ -1,4 +1,4 @@
-"""What a run is made of before its first step: processes, view, conventions, data, model; and what identifies it."""
+"""What a run is made of before its first step: processes, view, conventions, data, model."""
 
 import os
 from dataclasses import dataclass
@@ -11,10 +11,9 @@ from diffusers import CogVideoXTransformer3DModel
 from shared import console
 from shared.config import Config, Train
 from shared.device import choose_device
-from shared.errors import CacheError, UsageError
+from shared.errors import UsageError
 from shared.files import Storage, open_storage
-from shared.fingerprint import Json
-from shared.pretrained import pretrained_folder, read_config
+from shared.pretrained import Part, pretrained_folder, pretrained_part, read_config
 from shared.store import read_recipe
 from shared.tracker import require_tracker
 from shared.variants import Conventions, read_conventions, refusal
@@ -28,30 +27,6 @@ from train.memory import choose_plan
 from train.model import load_adapter_weights, load_transformer
 from train.objective import NoiseSchedule, read_schedule
 from train.order import Windows, num_train_steps
-
-FIXED_FIELDS = (
-    "adam_weight_decay",
-    "caption_dropout",
-    "ema_decay",
-    "global_batch_size",
-    "initial_adapter",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_rank",
-    "lora_target_modules",
-    "noised_image_dropout",
-    "optimizer",
-    "seed",
-    "snr_gamma",
-    "timestep_sampling",
-    "use_dora",
-    "use_rslora",
-)
-"""Fields of [train] that a resumed run may not change."""
-ORDER = "train.shuffle_shards"
-"""The order's name in a run's identity: what `shuffle_shards` came to."""
-WHOLE = "all"
-"""The order without windows, and of every checkpoint from before there were any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +42,8 @@ class Run:
     windows: Windows | None
     """Of the training clips' order."""
     held_out: Dataset
+    base: Part
+    """The transformer's files."""
     transformer: CogVideoXTransformer3DModel
     engine: Engine
     num_steps: int
@@ -81,13 +58,6 @@ class Run:
     def width(self) -> int:
         """D of the transformer."""
         return int(self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim)
-
-    @property
-    def identity(self) -> dict[str, Json]:
-        """What a resumed run must share with the run that made its checkpoints."""
-        settings = self.config.train.model_dump(mode="json")
-        order = WHOLE if self.windows is None else self.windows.name
-        return {"view": self.view.hash, ORDER: order, **{f"train.{name}": settings[name] for name in FIXED_FIELDS}}
 
 
 def open_run(config: Config) -> Run:
@@ -125,9 +95,19 @@ def open_run(config: Config) -> Run:
         engine = open_quantised_engine(
             transformer, plan, accelerator.device, conventions, example, allow_low_cosine=allowed
         )
-    windows = dataset.windows()
     return Run(
-        config, accelerator, view, conventions, schedule, dataset, windows, held_out, transformer, engine, num_steps
+        config,
+        accelerator,
+        view,
+        conventions,
+        schedule,
+        dataset,
+        dataset.windows(),
+        held_out,
+        pretrained_part(config.model, "transformer"),
+        transformer,
+        engine,
+        num_steps,
     )
 
 
@@ -159,15 +139,6 @@ def agreed_conventions(config: Config, storage: Storage, view: View) -> tuple[Co
         if reason := refusal(conventions, bucket):
             raise UsageError(f"view {view.name}: {reason}")
     return conventions, scheduler
-
-
-def refuse_another_run(state: dict[str, Any], identity: dict[str, Json], where: str) -> None:
-    """Raises `CacheError` naming what differs between the checkpoint's run and this one."""
-    theirs = {ORDER: WHOLE, **state.get("identity", {})}
-    differing = [name for name in identity if theirs.get(name) != identity[name]]
-    if differing:
-        shown = ", ".join(f"{name} was {theirs.get(name)!r}, is {identity[name]!r}" for name in differing)
-        raise CacheError(f"{where}: made by another run ({shown}); choose another train.output_dir to start anew")
 
 
 def announce(run: Run) -> None:

@@ -21,14 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shared.errors import CacheError, PrecogError, UsageError
+from shared.errors import CacheError, PrecogError
 from shared.fingerprint import canonical_json
 from train.checkpoint import (
     COMMIT,
     PROCESS_START_SECONDS,
     STATE,
     Checkpoint,
-    find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
@@ -442,8 +441,7 @@ def test_a_kill_at_any_effect_of_save_and_prune_leaves_a_whole_checkpoint(tmp_pa
     prepare(prepared)
 
     def work() -> None:
-        save(folder, 30)
-        prune_checkpoints(folder, keep)
+        prune_checkpoints(folder, keep, save(folder, 30))
 
     for number in count(1):
         shutil.copytree(prepared, folder)
@@ -540,39 +538,45 @@ def test_every_file_and_the_folders_are_synced_before_and_after_the_rename(
 @pytest.mark.parametrize(("keep", "left"), [(1, [40, 50]), (2, [40, 50]), (3, [30, 40, 50]), (9, [10, 20, 30, 40, 50])])
 def test_pruning_keeps_the_newest_and_never_fewer_than_two(run: Path, keep: int, left: list[int]) -> None:
     for step in (10, 20, 30, 40, 50):
-        save(run, step)
-    prune_checkpoints(run, keep)
+        saved = save(run, step)
+    prune_checkpoints(run, keep, saved)
     assert names(run) == [f"checkpoint-{step:06d}" for step in left]
     assert temporaries(run) == []
 
 
 def test_pruning_counts_only_intact_checkpoints(run: Path) -> None:
     for step in (10, 20, 30, 40):
-        save(run, step)
+        saved = save(run, step)
     (run / "checkpoint-000040" / "adapter.safetensors").unlink()
     (run / "checkpoint-000020" / STATE).write_bytes(b"{}")
-    prune_checkpoints(run, 2)
+    prune_checkpoints(run, 2, saved)
     assert names(run) == [f"checkpoint-{step:06d}" for step in (10, 20, 30, 40)]
-    save(run, 50)
-    prune_checkpoints(run, 2)
+    prune_checkpoints(run, 2, save(run, 50))
     assert names(run) == [f"checkpoint-{step:06d}" for step in (30, 40, 50)]
+
+
+def test_the_checkpoint_just_saved_stays_whatever_there_is_beyond_it(run: Path) -> None:
+    for step in (60, 80, 40):
+        save(run, step)
+    prune_checkpoints(run, 2, save(run, 50))
+    assert names(run) == [f"checkpoint-{step:06d}" for step in (50, 60, 80)]
 
 
 def test_steps_are_ordered_as_numbers(run: Path) -> None:
     for step in (999_999, 1_000_000, 10_000_000):
-        save(run, step)
-    prune_checkpoints(run, 2)
+        saved = save(run, step)
+    prune_checkpoints(run, 2, saved)
     assert names(run) == ["checkpoint-10000000", "checkpoint-1000000"][::-1]
 
 
 def test_only_temporary_folders_older_than_this_process_are_swept(run: Path) -> None:
-    save(run, 10)
+    saved = save(run, 10)
     young, old = run / ".tmp-young", run / ".tmp-old"
     for folder in (young, old):
         folder.mkdir()
         (folder / "adapter.safetensors").write_bytes(b"half")
     os.utime(old, (0, PROCESS_START_SECONDS - 1))
-    prune_checkpoints(run, 2)
+    prune_checkpoints(run, 2, saved)
     assert temporaries(run) == [young]
     assert (young / "adapter.safetensors").read_bytes() == b"half"
 
@@ -581,8 +585,8 @@ def test_other_files_of_the_run_are_left_alone(run: Path) -> None:
     for name in ("checkpoint-best", "checkpoint-20", "xcheckpoint-000001", "metrics.jsonl"):
         (run / name).mkdir(parents=True)
     for step in (10, 20, 30):
-        save(run, step)
-    prune_checkpoints(run, 2)
+        saved = save(run, step)
+    prune_checkpoints(run, 2, saved)
     assert names(run) == sorted(
         [
             "checkpoint-000020",
@@ -599,60 +603,13 @@ def test_what_cannot_be_deleted_is_logged_and_does_not_stop_the_run(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (10, 20, 30):
-        save(run, step)
+        saved = save(run, step)
 
     def fail() -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     with at_effect(1, fail, deletes=False):
-        prune_checkpoints(run, 2)
+        prune_checkpoints(run, 2, saved)
     assert "checkpoint-000010: cannot be deleted" in caplog.text
-    prune_checkpoints(run, 2)
+    prune_checkpoints(run, 2, saved)
     assert names(run) == ["checkpoint-000020", "checkpoint-000030"]
-
-
-# resume_from_checkpoint
-
-
-def test_latest_is_the_newest_or_nothing(run: Path) -> None:
-    assert find_checkpoint(run, "latest", report=silence) is None
-    run.mkdir()
-    assert find_checkpoint(run, "latest", report=silence) is None
-    save(run, 10)
-    save(run, 20)
-    found = find_checkpoint(run, "latest", report=silence)
-    assert found is not None
-    assert is_content(found, 20)
-
-
-@pytest.mark.parametrize("request_", ["checkpoint-000010", "checkpoint-000010/"])
-def test_a_name_is_that_checkpoint(run: Path, request_: str) -> None:
-    save(run, 10)
-    save(run, 20)
-    found = find_checkpoint(run, request_, report=silence)
-    assert found is not None
-    assert is_content(found, 10)
-
-
-@pytest.mark.parametrize("request_", ["checkpoint-000030", "checkpoint-10", "", "../run/checkpoint-000010", "newest"])
-def test_an_unknown_name_is_refused_with_those_there_are(run: Path, request_: str) -> None:
-    save(run, 10)
-    save(run, 20)
-    with pytest.raises(UsageError, match=r"there are checkpoint-000010, checkpoint-000020$"):
-        find_checkpoint(run, request_, report=silence)
-    with pytest.raises(UsageError, match=r"there are none$"):
-        find_checkpoint(run / "empty", request_, report=silence)
-
-
-def test_a_named_checkpoint_that_is_damaged_is_an_error_and_not_another_one(run: Path) -> None:
-    save(run, 10)
-    (save(run, 20) / STATE).unlink()
-    with pytest.raises(CacheError, match=r"checkpoint-000020: damaged checkpoint: state\.json"):
-        find_checkpoint(run, "checkpoint-000020", report=silence)
-
-
-def test_none_starts_anew_and_refuses_a_run_that_has_checkpoints(run: Path) -> None:
-    assert find_checkpoint(run, "none", report=silence) is None
-    save(run, 10)
-    with pytest.raises(UsageError, match=r"has checkpoint-000010: choose another train\.output_dir"):
-        find_checkpoint(run, "none", report=silence)

@@ -1,0 +1,118 @@
+"""What a run is, beside its step: the view, the base model and the settings that a resumed run may not change."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import CacheError
+from shared.fingerprint import Json, key_of, sha256_file
+from shared.pretrained import FileMark, Part
+from shared.run_folder import adapter_file
+from train.run import Run
+
+FIXED_FIELDS = (
+    "adam_weight_decay",
+    "caption_dropout",
+    "ema_decay",
+    "global_batch_size",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_rank",
+    "lora_target_modules",
+    "noised_image_dropout",
+    "optimizer",
+    "seed",
+    "snr_gamma",
+    "timestep_sampling",
+    "use_dora",
+    "use_rslora",
+)
+"""Fields of [train] that a resumed run may not change."""
+ORDER = "train.shuffle_shards"
+"""The order's name in a run's identity: what `shuffle_shards` came to."""
+WHOLE = "all"
+"""The order without windows, and of every checkpoint from before there were any."""
+BASE = "base"
+"""In a checkpoint's state.json: hash and marks of the transformer's weights."""
+ADDED_LATER = (
+    "memory.base_precision",
+    "model.drop_learned_positions",
+    "train.initial_adapter.sha256",
+    "train.mixed_precision",
+    "transformer.config",
+    "transformer.weights",
+)
+"""Names of a run's identity that checkpoints of the first version lack."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The weights that a run's adapter is trained on."""
+
+    sha256: str
+    """Of the hashes of all weight files."""
+    marks: tuple[FileMark, ...]
+    """By which the files are known again without reading them."""
+
+    def as_json(self) -> dict[str, Json]:
+        return {"sha256": self.sha256, "marks": [list(mark) for mark in self.marks]}
+
+
+def identify_base(transformer: Part, state: Mapping[str, Any]) -> Base:
+    """As the checkpoint's state has it if the files have its sizes and times; else they are read and hashed.
+
+    The name of a file from the hub is its hash, so that those are not read either way.
+    """
+    marks, known = transformer.marks, state.get(BASE)
+    if known is not None and known["marks"] == [list(mark) for mark in marks]:
+        return Base(known["sha256"], marks)
+    return Base(key_of(transformer.sha256()), marks)
+
+
+def identity_of(run: Run, base: Base) -> dict[str, Json]:
+    """What a resumed run must share with the run that made its checkpoints."""
+    config = run.config
+    settings = config.train.model_dump(mode="json")
+    return {
+        "view": run.view.hash,
+        ORDER: WHOLE if run.windows is None else run.windows.name,
+        **{f"train.{name}": settings[name] for name in FIXED_FIELDS},
+        "train.initial_adapter.sha256": _sha256_of_adapter(config.train.initial_adapter),
+        "train.mixed_precision": str(run.transformer.dtype).removeprefix("torch."),
+        "memory.base_precision": config.memory.base_precision,
+        "model.drop_learned_positions": config.model.drop_learned_positions,
+        "transformer.config": run.base.settings,
+        "transformer.weights": base.sha256,
+    }
+
+
+def _sha256_of_adapter(path: Path | None) -> str | None:
+    return None if path is None else sha256_file(adapter_file(path))
+
+
+def refuse_another_run(state: Mapping[str, Any], identity: Mapping[str, Json], where: str) -> list[str]:
+    """What the checkpoint's state does not say of its run, having been made by the first version.
+
+    Raises `CacheError` naming what differs between the checkpoint's run and this one.
+    """
+    theirs = {ORDER: WHOLE, **state.get("identity", {})}
+    unknown = [name for name in identity if name in ADDED_LATER and name not in theirs]
+    ours = {name: value for name, value in identity.items() if name not in unknown}
+    before = {name: theirs.get(name) for name in ours}
+    shown = [f"{name} was {old!r}, is {new!r}" for name, old, new in differences(before, ours)]
+    if shown:
+        raise CacheError(
+            f"{where}: made by another run ({', '.join(shown)}); choose another train.output_dir to start anew"
+        )
+    return unknown
+
+
+def differences(left: Mapping[str, Json], right: Mapping[str, Json]) -> Iterator[tuple[str, Json, Json]]:
+    """Dotted names whose values differ, with both; None is a value that is not there."""
+    for name in sorted(left.keys() | right.keys()):
+        one, other = left.get(name), right.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from ((f"{name}.{inner}", here, there) for inner, here, there in differences(one, other))
+        elif one != other:
+            yield name, one, other
