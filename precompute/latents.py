@@ -19,8 +19,10 @@ from precompute.stage import Stage
 from precompute.video import BadVideo
 from shared import console, seeding
 from shared.device import choose_device
+from shared.errors import UsageError
 from shared.files import Storage
 from shared.fingerprint import Json
+from shared.geometry import Bucket, latent_shape
 from shared.shard import Sample, write_shard
 from shared.store import Collection
 
@@ -139,7 +141,7 @@ def _encoded_shards(
 def encode_clips(
     stage: Stage, clips: Mapping[str, Clip], decoded: Mapping[str, Decoded], encoder: VaeEncoder
 ) -> list[Sample]:
-    """One encode batch of one bucket -> samples."""
+    """One encode batch of one bucket -> samples; raises `UsageError` if training could not use them."""
     if not decoded:
         return []
     pixels = {
@@ -153,6 +155,7 @@ def encode_clips(
         for key, result in decoded.items()
     }
     moments = encoder.encode(torch.stack(list(pixels.values())))
+    _check_shape(stage, clips[next(iter(decoded))].window.bucket, moments)
     samples = []
     for key, clip_moments in zip(decoded, moments, strict=True):
         tensors = {"moments": clip_moments}
@@ -161,6 +164,23 @@ def encode_clips(
             tensors["image_moments"] = torch.cat([encoder.encode(image[None]) for image in images])
         samples.append(Sample(key, tensors, _facts(clips[key], decoded[key].decoder)))
     return samples
+
+
+def _check_shape(stage: Stage, bucket: Bucket, moments: torch.Tensor) -> None:
+    """Raises `UsageError` for moments [B,2C,F,H,W] of another size than the bucket's, before hours go into them."""
+    channels, *size = latent_shape(bucket, stage.encoders.conventions.out_channels)
+    expected, found = (2 * channels, *size), tuple(moments.shape[1:])
+    if found == expected:
+        return
+    assert stage.config.precompute.enable_tiling, f"{found} is not {expected}"
+    raise UsageError(
+        f"precompute.enable_tiling = true: the VAE's tiles do not fit clips of {bucket}, whose moments come as "
+        f"{_by(found)} instead of {_by(expected)}; leave it false or choose other data.resolution_buckets"
+    )
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def conditioning_images(first_frame: torch.Tensor, noised: int, key: str) -> list[torch.Tensor]:

@@ -178,6 +178,22 @@ def test_costly_frame_buckets_are_pointed_out(pipeline, small):
     assert len(report.warnings) == 1 and "frame bucket 13" in report.warnings[0]
 
 
+def test_moments_that_training_would_refuse_end_the_run_at_the_first_batch(pipeline, tmp_path):
+    root, cache, other = write_corpus(tmp_path / "clips", 3), tmp_path / "cache", tmp_path / "pipeline"
+    shutil.copytree(pipeline, other)
+    config = other / "vae" / "config.json"
+    config.write_text(config.read_text("utf-8").replace('"sample_height": 96', '"sample_height": 64'), "utf-8")
+    data = {"resolution_buckets": [[64, 64]]}
+    with pytest.raises(UsageError) as error:
+        run(config_for(other, root, cache, data=data, enable_tiling=True))
+    assert str(error.value) == (
+        "precompute.enable_tiling = true: the VAE's tiles do not fit clips of 5x64x64, whose moments come as 32x2x9x8 "
+        "instead of 32x2x8x8; leave it false or choose other data.resolution_buckets"
+    )
+    assert not list(cache.glob("latents/*/*/*"))
+    assert run(config_for(other, root, cache, data=data)).latents_encoded == 3
+
+
 def test_a_missing_part_of_the_checkpoint_is_named(pipeline, tmp_path):
     root = write_corpus(tmp_path / "clips", 1)
     with pytest.raises(UsageError, match="has no vae/ folder"):
