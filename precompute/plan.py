@@ -131,13 +131,15 @@ def read_plan(storage: Storage, folders: Mapping[str, str], generation: int) -> 
 def still_to_make(
     storage: Storage, planned: Sequence[PlannedShard], inventory: Inventory, part: Part
 ) -> Iterator[PlannedShard]:
-    """Unmade shards, looked up when asked for: first this worker's share, then the others' from the end.
+    """Unmade shards, looked up when asked for: first this worker's share, then the others'.
 
-    A shard with a key that another plan has stored meanwhile is left out; its other keys are the next generation's.
+    Each worker goes through those in an order of its own, so that two that are done rarely help with the same shard. A
+    shard with a key that another plan has stored meanwhile is left out; its other keys are the next generation's.
     """
     own = [shard for index, shard in enumerate(planned) if index % part.count == part.index]
     others = [shard for index, shard in enumerate(planned) if index % part.count != part.index]
-    for shard in [*own, *reversed(others)]:
+    others.sort(key=lambda shard: key_of([part.index, shard.receipt]))
+    for shard in [*own, *others]:
         if inventory.stored.isdisjoint(shard.keys) and not storage.exists(shard.receipt):
             yield shard
 
