@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,9 +43,16 @@ class KilledInStep(StopSignal):
 
 
 def start(
-    config: Config, world_size: int = 1, killed_in_step: int | None = None, largest_file_bytes: int | None = None
+    config: Config,
+    world_size: int = 1,
+    killed_in_step: int | None = None,
+    largest_file_bytes: int | None = None,
+    configs: Mapping[int, Config] | None = None,
 ) -> list[BaseProcess]:
-    """Processes that train `config` together, rank by rank; a disk that is full is one that takes no larger file."""
+    """Processes that train `config` together, rank by rank, but for the ranks that `configs` gives another.
+
+    A disk that is full is one that takes no larger file.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -65,8 +72,10 @@ def start(
         for rank in range(world_size)
     ]
     children: list[BaseProcess] = [
-        CONTEXT.Process(target=_run, args=(config, environment, killed_in_step, largest_file_bytes))
-        for environment in environments
+        CONTEXT.Process(
+            target=_run, args=((configs or {}).get(rank, config), environment, killed_in_step, largest_file_bytes)
+        )
+        for rank, environment in enumerate(environments)
     ]
     for child in children:
         child.start()

@@ -1,18 +1,28 @@
 """Where a run goes on: what is asked for, branches, one checkpoint for all processes, and of this very run."""
 
+import json
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared import pretrained
 from shared.config import Config
 from shared.errors import CacheError, Preempted, UsageError
+from shared.fingerprint import sha256_files
 from shared.preemption import StopSignal
-from tests.train.test_checkpoint import STATE, is_content, names, save, silence
-from train.checkpoint import load_checkpoint
+from tests import tiny
+from tests.experiments import fill_cache, write_experiment
+from tests.train import processes
+from tests.train.test_checkpoint import STATE, content, is_content, names, save, silence
+from train.checkpoint import load_checkpoint, save_checkpoint
+from train.identity import ADDED_LATER
 from train.loop import train
 from train.metrics import read_metrics
 from train.resume import BRANCH, abandon_newer, branch_of, find_checkpoint
@@ -127,9 +137,6 @@ def test_a_named_start_leaves_the_newer_ones_aside_and_the_same_command_goes_on_
 def save_of_branch(run: Path, step: int, start: Path | None) -> Path:
     """A checkpoint of the branch that began at `start`."""
     branch = None if start is None else branch_of(load_checkpoint(start), start.name)
-    from tests.train.test_checkpoint import content
-    from train.checkpoint import save_checkpoint
-
     groups, state = content(step)
     return save_checkpoint(run, step, groups, state | {BRANCH: branch})
 
@@ -182,3 +189,209 @@ def test_each_abandoned_branch_has_a_folder_of_its_own(run: Path) -> None:
     assert len(lines) == 3
     (run / "abandoned-2" / "checkpoint-000020").rename(run / "checkpoint-000020")
     assert is_content(load_checkpoint(run / "checkpoint-000020"), 20), "moved back, it is a checkpoint again"
+
+
+# One checkpoint for all processes
+
+
+def nothing(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def an_older_one_only(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoint-000004")
+
+
+def another_under_its_name(folder: Path) -> None:
+    checkpoint = load_checkpoint(folder / "checkpoint-000004")
+    adapter = {name: tensor + 1 for name, tensor in checkpoint.tensors["adapter"].items()}
+    save_checkpoint(folder, 4, checkpoint.tensors | {"adapter": adapter}, checkpoint.state)
+
+
+def damage(folder: Path) -> None:
+    (folder / "checkpoint-000004" / "optimizer.safetensors").write_bytes(b"")
+
+
+@pytest.fixture
+def two_folders(settings: Settings) -> tuple[Config, Config]:
+    """Four of six steps in a folder and in a copy of it, as on two machines with an output_dir each."""
+    first = settings(max_train_steps=4, checkpointing_steps=2)
+    train(first, StopSignal())
+    shutil.copytree(first.train.output_dir, settings("other").train.output_dir)
+    values = {"max_train_steps": 6, "checkpointing_steps": 2}
+    return settings(**values), settings("other", **values)
+
+
+def train_apart(here: Config, there: Config) -> list[int | None]:
+    return processes.finish(processes.start(here, 2, configs={1: there}), others_follow=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (nothing, "checkpoint-000004: damaged checkpoint: COMMIT.json: No such file or directory"),
+        (an_older_one_only, "checkpoint-000004: damaged checkpoint: COMMIT.json: No such file or directory"),
+        (another_under_its_name, "checkpoint-000004: another checkpoint than rank 0 has under this name"),
+        (damage, "checkpoint-000004: damaged checkpoint: optimizer.safetensors: 0 bytes instead of"),
+    ],
+)
+def test_a_rank_that_cannot_load_what_rank_0_chose_ends_all_with_one_line(
+    change: Callable[[Path], None], line: str, two_folders: tuple[Config, Config]
+) -> None:
+    here, there = two_folders
+    change(there.train.output_dir)
+    assert train_apart(here, there) == [4, 4]
+    ends = [processes.log(config, rank).splitlines()[-1] for rank, config in enumerate(two_folders)]
+    assert ends[0] == ends[1]
+    assert ends[0].startswith(f"precog: rank 1: {there.train.output_dir}/{line}")
+    assert ends[0].endswith("rank 0 chose it, and all processes have to see one and the same train.output_dir")
+
+
+def test_all_ranks_fall_back_with_rank_0(two_folders: tuple[Config, Config]) -> None:
+    here, there = two_folders
+    damage(here.train.output_dir)
+    assert train_apart(here, there) == [0, 0], processes.log(there, 1)
+    assert f"going on from {here.train.output_dir}/checkpoint-000002 at step 2 of 6" in processes.log(here)
+
+
+def test_ranks_of_different_runs_do_not_take_a_step_together(settings: Settings) -> None:
+    here, there = settings(), settings(seed=1)
+    assert train_apart(here, there) == [4, 4]
+    for rank in range(2):
+        last = processes.log(here, rank).splitlines()[-1]
+        assert last.startswith("precog: rank 1: another run than that of rank 0 (train.seed is 1 there, 42 on rank 0)")
+    assert not (here.train.output_dir / "metrics.jsonl").exists()
+
+
+# Of this very run
+
+
+def other_weights(model: Path) -> None:
+    tiny.build_transformer("2b", seed=1).save_pretrained(model / "transformer")
+
+
+def other_config(model: Path) -> None:
+    file = model / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"norm_eps": 1e-4}), "utf-8")
+
+
+def begun_in(folder: Path, experiment: Config, max_train_steps: int) -> Config:
+    """A run on a checkpoint of its own, from an adapter that was exported before."""
+    values = {"output_dir": folder / "run", "initial_adapter": folder / "adapter", "max_train_steps": max_train_steps}
+    return experiment.model_copy(
+        update={
+            "train": experiment.train.model_copy(update=values),
+            "model": experiment.model.model_copy(update={"pretrained_model_name_or_path": str(folder / "model")}),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def two_steps(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a run after two steps."""
+    folder = tmp_path_factory.mktemp("two_steps")
+    shutil.copytree(experiment.model.pretrained_model_name_or_path, folder / "model")
+    values = {"output_dir": folder / "first", "max_train_steps": 1}
+    train(experiment.model_copy(update={"train": experiment.train.model_copy(update=values)}), StopSignal())
+    (folder / "first" / "export").rename(folder / "adapter")
+    train(begun_in(folder, experiment, 2), StopSignal())
+    return folder
+
+
+@pytest.fixture
+def begun(two_steps: Path, experiment: Config, tmp_path: Path) -> Config:
+    """The run that would go on to four steps."""
+    shutil.copytree(two_steps, tmp_path / "begun")
+    return begun_in(tmp_path / "begun", experiment, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (other_weights, r"transformer\.weights was '[0-9a-f]{32}', is '[0-9a-f]{32}'"),
+        (other_config, r"transformer\.config\.norm_eps was 1e-05, is 0\.0001"),
+    ],
+)
+def test_another_base_model_is_another_run(change: Callable[[Path], None], line: str, begun: Config) -> None:
+    change(Path(begun.model.pretrained_model_name_or_path))
+    with pytest.raises(CacheError, match=rf"checkpoint-000002: made by another run \({line}\); choose another"):
+        train(begun, StopSignal())
+
+
+@pytest.mark.parametrize(
+    ("table", "values", "line"),
+    [
+        ("train", {"mixed_precision": "bf16"}, "train.mixed_precision was 'float32', is 'bfloat16'"),
+        (
+            "memory",
+            {"base_precision": "int8", "allow_low_cosine": True},
+            "memory.base_precision was 'model', is 'int8'",
+        ),
+    ],
+)
+def test_another_form_of_the_base_is_another_run(table: str, values: dict[str, Any], line: str, begun: Config) -> None:
+    changed = begun.model_copy(update={table: getattr(begun, table).model_copy(update=values)})
+    with pytest.raises(CacheError, match=re.escape(line)):
+        train(changed, StopSignal())
+
+
+def test_a_base_without_its_learned_positions_is_another_run(tmp_path: Path) -> None:
+    config = write_experiment("5b-i2v", tmp_path, max_train_steps=1, lora_rank=2)
+    fill_cache(config)
+    train(config, StopSignal())
+    dropped = config.model_copy(update={"model": config.model.model_copy(update={"drop_learned_positions": True})})
+    with pytest.raises(CacheError, match=r"model\.drop_learned_positions was False, is True"):
+        train(dropped, StopSignal())
+
+
+def test_the_precision_that_auto_came_to_is_the_same_run(begun: Config) -> None:
+    train(begun.model_copy(update={"train": begun.train.model_copy(update={"mixed_precision": "fp32"})}), StopSignal())
+    assert [line["step"] for line in read_metrics(begun.train.output_dir)] == [1, 2, 3, 4]
+
+
+def test_an_initial_adapter_is_known_by_its_bytes_and_not_by_its_path(begun: Config) -> None:
+    assert begun.train.initial_adapter is not None
+    moved = begun.train.initial_adapter.rename(begun.train.initial_adapter.with_name("elsewhere"))
+    onwards = begun.model_copy(update={"train": begun.train.model_copy(update={"initial_adapter": moved})})
+    train(onwards.model_copy(update={"train": onwards.train.model_copy(update={"max_train_steps": 3})}), StopSignal())
+    file = moved / "pytorch_lora_weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CacheError, match=r"train\.initial_adapter\.sha256 was '[0-9a-f]{64}', is '[0-9a-f]{64}'"):
+        train(onwards, StopSignal())
+
+
+def test_weights_of_known_size_and_time_are_not_read_again(begun: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def watched(paths: Sequence[Path]) -> dict[str, str]:
+        hashed.extend(path.name for path in paths)
+        return sha256_files(paths)
+
+    monkeypatch.setattr(pretrained, "sha256_files", watched)
+    weights = "diffusion_pytorch_model.safetensors"
+    train(begun.model_copy(update={"train": begun.train.model_copy(update={"max_train_steps": 3})}), StopSignal())
+    assert hashed == []
+    os.utime(Path(begun.model.pretrained_model_name_or_path) / "transformer" / weights, ns=(1, 1))
+    train(begun, StopSignal())
+    assert hashed == [weights], "another time, the same bytes"
+    assert [line["step"] for line in read_metrics(begun.train.output_dir)] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_of_the_first_version_says_what_cannot_be_compared(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shared import console
+
+    train(settings(max_train_steps=2), StopSignal())
+    checkpoint = load_checkpoint(settings().train.output_dir / "checkpoint-000002")
+    kept = {name: value for name, value in checkpoint.state["identity"].items() if name not in ADDED_LATER}
+    state = {"identity": {**kept, "train.initial_adapter": None}}
+    save_checkpoint(settings().train.output_dir, 2, checkpoint.tensors, state)
+    shown: list[str] = []
+    monkeypatch.setattr(console, "say", shown.append)
+    train(settings(max_train_steps=3), StopSignal())
+    (line,) = (line for line in shown if "older version" in line)
+    assert all(name in line for name in ADDED_LATER)
+    assert load_checkpoint(settings().train.output_dir / "checkpoint-000003").state["identity"].keys() > kept.keys()
