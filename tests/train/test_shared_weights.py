@@ -105,7 +105,9 @@ def train_and_weigh(rank: int, fault: str = "") -> Iterator[Any]:
     distributed.barrier()
     # of the proportional set size: a page of n processes counts 1/n in each
     fields = Path("/proc/self/smaps_rollup").read_text("ascii").splitlines()
-    yield next(int(line.split()[1]) for line in fields if line.startswith("Pss:")) * 1024
+    share = next(int(line.split()[1]) for line in fields if line.startswith("Pss:")) * 1024
+    distributed.barrier()  # who ends gives the weights back, and the others' shares of them grow
+    yield share
 
 
 def large_shared_files() -> set[str]:
