@@ -172,7 +172,7 @@ class Train(Table):
     lora_alpha: Annotated[float, Field(gt=0)] = 128
     """The adapter is scaled by lora_alpha / lora_rank."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before the adapter."""
+    """Dropout before the adapter; masks are drawn per pack, so another number of processes draws others."""
     lora_target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_k", "to_q", "to_v", "to_out.0")
     """Linear layers that get an adapter."""
     use_rslora: bool = False
@@ -246,7 +246,9 @@ class Train(Table):
     checkpoints_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; two at least, so that a damaged newest one has a predecessor."""
     resume_from_checkpoint: str = "latest"
-    """"latest", a checkpoint's name in the run folder, or "none" to refuse a run folder that has checkpoints."""
+    """"latest", a checkpoint's name in the run folder, or "none" to refuse a run folder that has checkpoints.
+
+    A name begins a branch: newer checkpoints move to abandoned-1/, and the same command goes on with the branch."""
     validation_steps: Count = 0
     """Optimizer steps between held-out losses, which are taken at the end in any case; 0 is only at the end."""
     preview_steps: Count = 0
