@@ -8,9 +8,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,28 +21,19 @@ from shared import console
 from shared.config import Config, save_config
 from shared.device import peak_memory_bytes
 from shared.errors import PrecogError, UsageError
+from shared.fingerprint import Json
 from shared.preemption import StopSignal
 from shared.run_folder import EXPORT
-from train.average import start_average, swapped, update_average
 from train.checkpoint import prune_checkpoints, save_checkpoint
-from train.data import Example
 from train.evaluate import base_held_out_loss, held_out_loss
 from train.export import CONFIG_KEY, config_key, export_adapter
-from train.extras import averaged
-from train.metrics import Metrics, finish_metrics, open_tracker
-from train.model import adapter_weights, load_adapter_weights
-from train.optimizer import (
-    build_optimizer,
-    learning_rate_factor,
-    load_optimizer_state,
-    optimizer_state,
-    set_learning_rate,
-)
-from train.order import divide, global_batch
-from train.preview import open_previews, write_preview
-from train.resume import find_start
+from train.learner import Learner
+from train.metrics import Metrics, finish_metrics, open_tracker, track
+from train.preview import Previews, open_previews, write_preview
+from train.resume import Start, find_start
 from train.run import Run, announce, open_run
-from train.step import require_finite, step_gradients
+from train.step import StepResult, require_finite, step_gradients
+from train.work import Work, read_work
 
 logger = logging.getLogger(__name__)
 
@@ -64,141 +54,109 @@ def train(config: Config, stop: StopSignal) -> None:
 
 def run_steps(run: Run, stop: StopSignal) -> None:
     """From the newest checkpoint to the export."""
-    config, settings, folder = run.config, run.config.train, run.config.train.output_dir
-    accelerator, transformer, parameters = run.accelerator, run.transformer, run.parameters
-    main, num_steps = accelerator.is_main_process, run.num_steps
+    settings, accelerator = run.config.train, run.accelerator
     previews = open_previews(run) if settings.preview_steps else None
-    optimizer = build_optimizer(parameters, settings)
-    learning_rate = learning_rate_factor(settings, num_steps)
-    ema = start_average(parameters) if settings.ema_decay else {}
-    step = 0
+    learner = Learner(run)
     start = find_start(run)
-    checkpoint = start.checkpoint
-    if checkpoint is not None:
-        load_adapter_weights(transformer, checkpoint.tensors["adapter"])
-        load_optimizer_state(optimizer, checkpoint.tensors["optimizer"])
-        ema = {name: checkpoint.tensors["ema"][name].to(accelerator.device) for name in ema}
-        step = checkpoint.step
-
+    if start.checkpoint is not None:
+        learner.resume(start.checkpoint)
     accelerator.wait_for_everyone()
-    if main:
-        save_config(config, folder / "config.toml")
-        announce(run)
-        metrics = Metrics(folder, step, num_steps)
-        if checkpoint is not None:
-            console.say(f"going on from {checkpoint.path} at step {step} of {num_steps}")
-        metrics.header()
-    open_tracker(accelerator, config)
-
-    def save() -> None:
-        tensors = {"adapter": adapter_weights(transformer), "optimizer": optimizer_state(optimizer)}
-        if ema:
-            tensors["ema"] = ema
-        saved = save_checkpoint(folder, step, tensors, start.state)
-        prune_checkpoints(folder, settings.checkpoints_total_limit, saved)
-
-    def evaluation_weights() -> AbstractContextManager[None]:
-        weights = ema or averaged(optimizer)
-        return swapped(parameters, weights) if weights else nullcontext()
-
-    def save_preview(number: int) -> None:
-        assert previews is not None
-        with evaluation_weights():
-            write_preview(run, previews, number, step, stopped=lambda: stop.requested)
+    metrics = open_metrics(run, start) if accelerator.is_main_process else None
+    open_tracker(accelerator, run.config)
 
     with ThreadPoolExecutor(1) as reader:
-        upcoming: Future[Work] = reader.submit(_read_work, run, step)
-        while step < num_steps:
+        upcoming = reader.submit(read_work, run, learner.step)
+        while learner.step < run.num_steps:
             started = time.perf_counter()
             work = upcoming.result()
-            waited = time.perf_counter() - started
-            if step + 1 < num_steps:
-                upcoming = reader.submit(_read_work, run, step + 1)
+            waited_seconds = time.perf_counter() - started
+            if learner.step + 1 < run.num_steps:
+                upcoming = reader.submit(read_work, run, learner.step + 1)
 
-            rate = settings.learning_rate * learning_rate(step)
-            set_learning_rate(optimizer, rate)
             losses, result = step_gradients(
-                transformer, work.packs, run.conventions, settings, run.engine, accelerator, stopping=stop.requested
+                run.transformer, work.packs, run.conventions, settings, run.engine, accelerator, stopping=stop.requested
             )
             require_finite(result, work.packs, losses, accelerator)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            if ema:
-                update_average(ema, parameters, settings.ema_decay, step)
+            learning_rate = learner.learning_rate
+            learner.update()
 
-            if main:
-                line: dict[str, Any] = {
-                    "step": step,
-                    "loss": result.loss,
-                    "lr": rate,
-                    "grad_norm": result.grad_norm,
-                    "samples": settings.global_batch_size,
-                    "tokens": work.tokens,
-                    "packs": work.num_packs,
-                    "seconds": time.perf_counter() - started,
-                    "data_wait_seconds": waited,
-                    "peak_memory_bytes": peak_memory_bytes(accelerator.device),
-                }
-                if settings.log_clips:
-                    line |= {"clips": work.clips, "timesteps": work.timesteps}
-                if run.held_out.rows and (step == num_steps or _is_multiple(step, settings.validation_steps)):
-                    with evaluation_weights():
-                        line["held_out_loss"] = held_out_loss(
-                            transformer, run.held_out, run.conventions, len(run.schedule), run.engine
-                        )
-                    if metrics.base_held_out_loss is None:
-                        line["base_held_out_loss"] = base_held_out_loss(
-                            transformer, run.held_out, run.conventions, len(run.schedule), run.engine
-                        )
-                line = metrics.write(line)
-                accelerator.log({name: value for name, value in line.items() if isinstance(value, int | float)}, step)
-            if previews is not None and _is_multiple(step, settings.preview_steps):
+            if metrics is not None:
+                line = describe_step(run, learner.step, work, result, learning_rate)
+                line |= {"seconds": time.perf_counter() - started, "data_wait_seconds": waited_seconds}
+                if run.held_out.rows and _is_due(run, learner.step, settings.validation_steps):
+                    line |= evaluate(run, learner, with_base=metrics.base_held_out_loss is None)
+                track(accelerator, metrics.write(line))
+            if previews is not None and _is_multiple(learner.step, settings.preview_steps):
                 for number in range(len(previews.prompts)):  # one at a time, so that no rank waits for many
-                    on_main(accelerator, partial(save_preview, number))
-            if _is_multiple(step, settings.checkpointing_steps) or step == num_steps or result.stopping:
-                on_main(accelerator, save)
-            if result.stopping and step < num_steps:
+                    on_main(accelerator, partial(preview, run, learner, previews, number, stop))
+            if result.stopping or _is_due(run, learner.step, settings.checkpointing_steps):
+                on_main(accelerator, partial(save, run, learner, start.state))
+            if result.stopping and learner.step < run.num_steps:
                 accelerator.end_training()
                 stop.requested = True
-                stop.check(f"checkpoint saved at step {step} of {num_steps} in {folder}")
+                stop.check(f"checkpoint saved at step {learner.step} of {run.num_steps} in {settings.output_dir}")
 
-    if main:
-        provenance = {"precog_view": run.view.hash, "precog_steps": str(step), CONFIG_KEY: config_key(config)}
-        with evaluation_weights():
-            path = export_adapter(transformer, settings, folder / EXPORT, provenance)
-        finish_metrics(folder, path)
+    if accelerator.is_main_process:
+        finish_metrics(settings.output_dir, export(run, learner))
     accelerator.end_training()
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One optimizer step's clips, as this rank runs them; all but `packs` is of the global batch."""
+def open_metrics(run: Run, start: Start) -> Metrics:
+    """Say what is about to be trained, and from where; on rank 0."""
+    folder, checkpoint = run.config.train.output_dir, start.checkpoint
+    save_config(run.config, folder / "config.toml")
+    announce(run)
+    if checkpoint is not None:
+        console.say(f"going on from {checkpoint.path} at step {checkpoint.step} of {run.num_steps}")
+    metrics = Metrics(folder, 0 if checkpoint is None else checkpoint.step, run.num_steps)
+    metrics.header()
+    return metrics
 
-    packs: list[list[Example]]
-    tokens: int
-    num_packs: int
-    clips: list[str]
-    """Keys of the latents, in order."""
-    timesteps: list[int]
+
+def describe_step(run: Run, step: int, work: Work, result: StepResult, learning_rate: float) -> dict[str, Any]:
+    """The step's object of metrics.jsonl, but for what was timed and evaluated."""
+    line: dict[str, Any] = {
+        "step": step,
+        "loss": result.loss,
+        "lr": learning_rate,
+        "grad_norm": result.grad_norm,
+        "samples": run.config.train.global_batch_size,
+        "tokens": work.tokens,
+        "packs": work.num_packs,
+        "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
+    }
+    if run.config.train.log_clips:
+        line |= {"clips": work.clips, "timesteps": work.timesteps}
+    return line
 
 
-def _read_work(run: Run, step: int) -> Work:
-    """Cut the global batch into packs and read this rank's; runs in the background, one step ahead."""
-    train, accelerator, dataset = run.config.train, run.accelerator, run.dataset
-    draws = global_batch(run.view.hash, train.seed, len(dataset.rows), train.global_batch_size, step, run.windows)
-    timesteps = dataset.timesteps(draws, step)
-    tokens = [dataset.tokens(draw.row) for draw in draws]
-    ranks = divide(tokens, run.width, accelerator.num_processes, train.max_tokens_per_pack)
-    packs = [
-        [
-            dataset.example(draws[index], timesteps[index]).to(accelerator.device, run.transformer.dtype)
-            for index in pack
-        ]
-        for pack in ranks[accelerator.process_index]
-    ]
-    clips = [dataset.rows[draw.row].latent_key for draw in draws]
-    return Work(packs, sum(tokens), sum(map(len, ranks)), clips, timesteps)
+def evaluate(run: Run, learner: Learner, *, with_base: bool) -> dict[str, float]:
+    """The held-out loss, and that of the base model alone, which never changes, if asked for."""
+    data = run.transformer, run.held_out, run.conventions, len(run.schedule), run.engine
+    with learner.evaluated():
+        losses = {"held_out_loss": held_out_loss(*data)}
+    return losses | ({"base_held_out_loss": base_held_out_loss(*data)} if with_base else {})
+
+
+def preview(run: Run, learner: Learner, previews: Previews, number: int, stop: StopSignal) -> None:
+    """Make one prompt's preview, unless a signal comes."""
+    with learner.evaluated():
+        write_preview(run, previews, number, learner.step, stopped=lambda: stop.requested)
+
+
+def save(run: Run, learner: Learner, state: dict[str, Json]) -> None:
+    """Write a checkpoint and delete those that are not to be kept."""
+    train = run.config.train
+    saved = save_checkpoint(train.output_dir, learner.step, learner.tensors(), state)
+    prune_checkpoints(train.output_dir, train.checkpoints_total_limit, saved)
+
+
+def export(run: Run, learner: Learner) -> Path:
+    """Write the finished adapter; the path."""
+    config = run.config
+    provenance = {"precog_view": run.view.hash, "precog_steps": str(learner.step), CONFIG_KEY: config_key(config)}
+    with learner.evaluated():
+        return export_adapter(run.transformer, config.train, config.train.output_dir / EXPORT, provenance)
 
 
 @contextmanager
@@ -240,6 +198,11 @@ def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
             raise PrecogError(f"rank 0 failed: {line}")
     if failure is not None:
         raise failure
+
+
+def _is_due(run: Run, step: int, interval: int) -> bool:
+    """Every `interval` steps, and at the end."""
+    return step == run.num_steps or _is_multiple(step, interval)
 
 
 def _is_multiple(step: int, interval: int) -> bool:

@@ -129,6 +129,11 @@ def open_tracker(accelerator: Accelerator, config: Config) -> None:
         accelerator.init_trackers(train.tracker_name, config=plain, init_kwargs=options)
 
 
+def track(accelerator: Accelerator, line: dict[str, Any]) -> None:
+    """Send a step's numbers to the tracker, if there is one."""
+    accelerator.log({name: value for name, value in line.items() if isinstance(value, int | float)}, line["step"])
+
+
 def _first(lines: Sequence[dict[str, Any]], field: str) -> Any:
     return next((line[field] for line in lines if field in line), None)
 
