@@ -242,6 +242,20 @@ def test_tokens_beyond_the_text_length_are_counted(pipeline):
     assert truncated_tokens(tokenizer, [], TEXT_LENGTH) == []
 
 
+def test_tokens_are_counted_a_block_of_captions_at_a_time(pipeline):
+    tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
+    texts = [f"a grey rabbit {'yawns ' * (number % 30)}" for number in range(900)]
+    blocks: list[int] = []
+
+    def counting(block: list[str], **settings: object) -> Any:
+        blocks.append(len(block))
+        return tokenizer(block, **settings)
+
+    expected = [max(0, len(tokenizer(text).input_ids) - TEXT_LENGTH) for text in texts[:60]]
+    assert truncated_tokens(counting, texts, TEXT_LENGTH) == expected * 15
+    assert sum(blocks) == 900 and max(blocks) <= 250
+
+
 def test_conditioning_images_are_the_clean_frame_and_noised_copies_drawn_by_key():
     frame = clips(1)[0][:, :1]
     images = conditioning_images(frame, 200, "key")
