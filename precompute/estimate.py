@@ -15,11 +15,13 @@ from precompute.recipes import Clip
 from precompute.stage import Stage
 from precompute.survey import Survey, survey
 from precompute.windows import bucket_warnings
+from shared import console
 from shared.device import DTYPES
-from shared.errors import CacheError
+from shared.errors import CacheError, UsageError
 from shared.fingerprint import Json
 from shared.geometry import latent_shape
-from shared.shard import Receipt
+from shared.shard import SAMPLES_PER_SHARD, Receipt
+from shared.shard import SHARD_BYTES as MAX_SHARD_BYTES
 from shared.store import Collection, collections, read_recipe, shards
 from shared.view import View, ViewRow, read_view, view_names
 
@@ -113,7 +115,7 @@ def estimate(stage: Stage, pool: DecodePool, *, calibrated: bool = False) -> Est
 
 
 def find_work(stage: Stage, wanted: Survey) -> Work:
-    """What a worker that comes now would make."""
+    """What a worker that comes now would make; raises `UsageError` for shards that no reader takes."""
     settings = stage.config.precompute
     latents_inventory = take_inventory(stage.storage, wanted.latents)
     prompts_inventory = take_inventory(stage.storage, wanted.prompts)
@@ -132,23 +134,44 @@ def find_work(stage: Stage, wanted: Survey) -> Work:
         keys_per_shard=settings.prompts_per_shard,
         keys_per_batch=settings.text_batch_size,
     )
-    return Work(latents, prompts, latents_inventory, prompts_inventory)
+    work = Work(latents, prompts, latents_inventory, prompts_inventory)
+    _refuse_large_shards(stage, wanted, work)
+    return work
 
 
 def bytes_needed(stage: Stage, wanted: Survey, work: Work) -> int:
     """Bytes that the work will put on the disk, rounded up by a little per sample and shard."""
-    conventions = stage.encoders.conventions
-    vae = stage.encoders.vae
-    item = DTYPES[vae_precision(stage.config.precompute.vae_dtype, vae)].itemsize
-    images = 1 + stage.config.precompute.noised_image_count if conventions.image_to_video else 0
-    total = SHARD_BYTES * (len(work.latents) + len(work.prompts))
-    clips = wanted.by_key
-    for key in (key for shard in work.latents for key in shard.keys):
-        channels, frames, height, width = latent_shape(clips[key].window.bucket, vae.config["latent_channels"])
-        total += SAMPLE_BYTES + 2 * channels * (frames + images) * height * width * item
-    embed: int = conventions.text_length * stage.encoders.text_encoder.config["d_model"]
+    sizes = _sample_bytes(stage, wanted)
+    return sum(SHARD_BYTES + sum(sizes[key] for key in shard.keys) for shard in (*work.latents, *work.prompts))
+
+
+def _refuse_large_shards(stage: Stage, wanted: Survey, work: Work) -> None:
+    """Raises `UsageError` before a plan is written whose shards no reader would take."""
+    sizes = _sample_bytes(stage, wanted)
+    for name, shards_to_make in (("clips_per_shard", work.latents), ("prompts_per_shard", work.prompts)):
+        for shard in shards_to_make:
+            size, count = SHARD_BYTES + sum(sizes[key] for key in shard.keys), len(shard.keys)
+            if size > MAX_SHARD_BYTES or count > SAMPLES_PER_SHARD:
+                raise UsageError(
+                    f"precompute.{name} = {getattr(stage.config.precompute, name)}: {count} of "
+                    f"{shard.folder.rpartition('/')[2]} take {console.bytes_text(size)}; a shard has at most "
+                    f"{console.bytes_text(MAX_SHARD_BYTES)} and {SAMPLES_PER_SHARD} samples, so "
+                    f"{min(count * MAX_SHARD_BYTES // size, SAMPLES_PER_SHARD)} here"
+                )
+
+
+def _sample_bytes(stage: Stage, wanted: Survey) -> dict[str, int]:
+    """Key -> bytes in a shard, of every clip and text."""
+    settings, conventions, vae = stage.config.precompute, stage.encoders.conventions, stage.encoders.vae
+    channels, item = vae.config["latent_channels"], DTYPES[vae_precision(settings.vae_dtype, vae)].itemsize
+    images = 1 + settings.noised_image_count if conventions.image_to_video else 0
+    sizes: dict[str, int] = {}
+    for key, clip in wanted.by_key.items():
+        _, frames, height, width = latent_shape(clip.window.bucket)
+        sizes[key] = SAMPLE_BYTES + 2 * channels * (frames + images) * height * width * item
+    embed = conventions.text_length * stage.encoders.text_encoder.config["d_model"]
     embed *= DTYPES[recipes.text_precision(stage.config, stage.encoders)].itemsize
-    return total + sum(len(shard.keys) for shard in work.prompts) * (embed + SAMPLE_BYTES)
+    return sizes | dict.fromkeys(wanted.texts, SAMPLE_BYTES + embed)
 
 
 def _compare(stage: Stage, wanted: Survey, planned: set[str], found: Estimate) -> None:

@@ -71,11 +71,8 @@ def decode_pool(config: Config) -> DecodePool:
 
 def _refuse_full_disk(stage: Stage, wanted: Survey) -> None:
     """Raises `CacheError` before hours are spent on a disk that cannot hold the result."""
-    free = stage.storage.free_bytes()
-    if free is None:
-        return
-    needed = bytes_needed(stage, wanted, find_work(stage, wanted))
-    if free < needed:
+    needed, free = bytes_needed(stage, wanted, find_work(stage, wanted)), stage.storage.free_bytes()
+    if free is not None and free < needed:
         raise CacheError(
             f"{stage.storage}: about {console.bytes_text(needed)} are needed, {console.bytes_text(free)} are free; "
             "free some space or choose another precompute.cache"

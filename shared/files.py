@@ -8,6 +8,7 @@ import errno
 import os
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -148,9 +149,11 @@ class LocalStorage:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CacheError(f"{final}: the disk is full; free some space and run the same command again") from None
-            raise
+            where = f": {error.filename}" if error.filename else ""
+            raise CacheError(f"{final}: cannot be written ({error.strerror}{where})") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -183,7 +186,7 @@ def _move(temporary: Path, final: Path, replace: bool) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP):
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
         if final.exists():  # no hard links here; equal names hold equal bytes, so the small race is harmless
             return False

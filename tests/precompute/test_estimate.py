@@ -14,7 +14,7 @@ from precompute.plan import Part
 from precompute.run import decode_pool
 from precompute.stage import open_stage
 from shared.config import Config
-from shared.errors import DataError
+from shared.errors import DataError, UsageError
 from shared.preemption import StopSignal
 from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
 
@@ -148,3 +148,14 @@ def test_decoding_that_is_slower_than_encoding_counts_shared_by_its_workers(pipe
     measured = look(config, calibrated=True).calibration
     seconds = measured.load_seconds + measured.text_seconds * 3 + measured.decode_seconds * 10 / 2  # 22 prompts, by 8
     assert measured.hours * 3600 == pytest.approx(seconds)
+
+
+def test_shards_that_no_reader_would_take_are_refused_before_they_are_planned(pipeline, tmp_path, monkeypatch):
+    root, cache = write_corpus(tmp_path / "clips", 6), tmp_path / "cache"
+    monkeypatch.setattr("precompute.estimate.MAX_SHARD_BYTES", 40_000)
+    for change in ({"clips_per_shard": 6}, {"prompts_per_shard": 6}):
+        config = config_for(pipeline, root, cache, **({"clips_per_shard": 1, "prompts_per_shard": 1} | change))
+        for attempt in (look, run):
+            with pytest.raises(UsageError, match=rf"precompute.{next(iter(change))} = 6: 6 of .* so \d here"):
+                attempt(config)
+    assert not list(cache.rglob("*.json"))

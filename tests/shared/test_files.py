@@ -44,6 +44,12 @@ def test_a_missing_or_oversized_file_is_named(storage):
     assert storage.size("a.json") == 11 and storage.size("b.json") is None
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match=r"file/cache/a/b.json: cannot be written \(File exists: .*/file\)"):
+        LocalStorage(tmp_path / "file" / "cache").publish("a/b.json", b"1")
+
+
 @pytest.mark.parametrize("call", ["write", "fsync", "link"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_a_cache_error_and_leaves_nothing(storage, monkeypatch, call, number):
@@ -72,13 +78,13 @@ def resource_full(storage: LocalStorage) -> None:
         storage.path("a/full").unlink()
 
 
-def test_another_errors_kind_passes_through_and_leaves_nothing(storage, monkeypatch):
+def test_another_error_is_one_line_and_leaves_nothing(storage, monkeypatch):
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     storage.path("a").mkdir(parents=True)
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(CacheError, match=r"a/new.tar: cannot be written \(Input/output error\)"):
         storage.publish("a/new.tar", b"x")
     assert list(storage.path("a").iterdir()) == []
 
