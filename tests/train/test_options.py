@@ -257,9 +257,9 @@ def test_an_optimizer_that_is_not_installed_is_refused_in_one_line(
         train(settings(optimizer=optimizer), StopSignal())
 
 
-def test_an_unknown_device_is_refused(settings: Settings) -> None:
-    with pytest.raises(UsageError, match="one of auto, cpu, cuda"):
-        train(settings(device="tpu9"), StopSignal())
+def test_an_unknown_device_is_refused() -> None:
+    with pytest.raises(ValidationError, match="'auto', 'cpu' or 'cuda'"):
+        Train(output_dir=Path("unused"), device="tpu9")
 
 
 @pytest.mark.parametrize(
