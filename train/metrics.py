@@ -1,6 +1,8 @@
 """`metrics.jsonl`, one object per optimizer step, and the same in one fixed-width line for people."""
 
 import json
+import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,15 @@ from train.curve import draw_curve
 FILE_NAME = "metrics.jsonl"
 EMA_DECAY = 0.98
 """Of the smoothed loss, per optimizer step: about the last 50 steps."""
+RECENT_STEPS = 50
+"""Whose mean the time left is reckoned by, with what lay between them: evaluations, previews, saves."""
 
 
 class Metrics:
     """Appends to the run's metrics; on resume, lines beyond the checkpoint's step are cut off first."""
 
     def __init__(self, run: Path, step: int, num_steps: int) -> None:
+        self._ends = deque([time.monotonic()], maxlen=RECENT_STEPS + 1)
         self._path = run / FILE_NAME
         self._num_steps = num_steps
         kept = [line for line in read_metrics(run) if line["step"] <= step]
@@ -58,7 +63,8 @@ class Metrics:
 
     def _row(self, line: dict[str, Any]) -> str:
         seconds = max(line["seconds"], 1e-9)
-        left = seconds * (self._num_steps - line["step"])
+        self._ends.append(time.monotonic())
+        left = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self._num_steps - line["step"])
         return (
             f"{line['step']:>5}/{self._num_steps:<5} {line['loss']:>9.5f} {line['ema_loss']:>9.5f} "
             f"{line['lr']:>9.2e} {line['grad_norm']:>9.4f} {line['samples'] / seconds:>8.2f} "

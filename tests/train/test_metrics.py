@@ -132,6 +132,23 @@ def test_the_line_shows_the_ema_loss_under_its_name(tmp_path: Path, monkeypatch:
     assert shown[2][:end].endswith(f" {written['ema_loss']:.5f}")
 
 
+def test_the_time_left_is_reckoned_by_the_recent_steps_and_all_between_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of one second, each tenth followed by an evaluation of ten: two seconds on average."""
+    from shared import console
+
+    shown: list[str] = []
+    now = [100.0]
+    monkeypatch.setattr(console, "say", shown.append)
+    monkeypatch.setattr("train.metrics.time.monotonic", lambda: now[0])
+    metrics = Metrics(tmp_path, 0, 1000)
+    for step in range(1, 101):
+        now[0] += 11.0 if step % 10 == 0 else 1.0
+        metrics.write(line(step, seconds=1.0))
+    assert [text.split()[-1] for text in shown[::99]] == ["0:16:39", "0:30:00"]
+
+
 @pytest.mark.parametrize(
     "losses", [[1.0], [1.0, 1.0], [1e-9, 2e-9], [0.0, 0.0], [1e6, -3.0], [float(step % 7) for step in range(500)]]
 )
