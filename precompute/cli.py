@@ -1,7 +1,7 @@
 """`precog precompute` and `precog cache`. Everything heavy is imported inside the commands."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from precompute.estimate import Estimate
     from precompute.plan import Part
     from precompute.report import Report
+    from shared.config import Config
 
 app = typer.Typer()
 cache_app = typer.Typer(help="Look at and check the cache.", no_args_is_help=True)
@@ -109,38 +110,18 @@ def _show(report: "Report", cache: str) -> None:
         say("Nothing to encode: everything is stored already.")
 
 
-@app.command("plan")
-def plan_command(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    json_output: Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")] = False,
-    calibrate: Annotated[bool, typer.Option(help="Encode two clips and a batch of prompts to estimate hours.")] = False,
-) -> None:
-    """Say what `precompute` would do: clips new, reusable and changed, shards, disk; nothing is written."""
-    from shared.console import run_command
-
-    run_command(lambda: _plan(config, overrides or [], json_output, calibrate))
-
-
-def _plan(path: Path, overrides: list[str], json_output: bool, calibrate: bool) -> None:
-    import json
-
+def show_plan(config: "Config", *, calibrated: bool) -> dict[str, Any]:
+    """Stage 1's half of `precog plan`: what `precompute` would do; nothing is written. The object of `--json`."""
     from precompute.estimate import estimate
     from precompute.plan import Part
     from precompute.run import decode_pool
     from precompute.stage import open_stage
-    from shared.config import load_config
-    from shared.console import quiet_libraries
     from shared.preemption import StopSignal
 
-    config = load_config(path, overrides)
-    if calibrate:
-        quiet_libraries()
     with StopSignal() as stop, decode_pool(config) as pool:
-        found = estimate(open_stage(config, Part(), stop), pool, calibrated=calibrate)
+        found = estimate(open_stage(config, Part(), stop), pool, calibrated=calibrated)
     _show_plan(found, config.precompute.cache)
-    if json_output:
-        print(json.dumps(found.as_json()))  # noqa: T201
+    return found.as_json()
 
 
 def _show_plan(found: "Estimate", cache: str) -> None:
