@@ -42,11 +42,18 @@ class Example:
     def to(self, device: torch.device, dtype: torch.dtype) -> "Example":
         """On the device, the model's inputs in the model's dtype, the target in fp32."""
         model_input = ModelInput(
-            self.model_input.latents.to(device, dtype, non_blocking=True),
-            self.model_input.prompt_embeds.to(device, dtype, non_blocking=True),
-            self.model_input.timestep.to(device, non_blocking=True),
+            _sent(self.model_input.latents.to(dtype), device),
+            _sent(self.model_input.prompt_embeds.to(dtype), device),
+            _sent(self.model_input.timestep, device),
         )
-        return replace(self, model_input=model_input, target=self.target.to(device, non_blocking=True))
+        return replace(self, model_input=model_input, target=_sent(self.target, device))
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """To a GPU from pinned memory, so that neither this thread nor the device waits for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Dataset:

@@ -177,6 +177,18 @@ def test_a_sample_is_compared_with_its_receipt_once_and_never_copied(
     assert left.data_ptr() == right.data_ptr()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_an_example_goes_to_the_gpu_through_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, pinned = example(dataset(tmp_path), 0), []
+    pin = torch.Tensor.pin_memory
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(pin(tensor)), pinned[-1])[1])
+    there = here.to(torch.device("cuda"), torch.bfloat16)
+    assert [tensor.is_pinned() for tensor in pinned] == [True] * 4
+    assert torch.equal(there.model_input.latents.cpu(), here.model_input.latents.to(torch.bfloat16))
+    assert torch.equal(there.target.cpu(), here.target) and there.target.is_cuda
+
+
 @pytest.fixture
 def remote(tmp_path: Path) -> Iterator[Callable[..., Dataset]]:
     """Many shards of clips with a caption each, half as many of prompts, behind a URL; `room` counts latents shards."""
