@@ -19,7 +19,10 @@ from shared.config import Config
 from shared.errors import CacheError, DataError
 from shared.preemption import StopSignal
 from shared.store import write_recipe
-from shared.view import write_view
+from shared.view import View, write_view
+
+MAX_SHOWN = 3
+"""Clips that an error names."""
 
 
 def precompute(config: Config, part: Part, stop: StopSignal) -> Report:
@@ -47,16 +50,24 @@ def precompute(config: Config, part: Part, stop: StopSignal) -> Report:
     text_length = stage.encoders.conventions.text_length
     lengths = encoders.truncated_tokens(tokenizer, list(wanted.texts.values()), text_length)
     truncated = dict(zip(wanted.texts, lengths, strict=True))
-    view = replace(make_view(config.data, wanted, truncated, inventory), encoders=marks)
+    view = replace(make_view(config, wanted, truncated, inventory), encoders=marks)
+    _refuse_nothing_to_train_on(view)
     write_view(stage.storage, view)
     report.clips = len(view.split("train")) + len(view.split("held_out"))
     report.skipped = [(row.source, row.skipped) for row in view.split("skipped")]
     report.truncated_captions = sum(any(row.truncated_tokens) for row in view.rows)
     report.seconds["total"] = time.perf_counter() - started
-    if not view.split("train"):
-        reasons = "; ".join(f"{source}: {reason}" for source, reason in report.skipped[:3])
-        raise DataError(f"data.name = {view.name!r}: no clip is left to train on ({reasons or 'all are held out'})")
     return report
+
+
+def _refuse_nothing_to_train_on(view: View) -> None:
+    """Raises `DataError` while the view that was there before still is."""
+    if view.split("train"):
+        return
+    reasons = [f"{row.source}: {row.skipped}" for row in view.split("skipped")]
+    more = [f"and {len(reasons) - MAX_SHOWN} more"] if len(reasons) > MAX_SHOWN else []
+    why = "; ".join([*reasons[:MAX_SHOWN], *more]) or "all are held out"
+    raise DataError(f"data.name = {view.name!r}: no clip is left to train on ({why})")
 
 
 def decode_pool(config: Config) -> DecodePool:

@@ -116,10 +116,8 @@ def test_a_clip_that_cannot_be_encoded_is_skipped_once_and_tried_again_when_aske
     save_file(tensors, weights, {"format": "pt"})
     with pytest.raises(DataError, match="no clip is left to train on"):
         run(config_for(other, root, cache))
-    view = read_view(LocalStorage(str(cache)), "corpus")
-    assert [row.skipped for row in view.rows] == [
-        "non-finite latents; precompute.vae_dtype = 'fp32' has more range"
-    ] * 3
+    [(_, receipt)] = shards(LocalStorage(str(cache)), "latents")
+    assert list(receipt.skipped.values()) == ["non-finite latents; precompute.vae_dtype = 'fp32' has more range"] * 3
     receipts = set(cache.glob("latents/*/5x16x32/*.json"))
     with pytest.raises(DataError):
         run(config_for(other, root, cache))
@@ -192,6 +190,19 @@ def test_moments_that_training_would_refuse_end_the_run_at_the_first_batch(pipel
     )
     assert not list(cache.glob("latents/*/*/*"))
     assert run(config_for(other, root, cache, data=data)).latents_encoded == 3
+
+
+def test_a_run_that_leaves_no_clip_to_train_on_keeps_the_view_that_was_there(pipeline, small):
+    root, cache = small
+    views = {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()}
+    with pytest.raises(DataError, match=r"data\.name = 'corpus': no clip is left to train on \(all are held out\)"):
+        run(config_for(pipeline, root, cache, data={"held_out_clips": 100}))
+    (root / "bad.mp4").write_bytes(b"no video")
+    (root / "prompts.txt").write_text("\n".join("abcde"), "utf-8")
+    (root / "videos.txt").write_text("\n".join(["bad.mp4"] * 5), "utf-8")
+    with pytest.raises(DataError, match=r"bad\.mp4: not a video: .*; and 2 more\)"):
+        run(config_for(pipeline, root, cache))
+    assert {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()} == views
 
 
 def test_a_missing_part_of_the_checkpoint_is_named(pipeline, tmp_path):
