@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from precompute.plan import Part
     from precompute.report import Report
     from shared.config import Config
+    from shared.preemption import StopSignal
+
+PATIENCE_SECONDS = 8.0
+"""From a signal to the end of the process, at most; ten are promised. What is killed here loses one shard at most."""
 
 app = typer.Typer()
 cache_app = typer.Typer(help="Look at and check the cache.", no_args_is_help=True)
@@ -38,28 +42,30 @@ def precompute_command(
 def _precompute(path: Path, overrides: list[str], json_output: bool, part: str, engine: str) -> None:
     import json
 
+    from shared.config import load_config
+    from shared.preemption import StopSignal
+
+    with StopSignal(patience_seconds=PATIENCE_SECONDS) as stop:  # first, as loading the libraries alone takes seconds
+        config = load_config(path, overrides)
+        report = _run(config, part, engine, stop)
+    _show(report, config.precompute.cache)
+    if json_output:
+        print(json.dumps(report.as_json()))  # noqa: T201
+
+
+def _run(config: "Config", part: str, engine: str, stop: "StopSignal") -> "Report":
     from precompute.plan import Part
     from precompute.ray_engine import precompute_with_ray
     from precompute.run import precompute
-    from shared.config import load_config
     from shared.console import quiet_libraries, show_config
     from shared.errors import UsageError
-    from shared.preemption import StopSignal
 
-    config = load_config(path, overrides)
     share = _share(part)
     if engine == "ray" and share != Part():
         raise UsageError("--engine ray divides the work itself: start it once, without --part and outside a launcher")
     quiet_libraries()
     show_config(config)
-    if engine == "ray":
-        report = precompute_with_ray(config)
-    else:
-        with StopSignal() as stop:
-            report = precompute(config, share, stop)
-    _show(report, config.precompute.cache)
-    if json_output:
-        print(json.dumps(report.as_json()))  # noqa: T201
+    return precompute_with_ray(config) if engine == "ray" else precompute(config, share, stop)
 
 
 def _share(part: str) -> "Part":
@@ -118,7 +124,7 @@ def show_plan(config: "Config", *, calibrated: bool) -> dict[str, Any]:
     from precompute.stage import open_stage
     from shared.preemption import StopSignal
 
-    with StopSignal() as stop, decode_pool(config) as pool:
+    with StopSignal(patience_seconds=PATIENCE_SECONDS) as stop, decode_pool(config) as pool:
         found = estimate(open_stage(config, Part(), stop), pool, calibrated=calibrated)
     _show_plan(found, config.precompute.cache)
     return found.as_json()

@@ -166,6 +166,18 @@ class _HangingJob:
 
 
 @pytest.mark.faults
+def test_a_command_that_is_stopped_while_it_loads_its_libraries_ends_with_75(sources, tmp_path):
+    save_config(config_for(*sources, tmp_path / "cache"), tmp_path / "config.toml")
+    command = [sys.executable, "-m", "precog", "precompute", str(tmp_path / "config.toml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        while "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text():
+            time.sleep(0.01)
+        child.terminate()
+        _, errors = child.communicate(timeout=60)
+    assert child.returncode == 75 and errors.splitlines()[-1].startswith("precog: stopped by a signal")
+
+
+@pytest.mark.faults
 def test_real_commands_share_the_work_and_survive_kills(sources, undisturbed, tmp_path):
     cache = tmp_path / "cache"
     save_config(config_for(*sources, cache), tmp_path / "config.toml")
