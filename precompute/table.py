@@ -7,13 +7,15 @@ from precompute.clips import Source
 from precompute.plan import Inventory
 from precompute.recipes import Clip
 from precompute.survey import Survey
-from shared.config import Data
+from shared.config import Config, Data
 from shared.fingerprint import key_of
+from shared.settings import shaping_settings
 from shared.view import View, ViewRow
 
 
-def make_view(data: Data, wanted: Survey, truncated: Mapping[str, int], inventory: Inventory) -> View:
+def make_view(config: Config, wanted: Survey, truncated: Mapping[str, int], inventory: Inventory) -> View:
     """Every clip and every source left out is one row: planned = stored + skipped(reason)."""
+    data, image_to_video = config.data, wanted.latents_recipe["image_conditions"] is not None
     keys = {text: key for key, text in wanted.texts.items()}
     held_out = _held_out(data, [clip for clip in wanted.clips if clip.key in inventory.stored])
     rows = []
@@ -24,7 +26,8 @@ def make_view(data: Data, wanted: Survey, truncated: Mapping[str, int], inventor
     for source, reason in wanted.left_out:
         rows.append(_row(source, keys, truncated, clip=None, split="skipped", skipped=reason))
     special = {text: keys[text] for text in (*data.validation_prompts, data.negative_prompt, "")}
-    return View(data.name, wanted.latents, wanted.prompts, special, tuple(rows))
+    settings = shaping_settings(config, image_to_video=image_to_video)
+    return View(data.name, wanted.latents, wanted.prompts, special, tuple(rows), settings=settings)
 
 
 def _held_out(data: Data, clips: Sequence[Clip]) -> set[str]:

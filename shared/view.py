@@ -58,6 +58,8 @@ class View:
     rows: tuple[ViewRow, ...]
     encoders: dict[str, tuple[FileMark, ...]] = field(default_factory=dict)
     """Part -> marks of the weight files it was made with, so that stage 2 knows them again without reading them."""
+    settings: dict[str, Json] = field(default_factory=dict)
+    """Field -> value, of the fields that shaped it (`shared.settings`); views of the first version have none."""
 
     def split(self, name: str) -> tuple[ViewRow, ...]:
         """The rows of one split in canonical order: by what they hold, not by where they were listed."""
@@ -101,6 +103,7 @@ def write_view(storage: Storage, view: View) -> None:
         "clips": {split: len(view.split(split)) for split in ("train", "held_out", "skipped")},
         "hash": view.hash,
         "encoders": view.encoders,
+        "settings": view.settings,
     }
     storage.publish(f"datasets/{view.name}.parquet", stream.getvalue(), replace=True)
     content = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False).encode()
@@ -130,6 +133,7 @@ def read_view(storage: Storage, name: str) -> View:
             about["special_prompts"],
             rows,
             _marks(about["encoders"]),
+            _settings(about.get("settings", {})),
         )
         if view.hash != about["hash"]:
             raise ValueError("table and description do not belong together")
@@ -152,6 +156,12 @@ def _marks(encoders: object) -> dict[str, tuple[FileMark, ...]]:
             raise ValueError(f"{part}: not a list of file sizes and times")
         marks[part] = tuple((mark[0], mark[1]) for mark in files)
     return marks
+
+
+def _settings(settings: object) -> dict[str, Json]:
+    if not isinstance(settings, dict):
+        raise ValueError("settings: not a table")
+    return settings
 
 
 def _is_mark(mark: object) -> bool:

@@ -19,7 +19,7 @@ from shared.store import SampleReader, read_recipe
 from shared.variants import Conventions, read_conventions, refusal
 from shared.view import View, ViewRow, read_view
 from train.data import Dataset, name
-from train.encoders import Recipe, other_encoders
+from train.encoders import Recipe, cache_problems
 from train.objective import NoiseSchedule, read_schedule
 
 T = TypeVar("T")
@@ -79,8 +79,8 @@ def examine(config: Config) -> tuple[Diagnosis, Subject | None]:
         _check_schedule(read, diagnosis)
         diagnosis.errors += [UsageError(reason) for reason in _refused_buckets(config, cache, read)]
     if cache is not None:
-        diagnosis.errors += map(CacheError, other_encoders(config, cache.view, cache.latents, cache.prompts))
-        _check_view(config, cache.view, diagnosis)
+        diagnosis.errors += map(CacheError, cache_problems(config, cache.view, cache.latents, cache.prompts))
+        _check_view(cache.view, diagnosis)
     if cache is None or read is None or schedule is None:
         return diagnosis, None
     mismatches = list(_mismatches(cache, read))
@@ -167,7 +167,7 @@ def _refused_buckets(config: Config, cache: Cache | None, conventions: Conventio
     return [f"{where[bucket]}: {reason}" for bucket in sorted(where) if (reason := refusal(conventions, bucket))]
 
 
-def _check_view(config: Config, view: View, diagnosis: Diagnosis) -> None:
+def _check_view(view: View, diagnosis: Diagnosis) -> None:
     counts = {split: len(view.split(split)) for split in ("train", "held_out", "skipped")}
     diagnosis.facts.append(("clips", ", ".join(f"{count} {split}" for split, count in counts.items())))
     used = [row for row in view.rows if row.split != "skipped"]
@@ -177,11 +177,6 @@ def _check_view(config: Config, view: View, diagnosis: Diagnosis) -> None:
         diagnosis.warnings.append(
             f"view {view.name}: captions of {len(cut)} of {len(used)} clips are longer than the text length "
             f"and are cut, at most by {max(worst.truncated_tokens)} tokens ({name(worst)}); shorten them"
-        )
-    missing = [text for text in config.data.validation_prompts if text not in view.special_prompts]
-    if missing:
-        diagnosis.warnings.append(
-            f"data.validation_prompts: {missing[0]!r} is not in view {view.name}; run `precog precompute`"
         )
 
 

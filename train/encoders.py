@@ -1,4 +1,7 @@
-"""Whether the cache comes from this checkpoint's VAE, T5 and tokenizer, found out without reading their weights."""
+"""Whether the cache comes from this config's settings and this checkpoint's VAE, T5 and tokenizer.
+
+It is found out without reading their weights.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,16 +10,23 @@ from shared.config import Config
 from shared.errors import CacheError
 from shared.fingerprint import sha256_file
 from shared.pretrained import Part, present_folder, present_part
+from shared.settings import stale_settings
 from shared.view import View
 
 Recipe = dict[str, Any]
 NAMES = {"vae": "VAE", "text_encoder": "T5"}
 
 
-def check_encoders(config: Config, view: View, latents: Recipe, prompts: Recipe) -> None:
-    """Raises `CacheError` for the first of `other_encoders`."""
-    for problem in other_encoders(config, view, latents, prompts):
+def check_cache(config: Config, view: View, latents: Recipe, prompts: Recipe) -> None:
+    """Raises `CacheError` for the first of `cache_problems`."""
+    for problem in cache_problems(config, view, latents, prompts):
         raise CacheError(problem)
+
+
+def cache_problems(config: Config, view: View, latents: Recipe, prompts: Recipe) -> Iterator[str]:
+    """One line for all that the config's view is not made with: other settings first, then other encoders."""
+    yield from stale_settings(config, view, latents, prompts)
+    yield from other_encoders(config, view, latents, prompts)
 
 
 def other_encoders(config: Config, view: View, latents: Recipe, prompts: Recipe) -> Iterator[str]:

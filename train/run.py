@@ -19,7 +19,7 @@ from shared.tracker import require_tracker
 from shared.variants import Conventions, read_conventions, refusal
 from shared.view import View, read_view
 from train.data import Dataset
-from train.encoders import check_encoders
+from train.encoders import check_cache
 from train.engine import Engine, open_engine
 from train.export import read_adapter
 from train.fidelity import open_quantised_engine
@@ -76,7 +76,7 @@ def open_run(config: Config) -> Run:
         config.train.max_train_steps,
         config.train.num_train_epochs,
     )
-    check_encoders(config, view, read_recipe(storage, view.latents), read_recipe(storage, view.prompts))
+    check_cache(config, view, read_recipe(storage, view.latents), read_recipe(storage, view.prompts))
     conventions, scheduler = agreed_conventions(config, storage, view)
     schedule = read_schedule(scheduler)
     dataset, held_out = (

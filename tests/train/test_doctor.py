@@ -252,15 +252,23 @@ def test_captions_beyond_the_text_length_are_counted(experiment: Experiment) -> 
     )
 
 
-def test_schedule_that_keeps_signal_and_prompt_that_is_not_encoded_are_warned_of(experiment: Experiment) -> None:
+def test_schedule_that_keeps_signal_is_warned_of(experiment: Experiment) -> None:
     folder, config = experiment("5b")
     edit(folder / "model/scheduler/scheduler_config.json", rescale_betas_zero_snr=False)
-    config = with_fields(config, "data", validation_prompts=("a dog",))
     diagnosis, _ = examine(config)
     assert diagnosis.errors == []
-    schedule, prompt = diagnosis.warnings
+    (schedule,) = diagnosis.warnings
     assert "rescale_betas_zero_snr is false" in schedule
-    assert "'a dog' is not in view two" in prompt
+
+
+def test_view_of_other_settings_and_prompt_that_is_not_encoded_are_wrong(experiment: Experiment) -> None:
+    _, config = experiment("5b")
+    config = with_fields(config, "data", validation_prompts=("a dog",), fps=4.0)
+    diagnosis, _ = examine(config)
+    settings, prompt = diagnosis.errors
+    assert "data.fps was 0.0, is 4.0" in str(settings)
+    assert "'a dog' is not in it" in str(prompt)
+    assert [error.exit_code for error in diagnosis.errors] == [4, 4]
 
 
 def scenes() -> list[Tensor]:
