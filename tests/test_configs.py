@@ -35,6 +35,12 @@ def test_the_buckets_of_a_config_suit_its_checkpoint(path: Path) -> None:
             assert refusal(conventions, Bucket(frames, height, width)) is None
 
 
+def test_no_two_configs_write_the_same_view_of_a_cache() -> None:
+    configs = [load_config(path) for path in CONFIGS]
+    views = [(config.precompute.cache, config.data.name) for config in configs]
+    assert len(set(views)) == len(views)
+
+
 def test_overrides_are_toml_values_and_bare_words_are_text() -> None:
     config = load_config(ROOT / "configs" / "demo.toml", ["train.learning_rate=2e-5", "data.name=other", "data.fps=0"])
     assert (config.train.learning_rate, config.data.name, config.data.fps) == (2e-5, "other", 0)
