@@ -110,9 +110,9 @@ def measure(pipeline: Path, root: Path, cache: Path, arm: dict[str, Any], batch:
     return {
         "arm": ", ".join(f"{name} = {value}" for name, value in arm.items()) or "plain",
         "batch": batch,
-        "clips": report.latents_encoded,
-        "clips_per_second": round(report.latents_encoded / total, 3),
-        "prompts_per_second": round(report.prompts_encoded / seconds["encode_prompts"], 1),
+        "clips": report.latents.made,
+        "clips_per_second": round(report.latents.made / total, 3),
+        "prompts_per_second": round(report.prompts.made / seconds["encode_prompts"], 1),
         "share_waiting_for_decode": round(seconds["wait_for_decode"] / total, 3),
         "share_waiting_for_write": round(seconds["wait_for_write"] / total, 3),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),

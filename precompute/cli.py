@@ -1,5 +1,6 @@
 """`precog precompute` and `precog cache`. Everything heavy is imported inside the commands."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 PATIENCE_SECONDS = 8.0
 """From a signal to the end of the process, at most; ten are promised. What is killed here loses one shard at most."""
+MAX_LISTED = 20
+"""Clips that are listed; --json and the view have all."""
 
 app = typer.Typer()
 cache_app = typer.Typer(help="Look at and check the cache.", no_args_is_help=True)
@@ -85,35 +88,48 @@ def _share(part: str) -> "Part":
 
 
 def _show(report: "Report", cache: str) -> None:
+    from collections import Counter
+
     from shared.console import bytes_text, say, table
 
     def spent(name: str) -> str:
         return f"{report.seconds.get(name, 0.0):.1f}"
 
-    reasons: dict[str, int] = {}
-    for _, reason in report.skipped:
-        reasons[reason.partition(":")[0]] = reasons.get(reason.partition(":")[0], 0) + 1
+    def waited(name: str) -> str:
+        return f"the encoder waited {spent(f'wait_for_{name}')}, {report.waited_share(name):.0%} of its time"
+
+    reasons = Counter(reason.partition(":")[0] for _, reason in report.skipped)
     table(
         f"Cache {cache}",
         [
-            ("clips", f"{report.clips} ({report.latents_encoded} encoded, {report.latents_reused} reused)"),
-            ("prompts", f"{report.prompts_encoded} encoded, {report.prompts_reused} reused"),
+            ("clips", report.clips),
+            ("latents encoded", report.latents),
+            ("prompts encoded", report.prompts),
             *((f"skipped: {reason}", count) for reason, count in sorted(reasons.items())),
-            ("captions cut short", report.truncated_captions),
+            ("captions cut short", len(report.truncated)),
             ("written", bytes_text(report.written_bytes)),
-            ("clips per second", f"{report.latents_encoded / max(report.seconds.get('video_pass', 0.0), 1e-9):.2f}"),
-            ("seconds decoding", f"{spent('decode')} (the encoder waited {spent('wait_for_decode')})"),
+            ("clips per second", f"{report.clips_per_second:.2f}"),
+            ("seconds decoding", f"{spent('decode')} ({waited('decode')})"),
             ("seconds encoding", f"{spent('encode_latents')} video, {spent('encode_prompts')} text"),
-            ("seconds writing", f"{spent('write')} (the encoder waited {spent('wait_for_write')})"),
+            ("seconds writing", f"{spent('write')} ({waited('write')})"),
             ("seconds in total", spent("total")),
         ],
     )
-    for source, reason in report.skipped[:20]:
-        say(f"skipped {source}: {reason}")
-    if len(report.skipped) > 20:
-        say(f"... and {len(report.skipped) - 20} more, listed in the view")
-    if not report.latents_encoded and not report.prompts_encoded:
+    _list(f"cut short {cut.source}, caption {cut.caption}: its last {cut.tokens} tokens" for cut in report.truncated)
+    _list(f"skipped {source}: {reason}" for source, reason in report.skipped)
+    if not report.latents.made and not report.prompts.made:
         say("Nothing to encode: everything is stored already.")
+
+
+def _list(lines: Iterable[str]) -> None:
+    """The first ones, and how many more there are."""
+    from shared.console import say
+
+    every = list(lines)
+    for line in every[:MAX_LISTED]:
+        say(line)
+    if len(every) > MAX_LISTED:
+        say(f"... and {len(every) - MAX_LISTED} more")
 
 
 def show_plan(config: "Config", *, calibrated: bool) -> dict[str, Any]:
@@ -141,10 +157,10 @@ def _show_plan(found: "Estimate", cache: str) -> None:
         f"Plan for cache {cache}",
         [
             ("clips", found.clips),
-            ("latents to encode", f"{found.latents_planned}, {found.latents_reused} reused"),
+            ("latents to encode", found.latents),
             ("  new", found.new),
             *((f"  {reason}", count) for reason, count in sorted(reasons.items())),
-            ("prompts to encode", f"{found.prompts_planned}, {found.prompts_reused} reused"),
+            ("prompts to encode", found.prompts),
             ("skipped", len(found.skipped)),
             ("shards to make", f"{found.shards['latents']} of clips, {found.shards['prompts']} of prompts"),
             ("disk needed", bytes_text(found.needed_bytes)),
@@ -159,8 +175,7 @@ def _show_plan(found: "Estimate", cache: str) -> None:
     )
     for line in found.warnings:
         say(f"warning: {line}")
-    for source, reason in found.skipped[:20]:
-        say(f"skipped {source}: {reason}")
+    _list(f"skipped {source}: {reason}" for source, reason in found.skipped)
 
 
 def _hours_text(measured: "Calibration") -> str:

@@ -12,6 +12,7 @@ from precompute.encoders import vae_precision
 from precompute.plan import Inventory, PlannedShard, propose, take_inventory
 from precompute.pool import DecodePool
 from precompute.recipes import Clip
+from precompute.report import Tally, reasons_json
 from precompute.stage import Stage
 from precompute.survey import Survey, survey
 from precompute.windows import bucket_warnings
@@ -36,10 +37,8 @@ class Estimate:
     """What would be made; `as_json` is the `--json` contract."""
 
     clips: int = 0
-    latents_planned: int = 0
-    latents_reused: int = 0
-    prompts_planned: int = 0
-    prompts_reused: int = 0
+    latents: Tally = field(default_factory=Tally)
+    prompts: Tally = field(default_factory=Tally)
     new: int = 0
     """Clips to encode whose source the view of this name did not have."""
     changed: list[tuple[str, str]] = field(default_factory=list)
@@ -58,14 +57,14 @@ class Estimate:
     def as_json(self) -> dict[str, Any]:
         return {
             "clips": self.clips,
-            "latents": {"planned": self.latents_planned, "reused": self.latents_reused},
-            "prompts": {"planned": self.prompts_planned, "reused": self.prompts_reused},
+            "latents": {"planned": self.latents.made, "reused": self.latents.reused},
+            "prompts": {"planned": self.prompts.made, "reused": self.prompts.reused},
             "new": self.new,
-            "changed": [{"source": source, "reason": reason} for source, reason in self.changed],
+            "changed": reasons_json(self.changed),
             "orphaned": self.orphaned,
             "shards": self.shards,
             "bytes": {"needed": self.needed_bytes, "stored": self.stored_bytes, "free": self.free_bytes},
-            "skipped": [{"source": source, "reason": reason} for source, reason in self.skipped],
+            "skipped": reasons_json(self.skipped),
             "warnings": self.warnings,
             "hours": None if self.calibration is None else self.calibration.hours,
             "calibration": None if self.calibration is None else asdict(self.calibration),
@@ -90,21 +89,21 @@ def estimate(stage: Stage, pool: DecodePool, *, calibrated: bool = False) -> Est
     work = find_work(stage, wanted)
     clips = wanted.by_key
     planned = {key for shard in work.latents for key in shard.keys}
-    kept = work.latents_inventory.stored & clips.keys()
     refused = {key: reason for key, (reason, _) in work.latents_inventory.skipped.items() if key not in planned}
     found = Estimate(
         clips=sum(clip.key not in refused for clip in wanted.clips),
-        latents_planned=len(planned),
-        latents_reused=len(kept),
-        prompts_planned=sum(len(shard.keys) for shard in work.prompts),
-        prompts_reused=len(work.prompts_inventory.stored & wanted.texts.keys()),
+        latents=Tally(len(planned), len(work.latents_inventory.stored & clips.keys())),
+        prompts=Tally(
+            sum(len(shard.keys) for shard in work.prompts), len(work.prompts_inventory.stored & wanted.texts.keys())
+        ),
         shards={"latents": len(work.latents), "prompts": len(work.prompts)},
         needed_bytes=bytes_needed(stage, wanted, work),
         free_bytes=stage.storage.free_bytes(),
         warnings=bucket_warnings(stage.config.data),
     )
-    found.skipped = [(source.name, reason) for source, reason in wanted.left_out]
-    found.skipped += [(clip.source.name, refused[clip.key]) for clip in wanted.clips if clip.key in refused]
+    left_out = [(source.name, reason) for source, reason in wanted.left_out]
+    left_out += [(clip.source.name, refused[clip.key]) for clip in wanted.clips if clip.key in refused]
+    found.skipped = sorted(left_out)
     _compare(stage, wanted, planned, found)
     _count_stored(stage, wanted, found)
     if calibrated:

@@ -46,7 +46,7 @@ def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], 
                     report.written_bytes += writing.popleft().result()
                     report.spend("wait_for_write", started)
                 writing.append(writer.submit(_write, stage.storage, shard, samples, skipped, report))
-                report.latents_encoded += len(samples)
+                report.latents.made += len(samples)
             report.written_bytes += sum(future.result() for future in writing)
         report.spend("video_pass", pass_started)
 
@@ -61,7 +61,7 @@ def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], 
         keys_per_batch=settings.vae_batch_size,
         retry_skipped=settings.retry_skipped,
     )
-    report.latents_reused = len(inventory.stored & set(by_key)) - report.latents_encoded
+    report.latents.reused = len(inventory.stored & set(by_key)) - report.latents.made
     return inventory
 
 

@@ -47,7 +47,7 @@ def encode_prompts(stage: Stage, collection: Collection, texts: Mapping[str, str
                     bar.advance(len(batch))
                 started = time.perf_counter()
                 report.written_bytes += write_shard(stage.storage, shard.folder, samples, attempt=shard.attempt).size
-                report.prompts_encoded += len(samples)
+                report.prompts.made += len(samples)
                 report.spend("write", started)
 
     make_missing(
@@ -59,7 +59,7 @@ def encode_prompts(stage: Stage, collection: Collection, texts: Mapping[str, str
         keys_per_shard=settings.prompts_per_shard,
         keys_per_batch=settings.text_batch_size,
     )
-    report.prompts_reused = len(texts) - report.prompts_encoded
+    report.prompts.reused = len(texts) - report.prompts.made
     free_memory()
 
 

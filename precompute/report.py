@@ -1,9 +1,34 @@
 """What a run of stage 1 did, and where the time went."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from shared.config import Data
+from shared.view import View
+
+
+@dataclass(slots=True)
+class Tally:
+    """Samples of one kind: made by this run (in an estimate: to be made), and stored already."""
+
+    made: int = 0
+    reused: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.made}, {self.reused} reused"
+
+
+@dataclass(frozen=True, slots=True)
+class Truncated:
+    """A caption longer than the text length, of which `tokens` are cut off."""
+
+    source: str
+    """The clip's, or the field of [data] for a validation prompt."""
+    caption: int
+    """Its number among those of its clip or field, from 1."""
+    tokens: int
 
 
 @dataclass(slots=True)
@@ -11,25 +36,35 @@ class Report:
     """What a run did; `as_json` is the `--json` contract."""
 
     clips: int = 0
-    latents_encoded: int = 0
-    latents_reused: int = 0
-    prompts_encoded: int = 0
-    prompts_reused: int = 0
-    truncated_captions: int = 0
+    latents: Tally = field(default_factory=Tally)
+    prompts: Tally = field(default_factory=Tally)
+    truncated: list[Truncated] = field(default_factory=list)
     written_bytes: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    """Source and reason, by source."""
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def clips_per_second(self) -> float:
+        """Of the video pass, loading left out; 0 if there was none."""
+        return self.latents.made / max(self.seconds.get("video_pass", 0.0), 1e-9)
+
+    def waited_share(self, name: str) -> float:
+        """The part of the video pass in which the encoder waited for "decode" or "write"."""
+        return self.seconds.get(f"wait_for_{name}", 0.0) / max(self.seconds.get("video_pass", 0.0), 1e-9)
 
     def as_json(self) -> dict[str, Any]:
         return {
             "clips": self.clips,
-            "latents": {"encoded": self.latents_encoded, "reused": self.latents_reused},
-            "prompts": {"encoded": self.prompts_encoded, "reused": self.prompts_reused},
-            "truncated_captions": self.truncated_captions,
+            "latents": {"encoded": self.latents.made, "reused": self.latents.reused},
+            "prompts": {"encoded": self.prompts.made, "reused": self.prompts.reused},
+            "truncated": [asdict(caption) for caption in self.truncated],
             "written_bytes": self.written_bytes,
-            "skipped": [{"source": source, "reason": reason} for source, reason in self.skipped],
+            "skipped": reasons_json(self.skipped),
             "warnings": self.warnings,
+            "clips_per_second": round(self.clips_per_second, 3),
+            "waited_share": {name: round(self.waited_share(name), 3) for name in ("decode", "write")},
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
 
@@ -37,21 +72,34 @@ class Report:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
+def truncated_captions(data: Data, view: View, tokens: Mapping[str, int]) -> list[Truncated]:
+    """Every caption and prompt of which some tokens (prompt key -> how many) are cut off, in the view's order."""
+    keys = [(row.source, row.prompt_keys) for row in view.rows]
+    keys += [("data.validation_prompts", tuple(view.special_prompts[text] for text in data.validation_prompts))]
+    keys += [("data.negative_prompt", (view.special_prompts[data.negative_prompt],))]
+    found = [Truncated(source, number, tokens[key]) for source, its in keys for number, key in enumerate(its, start=1)]
+    return list(dict.fromkeys(caption for caption in found if caption.tokens))  # windows of a video share captions
+
+
+def reasons_json(reasons: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"source": source, "reason": reason} for source, reason in reasons]
+
+
 def merge(reports: Sequence[Report]) -> Report:
     """What workers did together: what they encoded is summed, times are those of the slowest."""
-    first = reports[0]
-    latents = sum(report.latents_encoded for report in reports)
-    prompts = sum(report.prompts_encoded for report in reports)
     return replace(
-        first,
-        latents_encoded=latents,
-        # To each worker, what the others made meanwhile looks reused.
-        latents_reused=max(0, first.latents_reused + first.latents_encoded - latents),
-        prompts_encoded=prompts,
-        prompts_reused=max(0, first.prompts_reused + first.prompts_encoded - prompts),
+        reports[0],
+        latents=_merge([report.latents for report in reports]),
+        prompts=_merge([report.prompts for report in reports]),
         written_bytes=sum(report.written_bytes for report in reports),
         seconds={
             name: max(report.seconds.get(name, 0.0) for report in reports)
             for name in dict.fromkeys(name for report in reports for name in report.seconds)
         },
     )
+
+
+def _merge(tallies: Sequence[Tally]) -> Tally:
+    """To each worker, what the others made meanwhile looks reused."""
+    made = sum(tally.made for tally in tallies)
+    return Tally(made, max(0, tallies[0].made + tallies[0].reused - made))

@@ -9,7 +9,7 @@ from precompute.latents import encode_latents
 from precompute.plan import Part
 from precompute.pool import DecodePool
 from precompute.prompts import encode_prompts
-from precompute.report import Report
+from precompute.report import Report, truncated_captions
 from precompute.stage import Stage, open_stage
 from precompute.survey import Survey, survey
 from precompute.table import make_view
@@ -54,8 +54,8 @@ def precompute(config: Config, part: Part, stop: StopSignal) -> Report:
     _refuse_nothing_to_train_on(view)
     write_view(stage.storage, view)
     report.clips = len(view.split("train")) + len(view.split("held_out"))
-    report.skipped = [(row.source, row.skipped) for row in view.split("skipped")]
-    report.truncated_captions = sum(any(row.truncated_tokens) for row in view.rows)
+    report.skipped = sorted((row.source, row.skipped) for row in view.split("skipped"))
+    report.truncated = truncated_captions(config.data, view, truncated)
     report.seconds["total"] = time.perf_counter() - started
     return report
 

@@ -1,6 +1,7 @@
 """The commands of stage 1: their JSON lines, exit codes and one-line faults."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,21 @@ def test_plan_and_precompute_end_with_one_json_line_of_the_same_shape(config, tm
     assert planned["latents"] == {"planned": 2, "reused": 0} and made["latents"] == {"encoded": 2, "reused": 0}
     assert planned["prompts"] == {"planned": 5, "reused": 0} and made["prompts"] == {"encoded": 5, "reused": 0}
     assert planned["skipped"] == made["skipped"] and [bad["source"] for bad in made["skipped"]] == ["001.mp4"]
-    assert planned.keys() >= made.keys() - {"truncated_captions", "written_bytes"}
+    assert planned.keys() >= made.keys() - {"truncated", "written_bytes", "clips_per_second", "waited_share"}
+    assert made["clips_per_second"] > 0 and 0 < sum(made["waited_share"].values()) < 1
+
+
+def test_captions_that_are_cut_short_are_listed_each_once(config, tmp_path):
+    """Two windows of one clip share its caption; prompts beside the captions count too."""
+    table = tmp_path / "clips" / "prompts.txt"
+    table.write_text("short\nbad\n" + "a very long caption " * 20)
+    settings = ["data.random_flip=true", f"data.validation_prompts=['a', '{'b ' * 60}']"]
+    result = CliRunner().invoke(app, ["precompute", config, *settings, "--json"])
+    found = json.loads(result.stdout)["truncated"]
+    named = [(caption["source"], caption["caption"]) for caption in found]
+    assert named == [("002.mp4", 1), ("data.validation_prompts", 2)] and all(caption["tokens"] > 0 for caption in found)
+    assert f"cut short 002.mp4, caption 1: its last {found[0]['tokens']} tokens" in result.stderr
+    assert re.search(r"captions cut short +2\n", result.stderr)
 
 
 def test_a_calibrated_plan_has_hours_and_says_from_how_much(config, tmp_path):

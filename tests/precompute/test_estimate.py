@@ -38,14 +38,14 @@ def test_a_plan_promises_what_the_run_then_does_and_writes_nothing(pipeline, tmp
     planned = look(config)
     assert not cache.exists()
     report = run(config)
-    assert (planned.clips, planned.latents_planned, planned.latents_reused) == (5, report.latents_encoded, 0)
-    assert (planned.prompts_planned, planned.prompts_reused) == (report.prompts_encoded, 0)
+    assert (planned.clips, planned.latents.made, planned.latents.reused) == (5, report.latents.made, 0)
+    assert (planned.prompts.made, planned.prompts.reused) == (report.prompts.made, 0)
     assert planned.skipped == report.skipped and planned.new == 5 and planned.changed == []
     assert planned.shards == {"latents": 2, "prompts": 1}
     stored = sum(len(content) for name, content in stored_files(cache).items() if not name.startswith("datasets"))
     assert stored - 5000 < planned.needed_bytes < 2 * stored  # all but the recipes; small samples are mostly padding
     again = look(config)
-    assert (again.latents_planned, again.latents_reused, again.needed_bytes, again.new) == (0, 5, 0, 0)
+    assert (again.latents.made, again.latents.reused, again.needed_bytes, again.new) == (0, 5, 0, 0)
     assert again.orphaned == {"latents": 0, "prompts": 0, "bytes": 0}
     assert again.stored_bytes == sum(path.stat().st_size for path in cache.rglob("*.tar"))
 
@@ -64,7 +64,7 @@ def test_each_change_is_named_and_what_it_leaves_behind_is_counted(pipeline, fil
     write_captions(root, ["another", *(f"clip number {number}" for number in range(1, 6)), "new"])
     found = look(config_for(pipeline, root, cache))
     assert found.changed == [("002.mp4", "source bytes changed")] and found.new == 1
-    assert (found.latents_planned, found.prompts_planned) == (2, 2)
+    assert (found.latents.made, found.prompts.made) == (2, 2)
     assert (found.orphaned["latents"], found.orphaned["prompts"]) == (1, 1) and found.orphaned["bytes"] > 0
     run(config_for(pipeline, root, cache))
 
@@ -84,7 +84,7 @@ def test_each_change_is_named_and_what_it_leaves_behind_is_counted(pipeline, fil
     save_file(tensors, weights, {"format": "pt"})
     revised = look(config_for(other, root, cache))
     assert {reason for _, reason in revised.changed} == {"recipe changed: vae.weights"}
-    assert revised.latents_reused == 0 and revised.orphaned["latents"] == 8
+    assert revised.latents.reused == 0 and revised.orphaned["latents"] == 8
 
 
 def test_what_another_view_uses_is_no_orphan(pipeline, filled):

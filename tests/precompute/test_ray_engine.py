@@ -14,7 +14,7 @@ import pytest
 
 from precompute.plan import Part
 from precompute.ray_engine import Worker, _slots, precompute_with_ray
-from precompute.report import Report, merge
+from precompute.report import Report, Tally, merge
 from shared.config import Config
 from shared.errors import DataError, Preempted, UsageError
 from tests.corpus import config_for, run, stored_files, write_corpus
@@ -40,10 +40,10 @@ def test_there_is_a_worker_for_every_gpu_or_for_every_slot_of_processors(resourc
 
 
 def test_workers_reports_add_up():
-    one = Report(clips=9, latents_encoded=4, latents_reused=5, written_bytes=10, seconds={"total": 2.0})
-    two = Report(clips=9, latents_encoded=3, latents_reused=6, written_bytes=20, seconds={"total": 3.0, "write": 1.0})
+    one = Report(clips=9, latents=Tally(4, 5), written_bytes=10, seconds={"total": 2.0})
+    two = Report(clips=9, latents=Tally(3, 6), written_bytes=20, seconds={"total": 3.0, "write": 1.0})
     both = merge([one, two])
-    assert (both.clips, both.latents_encoded, both.latents_reused, both.written_bytes) == (9, 7, 2, 30)
+    assert (both.clips, both.latents.made, both.latents.reused, both.written_bytes) == (9, 7, 2, 30)
     assert both.seconds == {"total": 3.0, "write": 1.0}
 
 
@@ -97,7 +97,7 @@ def test_two_workers_make_what_one_process_makes(cluster, pipeline, tmp_path):
     run(config_for(pipeline, root, tmp_path / "alone"))
     report = precompute_with_ray(config_for(pipeline, root, tmp_path / "cache"))
     assert stored_files(tmp_path / "cache") == stored_files(tmp_path / "alone")
-    assert (report.clips, report.latents_reused) == (10, 0) and report.latents_encoded >= 10
+    assert (report.clips, report.latents.reused) == (10, 0) and report.latents.made >= 10
 
 
 @pytest.mark.faults

@@ -20,7 +20,7 @@ CLIPS = 100
 
 def counts(report: Report) -> tuple[int, int, int, int]:
     """Latents encoded and reused, prompts encoded and reused."""
-    return report.latents_encoded, report.latents_reused, report.prompts_encoded, report.prompts_reused
+    return report.latents.made, report.latents.reused, report.prompts.made, report.prompts.reused
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_bad_clips_are_skipped_with_reasons_and_all_else_is_stored(pipeline, tmp
     (root / "cut.mp4").write_bytes((root / "001.mp4").read_bytes()[:300])
     write_captions(root, ["a", "b", "c", "d", "e"])
     report = run(config_for(pipeline, root, cache))
-    assert (report.clips, report.latents_encoded) == (3, 3)
+    assert (report.clips, report.latents.made) == (3, 3)
     assert sorted(source for source, _ in report.skipped) == ["bad.mp4", "cut.mp4"]
     assert all(reason for _, reason in report.skipped)
     view = read_view(LocalStorage(str(cache)), "corpus")
@@ -137,7 +137,7 @@ def test_a_shard_that_verify_set_aside_is_made_again_with_the_same_bytes(pipelin
     checked, found = verify(LocalStorage(str(cache)), repair=True)
     assert checked == 3 and len(found) == 1 and str(tar) in found[0]
     kept = sum(len(receipt.samples) for _, receipt in shards(LocalStorage(str(cache)), "latents"))
-    assert run(config_for(pipeline, root, cache)).latents_encoded == 5 - kept > 0
+    assert run(config_for(pipeline, root, cache)).latents.made == 5 - kept > 0
     after = {name: content for name, content in stored_files(cache).items() if not name.endswith(".damaged")}
     assert after == before
 
@@ -157,7 +157,7 @@ def test_two_sources_of_equal_bytes_are_stored_once(pipeline, tmp_path):
     shutil.copy(root / "000.mp4", root / "copy.mp4")
     write_captions(root, ["a", "b", "c"])
     report = run(config_for(pipeline, root, cache))
-    assert (report.clips, report.latents_encoded) == (3, 2)
+    assert (report.clips, report.latents.made) == (3, 2)
 
 
 def test_a_full_disk_is_refused_before_anything_is_encoded(pipeline, tmp_path, monkeypatch):
@@ -189,7 +189,7 @@ def test_moments_that_training_would_refuse_end_the_run_at_the_first_batch(pipel
         "instead of 32x2x8x8; leave it false or choose other data.resolution_buckets"
     )
     assert not list(cache.glob("latents/*/*/*"))
-    assert run(config_for(other, root, cache, data=data)).latents_encoded == 3
+    assert run(config_for(other, root, cache, data=data)).latents.made == 3
 
 
 def test_a_run_that_leaves_no_clip_to_train_on_keeps_the_view_that_was_there(pipeline, small):

@@ -246,8 +246,8 @@ def test_stage_1_into_s3_gives_the_bytes_that_it_gives_on_a_disk(bucket, tmp_pat
     pipeline, root = save_pipeline("2b", tmp_path / "2b"), write_corpus(tmp_path / "clips", 3)
     url = f"s3://{bucket}/cache"
     run(config_for(pipeline, root, tmp_path / "disk"))
-    assert run(config_for(pipeline, root, url)).latents_encoded == 3
-    assert run(config_for(pipeline, root, url)).latents_encoded == 0
+    assert run(config_for(pipeline, root, url)).latents.made == 3
+    assert run(config_for(pipeline, root, url)).latents.made == 0
     storage = open_storage(url, local_folder=tmp_path / "local")
     on_disk = stored_files(tmp_path / "disk")
     names = [name for folder in ("latents", "prompts", "datasets") for name in storage.names(folder, "")]
