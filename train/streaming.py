@@ -14,7 +14,7 @@ import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock, CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
-from train.transfer import CopyStream, host_empty, shared_slab
+from train.transfer import CopyStream, host_empty, shared_empty
 
 ALIGNMENT = 256
 """Bytes; what kernels like best."""
@@ -65,12 +65,11 @@ class WeightStream:
         self._places = [places for places, _ in layouts]
         sizes = [num_bytes for _, num_bytes in layouts]
         self._hosts: list[Tensor] = []
-        self._slab = shared_slab(sum(sizes), device, lambda buffer: self._move_to(torch.split(buffer, sizes)))
-        """Where `_hosts` are, if other processes of this machine use them too."""
-        if self._slab is None:
+        shared = shared_empty(sum(sizes), device, lambda buffer: self._move_to(torch.split(buffer, sizes)))
+        if shared is None:
             self._move_to([host_empty(num_bytes, device) for num_bytes in sizes])
         else:
-            self._hosts = list(torch.split(self._slab.buffer, sizes))
+            self._hosts = list(torch.split(shared, sizes))
             for index, host in enumerate(self._hosts):
                 self._point(index, host)
         largest = max(sizes)

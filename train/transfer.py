@@ -6,7 +6,7 @@ leave behind, and what /dev/shm holds does not limit it.
 
 import logging
 import os
-import weakref
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from mmap import mmap
@@ -28,7 +28,44 @@ def host_empty(num_bytes: int, device: torch.device) -> Tensor:
     if device.type == "meta":
         with _disable_current_modes():
             return torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    if device.type != "cuda":
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    anonymous = -1
+    return _mapped(anonymous, num_bytes, device)
+
+
+class _Mapping(mmap):
+    """Of exactly the bytes asked for, while torch's own pinned memory comes in powers of two (pytorch issue 95823)."""
+
+    pinned_for: torch.device | None = None
+    address: int = 0
+
+    def __del__(self) -> None:
+        # before it is unmapped; what is left when the process ends, ends with it
+        if self.pinned_for is not None and not sys.is_finalizing():
+            torch.cuda.synchronize(self.pinned_for)  # no copy is under way
+            unpin(self.address)
+
+
+def _mapped(descriptor: int, num_bytes: int, device: torch.device) -> Tensor:
+    """[num_bytes] uint8 of a memory file, or anonymous, pinned where `device` is a GPU, for as long as it is used."""
+    mapping = _Mapping(descriptor, num_bytes)
+    buffer = torch.frombuffer(mapping, dtype=torch.uint8)
+    if device.type == "cuda":
+        pin(buffer.data_ptr(), num_bytes)
+        mapping.pinned_for, mapping.address = device, buffer.data_ptr()
+    return buffer
+
+
+def pin(address: int, num_bytes: int) -> None:
+    """Let copies of every GPU reach it. Raises `RuntimeError`."""
+    portable = 1
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, num_bytes, portable))  # type: ignore[no-untyped-call]
+
+
+def unpin(address: int) -> None:
+    """Undo `pin`."""
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))  # type: ignore[no-untyped-call]
 
 
 def host_copy(tensor: Tensor, device: torch.device) -> Tensor:
@@ -38,53 +75,35 @@ def host_copy(tensor: Tensor, device: torch.device) -> Tensor:
     return copy.copy_(tensor)
 
 
-class SharedSlab:
-    """A memory file in this process: `buffer` [num_bytes] uint8, pinned where `device` is a GPU."""
-
-    def __init__(self, descriptor: int, num_bytes: int, device: torch.device) -> None:
-        self.buffer = torch.frombuffer(mmap(descriptor, num_bytes), dtype=torch.uint8)
-        if device.type == "cuda":
-            portable = 1
-            address = self.buffer.data_ptr()
-            status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, portable)  # type: ignore[no-untyped-call]
-            torch.cuda.check_error(status)
-            weakref.finalize(self, _unpin, address, device)
-
-
-def _unpin(address: int, device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # no copy is under way
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))  # type: ignore[no-untyped-call]
-
-
-def shared_slab(num_bytes: int, device: torch.device, fill: Callable[[Tensor], None]) -> SharedSlab | None:
-    """The same bytes for all processes of this machine, in memory once; the first of them fills it.
+def shared_empty(num_bytes: int, device: torch.device, fill: Callable[[Tensor], None]) -> Tensor | None:
+    """[num_bytes] uint8 for all processes of this machine, in memory once; the first of them fills it.
 
     All processes of the run call this together. None to one that is alone on its machine and, after a warning, to one
-    that cannot share: it needs a copy of its own. On meta there is nothing to share.
+    that cannot share: it needs memory of its own. On meta there is nothing to share.
     """
     if device.type == "meta":
         return None
     peers = gather((machine(), os.getpid()))
     pids = [pid for name, pid in peers if name == machine()]
-    slab, descriptor = None, -1
+    buffer, descriptor = None, -1
     if len(pids) > 1 and pids[0] == os.getpid():
         try:
             descriptor = _memory_file(num_bytes)
-            slab = SharedSlab(descriptor, num_bytes, device)
-            fill(slab.buffer)
+            buffer = _mapped(descriptor, num_bytes, device)
+            fill(buffer)
         except (OSError, RuntimeError) as error:
             _warn(num_bytes, error)
-    offers = dict(zip(peers, gather(None if slab is None else descriptor), strict=True))  # filled, or given up
+    offers = dict(zip(peers, gather(None if buffer is None else descriptor), strict=True))  # filled, or given up
     offer = offers[machine(), pids[0]]
     if offer is not None and pids[0] != os.getpid():
         try:
-            slab = _open_slab(f"/proc/{pids[0]}/fd/{offer}", num_bytes, device)
+            buffer = _opened(f"/proc/{pids[0]}/fd/{offer}", num_bytes, device)
         except (OSError, RuntimeError) as error:
             _warn(num_bytes, error)
     gather(None)  # everybody has opened it
     if descriptor >= 0:
         os.close(descriptor)
-    return slab
+    return buffer
 
 
 def _memory_file(num_bytes: int) -> int:
@@ -98,10 +117,10 @@ def _memory_file(num_bytes: int) -> int:
     return descriptor
 
 
-def _open_slab(path: str, num_bytes: int, device: torch.device) -> SharedSlab:
+def _opened(path: str, num_bytes: int, device: torch.device) -> Tensor:
     descriptor = os.open(path, os.O_RDWR)
     try:
-        return SharedSlab(descriptor, num_bytes, device)
+        return _mapped(descriptor, num_bytes, device)
     finally:
         os.close(descriptor)
 

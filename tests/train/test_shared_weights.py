@@ -1,5 +1,6 @@
 """Processes of one machine that stream the same frozen weights have them in memory once, and leave nothing behind."""
 
+import ctypes
 import gc
 import logging
 import os
@@ -9,7 +10,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ctypes import CDLL
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,10 @@ def train_and_weigh(rank: int, fault: str = "") -> Iterator[Any]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (WEIGHT_BYTES // 2, WEIGHT_BYTES // 2))
     if fault == "slow":
-        open_slab = transfer._open_slab
-        transfer._open_slab = lambda *arguments: (time.sleep(0.5), open_slab(*arguments))[1]
+        opened = transfer._opened
+        transfer._opened = lambda *arguments: (time.sleep(0.5), opened(*arguments))[1]
     if fault == "hidden":
-        transfer._open_slab = lambda path, *_: os.open(path.replace("/fd/", "/no/"), os.O_RDWR)  # type: ignore[assignment]
+        transfer._opened = lambda path, *_: os.open(path.replace("/fd/", "/no/"), os.O_RDWR)  # type: ignore[assignment]
     transformer = build_transformer("5b", lora_rank=4, **SHAPE)
     if rank > 0 and not fault:  # what it computes with are the first process's
         for block in transformer.transformer_blocks:
@@ -101,7 +101,7 @@ def train_and_weigh(rank: int, fault: str = "") -> Iterator[Any]:
     yield float(loss), {name: value.numpy() for name, value in gradients.items()}, told
     del gradients
     gc.collect()
-    CDLL(None).malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
     distributed.barrier()
     # of the proportional set size: a page of n processes counts 1/n in each
     fields = Path("/proc/self/smaps_rollup").read_text("ascii").splitlines()
@@ -190,17 +190,35 @@ def test_a_run_of_two_processes_that_stream_is_the_run_of_one(settings: Callable
         torch.testing.assert_close(tensor, exports[1][name], rtol=0, atol=1e-4)
 
 
+def test_memory_is_unpinned_once_nothing_uses_it_and_before_it_is_unmapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what a GPU would do written down."""
+    log: list[tuple[str, int]] = []
+
+    def unpin(address: int) -> None:
+        ctypes.string_at(address, 5000)  # would be a segmentation fault
+        log.append(("unpinned", address))
+
+    monkeypatch.setattr(transfer, "pin", lambda address, num_bytes: log.append((f"{num_bytes} pinned", address)))
+    monkeypatch.setattr(transfer, "unpin", unpin)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append(("waited", device.index)))
+    buffer = transfer.host_empty(5000, torch.device("cuda", 1))
+    address = buffer.data_ptr()
+    part = buffer[10:20].view(torch.int16)
+    del buffer
+    gc.collect()
+    assert log == [("5000 pinned", address)], "a view uses it"
+    del part
+    assert log[1:] == [("waited", 1), ("unpinned", address)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_shared_memory_is_pinned_as_long_as_it_is_used() -> None:
-    size = 2**20
+def test_memory_of_any_size_is_pinned_as_long_as_it_is_used() -> None:
+    cuda, size = torch.device("cuda"), 5 * 2**20 + 512
     descriptor = transfer._memory_file(size)
-    for _ in range(2):  # the second would fail if the first were still registered at its address
-        slab = transfer.SharedSlab(descriptor, size, torch.device("cuda"))
-        values = slab.buffer
-        assert values.is_pinned()
-        values.random_()
-        assert values.to("cuda", non_blocking=True).cpu().equal(values)
-        del slab
-        assert not values.is_pinned()
+    for _ in range(3):  # the second would fail if the first were still registered at its address
+        for values in (transfer._mapped(descriptor, size, cuda), transfer.host_empty(size, cuda)):
+            assert values.is_pinned() and len(values) == size
+            values.random_()
+            assert values.to("cuda", non_blocking=True).cpu().equal(values)
     os.close(descriptor)
