@@ -161,6 +161,7 @@ def _show_plan(found: "Estimate", cache: str) -> None:
             ("  new", found.new),
             *((f"  {reason}", count) for reason, count in sorted(reasons.items())),
             ("prompts to encode", found.prompts),
+            *([("  recipe changed", ", ".join(found.prompts_recipe_changed))] if found.prompts_recipe_changed else []),
             ("skipped", len(found.skipped)),
             ("shards to make", f"{found.shards['latents']} of clips, {found.shards['prompts']} of prompts"),
             ("disk needed", bytes_text(found.needed_bytes)),

@@ -2,29 +2,27 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from precompute import recipes
 from precompute.calibrate import Calibration, calibrate
+from precompute.changes import changed_clips, old_view, recipe_changes
 from precompute.encoders import vae_precision
 from precompute.plan import Inventory, PlannedShard, propose, take_inventory
 from precompute.pool import DecodePool
-from precompute.recipes import Clip
 from precompute.report import Tally, reasons_json
 from precompute.stage import Stage
 from precompute.survey import Survey, survey
 from precompute.windows import bucket_warnings
 from shared import console
 from shared.device import DTYPES
-from shared.errors import CacheError, UsageError
-from shared.fingerprint import Json
+from shared.errors import UsageError
 from shared.geometry import latent_shape
 from shared.shard import SAMPLES_PER_SHARD, Receipt
 from shared.shard import SHARD_BYTES as MAX_SHARD_BYTES
-from shared.store import Collection, collections, read_recipe, shards
-from shared.view import View, ViewRow, read_view, view_names
+from shared.store import Collection, collections, shards
+from shared.view import read_view, view_names
 
 SAMPLE_BYTES = 4096
 """Tar headers, facts, padding and receipt of one sample, rounded up."""
@@ -39,6 +37,8 @@ class Estimate:
     clips: int = 0
     latents: Tally = field(default_factory=Tally)
     prompts: Tally = field(default_factory=Tally)
+    prompts_recipe_changed: list[str] = field(default_factory=list)
+    """Fields of the prompts' recipe that differ from that of the view of this name."""
     new: int = 0
     """Clips to encode whose source the view of this name did not have."""
     changed: list[tuple[str, str]] = field(default_factory=list)
@@ -59,6 +59,7 @@ class Estimate:
             "clips": self.clips,
             "latents": {"planned": self.latents.made, "reused": self.latents.reused},
             "prompts": {"planned": self.prompts.made, "reused": self.prompts.reused},
+            "prompts_recipe_changed": self.prompts_recipe_changed,
             "new": self.new,
             "changed": reasons_json(self.changed),
             "orphaned": self.orphaned,
@@ -99,12 +100,18 @@ def estimate(stage: Stage, pool: DecodePool, *, calibrated: bool = False) -> Est
         shards={"latents": len(work.latents), "prompts": len(work.prompts)},
         needed_bytes=bytes_needed(stage, wanted, work),
         free_bytes=stage.storage.free_bytes(),
-        warnings=bucket_warnings(stage.config.data),
+        warnings=[
+            *bucket_warnings(stage.config.data),
+            *(f"{source}: {reason}; left out of this plan" for source, reason in sorted(stage.faults.items())),
+        ],
     )
     left_out = [(source.name, reason) for source, reason in wanted.left_out]
     left_out += [(clip.source.name, refused[clip.key]) for clip in wanted.clips if clip.key in refused]
     found.skipped = sorted(left_out)
-    _compare(stage, wanted, planned, found)
+    old = old_view(stage)
+    found.new, found.changed = changed_clips(stage, wanted, planned, old)
+    if old is not None:
+        found.prompts_recipe_changed = recipe_changes(stage.storage, old.prompts, wanted.prompts_recipe)
     _count_stored(stage, wanted, found)
     if calibrated:
         texts = [wanted.texts[key] for shard in work.prompts for key in shard.keys]
@@ -171,67 +178,6 @@ def _sample_bytes(stage: Stage, wanted: Survey) -> dict[str, int]:
     embed = conventions.text_length * stage.encoders.text_encoder.config["d_model"]
     embed *= DTYPES[recipes.text_precision(stage.config, stage.encoders)].itemsize
     return sizes | dict.fromkeys(wanted.texts, SAMPLE_BYTES + embed)
-
-
-def _compare(stage: Stage, wanted: Survey, planned: set[str], found: Estimate) -> None:
-    """Sort the clips to encode into new ones and changed ones, by the view of this name."""
-    name = stage.config.data.name
-    old = read_view(stage.storage, name) if name in view_names(stage.storage) else None
-    before: dict[str, list[ViewRow]] = {}
-    for row in old.rows if old else ():
-        before.setdefault(row.source, []).append(row)
-    fields = _recipe_changes(stage, old, wanted) if old else []
-    for key, clip in wanted.by_key.items():
-        if key not in planned:
-            continue
-        rows = [row for row in before.get(clip.source.name, []) if row.latent_key]
-        if old is None or not rows:
-            found.new += 1
-        else:
-            found.changed.append((clip.source.name, _why(stage, clip, rows, old, fields)))
-
-
-def _why(stage: Stage, clip: Clip, rows: list[ViewRow], old: View, fields: list[str]) -> str:
-    """What is different from the rows that this source had in the old view."""
-    reasons = [f"recipe changed: {', '.join(fields)}"] if fields else []
-    if all(row.source_sha256 != clip.probe.sha256 for row in rows):
-        reasons.append("source bytes changed")
-    if all(_window(row) != _clip_window(clip) for row in rows):
-        reasons.append("window changed")
-    keys = {row.latent_key for row in rows}
-    mode = stage.config.data.video_reshape_mode
-    same = recipes.latent_key(clip.probe.sha256, clip.window, mode, old.latents.recipe)
-    if not reasons:
-        reasons.append("no longer stored" if same in keys else "video_reshape_mode or frames within the window changed")
-    return "; ".join(reasons)
-
-
-def _window(row: ViewRow) -> tuple[object, ...]:
-    return row.start_seconds, row.end_seconds, row.frames, row.height, row.width, row.flip
-
-
-def _clip_window(clip: Clip) -> tuple[object, ...]:
-    stamps, bucket = clip.window.timestamps_us, clip.window.bucket
-    return stamps[0] / 1e6, stamps[-1] / 1e6, bucket.frames, bucket.height, bucket.width, clip.window.flip
-
-
-def _recipe_changes(stage: Stage, old: View, wanted: Survey) -> list[str]:
-    """Dotted names of the latent recipe's fields that differ from the old view's recipe."""
-    if old.latents == wanted.latents:
-        return []
-    try:
-        before = _flat(read_recipe(stage.storage, old.latents))
-    except CacheError:
-        return ["unknown, the old recipe.json is missing"]
-    now = _flat(wanted.latents_recipe)
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-
-
-def _flat(recipe: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
-    flat: dict[str, Json] = {}
-    for name, value in recipe.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _count_stored(stage: Stage, wanted: Survey, found: Estimate) -> None:

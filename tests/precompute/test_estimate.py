@@ -69,9 +69,12 @@ def test_each_change_is_named_and_what_it_leaves_behind_is_counted(pipeline, fil
     run(config_for(pipeline, root, cache))
 
     cropped = look(config_for(pipeline, root, cache, data={"video_reshape_mode": "random"}))
-    assert {reason for _, reason in cropped.changed} == {"video_reshape_mode or frames within the window changed"}
-    taller = look(config_for(pipeline, root, cache, data={"resolution_buckets": [[32, 32]]}))
-    assert {reason for _, reason in taller.changed} == {"window changed"} and len(taller.changed) == 7
+    assert {reason for _, reason in cropped.changed} == {"settings changed: data.video_reshape_mode"}
+    taller = look(config_for(pipeline, root, cache, data={"resolution_buckets": [[32, 32]], "id_token": "x"}))
+    assert {reason for _, reason in taller.changed} == {"settings changed: data.resolution_buckets"}
+    assert len(taller.changed) == 7 and taller.prompts_recipe_changed == []
+    halved = look(config_for(pipeline, root, cache, text_dtype="bf16"))
+    assert halved.changed == [] and halved.prompts_recipe_changed == ["precision"]
 
     sliced = look(config_for(pipeline, root, cache, enable_slicing=True, vae_dtype="bf16"))
     assert {reason for _, reason in sliced.changed} == {"recipe changed: precision, slicing"}
@@ -85,6 +88,17 @@ def test_each_change_is_named_and_what_it_leaves_behind_is_counted(pipeline, fil
     revised = look(config_for(other, root, cache))
     assert {reason for _, reason in revised.changed} == {"recipe changed: vae.weights"}
     assert revised.latents.reused == 0 and revised.orphaned["latents"] == 8
+
+
+def test_a_clip_whose_start_moved_within_its_table_is_named_by_its_window(pipeline, tmp_path):
+    root, cache = write_corpus(tmp_path / "clips", 1), tmp_path / "cache"
+    data = {"dataset_name": str(tmp_path / "t.jsonl"), "caption_column": "text", "video_column": "video"}
+    row = {"video": "000.mp4", "text": "a"}
+    config = config_for(pipeline, root, cache, data=data | {"frame_buckets": [1]})
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    run(config)
+    (tmp_path / "t.jsonl").write_text(json.dumps(row | {"start_seconds": 0.25}))
+    assert look(config).changed == [("000.mp4", "window changed")]
 
 
 def test_what_another_view_uses_is_no_orphan(pipeline, filled):
