@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 
@@ -55,7 +54,7 @@ class StopSignal:
                 continue
             os.close(source)
             if heard and not self._left.wait(patience_seconds):
-                print("precog: stopped by a signal; the same command goes on from here", file=sys.stderr)  # noqa: T201
+                os.write(2, b"precog: stopped by a signal; the same command goes on from here\n")
                 os._exit(Preempted.exit_code)
 
         threading.Thread(target=leave, name="stop", daemon=True).start()
