@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from precompute.plan import Part
     from precompute.report import Report
     from shared.config import Config
+    from shared.files import Storage
     from shared.preemption import StopSignal
 
 PATIENCE_SECONDS = 8.0
@@ -191,13 +192,23 @@ def cache_ls(cache: Annotated[str, typer.Argument(help="Cache folder.")] = "cach
     run_command(lambda: _ls(cache))
 
 
+def _open_cache(cache: str, **options: Any) -> "Storage":
+    """Raises `UsageError` if nothing is there: a mistyped name is no empty cache."""
+    from shared.errors import UsageError
+    from shared.files import open_storage
+
+    storage = open_storage(cache, **options)
+    if not any(storage.names(folder, ".json") for folder in ("latents", "prompts", "datasets")):
+        raise UsageError(f"{cache}: no cache is there; give the folder or URL of precompute.cache")
+    return storage
+
+
 def _ls(cache: str) -> None:
     from shared.console import bytes_text, table
-    from shared.files import open_storage
     from shared.store import collections, read_recipe, shards
     from shared.view import read_view, view_names
 
-    storage = open_storage(cache)
+    storage = _open_cache(cache)
     for collection in collections(storage):
         recipe = read_recipe(storage, collection)
         found = list(shards(storage, collection.folder))
@@ -243,11 +254,10 @@ def _verify(cache: str, repair: bool) -> None:
 
     from shared.console import say
     from shared.errors import CacheError
-    from shared.files import open_storage
     from shared.store import verify
 
     with tempfile.TemporaryDirectory(prefix="precog-verify-") as fresh:  # not the local copies of a remote cache
-        checked, damaged = verify(open_storage(cache, local_cache_gib=0, local_folder=Path(fresh)), repair=repair)
+        checked, damaged = verify(_open_cache(cache, local_cache_gib=0, local_folder=Path(fresh)), repair=repair)
     for line in damaged:
         say(f"damaged: {line}" + (" (set aside)" if repair else ""))
     if damaged and not repair:

@@ -59,13 +59,17 @@ def open_storage(cache: str, *, local_cache_gib: float = 50, local_folder: Path 
     """The storage of `precompute.cache`: a folder, or a URL that fsspec knows.
 
     `local_cache_gib` bounds the copies of remote shards in `local_folder` (the user's cache folder unless given).
-    Raises `UsageError` if nothing here can open the URL.
+    Raises `UsageError` if nothing here can open the URL, or a file is in the folder's place.
     """
     if cache.startswith("file://"):
         cache = cache.removeprefix("file://")
         if not cache.startswith("/"):
             raise UsageError(f"precompute.cache = 'file://{cache}': write it as file:///folder or as a plain folder")
     if "://" not in cache:
+        folder = Path(cache).absolute()
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        if not there.is_dir():
+            raise UsageError(f"precompute.cache = {cache!r}: '{there}' is a file, not a folder")
         return LocalStorage(cache)
     from shared.remote import RemoteStorage, open_filesystem
 

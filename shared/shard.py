@@ -267,7 +267,8 @@ class MappedShard:
             with storage.path(tar_name).open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError) as error:
-            raise CacheError(f"{where}: cannot be opened ({error}); run precompute again") from None
+            reason = getattr(error, "strerror", None) or error
+            raise CacheError(f"{where}: cannot be opened ({reason}); run precompute again") from None
         if len(self._map) != receipt.size:
             raise CacheError(f"{where}: {len(self._map)} bytes where its receipt says {receipt.size}")
 

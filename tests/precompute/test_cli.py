@@ -84,5 +84,9 @@ def test_ray_divides_the_work_itself(config):
 def test_faults_of_the_user_end_with_their_codes(config, tmp_path):
     assert command("precompute", config, "precompute.cache=http://x")[0] == 2
     assert command("plan", config, "precompute.nonsense=1")[0] == 2
+    for name in (config, f"{config}/below"):  # a file, where a folder should be
+        assert command("plan", config, f"precompute.cache={name}")[0] == 2
+    for action in ("ls", "verify"):
+        assert command("cache", action, str(tmp_path / "nowhere"))[0] == 2
     (tmp_path / "clips" / "prompts.txt").write_text("only one")
     assert command("plan", config)[0] == 3
