@@ -1,29 +1,15 @@
-"""Time stamps and settings -> windows of frames, each with its bucket. Pure; nothing is decoded here.
+"""Time stamps and settings -> windows of frames, each with its bucket. Pure; nothing is decoded here."""
 
-Time is integer microseconds, `fps` the exact decimal number of the config, and all arithmetic integer or rational.
-Containers round stamps to their time base (whole milliseconds in Matroska), so 24 fps reads 0, 42, 83, 125 ms and
-the frame for 41.67 ms would seem not to have begun. Therefore a frame counts as displayed from `STAMP_SLACK_US` before
-its stamp, in every comparison of a stamp with a time.
-"""
-
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
-from math import ceil, floor
-from statistics import median_low
 
+from precompute.timeline import lay_out
 from shared.config import Data
 from shared.geometry import ENCODE_CHUNK_FRAMES, Bucket, choose_frames, choose_resolution, first_chunk_frames
 
 MAX_UPSCALE = 2
-"""No source is enlarged by more than this, in either direction; one without a bucket within reach is left out."""
-
-STAMP_SLACK_US = 2000
-"""Two roundings to a millisecond time base; at most half the median frame interval."""
-
-_SECOND_US = 1_000_000
+"""A source that would have to be enlarged by more than this, in either direction, is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,62 +42,29 @@ def cut_windows(
 ) -> list[Window] | Skipped:
     """The windows of a video whose frames have these time stamps and this displayed size (rotation applied).
 
-    1. `skip_frames_start/end` leave out source frames.
-    2. `start_seconds <= t < end_seconds`, counted from the source's very first frame, leave out by time.
-    3. `fps` > 0: output frame k shows the source frame displayed at t0 + k / fps, t0 being the first frame left. The
-       last one is displayed for one median frame interval of the source, and not beyond `end_seconds`.
-       `fps` = 0: every source frame is an output frame.
-    4. The bucket's frames are the most that fit into the output frames and `max_num_frames`, its height and width those
-       nearest in aspect ratio of the ones within `MAX_UPSCALE`; one window begins at the start.
+    The bucket's frames are the most that fit into the output frames of the `timeline` and `max_num_frames`, its height
+    and width those nearest in aspect ratio of the ones within `MAX_UPSCALE`; one window begins at the start.
     """
     if height <= 0 or width <= 0:
         return Skipped(f"no pixels: {height}x{width}")
-    if not timestamps_us:
-        return Skipped("no frames")
-    back = next((i for i, (a, b) in enumerate(pairwise(timestamps_us), start=1) if b < a), None)
-    if back is not None:
-        return Skipped(f"time stamps go back at frame {back}")
-
-    interval = median_low(b - a for a, b in pairwise(timestamps_us)) if len(timestamps_us) > 1 else 0
-    slack = min(STAMP_SLACK_US, interval // 2)
-    first = data.skip_frames_start
-    stop = len(timestamps_us) - data.skip_frames_end
-    if first >= stop:
-        return Skipped(
-            f"no frames left: {len(timestamps_us)} in the video, skip_frames_start = {data.skip_frames_start}, "
-            f"skip_frames_end = {data.skip_frames_end}"
-        )
-    end_us = None
-    if start_seconds is not None:
-        start_us = timestamps_us[0] + _microseconds(start_seconds)
-        first = bisect_left(timestamps_us, start_us - slack, first, stop)
-    if end_seconds is not None:
-        end_us = timestamps_us[0] + _microseconds(end_seconds)
-        stop = bisect_left(timestamps_us, end_us - slack, first, stop)
-    if first >= stop:
-        length = (timestamps_us[-1] - timestamps_us[0] + interval) / _SECOND_US
-        return Skipped(
-            f"no frames between {start_seconds or 0:g} s and "
-            f"{'the end' if end_seconds is None else f'{end_seconds:g} s'}: the video has {length:.2f} s"
-        )
-
-    num_frames, frame_at = _output_frames(timestamps_us, first, stop, interval, slack, end_us, data.fps)
-    frames = choose_frames(min(num_frames, data.max_num_frames), data.frame_buckets)
+    timeline = lay_out(timestamps_us, data, start_seconds, end_seconds)
+    if isinstance(timeline, str):
+        return Skipped(timeline)
+    frames = choose_frames(min(timeline.num_frames, data.max_num_frames), data.frame_buckets)
     if frames is None:
+        found = f"{timeline.num_frames} frame{'' if timeline.num_frames == 1 else 's'}"
         rate = f" at {data.fps:g} fps" if data.fps else ""
-        plural = "" if num_frames == 1 else "s"
-        return Skipped(f"too short: {num_frames} frame{plural}{rate}, the smallest bucket is {min(data.frame_buckets)}")
-
+        return Skipped(f"too short: {found}{rate}, the smallest bucket is {min(data.frame_buckets)}")
     resolution = _resolution(height, width, data)
     if isinstance(resolution, Skipped):
         return resolution
-    bucket = Bucket(frames, *resolution)
 
-    starts = window_starts(num_frames, frames, data.windows_per_clip, data.window_placement == "consecutive")
+    consecutive = data.window_placement == "consecutive"
+    starts = window_starts(timeline.num_frames, frames, data.windows_per_clip, consecutive)
     # Two windows inside one long-held frame would be the same clip.
-    distinct = dict.fromkeys(tuple(frame_at(start + k) for k in range(frames)) for start in starts)
+    distinct = dict.fromkeys(tuple(timeline.frame_at(start + k) for k in range(frames)) for start in starts)
     return [
-        Window(indices, tuple(timestamps_us[index] for index in indices), bucket, flip)
+        Window(indices, tuple(timestamps_us[index] for index in indices), Bucket(frames, *resolution), flip)
         for indices in distinct
         for flip in ((False, True) if data.random_flip else (False,))
     ]
@@ -140,28 +93,6 @@ def bucket_warnings(data: Data) -> list[str]:
         for frames in sorted(set(data.frame_buckets))
         if frames <= data.max_num_frames and first_chunk_frames(frames) > usual
     ]
-
-
-def _output_frames(
-    stamps: Sequence[int], first: int, stop: int, interval: int, slack: int, end_us: int | None, fps: float
-) -> tuple[int, Callable[[int], int]]:
-    """How many output frames the source frames [first, stop) give, and the source frame of the k-th."""
-    if not fps:
-        return stop - first, lambda k: first + k
-    step = _SECOND_US / Fraction(str(fps))
-    until = stamps[stop - 1] + interval
-    if end_us is not None:
-        until = min(until, end_us)
-    count = max(1, ceil((until - slack - stamps[first]) / step))  # the k with t0 + k * step < until - slack
-
-    def frame_at(k: int) -> int:
-        return bisect_right(stamps, stamps[first] + floor(k * step) + slack, first, stop) - 1
-
-    return count, frame_at
-
-
-def _microseconds(seconds: float) -> int:
-    return round(Fraction(str(seconds)) * _SECOND_US)
 
 
 def _resolution(height: int, width: int, data: Data) -> tuple[int, int] | Skipped:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precompute.windows import STAMP_SLACK_US, Skipped, Window, bucket_warnings, cut_windows, window_starts
+from precompute.timeline import STAMP_SLACK_US
+from precompute.windows import Skipped, Window, bucket_warnings, cut_windows, window_starts
 from shared.config import Data
 from shared.geometry import Bucket
 
@@ -106,7 +107,7 @@ def test_the_last_frame_is_displayed_for_one_median_interval():
 
 
 def displayed_frames(stamps: Sequence[int], first: int, stop: int, fps: float, end_us: int | None) -> list[int]:
-    """The rule of `cut_windows`, read out one output frame at a time."""
+    """The rule of `lay_out`, read out one output frame at a time."""
     interval = median_low(b - a for a, b in pairwise(stamps))
     slack = min(STAMP_SLACK_US, interval // 2)
     until = stamps[stop - 1] + interval if end_us is None else min(stamps[stop - 1] + interval, end_us)
@@ -256,7 +257,7 @@ def test_a_start_given_as_frame_over_fps_begins_with_that_frame(frame, unit_us):
     [
         ({"stamps": []}, "no frames"),
         ({"stamps": steady(9, 8), "source_height": 0}, "no pixels: 0x96"),
-        ({"stamps": [0, 10, 5]}, "time stamps go back at frame 2"),
+        ({"stamps": [0, 10, 5]}, "time stamps go back: at frame 2"),
         ({"stamps": steady(5, 8)}, "too short: 5 frames, the smallest bucket is 9"),
         ({"stamps": [0]}, "too short: 1 frame, the smallest bucket is 9"),
         ({"stamps": steady(10, 16), "fps": 8}, "too short: 5 frames at 8 fps, the smallest bucket is 9"),
@@ -264,8 +265,8 @@ def test_a_start_given_as_frame_over_fps_begins_with_that_frame(frame, unit_us):
             {"stamps": steady(9, 8), "skip_frames_start": 5, "skip_frames_end": 4},
             "no frames left: 9 in the video, skip_frames_start = 5, skip_frames_end = 4",
         ),
-        ({"stamps": steady(16, 8), "start": 3.5}, "no frames between 3.5 s and the end: the video has 2.00 s"),
-        ({"stamps": steady(16, 8), "start": 3, "end": 5}, "no frames between 3 s and 5 s: the video has 2.00 s"),
+        ({"stamps": steady(16, 8), "start": 3.5}, "no frames in its time: 3.5 s to the end, in a video of 2.00 s"),
+        ({"stamps": steady(16, 8), "start": 3, "end": 5}, "no frames in its time: 3 s to 5 s, in a video of 2.00 s"),
         (
             {"stamps": steady(9, 8), "source_height": 120, "source_width": 160, "resolution_buckets": [[480, 720]]},
             "too few pixels: 120x160 for 480x720",
