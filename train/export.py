@@ -20,8 +20,8 @@ from train.model import adapter_weights
 PREFIX = "transformer."
 METADATA_KEY = "lora_adapter_metadata"
 """Header key under which diffusers looks for the adapter's settings (`diffusers/loaders/lora_base.py`)."""
-CONFIG_KEY = "precog_config"
-"""Header key of `config_key`."""
+CONFIG_KEY, VIEW_KEY, BASE_KEY, STEPS_KEY = "precog_config", "precog_view", "precog_base", "precog_steps"
+"""Header keys of `config_key`, the view's hash, `base_key` and the number of optimizer steps."""
 
 
 def config_key(config: Config) -> str:
@@ -29,13 +29,13 @@ def config_key(config: Config) -> str:
     return key_of({"config": config.model_dump(mode="json", exclude_defaults=True)})
 
 
-def is_export_of(config: Config) -> bool:
-    """The run folder has the export of a finished run of this very config."""
+def read_provenance(run: Path) -> dict[str, str]:
+    """The header of a run folder's export; empty if there is none."""
     try:
-        with safe_open(config.train.output_dir / EXPORT / ADAPTER, framework="numpy") as tensors:
-            return (tensors.metadata() or {}).get(CONFIG_KEY) == config_key(config)
+        with safe_open(run / EXPORT / ADAPTER, framework="numpy") as tensors:
+            return dict(tensors.metadata() or {})
     except (OSError, SafetensorError):
-        return False
+        return {}
 
 
 def export_adapter(

@@ -1,14 +1,13 @@
 """What a run is, beside its step: the view, the base model and the settings that a resumed run may not change."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.errors import CacheError
-from shared.fingerprint import Json, key_of, sha256_file
-from shared.pretrained import FileMark, Part
+from shared.fingerprint import Json, sha256_file
 from shared.run_folder import adapter_file
+from train.base import Base
 from train.run import Run
 
 FIXED_FIELDS = (
@@ -33,8 +32,6 @@ ORDER = "train.shuffle_shards"
 """The order's name in a run's identity: what `shuffle_shards` came to."""
 WHOLE = "all"
 """The order without windows, and of every checkpoint from before there were any."""
-BASE = "base"
-"""In a checkpoint's state.json: hash and marks of the transformer's weights."""
 ADDED_LATER = (
     "memory.base_precision",
     "model.drop_learned_positions",
@@ -44,30 +41,6 @@ ADDED_LATER = (
     "transformer.weights",
 )
 """Names of a run's identity that checkpoints of the first version lack."""
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """The weights that a run's adapter is trained on."""
-
-    sha256: str
-    """Of the hashes of all weight files."""
-    marks: tuple[FileMark, ...]
-    """By which the files are known again without reading them."""
-
-    def as_json(self) -> dict[str, Json]:
-        return {"sha256": self.sha256, "marks": [list(mark) for mark in self.marks]}
-
-
-def identify_base(transformer: Part, state: Mapping[str, Any]) -> Base:
-    """As the checkpoint's state has it if the files have its sizes and times; else they are read and hashed.
-
-    The name of a file from the hub is its hash, so that those are not read either way.
-    """
-    marks, known = transformer.marks, state.get(BASE)
-    if known is not None and known["marks"] == [list(mark) for mark in marks]:
-        return Base(known["sha256"], marks)
-    return Base(key_of(transformer.sha256()), marks)
 
 
 def identity_of(run: Run, base: Base) -> dict[str, Json]:

@@ -24,9 +24,10 @@ from shared.errors import PrecogError, UsageError
 from shared.fingerprint import Json
 from shared.preemption import StopSignal
 from shared.run_folder import EXPORT
+from train.base import base_key
 from train.checkpoint import prune_checkpoints, save_checkpoint
 from train.evaluate import base_held_out_loss, held_out_loss
-from train.export import CONFIG_KEY, config_key, export_adapter
+from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, export_adapter
 from train.learner import Learner
 from train.metrics import Metrics, finish_metrics, open_tracker, track
 from train.preview import Previews, open_previews, write_preview
@@ -97,7 +98,7 @@ def run_steps(run: Run, stop: StopSignal) -> None:
                 stop.check(f"checkpoint saved at step {learner.step} of {run.num_steps} in {settings.output_dir}")
 
     if accelerator.is_main_process:
-        finish_metrics(settings.output_dir, export(run, learner))
+        finish_metrics(settings.output_dir, export(run, learner, start))
     accelerator.end_training()
 
 
@@ -151,10 +152,15 @@ def save(run: Run, learner: Learner, state: dict[str, Json]) -> None:
     prune_checkpoints(train.output_dir, train.checkpoints_total_limit, saved)
 
 
-def export(run: Run, learner: Learner) -> Path:
+def export(run: Run, learner: Learner, start: Start) -> Path:
     """Write the finished adapter; the path."""
     config = run.config
-    provenance = {"precog_view": run.view.hash, "precog_steps": str(learner.step), CONFIG_KEY: config_key(config)}
+    provenance = {
+        CONFIG_KEY: config_key(config),
+        VIEW_KEY: run.view.hash,
+        BASE_KEY: base_key(run.base, start.base),
+        STEPS_KEY: str(learner.step),
+    }
     with learner.evaluated():
         return export_adapter(run.transformer, config.train, config.train.output_dir / EXPORT, provenance)
 

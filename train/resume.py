@@ -8,13 +8,16 @@ from shared import console
 from shared.errors import CacheError, PrecogError, UsageError
 from shared.files import sync_folder
 from shared.fingerprint import Json
+from train.base import Base, identify_base
 from train.checkpoint import Checkpoint, commit_of, latest_checkpoint, load_checkpoint, newest_first, step_of
-from train.identity import BASE, differences, identify_base, identity_of, refuse_another_run
+from train.identity import differences, identity_of, refuse_another_run
 from train.peers import gather, together
 from train.run import Run
 
 ABANDONED = "abandoned-"
 """In the run folder, with a number: checkpoints that the run left for a branch; who wants one back moves it back."""
+BASE = "base"
+"""In state.json: hash and marks of the transformer's weights."""
 BRANCH = "branch"
 """In state.json: {"from": name, "commit": its hash} of the checkpoint that the user last named to begin at."""
 
@@ -27,6 +30,7 @@ class Start:
 
     checkpoint: Checkpoint | None
     """None at the beginning."""
+    base: Base
     state: dict[str, Json]
     """What every checkpoint of this run says of it."""
 
@@ -36,7 +40,7 @@ def find_start(run: Run) -> Start:
     folder, request = run.config.train.output_dir, run.config.train.resume_from_checkpoint
     checkpoint = _agreed_checkpoint(folder, request, choosing=run.accelerator.is_main_process)
     state = {} if checkpoint is None else checkpoint.state
-    base = together(lambda: identify_base(run.base, state))
+    base = together(lambda: identify_base(run.base, state.get(BASE)))
     identity = together(lambda: identity_of(run, base))
     if checkpoint is not None:
         where = str(checkpoint.path)
@@ -49,7 +53,7 @@ def find_start(run: Run) -> Start:
     if checkpoint is not None and branch is not None and checkpoint.path.name == branch["from"]:
         begun = checkpoint
         together(lambda: abandon_newer(folder, begun, report=console.say) if run.accelerator.is_main_process else None)
-    return Start(checkpoint, {"identity": identity, BASE: base.as_json(), BRANCH: branch})
+    return Start(checkpoint, base, {"identity": identity, BASE: base.as_json(), BRANCH: branch})
 
 
 def _agreed_checkpoint(folder: Path, request: str, *, choosing: bool) -> Checkpoint | None:

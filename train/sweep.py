@@ -11,6 +11,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,15 @@ import tomli_w
 
 from shared import console
 from shared.config import Config, dump_config, load_config
-from shared.errors import DataError, PrecogError, UsageError
+from shared.errors import CacheError, DataError, PrecogError, UsageError
+from shared.files import open_storage
 from shared.preemption import StopSignal
-from train.export import is_export_of
+from shared.pretrained import FileMark, Part, present_part
+from shared.settings import stale_settings
+from shared.store import read_recipe
+from shared.view import View, read_view
+from train.base import Base, base_key, identify_base
+from train.export import BASE_KEY, CONFIG_KEY, VIEW_KEY, config_key, read_provenance
 from train.metrics import read_metrics, smoothed
 
 CSV_NAME = "sweep.csv"
@@ -94,7 +101,7 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
     field, separator, raw = text.partition("=")
     table, _, name = field.strip().partition(".")
     values = _split(raw)
-    if not separator or not table or not name or not all(values):
+    if not separator or not table or not name or not values or not all(values):
         raise UsageError(f"--grid {text!r}: write it as table.field=value,value such as train.learning_rate=1e-4,3e-4")
     if table not in TABLES or field.strip() == "train.output_dir":
         raise UsageError(f"--grid {field.strip()}: a sweep varies {' and '.join(TABLES)}, but not train.output_dir")
@@ -107,7 +114,8 @@ def run_sweep(path: Path, runs: Sequence[SweepRun], jobs: int, stop: StopSignal)
     A run that fails does not stop the others. Raises `Preempted` after a signal, when the runs have saved themselves.
     """
     devices = visible_devices()
-    pending = [run for run in runs if not is_export_of(run.config)]
+    view_hash = current_view(runs[0].config).hash
+    pending = [run for run in runs if not is_finished(run, view_hash)]
     for run in runs:
         if run not in pending:
             console.say(f"{run.name}: finished before")
@@ -133,9 +141,8 @@ def run_sweep(path: Path, runs: Sequence[SweepRun], jobs: int, stop: StopSignal)
                 for _, process in running.values():
                     process.terminate()
                 passed_on = True
-    outcomes = sorted((outcome_of(run, codes.get(run.name)) for run in runs), key=_rank)
-    if runs:
-        write_csv(outcomes, runs[0].folder.parent / CSV_NAME)
+    outcomes = sorted((outcome_of(run, codes.get(run.name), view_hash) for run in runs), key=_rank)
+    write_csv(outcomes, runs[0].folder.parent / CSV_NAME)
     stop.check(f"{sum(outcome.status == 'finished' for outcome in outcomes)} of {len(runs)} runs are finished")
     return outcomes
 
@@ -167,13 +174,39 @@ def visible_devices() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def outcome_of(run: SweepRun, code: int | None) -> Outcome:
+def current_view(config: Config) -> View:
+    """The view that all runs train on. Raises `CacheError` if it is not there or of other settings."""
+    storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
+    view = read_view(storage, config.data.name)
+    for problem in stale_settings(config, view, *(read_recipe(storage, kind) for kind in (view.latents, view.prompts))):
+        raise CacheError(problem)
+    return view
+
+
+def is_finished(run: SweepRun, view_hash: str) -> bool:
+    """The run folder has the export of this very config, view and base model."""
+    found = read_provenance(run.folder)
+    if (found.get(CONFIG_KEY), found.get(VIEW_KEY)) != (config_key(run.config), view_hash):
+        return False
+    transformer = present_part(run.config.model, "transformer")
+    if transformer is None:
+        return False
+    return found.get(BASE_KEY) == base_key(transformer, _base_of(transformer, transformer.marks))
+
+
+@lru_cache
+def _base_of(transformer: Part, _marks: tuple[FileMark, ...]) -> Base:
+    """Reads local weights whole, once for all runs."""
+    return identify_base(transformer, None)
+
+
+def outcome_of(run: SweepRun, code: int | None, view_hash: str) -> Outcome:
     """Read what the run wrote; `code` is its process's exit code, if one ran now."""
     try:
         lines = read_metrics(run.folder)
     except DataError:
         lines = []
-    status = f"exit code {code}" if code else "finished" if is_export_of(run.config) else "not finished"
+    status = f"exit code {code}" if code else "finished" if is_finished(run, view_hash) else "not finished"
     return Outcome(
         run,
         status,

@@ -1,7 +1,9 @@
 """Sweeps: the grid, what is refused before anything runs, one process per run, interruption, the table."""
 
 import csv
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +14,22 @@ from pathlib import Path
 import pytest
 
 from shared.config import Config, save_config
-from shared.errors import UsageError
+from shared.errors import CacheError, UsageError
+from shared.fingerprint import key_of
 from shared.preemption import StopSignal
+from tests import tiny
+from train.loop import train
 from train.metrics import read_metrics
-from train.sweep import CSV_NAME, outcome_of, parse_axis, plan_sweep, run_sweep
+from train.sweep import (
+    CSV_NAME,
+    SweepRun,
+    current_view,
+    is_finished,
+    outcome_of,
+    parse_axis,
+    plan_sweep,
+    run_sweep,
+)
 
 Settings = Callable[..., Config]
 ROOT = Path(__file__).parents[2]
@@ -73,6 +87,7 @@ def test_the_grid_is_every_combination_in_folders_named_by_the_values(path: Path
         (["train.output_dir=a,b"], "not train.output_dir"),
         (["data.fps=8,16"], "a sweep varies model and train"),
         (["train.lora_rank"], "write it as"),
+        (["train.lora_rank="], "write it as"),
         (["lora_rank=1,2"], "write it as"),
         (["train.lora_rank=1,,2"], "write it as"),
     ],
@@ -98,7 +113,41 @@ def test_a_sweep_runs_the_grid_skips_what_is_finished_and_ranks_by_held_out_loss
     assert run_sweep(path, runs, 1, StopSignal()) == outcomes
     assert [(run.folder / "log.txt").stat().st_mtime_ns for run in runs] == marks, "nothing ran again"
     (again, _) = plan_sweep(path, ["train.max_train_steps=5"], ["train.learning_rate=1e-3,1e-1"])
-    assert outcome_of(again, None).status == "not finished", "another config is another run"
+    view_hash = current_view(again.config).hash
+    assert outcome_of(again, None, view_hash).status == "not finished", "another config is another run"
+
+
+def test_a_run_is_finished_only_on_this_view_and_this_base_model(settings: Settings, tmp_path: Path) -> None:
+    config = settings(max_train_steps=1)
+    model = tmp_path / "model"
+    shutil.copytree(config.model.pretrained_model_name_or_path, model)
+    config = config.model_copy(
+        update={"model": config.model.model_copy(update={"pretrained_model_name_or_path": str(model)})}
+    )
+    run, view_hash = SweepRun("only", {}, [], config), current_view(config).hash
+    assert not is_finished(run, view_hash)
+    train(config, StopSignal())
+    assert is_finished(run, view_hash)
+    assert not is_finished(run, key_of("another view"))
+    transformer = model / "transformer"
+    (transformer / "config.json").rename(tmp_path / "config.json")
+    changed = json.loads((tmp_path / "config.json").read_bytes()) | {"norm_eps": 1e-4}
+    (transformer / "config.json").write_text(json.dumps(changed), "utf-8")
+    assert not is_finished(run, view_hash)
+    (tmp_path / "config.json").replace(transformer / "config.json")
+    assert is_finished(run, view_hash)
+    tiny.build_transformer("2b", seed=1).save_pretrained(transformer)
+    assert not is_finished(run, view_hash)
+
+
+def test_a_sweep_without_its_view_starts_nothing(settings: Settings, tmp_path: Path) -> None:
+    config = settings("sweep")
+    changed = config.model_copy(update={"data": config.data.model_copy(update={"fps": 4.0})})
+    save_config(changed, tmp_path / "config.toml")
+    runs = plan_sweep(tmp_path / "config.toml", [], ["train.learning_rate=1e-3,1e-1"])
+    with pytest.raises(CacheError, match=r"data\.fps was 0\.0, is 4\.0; run `precog precompute`"):
+        run_sweep(tmp_path / "config.toml", runs, 2, StopSignal())
+    assert not config.train.output_dir.exists()
 
 
 def assert_table(folder: Path, steps: int) -> None:
