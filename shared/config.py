@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import UsageError
+from shared.flags import INSTEAD
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -225,8 +226,10 @@ class Train(Table):
     """packed: our forward over packs of clips; reference: diffusers' forward, one clip at a time."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
-    mixed_precision: Precision = "auto"
-    """Precision of the frozen transformer and its activations (adapters are fp32); auto is the checkpoint's own."""
+    mixed_precision: Annotated[Precision, BeforeValidator(lambda value: "fp32" if value == "no" else value)] = "auto"
+    """Precision of the frozen transformer and its activations (adapters are fp32); auto is the checkpoint's own.
+
+    "no" is fp32, as in the reference script."""
     allow_tf32: bool = False
     """Let matrix products of fp32 use TF32 on the GPU."""
     timestep_sampling: Literal["uniform", "stratified"] = "uniform"
@@ -365,9 +368,11 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        problems = {problem["loc"][:2]: problem for problem in reversed(error.errors())}
-        lines = [_explain(problem, path, source, overrides or []) for problem in problems.values()]
-        raise UsageError(SECRET.sub("***", "\n".join(reversed(lines)))) from None
+        problems: dict[tuple[int | str, ...], list[Any]] = {}
+        for problem in error.errors():
+            problems.setdefault(problem["loc"][:2], []).append(problem)
+        lines = [_explain(found, path, source, overrides or []) for found in problems.values()]
+        raise UsageError(SECRET.sub("***", "\n".join(lines))) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -396,17 +401,21 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     table[parts[1]] = value
 
 
-def _explain(problem: Any, path: Path, source: str, overrides: list[str]) -> str:
-    """One pydantic problem as one line."""
-    location = [str(part) for part in problem["loc"]]
+def _explain(problems: list[Any], path: Path, source: str, overrides: list[str]) -> str:
+    """One line for the first of a field's problems; where the field may be this or that, for all it may be."""
+    problem = problems[0]
+    alternatives = [isinstance(part, str) for part in problem["loc"][2:3]] == [True]
+    location = [str(part) for part in problem["loc"][: 2 if alternatives else None]]
     name = ".".join(location[:2])
-    override = next((text for text in overrides if text.partition("=")[0].strip() == name), None)
+    names = {text: text.partition("=")[0].strip() for text in overrides}
+    override = next((text for text, given in names.items() if given == name or given.startswith(f"{name}.")), None)
     where = f"override {override!r}" if override else f"{path}{_line_of(source, location)}"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown {'table' if len(location) == 1 else 'key'} {name}{_nearest(location)}"
     if problem["type"] == "missing":
         return f"{where}: {name} is missing"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    messages = [each["msg"].removeprefix("Value error, ") for each in (problems if alternatives else [problem])]
+    message = " or ".join(messages).replace("Input should be", "should be").replace(" or should be", ", or")
     shown = "" if len(location) == 1 else f" = {problem['input']!r}"
     return f"{where}: {'.'.join(location)}{shown}: {message}"
 
@@ -425,6 +434,8 @@ def _line_of(source: str, location: list[str]) -> str:
 
 
 def _nearest(location: list[str]) -> str:
+    if location[-1] in INSTEAD:
+        return f"; {INSTEAD[location[-1]]}"
     tables: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
     if len(location) == 1:
         names = list(tables)
