@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
+from shared.errors import UsageError
 from train.average import start_average, swapped, update_average
 from train.checkpoint import Checkpoint
 from train.extras import averaged
@@ -33,7 +34,12 @@ class Learner:
         self._average = start_average(self._parameters) if self._settings.ema_decay else {}
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Stand where the checkpoint was saved, bit for bit."""
+        """Stand where the checkpoint was saved, bit for bit. Raises `UsageError` if the run is to end before."""
+        if checkpoint.step > self._run.num_steps:
+            raise UsageError(
+                f"train: {checkpoint.path} is beyond the run's {self._run.num_steps} steps: raise max_train_steps or "
+                "num_train_epochs, or name an older checkpoint in resume_from_checkpoint"
+            )
         load_adapter_weights(self._run.transformer, checkpoint.tensors["adapter"])
         load_optimizer_state(self._optimizer, checkpoint.tensors["optimizer"])
         for name, weights in self._average.items():

@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import tomli_w
 
 from shared import console
 from shared.config import Config, dump_config, load_config
-from shared.errors import CacheError, DataError, PrecogError, UsageError
+from shared.errors import CacheError, DataError, PrecogError, Preempted, UsageError
 from shared.files import open_storage
 from shared.preemption import StopSignal
 from shared.pretrained import FileMark, Part, present_part
@@ -134,7 +135,7 @@ def run_sweep(path: Path, runs: Sequence[SweepRun], jobs: int, stop: StopSignal)
             if code is not None:
                 del running[slot]
                 codes[run.name] = code
-                console.say(f"{run.name}: {'finished' if code == 0 else f'ended with exit code {code}, see log.txt'}")
+                console.say(f"{run.name}: {_ending(code)}")
         if stop.requested:
             pending.clear()
             if not passed_on:
@@ -206,7 +207,7 @@ def outcome_of(run: SweepRun, code: int | None, view_hash: str) -> Outcome:
         lines = read_metrics(run.folder)
     except DataError:
         lines = []
-    status = f"exit code {code}" if code else "finished" if is_finished(run, view_hash) else "not finished"
+    status = _ending(code) if code else "finished" if is_finished(run, view_hash) else "not finished"
     return Outcome(
         run,
         status,
@@ -251,6 +252,13 @@ def show_outcomes(outcomes: Sequence[Outcome], path: Path) -> None:
         raise PrecogError(
             f"{len(failed)} of {len(outcomes)} runs did not finish, see {log}; the same command tries them again"
         )
+
+
+def _ending(code: int) -> str:
+    """How a run's process ended; by SIGTERM itself if it came before anything was trained."""
+    if code in (Preempted.exit_code, -signal.SIGTERM):
+        return "stopped"
+    return "finished" if code == 0 else f"exit code {code}, see log.txt"
 
 
 def _rank(outcome: Outcome) -> tuple[bool, float, float]:

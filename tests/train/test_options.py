@@ -210,6 +210,16 @@ def test_resume_from_a_named_checkpoint_or_not_at_all(settings: Settings) -> Non
         train(settings(resume_from_checkpoint="checkpoint-000009"), StopSignal())
 
 
+def test_a_run_that_is_to_end_before_its_checkpoint_is_refused_and_left_as_it_is(settings: Settings) -> None:
+    train(settings(max_train_steps=3, checkpointing_steps=2), StopSignal())
+    saved = (settings().train.output_dir / "config.toml").read_bytes()
+    with pytest.raises(UsageError, match=r"checkpoint-000003 is beyond the run's 2 steps: raise max_train_steps"):
+        train(settings(max_train_steps=2), StopSignal())
+    assert (settings().train.output_dir / "config.toml").read_bytes() == saved
+    train(settings(max_train_steps=2, resume_from_checkpoint="checkpoint-000002"), StopSignal())
+    assert [line["step"] for line in read_metrics(settings().train.output_dir)] == [1, 2]
+
+
 def test_a_run_folder_of_another_run_is_refused(settings: Settings) -> None:
     train(settings(), StopSignal())
     for field, value in {"snr_gamma": 5.0, "timestep_sampling": "stratified", "seed": 1, "ema_decay": 0.5}.items():

@@ -181,6 +181,8 @@ def test_an_interrupted_sweep_saves_its_runs_and_goes_on(path: Path, settings: S
     _, shown = first.communicate(timeout=60)
     assert first.returncode == 75, shown
     assert "0 of 2 runs are finished; the same command goes on from here" in shown
+    with (folder / CSV_NAME).open(encoding="utf-8", newline="") as stream:
+        assert [row["status"] for row in csv.DictReader(stream)] == ["stopped"] * 2
     done = {name: len(read_metrics(folder / name)) for name in names}
     assert all((folder / name / f"checkpoint-{step:06}").exists() for name, step in done.items())
 
@@ -202,4 +204,4 @@ def test_a_run_that_fails_is_in_the_table_and_does_not_stop_the_others(path: Pat
     assert process.returncode == 1
     assert "1 of 2 runs did not finish" in shown
     with (folder / CSV_NAME).open(encoding="utf-8", newline="") as stream:
-        assert [row["status"] for row in csv.DictReader(stream)] == ["finished", "exit code 3"]
+        assert [row["status"] for row in csv.DictReader(stream)] == ["finished", "exit code 3, see log.txt"]
