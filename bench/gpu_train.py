@@ -1,98 +1,69 @@
 """Seconds per step and memory of training on a CUDA GPU at the published sizes: `make bench-gpu-train PIECE=1`.
 
     python -m bench.gpu_train --piece 1        # one of four, each in ten minutes; bench/results/<gpu>-<piece>.json
-    python -m bench.gpu_train --dry-run        # every arm once on a tiny model on the CPU; writes nothing
+    python -m bench.gpu_train --dry-run        # every arm once on tiny models on the CPU; writes nothing
 
 Weights are random and made on the card. Every arm of a case trains the same model on the same clip; only what the arm
 keeps on the card is there while it runs. Arms take turns, forth and back; one of them comes twice, as A/A control.
-Before anything is timed, loss and adapter gradients are compared on two blocks. Without CUDA it exits with 2.
+Before anything is timed, loss and adapter gradients are compared on two blocks. An arm that fails, or computes
+something else, is not timed and said to be; the others go on. Without CUDA it exits with 2, with a failed arm with 1.
 """
 
 import argparse
-import gc
 import json
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import peft
 import torch
-from diffusers import CogVideoXTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 
+from bench.arms import A_A, ARMS, ON_THE_EXACT_BASE, Arm, Case, Stage
 from bench.cpu_memory import bootstrap
-from bench.models import PUBLISHED, SMALL, build, conventions_for, make_pack
-from bench.roofline import measure_roofline
+from bench.models import PUBLISHED, SMALL, conventions_for
+from bench.roofline import measure_roofline, timed
 from shared.geometry import Bucket, video_tokens
 from shared.variants import Conventions
-from train.attention import pinned
-from train.engine import Engine, Plan, open_engine
-from train.forward import predict, predict_reference
-from train.objective import clip_loss
 
 RESULTS = Path(__file__).parent / "results"
 LEAST_COSINE, MOST_LOSS_DIFFERENCE = 0.99, 0.01
-OURS = Plan("attention_output", compile=True)
-OFFLOADED = replace(OURS, offload_activations=True, modulation_table=True)
-LEAN = replace(OFFLOADED, stream_weights=2)
+FEWEST_ROUNDS = 3
+"""With fewer an interval says nothing."""
+OUT_OF_MEMORY, NO_TIME = "out of memory", "no time left"
+"""What may happen to an arm without anything being wrong."""
 
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One way to train."""
-
-    plan: Plan | None
-    """None: diffusers' forward, autocast, full checkpointing, peft."""
-    compiled_reference: bool = False
-    """The reference with cuDNN attention and its blocks compiled."""
-
-
-ARMS = {
-    "reference": Arm(None),
-    "reference, cuDNN, compiled": Arm(None, compiled_reference=True),
-    "ours, full": Arm(replace(OURS, activations="full")),
-    "ours, attention_output": Arm(OURS),
-    "ours, attention_output again (A/A)": Arm(OURS),
-    "ours, attention_output, not compiled": Arm(replace(OURS, compile=False)),
-    "ours, block_input": Arm(replace(OURS, activations="block_input")),
-    "ours, offloaded": Arm(OFFLOADED),
-    "ours, lean": Arm(LEAN),
-    "ours, offloaded, int8 base": Arm(replace(OFFLOADED, base_precision="int8")),
-}
-A_A = ("ours, attention_output", "ours, attention_output again (A/A)")
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One model, one clip, one rank."""
-
-    variant: str
-    bucket: Bucket
-    lora_rank: int
-    arms: Sequence[str]
-    soak_steps: int = 0
-    """Steps of the lean arm at the end, which must not need more and more memory."""
-
-
-SHORT, LONG = Bucket(49, 480, 720), Bucket(81, 768, 1360)
+SHORT, LONG, SOAK = Bucket(49, 480, 720), Bucket(81, 768, 1360), Bucket(17, 480, 720)
 FEW = ("reference", *A_A, "ours, lean")
 PIECES: dict[int, list[Case]] = {
-    1: [Case("5b", SHORT, 128, [name for name in ARMS if "int8" not in name])],
-    2: [Case("5b", SHORT, 64, [*FEW, "ours, offloaded", "ours, offloaded, int8 base"])],
+    1: [Case("5b", SHORT, 128, ON_THE_EXACT_BASE)],
+    2: [Case("5b", SHORT, 64, [*FEW, "ours, offloaded", "ours, offloaded, int8 base", "ours, offloaded, fp8 base"])],
     3: [
-        Case("2b", SHORT, 64, [name for name in ARMS if "int8" not in name]),
-        Case("2b", SHORT, 128, FEW, soak_steps=300),
+        Case("2b", SHORT, 64, ON_THE_EXACT_BASE),
+        Case("2b", SHORT, 128, FEW),
+        Case("2b", SOAK, 64, ["ours, lean"], soak_steps=300),
     ],
     4: [Case("1.5-5b", LONG, 64, FEW), Case("1.5-5b", LONG, 128, [*A_A, "ours, lean"])],
 }
-DRY = [Case("5b", Bucket(9, 64, 96), 4, list(ARMS), soak_steps=2)]
+DRY = [
+    Case("5b", Bucket(9, 64, 96), 4, list(ARMS), soak_steps=2),
+    Case("2b", Bucket(9, 64, 96), 4, FEW),
+    Case("1.5-5b", Bucket(9, 64, 96), 4, FEW),
+]
+TINY = {name: SMALL[name] for name in ("text_embed_dim", "max_text_seq_length")} | {
+    "num_attention_heads": 2,
+    "num_layers": 3,
+    "time_embed_dim": 32,
+}
 
 
 @dataclass(slots=True)
@@ -101,105 +72,67 @@ class Samples:
 
     seconds: list[list[float]] = field(default_factory=list)
     """Of each visit, each step's."""
+    kernel: str = ""
+    """Of attention; auto is torch's choice."""
     first_step_seconds: float = 0.0
-    """The first visit's first step: compilation and all."""
+    """The first visit's first step, which allocates, too."""
+    visit_seconds: float = 0.0
+    """How long the last visit took in all."""
     max_allocated: int = 0
     max_reserved: int = 0
     failure: str = ""
 
 
-class Stage:
-    """The card, on which one arm at a time stands with a model of its base precision; the others wait on the host."""
-
-    def __init__(self, case: Case, transformer_config: dict[str, Any], device: torch.device) -> None:
-        self.device, self._case, self._config = device, case, transformer_config
-        self.conventions = conventions_for(transformer_config)
-        self._models: dict[str, CogVideoXTransformer3DModel] = {}
-        self.clips = make_pack(self.conventions, [case.bucket], torch.bfloat16, device)
-        self.targets = [torch.randn_like(clip.latents[:, : self.conventions.out_channels]) for clip in self.clips]
-
-    def enter(self, arm: Arm) -> Callable[[], Tensor]:
-        """Bring what the arm keeps on the card, and nothing else; the forward and backward pass, giving the loss."""
-        precision = arm.plan.base_precision if arm.plan else "model"
-        for name, model in self._models.items():
-            model.zero_grad(set_to_none=True)
-            if name != precision:
-                nn.Module.to(model, "cpu")
-        self._release()
-        if precision not in self._models:
-            rank = self._case.lora_rank
-            self._models[precision] = build(self._config, torch.bfloat16, self.device, rank)
-        self.model = transformer = self._models[precision]
-        on_gpu = self.device.type == "cuda"
-        plan = arm.plan or Plan()
-        if precision == "int8" and any("int8" in str(value.dtype) for value in transformer.parameters()):
-            plan = replace(plan, base_precision="model")  # it is in eight bits already
-        engine = open_engine(transformer, plan if on_gpu else replace(plan, compile=False), self.device)
-        transformer.gradient_checkpointing = False
-        for block in transformer.transformer_blocks:
-            block._compiled_call_impl = None
-        if arm.plan is None:
-            transformer.enable_gradient_checkpointing()
-            if arm.compiled_reference:
-                for block in transformer.transformer_blocks:
-                    block.compile(backend="inductor" if on_gpu else "eager", dynamic=False)
-        self._release()
-        return lambda: self._pass(arm, engine)
-
-    def _pass(self, arm: Arm, engine: Engine) -> Tensor:
-        if arm.plan is not None:
-            velocities = predict(self.model, self.clips, self.conventions, engine)
-        else:
-            fast: Literal["cudnn", "flash"] = "cudnn" if self.device.type == "cuda" else "flash"
-            attention = pinned(fast) if arm.compiled_reference else nullcontext()
-            with attention, torch.autocast(self.device.type, torch.bfloat16):
-                velocities = predict_reference(self.model, self.clips, self.conventions)
-        losses = [clip_loss(*pair) for pair in zip(velocities, self.targets, strict=True)]
-        loss = torch.stack(losses).mean()
-        loss.backward()
-        return loss.detach()
-
-    def _release(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+def attempt(action: Callable[[], Any]) -> tuple[Any, str]:
+    """What it gives and "", or None and what went wrong; one arm's fault must not cost what the others measured."""
+    try:
+        return action(), ""
+    except torch.OutOfMemoryError as error:
+        return None, f"{OUT_OF_MEMORY}: {_first_line(error)}"
+    except Exception as error:
+        traceback.print_exc()
+        return None, f"{type(error).__name__}: {_first_line(error)}"
 
 
-def compare_arms(case: Case, transformer_config: dict[str, Any], device: torch.device) -> dict[str, dict[str, float]]:
-    """Loss, and cosine of the adapter's gradient with the first arm's, on two blocks. Raises `SystemExit` if far."""
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def compare_arms(case: Case, transformer_config: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any]]:
+    """On two blocks: loss, cosine of the adapter's gradient with the first arm's that works, and seconds of a first and
+    a second pass, which differ by what is compiled (arms that share functions compile them once); or "failure"."""
     stage = Stage(case, transformer_config | {"num_layers": 2}, device)
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     expected: tuple[float, Tensor] | None = None
-    for name in case.arms:
-        loss = float(stage.enter(ARMS[name])())
+
+    def two_passes(arm: Arm) -> tuple[float, Tensor, list[float]]:
+        run_pass = stage.enter(arm)
+        losses: list[Tensor] = []
+        seconds = []
+        for _ in range(2):
+            stage.model.zero_grad(set_to_none=True)
+            seconds.append(timed(lambda: losses.append(run_pass()), device))
         gradients = [value.grad for value in stage.model.parameters() if value.grad is not None]
-        gradient = torch.cat([value.flatten().double().cpu() for value in gradients])
+        return float(losses[-1]), torch.cat([value.flatten().double().cpu() for value in gradients]), seconds
+
+    for name in case.arms:
+        result, failure = attempt(lambda name=name: two_passes(ARMS[name]))
+        if failure:
+            found[name] = {"failure": failure}
+            continue
+        loss, gradient, seconds = result
         expected = expected or (loss, gradient)
         cosine = float(torch.cosine_similarity(expected[1], gradient, dim=0))
-        found[name] = {"loss": loss, "cosine": cosine}
-        print(f"  gate {name:38} loss {loss:.6f}  cosine {cosine:.6f}")
+        found[name] = {"loss": loss, "cosine": cosine, "first_and_second_pass_seconds": seconds}
         if not (cosine >= LEAST_COSINE and abs(loss / expected[0] - 1) <= MOST_LOSS_DIFFERENCE):
-            raise SystemExit(f"bench.gpu_train: {name} does not compute what {case.arms[0]} does; nothing is timed")
+            found[name]["failure"] = "does not compute what the first arm does"
+        print(f"  gate {name:38} loss {loss:.6f}  cosine {cosine:.6f}  {found[name].get('failure', '')}", flush=True)
     return found
-
-
-def timed(action: Callable[[], Any], device: torch.device) -> float:
-    """Seconds, by CUDA events where there are any."""
-    if device.type != "cuda":
-        started = time.perf_counter()
-        action()
-        return time.perf_counter() - started
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    action()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
 
 
 def visit(stage: Stage, arm: Arm, samples: Samples, steps: int) -> None:
     """One untimed step, then `steps` timed ones; AdamW and clipping belong to a step."""
+    started = time.monotonic()
     run_pass = stage.enter(arm)
     trained = [value for value in stage.model.parameters() if value.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=stage.device.type == "cuda")
@@ -212,59 +145,66 @@ def visit(stage: Stage, arm: Arm, samples: Samples, steps: int) -> None:
 
     warm = timed(step, stage.device)
     samples.first_step_seconds = samples.first_step_seconds or warm
+    samples.kernel = stage.kernel
     samples.seconds.append([timed(step, stage.device) for _ in range(steps)])
     if stage.device.type == "cuda":
         samples.max_allocated = max(samples.max_allocated, torch.cuda.max_memory_allocated())
         samples.max_reserved = max(samples.max_reserved, torch.cuda.max_memory_reserved())
+    samples.visit_seconds = time.monotonic() - started
 
 
 def run_case(
     case: Case, transformer_config: dict[str, Any], device: torch.device, rounds: int, deadline: float, roofline: float
 ) -> dict[str, Any]:
     """As many rounds as fit before `deadline` (of `time.monotonic`), each round forth or back; then the soak."""
-    print(f"{case.variant}, {case.bucket}, rank {case.lora_rank}")
+    print(f"{case.variant}, {case.bucket}, rank {case.lora_rank}", flush=True)
     gate = compare_arms(case, transformer_config, device)
     stage = Stage(case, transformer_config, device)
-    samples = {name: Samples() for name in case.arms}
-    longest = 0.0
+    samples = {name: Samples(failure=gate[name].get("failure", "")) for name in case.arms}
+    if case.soak_steps:
+        rounds = 1  # the rest of the time is the soak's
     for index in range(rounds):
         for name in case.arms if index % 2 == 0 else reversed(case.arms):
-            started = time.monotonic()
-            if samples[name].failure or started + longest > deadline:
-                continue
-            try:
-                visit(stage, ARMS[name], samples[name], steps=2)
-            except torch.OutOfMemoryError as error:
-                samples[name].failure = f"out of memory: {str(error).splitlines()[0]}"
-            longest = max(longest, time.monotonic() - started) if index else 0.0
+            mine = samples[name]
+            if not mine.failure and time.monotonic() + mine.visit_seconds <= deadline:
+                _, mine.failure = attempt(lambda name=name, mine=mine: visit(stage, ARMS[name], mine, steps=2))
     flops = model_flops(stage.conventions, transformer_config, case.bucket, case.lora_rank)
-    result = {
+    result: dict[str, Any] = {
         "variant": case.variant,
         "clip": str(case.bucket),
         "lora_rank": case.lora_rank,
         "model_tflop": flops / 1e12,
         "gate": gate,
-        "arms": {name: summary(found, flops, roofline) for name, found in samples.items()},
+        "arms": {name: summary(found, ARMS[name], gate[name], flops, roofline) for name, found in samples.items()},
         "ratios": ratios(samples),
-        "soak": soak(stage, case.soak_steps, deadline) if case.soak_steps else None,
     }
+    control = result["ratios"].get(" / ".join(A_A), {"rounds": []})
+    result["a_a_holds"] = None if len(control["rounds"]) < FEWEST_ROUNDS else control["low"] <= 1 <= control["high"]
+    if result["a_a_holds"] is False:
+        print("  the A/A control is off: no ratio of this case says anything")
+    if case.soak_steps:
+        result["soak"], failure = attempt(lambda: soak(stage, case.soak_steps, deadline))
+        result["soak"] = result["soak"] or {"failure": failure}
     for name, row in result["arms"].items():
-        print(f"  {name:38}" + "".join(f" {key} {value}" for key, value in row.items() if key != "seconds"))
+        print(f"  {name:38}" + "".join(f" {key} {value}" for key, value in row.items() if key != "seconds"), flush=True)
     return result
 
 
-def summary(samples: Samples, flops: float, roofline: float) -> dict[str, Any]:
+def summary(samples: Samples, arm: Arm, gate: dict[str, Any], flops: float, roofline: float) -> dict[str, Any]:
     """Median s/step, MFU against the measured matrix product, GiB, and every raw sample."""
     steps = [seconds for visited in samples.seconds for seconds in visited]
     if samples.failure or not steps:
-        return {"failure": samples.failure or "no time left", "seconds": samples.seconds}
+        return {"failure": samples.failure or NO_TIME, "seconds": samples.seconds}
     median = statistics.median(steps)
+    first, second = gate["first_and_second_pass_seconds"]
     return {
         "seconds_per_step": round(median, 4),
-        "mfu": round(flops / median / roofline, 4) if roofline else None,
+        "mfu": round(flops / median / roofline, 4),
         "max_allocated_gib": round(samples.max_allocated / 2**30, 3),
         "max_reserved_gib": round(samples.max_reserved / 2**30, 3),
-        "compile_seconds": round(max(0.0, samples.first_step_seconds - median), 2),
+        "compile_seconds": round(max(0.0, first - second), 2) if arm.compiles else 0.0,
+        "first_step_seconds": round(samples.first_step_seconds, 2),
+        "attention": samples.kernel,
         "seconds": samples.seconds,
     }
 
@@ -274,7 +214,7 @@ def ratios(samples: dict[str, Samples]) -> dict[str, Any]:
     first = next(iter(samples))
     pairs = {f"{first} / {name}": (first, name) for name in samples if name != first}
     if set(A_A) <= samples.keys():
-        pairs[f"{A_A[0]} / {A_A[1]}"] = A_A
+        pairs[" / ".join(A_A)] = A_A
     found = {}
     for title, names in pairs.items():
         above, below = ([statistics.median(steps) for steps in samples[name].seconds] for name in names)
@@ -286,17 +226,20 @@ def ratios(samples: dict[str, Samples]) -> dict[str, Any]:
 
 
 def soak(stage: Stage, num_steps: int, deadline: float) -> dict[str, Any]:
-    """Allocated and reserved bytes of the lean arm after every tenth of `num_steps` steps."""
+    """Allocated and reserved bytes of the lean arm after every tenth of `num_steps` steps, and what they grew by."""
     run_pass = stage.enter(ARMS["ours, lean"])
     sizes: list[tuple[int, int, int]] = []
     for step in range(1, num_steps + 1):
         run_pass()
         stage.model.zero_grad(set_to_none=True)
-        if step % max(1, num_steps // 10) == 0 and stage.device.type == "cuda":
-            sizes.append((step, torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+        if step % max(1, num_steps // 10) == 0:
+            on_gpu = stage.device.type == "cuda"
+            held = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if on_gpu else (0, 0)
+            sizes.append((step, *held))
         if time.monotonic() > deadline:
             break
-    return {"steps": step, "step_allocated_reserved": sizes}
+    grown = [last - first for first, last in zip(sizes[0][1:], sizes[-1][1:], strict=True)] if sizes else None
+    return {"steps": step, "step_allocated_reserved": sizes, "grown_allocated_reserved": grown}
 
 
 def model_flops(conventions: Conventions, transformer_config: dict[str, Any], bucket: Bucket, lora_rank: int) -> float:
@@ -304,11 +247,36 @@ def model_flops(conventions: Conventions, transformer_config: dict[str, Any], bu
 
     The frozen base needs no weight gradients; FlashAttention's backward is 2.5 A. What is recomputed does not count.
     """
-    tokens = conventions.text_length + video_tokens(bucket, conventions.patch_size, conventions.patch_size_t)
+    tokens = tokens_of(conventions, bucket)
     width = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
     depth = transformer_config["num_layers"]
     linear, attention = 24 * width**2 * tokens * depth, 4 * tokens**2 * width * depth
     return float(2 * linear + 3.5 * attention + 3 * 16 * width * lora_rank * tokens * depth)
+
+
+def tokens_of(conventions: Conventions, bucket: Bucket) -> int:
+    return conventions.text_length + video_tokens(bucket, conventions.patch_size, conventions.patch_size_t)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Card, driver, clocks and versions."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv"]
+        smi = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        smi = ""
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none, a CPU",
+        "nvidia_smi": smi,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "diffusers": diffusers.__version__,
+            "peft": peft.__version__,
+        },
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -318,46 +286,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit-seconds", type=float, default=500, help="begin no visit that would end later")
     parser.add_argument("--dry-run", action="store_true", help="every arm once, tiny, on the CPU")
     given = parser.parse_args(arguments)
-    if given.dry_run:
-        config = SMALL | {"num_attention_heads": 2, "num_layers": 3, "time_embed_dim": 32}
-        run_case(DRY[0], config, torch.device("cpu"), 1, time.monotonic() + given.limit_seconds, 0.0)
-        return 0
-    if not torch.cuda.is_available():
+    if not given.dry_run and not torch.cuda.is_available():
         print("bench.gpu_train needs a CUDA GPU; none is here (--dry-run runs without)", file=sys.stderr)
         return 2
-    started, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())
-    cases = PIECES[given.piece]
-    head = PUBLISHED[cases[0].variant]
-    tokens = conventions_for(head).text_length + video_tokens(cases[0].bucket, 2, head.get("patch_size_t"))
-    measured = measure_roofline(device, tokens, head["num_attention_heads"])
-    results = []
+    started = time.monotonic()
+    device = torch.device("cpu") if given.dry_run else torch.device("cuda", torch.cuda.current_device())
+    cases = DRY if given.dry_run else PIECES[given.piece]
+    configs = {case.variant: PUBLISHED[case.variant] | (TINY if given.dry_run else {}) for case in cases}
+    head = configs[cases[0].variant]
+    tokens = tokens_of(conventions_for(head), cases[0].bucket)
+    sizes = {"side": 64, "copied_bytes": 1000, "repeats": 2} if given.dry_run else {}
+    record = describe_machine(device) | {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": "python -m bench.gpu_train " + " ".join(arguments if arguments is not None else sys.argv[1:]),
+        "roofline": measure_roofline(device, tokens, head["num_attention_heads"], **sizes),
+        "cases": [],
+    }
+    print(json.dumps(record["roofline"], indent=1), flush=True)
+    path = RESULTS / f"{re.sub('[^a-z0-9]+', '-', record['gpu'].lower())}-{given.piece}.json"
     for index, case in enumerate(cases, 1):
         # each case gets its share of the time that is left
         deadline = started + given.limit_seconds * index / len(cases)
-        roofline = measured["matmul_tflops"] * 1e12
-        results.append(run_case(case, PUBLISHED[case.variant], device, given.rounds, deadline, roofline))
-    gpu = torch.cuda.get_device_name(device)
-    written = {
-        "gpu": gpu,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": "python -m bench.gpu_train " + " ".join(arguments if arguments is not None else sys.argv[1:]),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "diffusers": diffusers.__version__,
-            "peft": peft.__version__,
-        },
-        "roofline": measured,
-        "cases": results,
-        "seconds_in_all": time.monotonic() - started,
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{gpu.lower().replace(' ', '-')}-{given.piece}.json"
-    path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    print(path)
-    return 0
+        rounds = 1 if given.dry_run else given.rounds
+        roofline = record["roofline"]["matmul_tflops"] * 1e12
+        record["cases"].append(run_case(case, configs[case.variant], device, rounds, deadline, roofline))
+        text = json.dumps(record | {"seconds_in_all": time.monotonic() - started}, indent=1) + "\n"
+        if not given.dry_run:  # after every case: what is measured is kept, whatever comes
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            print(path, flush=True)
+    failures = [row.get("failure", "") for case in record["cases"] for row in case["arms"].values()]
+    return int(any(failure and not failure.startswith((OUT_OF_MEMORY, NO_TIME)) for failure in failures))
 
 
 if __name__ == "__main__":

@@ -1,57 +1,88 @@
 """What this very card reaches on the parts of a step: matrix product, attention of each kernel, copies."""
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention import restore_flash_attention_impl
 from torch.nn.functional import scaled_dot_product_attention
 
-from train.attention import KERNELS, pinned
+from shared.errors import UsageError
+from train.attention import KERNELS, Backend, choose_backend, pinned
+
+Clock = Callable[[Callable[[], Any]], float]
+"""Median seconds of something."""
 
 
-def measure_roofline(device: torch.device, tokens: int, heads: int, repeats: int = 10) -> dict[str, Any]:
-    """TFLOP/s in bf16 of an 8192^3 product and of attention over [1,heads,tokens,64], GB/s from and to pinned memory.
+def timed(action: Callable[[], Any], device: torch.device) -> float:
+    """Seconds, by CUDA events where there are any."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        action()
+        return time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    action()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def measure_roofline(
+    device: torch.device, tokens: int, heads: int, side: int = 8192, copied_bytes: int = 10**9, repeats: int = 10
+) -> dict[str, Any]:
+    """TFLOP/s in bf16 of a `side`^3 product and of attention over [1,heads,tokens,64], GB/s from and to pinned memory.
 
     Random data: zeros draw less power and run faster.
     """
 
     def seconds(action: Callable[[], Any]) -> float:
         action(), action()
-        found = []
-        for _ in range(repeats):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            action()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / 1000)
-        return statistics.median(found)
+        return statistics.median(timed(action, device) for _ in range(repeats))
 
-    left, right = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    result: dict[str, Any] = {"matmul_tflops": 2 * 8192**3 / seconds(lambda: left @ right) / 1e12, "attention": {}}
-    gigabyte = torch.empty(10**9, dtype=torch.uint8, device=device).random_()
-    host = torch.empty(10**9, dtype=torch.uint8, pin_memory=True)
-    result["device_to_host_gb_per_s"] = 1 / seconds(lambda: host.copy_(gigabyte, non_blocking=True))
-    result["host_to_device_gb_per_s"] = 1 / seconds(lambda: gigabyte.copy_(host, non_blocking=True))
+    result: dict[str, Any] = {"matmul_tflops": _matmul_tflops(device, side, seconds)}
+    result |= _copies(device, copied_bytes, seconds)
+    result["attention"] = {}
+    for kernel in KERNELS:
+        if kernel != "math":  # which keeps all scores
+            result["attention"][kernel] = _attention(kernel, device, tokens, heads, seconds)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return result
+
+
+def _matmul_tflops(device: torch.device, side: int, seconds: Clock) -> float:
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / seconds(lambda: left @ right) / 1e12
+
+
+def _copies(device: torch.device, num_bytes: int, seconds: Clock) -> dict[str, float]:
+    there = torch.empty(num_bytes, dtype=torch.uint8, device=device).random_()
+    host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    return {
+        "device_to_host_gb_per_s": num_bytes / 1e9 / seconds(lambda: host.copy_(there, non_blocking=True)),
+        "host_to_device_gb_per_s": num_bytes / 1e9 / seconds(lambda: there.copy_(host, non_blocking=True)),
+    }
+
+
+def _attention(
+    kernel: Backend, device: torch.device, tokens: int, heads: int, seconds: Clock
+) -> dict[str, float] | str:
+    """Of one kernel, or why there is none."""
     shape = (1, heads, tokens, 64)
     query, key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     gradient, flops = torch.randn_like(query), 4 * tokens**2 * heads * 64
-    for name in KERNELS:
-        if name == "math":  # keeps all scores
-            continue
-        try:
-            with pinned(name):  # type: ignore[arg-type]
-                attended = scaled_dot_product_attention(query, key, value)
-                forward = seconds(lambda: scaled_dot_product_attention(query, key, value))
+    try:
+        choose_backend(kernel, device, torch.bfloat16, heads, 64)  # puts FlashAttention 3 in the place of 2, or fails
+        with pinned(kernel):
+            attended = scaled_dot_product_attention(query, key, value)
+            forward = seconds(lambda: scaled_dot_product_attention(query, key, value))
             inputs = (query, key, value)
-            backward = seconds(
-                lambda: torch.autograd.grad(attended, inputs, gradient, retain_graph=True)  # noqa: B023
-            )
-        except RuntimeError as error:
-            result["attention"][name] = str(error).splitlines()[0]
-        else:
-            tflops = {"forward_tflops": flops / forward / 1e12, "backward_tflops": 2.5 * flops / backward / 1e12}
-            result["attention"][name] = tflops
-    torch.cuda.empty_cache()
-    return result
+            backward = seconds(lambda: torch.autograd.grad(attended, inputs, gradient, retain_graph=True))
+    except (RuntimeError, UsageError) as error:
+        return str(error).splitlines()[0]
+    finally:
+        restore_flash_attention_impl(_raise_warn=False)
+    return {"forward_tflops": flops / forward / 1e12, "backward_tflops": 2.5 * flops / backward / 1e12}
