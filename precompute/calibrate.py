@@ -12,7 +12,7 @@ from precompute.pool import Decoded, DecodePool
 from precompute.prompts import encode_texts, free_memory, load_text_encoder
 from precompute.recipes import Clip
 from precompute.stage import Stage
-from precompute.video import BadVideo
+from precompute.video import BadVideo, MachineFault
 from shared.errors import DataError
 
 SAMPLE_CLIPS = 2
@@ -84,7 +84,7 @@ def _time_decoding(
     for clip in islice(_spread(clips), MAX_TRIED_CLIPS):
         before = pool.busy_seconds()
         [result] = ahead(pool.decode_all([decode_job(stage, clip)]), 1, stage.check)
-        if isinstance(result, BadVideo):
+        if isinstance(result, BadVideo | MachineFault):
             reason = f"{clip.source.name}: {result.reason}"
             continue
         sample[clip.key] = clip, result

@@ -16,7 +16,7 @@ from precompute.pool import Decoded, DecodeJob, DecodePool
 from precompute.recipes import Clip
 from precompute.report import Report
 from precompute.stage import Stage
-from precompute.video import BadVideo
+from precompute.video import BadVideo, MachineFault
 from shared import console, seeding
 from shared.device import choose_device
 from shared.errors import UsageError
@@ -28,7 +28,11 @@ from shared.store import Collection
 
 
 def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], pool: DecodePool) -> Inventory:
-    """Encode the clips that are not stored; what the collection holds of them afterwards."""
+    """Encode the clips that are not stored; what the collection holds of them afterwards.
+
+    Clips of a source in `stage.faults` may be neither stored nor skipped then.
+    """
+    given_up: dict[str, str] = {}
     by_key = {clip.key: clip for clip in clips}
     settings, report = stage.config.precompute, stage.report
 
@@ -40,7 +44,7 @@ def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], 
         pass_started = time.perf_counter()
         with console.Progress("clips", total) as bar, ThreadPoolExecutor(1) as writer:
             writing: deque[Future[int]] = deque()
-            for shard, samples, skipped in _encoded_shards(stage, todo, by_key, encoder, pool, bar):
+            for shard, samples, skipped in _encoded_shards(stage, todo, by_key, encoder, pool, bar, given_up):
                 if len(writing) == 2:
                     started = time.perf_counter()
                     report.written_bytes += writing.popleft().result()
@@ -60,7 +64,10 @@ def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], 
         keys_per_shard=settings.clips_per_shard,
         keys_per_batch=settings.vae_batch_size,
         retry_skipped=settings.retry_skipped,
+        given_up=given_up,
     )
+    lost = given_up.keys() - inventory.stored - inventory.skipped.keys()  # or else another worker had them meanwhile
+    stage.faults.update({by_key[key].source.name: given_up[key] for key in lost})
     report.latents.reused = len(inventory.stored & set(by_key)) - report.latents.made
     return inventory
 
@@ -82,6 +89,10 @@ def load_vae(stage: Stage) -> VaeEncoder:
 def _write(
     storage: Storage, shard: PlannedShard, samples: Sequence[Sample], skipped: Mapping[str, str], report: Report
 ) -> int:
+    """Bytes written. A shard whose clips were not all to be had holds the others, under the name of their keys."""
+    made = len(samples) + len(skipped)
+    if not made or (made < len(shard.keys) and storage.exists(shard.receipt)):  # another worker had them all
+        return 0
     started = time.perf_counter()
     size = write_shard(storage, shard.folder, samples, skipped, shard.attempt).size
     report.spend("write", started)
@@ -100,8 +111,9 @@ def _encoded_shards(
     encoder: VaeEncoder,
     pool: DecodePool,
     bar: console.Progress,
+    given_up: dict[str, str],
 ) -> Iterator[tuple[PlannedShard, list[Sample], dict[str, str]]]:
-    """Whole shards: their samples, and key -> reason of what failed."""
+    """Shards: their samples, and key -> reason of what failed; what the machine spoilt is added to `given_up`, too."""
     under_way: deque[tuple[PlannedShard, tuple[str, ...], str]] = deque()
 
     def jobs() -> Iterator[DecodeJob]:
@@ -119,6 +131,8 @@ def _encoded_shards(
         shard, batch, key = under_way.popleft()
         if isinstance(result, BadVideo):
             skipped[key] = result.reason
+        elif isinstance(result, MachineFault):
+            given_up[key] = result.reason
         else:
             decoded[key] = result
         if key == batch[-1]:

@@ -6,7 +6,7 @@ far end of the others'.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from shared.errors import CacheError
@@ -173,10 +173,12 @@ def make_missing(
     keys_per_shard: int,
     keys_per_batch: int,
     retry_skipped: bool = False,
+    given_up: Container[str] = frozenset(),
 ) -> Inventory:
-    """Plan what is missing, have it made, and look again until everything wanted is stored or skipped.
+    """Plan what is missing, have it made, and look again until everything wanted is stored, skipped or given up.
 
-    `folders`: wanted key -> folder. `make` gets the shards to make and how many samples they hold.
+    `folders`: wanted key -> folder. `make` gets the shards to make and how many samples they hold, and adds to
+    `given_up` the keys that nobody could make now; they are the next run's.
     Raises `CacheError` if keys stay missing.
     """
     inventory = take_inventory(storage, collection)
@@ -187,7 +189,8 @@ def make_missing(
         else:
             if generation:  # what other workers have stored since then must not be planned again
                 inventory = take_inventory(storage, collection)
-            missing = missing_keys(sorted(folders), inventory, retry_from)
+            wanted = [key for key in sorted(folders) if key not in given_up]
+            missing = missing_keys(wanted, inventory, retry_from)
             if not missing:
                 return inventory
             proposal = group(missing, folders, keys_per_shard=keys_per_shard, keys_per_batch=keys_per_batch)

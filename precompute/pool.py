@@ -19,7 +19,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection, reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,17 +28,19 @@ from typing import BinaryIO, Protocol, cast
 
 import numpy as np
 
-from precompute.video import BadVideo, Probe, Requested, decode, probe
+from precompute.video import BadVideo, MachineFault, Probe, Requested, decode, probe
 
 START_SECONDS = 120.0
 KILL_SECONDS = 10.0
 ORPHAN_SECONDS = 2
 MAX_FAILED_STARTS = 5
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+"""Signals that a decoder brings upon itself; any other comes from outside, such as the kernel's for want of memory."""
 GIB = 2**30
 
 
 class Job(Protocol):
-    """A picklable frozen record; `run` happens in a child and may raise `BadVideo`."""
+    """A picklable frozen record; `run` happens in a child and may raise `BadVideo` or `MachineFault`."""
 
     def run(self) -> "Probe | Decoded": ...
 
@@ -94,13 +96,22 @@ class _Fault:
 class _Reply:
     """Without an outcome: ready for the first job. `leaving`: the memory is spent, no further job is taken."""
 
-    outcome: Probe | BadVideo | _Frames | _Fault | None
+    outcome: Probe | BadVideo | MachineFault | _Frames | _Fault | None
     seconds: float
     leaving: bool = False
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A job, its number in the stream, and whether this is the second time."""
+
+    number: int
+    job: Job
+    again: bool = False
+
+
 class _Child:
-    """One process and its pipe; `ticket` is the number of the job it works on, `deadline` when it is to be killed."""
+    """One process and its pipe; `task` is the job it works on, `deadline` when it is to be killed."""
 
     def __init__(self, memory_gib: float, deadline_seconds: float) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -115,7 +126,7 @@ class _Child:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         self.ready = False
-        self.ticket: int | None = None
+        self.task: _Task | None = None
         self.deadline = time.monotonic() + START_SECONDS
 
     def kill(self) -> int | None:
@@ -132,8 +143,9 @@ class _Child:
 class DecodePool:
     """Up to `workers` children; a context manager, and used for one stream of jobs at a time.
 
-    Results come in the order of the jobs. A job past its deadline, or whose child dies, gives one `BadVideo`, and a new
-    child takes over. The pool moves only while its iterator is advanced: run it in a thread to overlap other work.
+    Results come in the order of the jobs. A job past its deadline, or whose child crashes, gives one `BadVideo`, and a
+    new child takes over. What fails by no fault of the video's is tried once more before it is given as a
+    `MachineFault`. The pool moves only while its iterator is advanced: run it in a thread to overlap other work.
     """
 
     def __init__(self, *, workers: int, deadline_seconds: float, memory_gib: float) -> None:
@@ -142,7 +154,8 @@ class DecodePool:
         self._deadline_seconds = deadline_seconds
         self._memory_gib = memory_gib
         self._children: list[_Child] = []
-        self._outcomes: dict[int, Probe | Decoded | BadVideo] = {}
+        self._waiting: deque[_Task] = deque()
+        self._outcomes: dict[int, Probe | Decoded | BadVideo | MachineFault] = {}
         self._busy_seconds = 0.0
         self._failed_starts = 0
 
@@ -156,22 +169,21 @@ class DecodePool:
         while self._children:
             self._children.pop().kill()
 
-    def probe_all(self, paths: Iterable[Path]) -> Iterator[Probe | BadVideo]:
-        """One `Probe` or `BadVideo` per path, in order."""
-        return cast("Iterator[Probe | BadVideo]", self._run(ProbeJob(path) for path in paths))
+    def probe_all(self, paths: Iterable[Path]) -> Iterator[Probe | BadVideo | MachineFault]:
+        """One outcome per path, in order."""
+        return cast("Iterator[Probe | BadVideo | MachineFault]", self._run(ProbeJob(path) for path in paths))
 
-    def decode_all(self, jobs: Iterable[DecodeJob]) -> Iterator[Decoded | BadVideo]:
-        """One `Decoded` or `BadVideo` per job, in order; at most 2 * workers jobs are taken ahead of the consumer."""
-        return cast("Iterator[Decoded | BadVideo]", self._run(jobs))
+    def decode_all(self, jobs: Iterable[DecodeJob]) -> Iterator[Decoded | BadVideo | MachineFault]:
+        """One outcome per job, in order; at most 2 * workers jobs are taken ahead of the consumer."""
+        return cast("Iterator[Decoded | BadVideo | MachineFault]", self._run(jobs))
 
     def busy_seconds(self) -> float:
         """Seconds that children spent on jobs, summed."""
         return self._busy_seconds
 
-    def _run(self, jobs: Iterable[Job]) -> Iterator[Probe | Decoded | BadVideo]:
-        assert not self._outcomes and not any(child.ticket is not None for child in self._children)
+    def _run(self, jobs: Iterable[Job]) -> Iterator[Probe | Decoded | BadVideo | MachineFault]:
+        assert not self._outcomes and not any(child.task for child in self._children)
         remaining = iter(jobs)
-        waiting: deque[tuple[int, Job]] = deque()
         taken = given = 0
         exhausted = False
         try:
@@ -181,9 +193,9 @@ class DecodePool:
                     job = next(remaining, None)
                     exhausted = job is None
                     if job is not None:
-                        waiting.append((taken, job))
+                        self._waiting.append(_Task(taken, job))
                         taken += 1
-                self._dispatch(waiting)
+                self._dispatch()
                 if given in self._outcomes:
                     yield self._outcomes.pop(given)
                     given += 1
@@ -192,8 +204,9 @@ class DecodePool:
                 else:
                     self._collect(blocking=True)
         finally:
+            self._waiting.clear()
             self._outcomes.clear()
-            for child in [child for child in self._children if child.ticket is not None]:
+            for child in [child for child in self._children if child.task]:
                 self._drop(child)
 
     def _restock(self) -> None:
@@ -204,18 +217,18 @@ class DecodePool:
         self._children.remove(child)
         return child.kill()
 
-    def _dispatch(self, waiting: deque[tuple[int, Job]]) -> None:
+    def _dispatch(self) -> None:
         """Gives waiting jobs to idle children."""
         self._restock()
-        for child in [child for child in self._children if child.ready and child.ticket is None]:
-            if not waiting:
+        for child in [child for child in self._children if child.ready and child.task is None]:
+            if not self._waiting:
                 return
             try:
-                child.pipe.send(waiting[0][1])
+                child.pipe.send(self._waiting[0].job)
             except OSError:  # it died while idle; no job is lost
                 self._drop(child)
                 continue
-            child.ticket, _ = waiting.popleft()
+            child.task = self._waiting.popleft()
             child.deadline = time.monotonic() + self._deadline_seconds
 
     def _collect(self, *, blocking: bool) -> None:
@@ -239,32 +252,43 @@ class DecodePool:
         outcome = reply.outcome
         if isinstance(outcome, _Fault):
             raise RuntimeError(f"a decode process failed:\n{outcome.traceback}")
-        if child.ticket is not None and outcome is not None:
+        if child.task is not None and outcome is not None:
             self._busy_seconds += reply.seconds
-            self._outcomes[child.ticket] = (
-                Decoded(_map_frames(child.pipe, outcome.shape), outcome.decoder)
-                if isinstance(outcome, _Frames)
-                else outcome
-            )
-        child.ready, child.ticket, child.deadline = True, None, math.inf
+            if isinstance(outcome, _Frames):
+                self._settle(child.task, Decoded(_map_frames(child.pipe, outcome.shape), outcome.decoder))
+            else:
+                self._settle(child.task, outcome)
+        child.ready, child.task, child.deadline = True, None, math.inf
         self._failed_starts = 0
         if reply.leaving:
             self._drop(child)
 
+    def _settle(self, task: _Task, outcome: Probe | Decoded | BadVideo | MachineFault) -> None:
+        """Keeps the outcome for its turn, or puts the job in front once more."""
+        if isinstance(outcome, MachineFault) and not task.again:
+            self._waiting.appendleft(replace(task, again=True))
+        else:
+            self._outcomes[task.number] = outcome
+
     def _bury(self, child: _Child, reason: str | None = None) -> None:
-        """Removes a child that is late (`reason` says so) or dead; the job it worked on, if any, is to blame."""
-        ticket, ready = child.ticket, child.ready
-        if ticket is not None:
+        """Removes a child that is late (`reason` says so) or dead, and says of the job it worked on what it died of."""
+        task, ready = child.task, child.ready
+        if task:
             self._busy_seconds += self._deadline_seconds - max(0.0, child.deadline - time.monotonic())
         exitcode = self._drop(child)
-        cause = signal.Signals(-exitcode).name if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"
-        if cause == "SIGALRM":
+        killer = signal.Signals(-exitcode) if exitcode is not None and exitcode < 0 else None
+        cause = killer.name if killer else f"exit code {exitcode}"
+        if killer == signal.SIGALRM:
             reason = f"timed out after {self._deadline_seconds:g} s"
         self._failed_starts += not ready
         if self._failed_starts > MAX_FAILED_STARTS:
             raise RuntimeError(f"decode processes end before their first job ({reason or cause})")
-        if ticket is not None:
-            self._outcomes[ticket] = BadVideo(reason or f"decoder died ({cause})")
+        if not task:
+            return
+        if reason or killer is None or killer in CRASHES:
+            self._settle(task, BadVideo(reason or f"decoder died ({cause})"))
+        else:
+            self._settle(task, MachineFault(f"its decoder was killed ({cause})"))
 
 
 def _map_frames(pipe: Connection, shape: tuple[int, ...]) -> np.ndarray:
@@ -304,7 +328,7 @@ def _serve(pipe: Connection, memory_gib: float, deadline_seconds: float) -> None
                 memory.close()
 
 
-def _work(job: Job) -> tuple[Probe | BadVideo | _Frames | _Fault, BinaryIO | None]:
+def _work(job: Job) -> tuple[Probe | BadVideo | MachineFault | _Frames | _Fault, BinaryIO | None]:
     """Runs `job`; frames go to a memory file, beside their announcement."""
     try:
         result = job.run()
@@ -313,8 +337,8 @@ def _work(job: Job) -> tuple[Probe | BadVideo | _Frames | _Fault, BinaryIO | Non
         return result, None
     except MemoryError:
         raise
-    except BadVideo as error:
-        return BadVideo(error.reason), None
+    except (BadVideo, MachineFault) as error:
+        return type(error)(error.reason), None
     except Exception as error:
         return _Fault("".join(traceback.format_exception(error))), None
 

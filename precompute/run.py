@@ -1,6 +1,7 @@
 """Stage 1 from top to bottom: find the clips, encode the prompts, encode the clips, write the table."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 from precompute import encoders
@@ -47,6 +48,7 @@ def precompute(config: Config, part: Part, stop: StopSignal) -> Report:
         encode_prompts(stage, wanted.prompts, wanted.texts, tokenizer)
         inventory = encode_latents(stage, wanted.latents, wanted.clips, pool)
         report.seconds["decode"] = pool.busy_seconds()
+    _refuse_faults(stage)
     text_length = stage.encoders.conventions.text_length
     lengths = encoders.truncated_tokens(tokenizer, list(wanted.texts.values()), text_length)
     truncated = dict(zip(wanted.texts, lengths, strict=True))
@@ -60,14 +62,28 @@ def precompute(config: Config, part: Part, stop: StopSignal) -> Report:
     return report
 
 
+def _refuse_faults(stage: Stage) -> None:
+    """Raises `DataError` naming the files that this machine could not read; a view would be smaller for its sake."""
+    if stage.faults:
+        raise DataError(
+            f"{len(stage.faults)} of the files could not be read ({_listed(stage.faults.items())}); all others are "
+            "stored, and the view is as it was: run the same command again"
+        )
+
+
 def _refuse_nothing_to_train_on(view: View) -> None:
     """Raises `DataError` while the view that was there before still is."""
     if view.split("train"):
         return
-    reasons = [f"{row.source}: {row.skipped}" for row in view.split("skipped")]
-    more = [f"and {len(reasons) - MAX_SHOWN} more"] if len(reasons) > MAX_SHOWN else []
-    why = "; ".join([*reasons[:MAX_SHOWN], *more]) or "all are held out"
+    why = _listed((row.source, row.skipped) for row in view.split("skipped")) or "all are held out"
     raise DataError(f"data.name = {view.name!r}: no clip is left to train on ({why})")
+
+
+def _listed(sources: Iterable[tuple[str, str]]) -> str:
+    """The first few sources with their reasons, and how many more there are."""
+    reasons = [f"{source}: {reason}" for source, reason in sorted(sources)]
+    more = [f"and {len(reasons) - MAX_SHOWN} more"] if len(reasons) > MAX_SHOWN else []
+    return "; ".join([*reasons[:MAX_SHOWN], *more])
 
 
 def decode_pool(config: Config) -> DecodePool:

@@ -1,6 +1,6 @@
 """What both passes of a run share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from precompute.plan import Part
 from precompute.recipes import Encoders, find_encoders
@@ -20,6 +20,8 @@ class Stage:
     part: Part
     stop: StopSignal
     report: Report
+    faults: dict[str, str] = field(default_factory=dict)
+    """Source -> why the machine could not read it; nothing of this is stored, and the run ends with an error."""
 
     def check(self) -> None:
         """Raises `Preempted` if a signal has come."""

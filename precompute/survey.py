@@ -11,7 +11,7 @@ from precompute.pool import DecodePool
 from precompute.prompts import wanted_texts
 from precompute.recipes import Clip
 from precompute.stage import Stage
-from precompute.video import BadVideo, Probe
+from precompute.video import BadVideo, MachineFault, Probe
 from precompute.windows import Skipped, cut_windows
 from shared import console
 from shared.errors import UsageError
@@ -59,12 +59,18 @@ def survey(stage: Stage, pool: DecodePool) -> Survey:
 def cut_clips(
     stage: Stage, sources: Sequence[Source], pool: DecodePool, recipe: str
 ) -> tuple[list[Clip], list[tuple[Source, str]]]:
-    """Probe every source and cut its windows; sources that give none come back with the reason."""
+    """Probe every source and cut its windows; sources that give none come back with the reason.
+
+    Those that cannot be read now are in `stage.faults`.
+    """
     clips: list[Clip] = []
     left_out: list[tuple[Source, str]] = []
     probes = dict(_probes(stage, list(dict.fromkeys(source.path for source in sources)), pool))
     for source in sources:
         probe = probes[source.path]
+        if isinstance(probe, MachineFault):
+            stage.faults[source.name] = probe.reason
+            continue
         if isinstance(probe, BadVideo):
             left_out.append((source, probe.reason))
             continue
@@ -86,7 +92,9 @@ def cut_clips(
     return clips, left_out
 
 
-def _probes(stage: Stage, paths: list[Path], pool: DecodePool) -> Iterator[tuple[Path, Probe | BadVideo]]:
+def _probes(
+    stage: Stage, paths: list[Path], pool: DecodePool
+) -> Iterator[tuple[Path, Probe | BadVideo | MachineFault]]:
     with console.Progress("probing", len(paths)) as bar:
         for path, probe in zip(paths, ahead(pool.probe_all(paths), 64, stage.check), strict=True):
             yield path, probe

@@ -6,6 +6,7 @@ since decord hands out concealed frames without a word; its sampled `get_batch` 
 silently, and is never called. Files are untrusted: decode them in a `pool`.
 """
 
+import errno
 import hashlib
 import importlib
 import importlib.util
@@ -38,12 +39,18 @@ DECORD_CONTAINERS = (*INDEXED, "avi")
 DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuv444p")
 """decord rounds other formats' colours differently (up to 71 of 255 on 10-bit, 27 on interlaced chroma)."""
 
+BAD_NAMES = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+"""What opening says of a file that nobody will ever read: links in a circle, a name too long, a socket."""
+
 Decoder = Literal["pyav", "decord"]
 Requested = Literal["auto", "pyav", "decord"]
 
+FileMark = tuple[int, int, int, int, int]
+"""Device, inode, size in bytes, and the times of the last change of bytes and of anything, in nanoseconds."""
 
-class BadVideo(Exception):
-    """A file that gives no exact frames; `reason` is one short line."""
+
+class _OneLine(Exception):
+    """`reason` is one short line."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(" ".join(reason.split())[:200])
@@ -51,6 +58,14 @@ class BadVideo(Exception):
     @property
     def reason(self) -> str:
         return str(self.args[0])
+
+
+class BadVideo(_OneLine):
+    """A file that gives no exact frames: so it is for every reader, until the file is another."""
+
+
+class MachineFault(_OneLine):
+    """A file that was not to be had this time: it vanished, changed while it was read, or reading failed."""
 
 
 class _Unproven(Exception):
@@ -63,7 +78,8 @@ class Probe:
 
     sha256: str
     """Of the file's bytes, read through the descriptor that was probed."""
-    size_bytes: int
+    mark: FileMark
+    """Of that descriptor; the same mark means the same bytes."""
     timestamps_us: tuple[int, ...]
     """Presentation time of every displayed frame, ascending, the first 0, in whole microseconds."""
     height: int
@@ -81,7 +97,7 @@ class Probe:
 
 
 def probe(path: Path) -> Probe:
-    """Hash, count and time the frames of the file at `path`; raises `BadVideo`."""
+    """Hash, count and time the frames of the file at `path`; raises `BadVideo` or `MachineFault`."""
     with _opened(path) as file, _reading():
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         with _demuxer(file) as (container, stream):
@@ -98,7 +114,7 @@ def probe(path: Path) -> Probe:
         height, width = (first.width, first.height) if rotation % 180 else (first.height, first.width)
         return Probe(
             sha256=digest,
-            size_bytes=os.fstat(file.fileno()).st_size,
+            mark=_mark(file),
             timestamps_us=times,
             height=height,
             width=width,
@@ -125,13 +141,14 @@ def decode(path: Path, probe: Probe, indices: Sequence[int], decoder: Requested)
     """The frames `indices` (ascending, may repeat) of `probe.timestamps_us`: uint8 [F, H, W, 3] RGB as displayed.
 
     Returns them with the decoder that made them; `auto` turns from decord to PyAV where decord disagrees with `probe`.
-    Reads in sequence and stops after the last index. Raises `BadVideo`, also for a frame at another time than probed.
+    Reads in sequence and stops after the last index. Raises `BadVideo`, also for a frame at another time than probed,
+    or `MachineFault`, also for another file than probed.
     """
     assert len(indices) > 0 and all(a <= b for a, b in pairwise(indices))
     assert indices[0] >= 0 and indices[-1] < len(probe.timestamps_us)
     with _opened(path) as file, _reading():
-        if os.fstat(file.fileno()).st_size != probe.size_bytes:
-            raise BadVideo("the file changed after it was probed")
+        if _mark(file) != probe.mark and hashlib.file_digest(file, "sha256").hexdigest() != probe.sha256:
+            raise MachineFault("it changed after it was probed")
         if choose_decoder(probe, decoder) == "decord":
             if not probe.intact:
                 for _ in _displayed_as_probed(file, probe, last=indices[-1]):
@@ -227,23 +244,40 @@ def _against_decord(probe: Probe) -> str | None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[FileIO]:
-    """The regular file at `path`, opened once; everything after reads this descriptor."""
+    """The regular file at `path`, opened once; everything after reads this descriptor.
+
+    Whatever was read of a file that changed meanwhile counts for nothing: that is a `MachineFault`.
+    """
     try:
         # Without O_NONBLOCK a FIFO would wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except (OSError, ValueError) as error:
-        raise BadVideo(f"cannot open: {getattr(error, 'strerror', None) or error}") from error
+    except ValueError as error:
+        raise BadVideo(f"cannot open: {error}") from error
+    except OSError as error:
+        kind = BadVideo if error.errno in BAD_NAMES else MachineFault
+        raise kind(f"cannot open: {error.strerror}") from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise BadVideo("not a regular file")
-        yield FileIO(descriptor, closefd=False)
+        file = FileIO(descriptor, closefd=False)
+        before = _mark(file)
+        try:
+            yield file
+        finally:
+            if _mark(file) != before:
+                raise MachineFault("it changed while it was read")
     finally:
         os.close(descriptor)
 
 
+def _mark(file: FileIO) -> FileMark:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 @contextmanager
 def _reading() -> Iterator[None]:
-    """Turns what readers raise on damaged files into `BadVideo`.
+    """Turns what readers raise on damaged files into `BadVideo`, and what the file system raises into `MachineFault`.
 
     Any type may come (mutated files raised ten of them, AttributeError too); those that tell of ourselves stay.
     """
@@ -251,10 +285,12 @@ def _reading() -> Iterator[None]:
 
     try:
         yield
-    except (BadVideo, MemoryError, ImportError, AssertionError):
+    except (_OneLine, MemoryError, ImportError, AssertionError):
         raise
-    except av.FFmpegError as error:
+    except av.FFmpegError as error:  # some are an OSError, too: FFmpeg's verdict, not the file system's
         raise BadVideo(f"not a video: {error.strerror}") from error
+    except OSError as error:
+        raise MachineFault(f"cannot be read: {error.strerror or error}") from error
     except Exception as error:
         raise BadVideo(f"cannot be read: {type(error).__name__}: {error}") from error
 

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from precompute import calibrate
+from precompute.clips import read_sources
 from precompute.estimate import Estimate, estimate
 from precompute.plan import Part
 from precompute.run import decode_pool
@@ -48,6 +49,17 @@ def test_a_plan_promises_what_the_run_then_does_and_writes_nothing(pipeline, tmp
     assert (again.latents.made, again.latents.reused, again.needed_bytes, again.new) == (0, 5, 0, 0)
     assert again.orphaned == {"latents": 0, "prompts": 0, "bytes": 0}
     assert again.stored_bytes == sum(path.stat().st_size for path in cache.rglob("*.tar"))
+
+
+def test_a_file_that_cannot_be_read_now_is_pointed_out_and_not_counted(pipeline, filled, monkeypatch):
+    root, cache = filled
+    config = config_for(pipeline, root, cache)
+    sources = read_sources(config.data)
+    (root / "002.mp4").unlink()
+    monkeypatch.setattr("precompute.survey.read_sources", lambda _: sources)
+    found = look(config)
+    assert found.warnings == ["002.mp4: cannot open: No such file or directory; left out of this plan"]
+    assert (found.clips, found.skipped) == (5, [])
 
 
 def test_json_has_the_fields_of_a_run_with_planned_for_encoded(pipeline, filled):

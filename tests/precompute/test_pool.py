@@ -1,4 +1,4 @@
-"""Children that hang, die, starve or fail cost one clip; good clips come back in order and nothing is left behind."""
+"""Children that hang, crash, starve or fail cost one clip; good clips come back in order and nothing is left behind."""
 
 import ctypes
 import gc
@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from precompute.pool import Decoded, DecodeJob, DecodePool
-from precompute.video import BadVideo, Probe, decode, probe
+from precompute.video import BadVideo, MachineFault, Probe, decode, probe
 from tests import media
 
 
@@ -45,6 +45,18 @@ class Dies(DecodeJob):
 
     def run(self) -> Decoded:
         os.kill(os.getpid(), self.signal)
+        return super().run()
+
+
+@dataclass(frozen=True)
+class DiesOnce(Dies):
+    """The second time it finds the mark of the first."""
+
+    def run(self) -> Decoded:
+        mark = self.path.with_suffix(f".{self.signal}")
+        if mark.exists():
+            return DecodeJob.run(self)
+        mark.touch()
         return super().run()
 
 
@@ -93,8 +105,8 @@ def shared_pool() -> Iterator[DecodePool]:
         yield pool
 
 
-def told(outcomes: list[Decoded | BadVideo]) -> list[str]:
-    return [outcome.reason if isinstance(outcome, BadVideo) else outcome.decoder for outcome in outcomes]
+def told(outcomes: list[Decoded | BadVideo | MachineFault]) -> list[str]:
+    return [outcome.decoder if isinstance(outcome, Decoded) else outcome.reason for outcome in outcomes]
 
 
 def like(kind: type[DecodeJob], job: DecodeJob, **settings: float) -> DecodeJob:
@@ -121,11 +133,11 @@ def test_probes_come_in_order_with_one_reason_per_bad_file(shared_pool: DecodePo
         media.write_playlist(folder / "playlist.mp4", path),
         media.write_audio(folder / "audio.mp4"),
         media.write_without_index(folder / "no_moov.mp4", path),
-        folder / "nothing.mp4",
     ]
-    outcomes = list(shared_pool.probe_all([path, *bad, path]))
+    outcomes = list(shared_pool.probe_all([path, *bad, folder / "nothing.mp4", path]))
     assert outcomes[0] == outcomes[-1] == found
-    assert len(outcomes) == len(bad) + 2 and all(isinstance(outcome, BadVideo) for outcome in outcomes[1:-1])
+    assert len(outcomes) == len(bad) + 3 and all(isinstance(outcome, BadVideo) for outcome in outcomes[1:-2])
+    assert isinstance(outcomes[-2], MachineFault)
 
 
 @pytest.mark.parametrize("kind", [Sleeps, HoldsTheInterpreter])
@@ -138,16 +150,29 @@ def test_a_job_that_never_ends_ends_at_its_deadline(
     assert 2 <= time.monotonic() - begin < 4
 
 
-def test_a_child_that_dies_costs_its_own_job_only(shared_pool: DecodePool, good: DecodeJob) -> None:
-    jobs = [good, like(Dies, good), good, like(Dies, good, signal=signal.SIGSEGV), like(Leaves, good), good]
-    assert told(list(shared_pool.decode_all(jobs))) == [
+def test_a_child_that_crashes_costs_its_own_job_only(shared_pool: DecodePool, good: DecodeJob) -> None:
+    jobs = [good, like(Dies, good, signal=signal.SIGABRT), good, like(Dies, good, signal=signal.SIGSEGV)]
+    outcomes = list(shared_pool.decode_all([*jobs, like(Leaves, good), good]))
+    assert told(outcomes) == [
         "pyav",
-        "decoder died (SIGKILL)",
+        "decoder died (SIGABRT)",
         "pyav",
         "decoder died (SIGSEGV)",
         "decoder died (exit code 3)",
         "pyav",
     ]
+    assert not any(isinstance(outcome, MachineFault) for outcome in outcomes)
+
+
+def test_a_child_that_is_killed_from_outside_is_not_the_videos_fault(shared_pool: DecodePool, good: DecodeJob) -> None:
+    outcomes = list(shared_pool.decode_all([good, like(Dies, good), good]))
+    assert told(outcomes) == ["pyav", "its decoder was killed (SIGKILL)", "pyav"]
+    assert isinstance(outcomes[1], MachineFault)
+
+
+def test_what_the_machine_spoilt_is_tried_once_more(shared_pool: DecodePool, good: DecodeJob) -> None:
+    jobs = [good, like(DiesOnce, good), like(DiesOnce, good, signal=signal.SIGBUS), good]
+    assert told(list(shared_pool.decode_all(jobs))) == ["pyav"] * 4
 
 
 def test_a_child_that_dies_while_idle_costs_no_job(shared_pool: DecodePool, good: DecodeJob) -> None:

@@ -3,15 +3,19 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from precompute import prompts
+from precompute.clips import read_sources
+from precompute.plan import Inventory, take_inventory
 from precompute.report import Report
 from shared.errors import CacheError, DataError, UsageError
 from shared.files import LocalStorage
-from shared.store import SampleReader, shards, verify
+from shared.store import Collection, SampleReader, shards, verify
 from shared.view import read_view
 from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
 
@@ -203,6 +207,79 @@ def test_a_run_that_leaves_no_clip_to_train_on_keeps_the_view_that_was_there(pip
     with pytest.raises(DataError, match=r"bad\.mp4: not a video: .*; and 2 more\)"):
         run(config_for(pipeline, root, cache))
     assert {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()} == views
+
+
+def losing(monkeypatch, *paths: Path) -> None:
+    """Makes the files vanish once they are probed."""
+
+    def encode_prompts(*arguments: Any) -> None:
+        prompts.encode_prompts(*arguments)
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+    monkeypatch.setattr("precompute.run.encode_prompts", encode_prompts)
+
+
+def keys_in(cache: Path) -> dict[str, list[str]]:
+    """Key -> the shards it is stored in or skipped by."""
+    found: dict[str, list[str]] = {}
+    for tar, receipt in shards(LocalStorage(str(cache)), "latents"):
+        for key in (*(place.key for place in receipt.samples), *receipt.skipped):
+            found.setdefault(key, []).append(tar)
+    return found
+
+
+def test_a_file_that_vanishes_ends_the_run_with_all_else_stored_and_is_no_skip(pipeline, tmp_path, monkeypatch):
+    root, cache = write_corpus(tmp_path / "clips", 6), tmp_path / "cache"
+    (root / "004.mp4").write_bytes(b"no video")
+    config = config_for(pipeline, root, cache)
+    run(config_for(pipeline, root, cache, data={"resolution_buckets": [[32, 16]]}))  # the view that was there
+    views = {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()}
+    content = (root / "003.mp4").read_bytes()
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(DataError) as error:
+            losing(patch, root / "003.mp4")
+            run(config)
+        assert str(error.value) == (
+            "1 of the files could not be read (003.mp4: cannot open: No such file or directory); all others are "
+            "stored, and the view is as it was: run the same command again"
+        )
+        assert len(keys_in(cache)) == 5 + 4
+        assert {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()} == views
+        (root / "003.mp4").write_bytes(content)
+    report = run(config)
+    assert (report.latents.made, report.latents.reused, report.clips) == (1, 4, 5)
+    assert len(keys_in(cache)) == 10 and all(len(tars) == 1 for tars in keys_in(cache).values())
+    assert len(list(cache.glob("plans/*.json"))) < 8, "each failed run leaves another plan"
+
+
+def test_files_that_cannot_be_probed_now_are_named_together(pipeline, tmp_path, monkeypatch):
+    root, cache = write_corpus(tmp_path / "clips", 6), tmp_path / "cache"
+    sources = read_sources(config_for(pipeline, root, cache).data)
+    for number in range(5):
+        (root / f"{number:03}.mp4").unlink()
+    monkeypatch.setattr("precompute.survey.read_sources", lambda _: sources)
+    with pytest.raises(DataError, match=r"^5 of the files .*000\.mp4: .*002\.mp4: .*directory; and 2 more\)"):
+        run(config_for(pipeline, root, cache))
+    assert len(keys_in(cache)) == 1 and not (cache / "datasets").exists()
+
+
+def test_what_another_worker_could_read_is_no_fault_of_this_run(pipeline, tmp_path, monkeypatch):
+    root, cache, elsewhere = write_corpus(tmp_path / "clips", 3), tmp_path / "cache", tmp_path / "elsewhere"
+    shutil.copytree(root, elsewhere)
+    looked: list[str] = []
+
+    def look_after_the_other(storage: LocalStorage, collection: Collection) -> Inventory:
+        looked.append(collection.kind)
+        if collection.kind == "latents" and looked.count("latents") == 2:
+            # The first shards are written, without the lost clip.
+            assert len(keys_in(cache)) == 2
+            run(config_for(pipeline, elsewhere, cache))
+        return take_inventory(storage, collection)
+
+    losing(monkeypatch, root / "001.mp4")
+    monkeypatch.setattr("precompute.plan.take_inventory", look_after_the_other)
+    assert run(config_for(pipeline, root, cache)).clips == 3
 
 
 def test_a_missing_part_of_the_checkpoint_is_named(pipeline, tmp_path):

@@ -1,8 +1,10 @@
 """Frames are exact or refused: bar-coded clips of every kind through both decoders, and files that are no clips."""
 
+import errno
 import os
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from precompute import video
-from precompute.video import BadVideo, Probe, choose_decoder, decode, probe
+from precompute.video import BadVideo, MachineFault, Probe, choose_decoder, decode, probe
 from tests import media
 
 
@@ -210,7 +212,7 @@ def test_a_mirrored_display_matrix_is_refused(matrix: tuple[int, ...], folder: P
 def test_a_wrong_extension_does_not_matter(folder: Path) -> None:
     path = media.renamed(folder / "really_mp4.avi", clip(folder, "h264.mp4"))
     found, frames = decode_all(path)
-    assert found == probe(folder / "h264.mp4")
+    assert found == replace(probe(folder / "h264.mp4"), mark=found.mark)
     assert media.indices_of(frames) == list(range(30))
 
 
@@ -219,7 +221,7 @@ def test_the_hash_is_of_the_files_bytes(folder: Path) -> None:
 
     path = clip(folder, "h264.mp4")
     found = probe(path)
-    assert (found.sha256, found.size_bytes) == (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+    assert (found.sha256, found.mark[2]) == (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
 
 
 def test_a_truncated_mp4_is_refused_at_every_length_but_its_whole_frames_can_be_had(folder: Path) -> None:
@@ -283,7 +285,7 @@ def test_files_that_are_no_videos_are_refused_with_one_line(tmp_path: Path, fold
     good = clip(folder, "h264.mp4")
     os.mkfifo(tmp_path / "fifo.mp4")
     (tmp_path / "folder.mp4").mkdir()
-    (tmp_path / "dangling.mp4").symlink_to("nothing")
+    (tmp_path / "circle.mp4").symlink_to("circle.mp4")
     expected = {
         media.write_zeros(tmp_path / "zeros.mp4"): "not a video",
         media.write_zeros(tmp_path / "empty.mp4", 0): "not a video",
@@ -294,8 +296,7 @@ def test_files_that_are_no_videos_are_refused_with_one_line(tmp_path: Path, fold
         tmp_path / "fifo.mp4": "not a regular file",
         tmp_path / "folder.mp4": "not a regular file",
         Path("/dev/null"): "not a regular file",
-        tmp_path / "dangling.mp4": "cannot open: No such file",
-        tmp_path / "nothing.mp4": "cannot open: No such file",
+        tmp_path / "circle.mp4": "cannot open: Too many levels of symbolic links",
         tmp_path / "nul\0.mp4": "cannot open",
     }
     for path, reason in expected.items():
@@ -332,23 +333,101 @@ def test_a_cover_picture_is_no_video(tmp_path: Path) -> None:
     assert "no moving pictures" in reason_against(path)
 
 
+def test_a_file_that_is_not_to_be_had_is_no_bad_video(tmp_path: Path, folder: Path) -> None:
+    path = media.renamed(tmp_path / "clip.mp4", clip(folder, "h264.mp4"))
+    found = probe(path)
+    path.unlink()
+    for read in (lambda: probe(path), lambda: decode(path, found, [0], "pyav")):
+        with pytest.raises(MachineFault, match="cannot open: No such file"):
+            read()
+
+
+class FailingFile(FileIO):
+    """A file on a disk that fails: every read but the first few."""
+
+    good_reads = 0
+
+    def _fail(self) -> None:
+        self.reads = getattr(self, "reads", 0) + 1
+        if self.reads > FailingFile.good_reads:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def read(self, size: int = -1) -> bytes:
+        self._fail()
+        return super().read(size)
+
+    def readinto(self, buffer: Any) -> int:
+        self._fail()
+        return super().readinto(buffer) or 0
+
+
+@pytest.mark.parametrize("file", ["h264.mp4", "h264.mkv", "mpeg4.avi", "h264.ts", "vp9.webm"])
+def test_a_disk_that_fails_is_no_bad_video(file: str, folder: Path, monkeypatch: Any) -> None:
+    chosen = next(case for case in CASES if case.file == file)
+    path = clip(folder, file, **chosen.settings)
+    found = probe(path)
+    monkeypatch.setattr(video, "FileIO", FailingFile)
+    for good_reads in (0, 2):
+        monkeypatch.setattr(FailingFile, "good_reads", good_reads)
+        with pytest.raises(MachineFault, match="cannot be read: Input/output error"):
+            probe(path)
+    monkeypatch.setattr(FailingFile, "good_reads", 0)
+    with pytest.raises(MachineFault, match="cannot be read: Input/output error"):
+        decode(path, found, [0, 29], "pyav")
+
+
 def test_a_file_that_changed_after_the_probe_is_refused(tmp_path: Path, folder: Path) -> None:
     path = media.renamed(tmp_path / "clip.mp4", clip(folder, "h264.mp4"))
     found = probe(path)
     with path.open("ab") as file:
         file.write(b"x")
-    with pytest.raises(BadVideo, match="changed after it was probed"):
+    with pytest.raises(MachineFault, match="changed after it was probed"):
         decode(path, found, [0], "pyav")
 
 
-def test_a_file_of_the_same_size_with_another_timeline_is_refused(tmp_path: Path) -> None:
-    path = media.write_clip(tmp_path / "clip.avi", codec="ffv1", container="matroska")
+@pytest.mark.parametrize("replaced", [True, False], ids=["another file", "the same file"])
+def test_other_bytes_of_the_same_size_are_refused_and_the_same_bytes_anew_are_not(
+    replaced: bool, tmp_path: Path, folder: Path
+) -> None:
+    path = media.renamed(tmp_path / "clip.mp4", clip(folder, "h264.mp4"))
     found = probe(path)
-    media.write_clip(path, codec="ffv1", container="matroska", rate=25)
-    if path.stat().st_size != found.size_bytes:
-        path.write_bytes(path.read_bytes()[: found.size_bytes].ljust(found.size_bytes, b"\0"))
+    content, status = path.read_bytes(), path.stat()
+    other = bytearray(content)
+    other[-1] ^= 1
+    for data in (bytes(other), content):
+        if replaced:
+            path.unlink()
+        path.write_bytes(data)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        if data == content:
+            assert media.indices_of(decode(path, found, [5], "pyav")[0]) == [5]
+        else:
+            with pytest.raises(MachineFault, match="changed after it was probed"):
+                decode(path, found, [5], "pyav")
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 10_000])
+def test_what_was_read_of_a_file_that_changed_meanwhile_counts_for_nothing(
+    data: bytes, tmp_path: Path, folder: Path, monkeypatch: Any
+) -> None:
+    path = media.renamed(tmp_path / "clip.mp4", clip(folder, "h264.mp4"))
+    demuxer = video._demuxer
+
+    def rewriting(file: FileIO) -> Any:
+        path.write_bytes(data)
+        return demuxer(file)
+
+    monkeypatch.setattr(video, "_demuxer", rewriting)
+    with pytest.raises(MachineFault, match="changed while it was read"):
+        probe(path)
+
+
+def test_a_frame_at_another_time_than_probed_is_refused(folder: Path) -> None:
+    path = clip(folder, "h264.mp4")
+    found = probe(path)
+    slower = replace(found, timestamps_us=tuple(time * 30 // 25 for time in found.timestamps_us))
     with pytest.raises(BadVideo, match="frame 1 comes at another time"):
-        decode(path, found, [5], "pyav")
+        decode(path, slower, [5], "pyav")
 
 
 def test_fewer_frames_than_counted_are_refused(folder: Path) -> None:
