@@ -45,7 +45,10 @@ def test_without_a_gpu_it_ends_with_two_and_one_line() -> None:
     assert "needs a CUDA GPU" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("fault", "words"), [("raises", "KeyError: 'broken'"), ("strays", "does not compute what")])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("raises", "KeyError: 'broken'"), pytest.param("strays", "does not compute what", marks=pytest.mark.faults)],
+)
 def test_an_arm_that_fails_or_strays_is_not_timed_and_the_others_are(
     fault: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
