@@ -57,8 +57,6 @@ SEEN = {
     "checkpoints_total_limit",
     "resume_from_checkpoint",
     "validation_steps",
-    "report_to",
-    "tracker_name",
     "log_clips",
     "device",
     "prodigy_beta3",
@@ -188,6 +186,17 @@ def test_tf32_is_torchs_switch(settings: Settings) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def test_each_step_has_its_place_of_the_schedule_also_after_a_resume(settings: Settings) -> None:
+    """diffusers' linear: up over the warm-up, then down to nothing, the first step at its value for 0 steps done."""
+    values = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "max_train_steps": 5, "checkpointing_steps": 3}
+    config = settings(**values, learning_rate=0.6)
+    for _ in range(2):
+        train(config, StopSignal())
+        rates = [line["lr"] for line in read_metrics(config.train.output_dir)]
+        assert rates == pytest.approx([0.0, 0.3, 0.6, 0.4, 0.2])
+        config = settings(**values, learning_rate=0.6, resume_from_checkpoint="checkpoint-000003")
+
+
 def test_checkpoints_come_when_asked_and_the_oldest_go(settings: Settings) -> None:
     def names(**values: Any) -> list[str]:
         config = settings(str(values), max_train_steps=5, **values)
@@ -248,14 +257,6 @@ def test_the_clips_and_timesteps_are_written_when_asked(settings: Settings) -> N
     train(settings(log_clips=True), StopSignal())
     for line in read_metrics(settings().train.output_dir):
         assert len(line["clips"]) == len(line["timesteps"]) == 2
-
-
-def test_a_tracker_that_is_not_installed_is_refused_in_one_line(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shared.extras.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"report_to = 'wandb' needs .*pip install 'precog\[wandb\]'"):
-        train(settings(report_to="wandb"), StopSignal())
 
 
 @pytest.mark.parametrize("optimizer", EXTRAS)
