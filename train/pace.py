@@ -18,7 +18,7 @@ class Card:
     name: str
     gib: float
     linear: float
-    """Matrix products with thousands of rows; what stas00/ml-engineering measured (MAMF), less a sixth for our shapes."""
+    """Matrix products with thousands of rows; what stas00/ml-engineering measured (MAMF), less a sixth for shapes."""
     attention: Mapping[str, tuple[float, float]]
     """Kernel -> forward, backward, with heads of 64 and 16k tokens; the first is what "auto" comes to. The H100's are
     from the figures of the FlashAttention-3 paper (arXiv 2407.08608), backward continued from 2k tokens."""
@@ -40,7 +40,7 @@ CARDS: Mapping[str, Card] = {
     "a100": Card("A100 SXM 80 GB", 80.0, 230e12, {"flash": (150e12, 125e12)}, 1.5e12, 25e9),
     "4090": Card("RTX 4090 24 GB", 24.0, 150e12, {"flash": (145e12, 125e12)}, 0.76e12, 25e9),
 }
-"""By the name that `precog plan --card` takes. Rates of the 4090, and of attention on the A100, are the least certain."""
+"""By what `precog plan --card` takes. Rates of the 4090, and of attention on the A100, are the least certain."""
 
 EAGER_TENSORS, FUSED_TENSORS = 93, 24
 """[S,D] tensors in bf16 that a block's element-wise kernels read and write on the way forward, eager and compiled;
