@@ -13,7 +13,7 @@ setup: $(BIN)/.ready  ## Make .venv with the pinned dependencies and this projec
 
 $(BIN)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit("precog needs Python 3.11 or 3.12, not %d.%d: make PYTHON=/path/to/python3.11" % v)'
-	$(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -45,7 +45,7 @@ bench-gpu-train: setup  ## Measure stage 2 on a CUDA GPU at the published sizes 
 	$(BIN)/python -m bench.gpu_train --piece $(or $(PIECE),1) $(ARGS)
 
 bench-gpu-precompute: setup  ## Measure stage 1 on a CUDA GPU with encoders of the real size
-	$(BIN)/python bench/gpu_precompute.py $(ARGS)
+	$(BIN)/python -m bench.gpu_precompute $(ARGS)
 
 lint: setup  ## Check style and types
 	$(BIN)/ruff check .

@@ -1,159 +1,119 @@
-"""Stage 1 on a CUDA GPU with encoders of the published size and random weights: clips per second, who waited, memory.
+"""Stage 1 on a CUDA GPU with encoders of the published size: clips and prompts per second, who waited, memory.
 
-    python bench/gpu_precompute.py        # writes bench/results/gpu_precompute.json and .md
+    python -m bench.gpu_precompute              # writes bench/results/precompute-<gpu>.json and .md
+    python -m bench.gpu_precompute --dry-run    # every arm once with tiny encoders on the CPU; writes nothing
 
-Random weights cost what trained ones do; only the encoded content means nothing. Without a CUDA GPU it ends with 2.
+Weights are random, which costs what trained ones do. Each pass of stage 1 runs alone, as `precog precompute` runs it,
+into an empty cache, after a warm-up on two clips. Arms take turns; the first comes twice, as A/A control. An arm that
+fails is said to have, the others go on. Without CUDA it exits with 2, with a failed arm with 1.
 """
 
 import argparse
 import json
+import re
+import statistics
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if TYPE_CHECKING:  # decoding processes import this file again, and must not load torch
+    from bench.stage_1 import Scene
 
-from bench.precompute import RESULTS, write_corpus  # noqa: E402
-
-VAE = {
-    "block_out_channels": [128, 256, 256, 512],
-    "layers_per_block": 3,
-    "latent_channels": 16,
-    "temporal_compression_ratio": 4,
-    "sample_height": 480,
-    "sample_width": 720,
-    "scaling_factor": 0.7,
+Rows = dict[str, list[dict[str, float]]]
+TARGET = "Target at 49x480x720 on an H100: 2 clips per second."
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "untiled": ("clips", {}),
+    "untiled again": ("clips", {}),
+    "tiled": ("clips", {"enable_tiling": True}),
+    "channels last": ("clips", {"channels_last": True}),
+    "compiled": ("clips", {"compile_vae": True}),
+    "two at a time": ("clips", {"vae_batch_size": 2}),
+    "T5": ("prompts", {}),
+    "T5 in int8": ("prompts", {"text_quantization": "int8"}),
 }
-"""The published `vae/config.json`, where it differs from the class's defaults or decides the cost."""
-T5 = {
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
-}
-"""T5 v1.1 XXL."""
+"""Arm -> the pass that it times, and its fields of [precompute]."""
 
 
-def save_encoders(folder: Path) -> Path:
-    """The tiny pipeline's layout with encoders of the real size in bf16, made on the GPU."""
-    import shutil
+def run_arms(scene: "Scene", rounds: int, limit_seconds: float) -> tuple[Rows, dict[str, str]]:
+    """Rows of each arm by name, and why an arm failed; no arm begins after the limit."""
+    from bench.stage_1 import measure
 
-    import torch
-    from diffusers import AutoencoderKLCogVideoX
-    from transformers import T5Config, T5EncoderModel
-
-    shutil.copytree(ROOT / "demo" / "tiny", folder)
-    for name in ("vae", "text_encoder"):
-        shutil.rmtree(folder / name)
-    with torch.device("cuda"):
-        AutoencoderKLCogVideoX(**VAE).to(torch.bfloat16).save_pretrained(folder / "vae")
-        T5EncoderModel(T5Config(**T5)).to(torch.bfloat16).save_pretrained(folder / "text_encoder")
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    config |= {"max_text_seq_length": 226, "text_embed_dim": T5["d_model"]}
-    (folder / "transformer" / "config.json").write_text(json.dumps(config))
-    torch.cuda.empty_cache()
-    return folder
-
-
-ARMS: tuple[dict[str, Any], ...] = (
-    {},
-    {"enable_tiling": True},
-    {"channels_last": True},
-    {"compile_vae": True},
-    {"text_quantization": "int8"},
-)
+    started = time.monotonic()
+    rows: Rows = {}
+    failures: dict[str, str] = {}
+    for number in range(rounds):
+        for name, (kind, settings) in list(SETTINGS.items())[:: -1 if number % 2 else 1]:
+            if name in failures or time.monotonic() - started > limit_seconds:
+                continue
+            try:
+                row = measure(scene, kind, settings)
+            except Exception as error:  # whatever it is, the other arms are worth their time
+                failures[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                traceback.print_exc()
+                continue
+            rows.setdefault(name, []).append(row)
+            print(name, json.dumps({column: round(value, 3) for column, value in row.items()}), flush=True)
+    return rows, failures
 
 
-def measure(pipeline: Path, root: Path, cache: Path, arm: dict[str, Any], batch: int) -> dict[str, Any]:
-    """One run of stage 1 into an empty cache."""
-    import torch
-
-    from precompute.plan import Part
-    from precompute.run import precompute
-    from shared.config import Config
-    from shared.preemption import StopSignal
-
-    config = Config.model_validate(
-        {
-            "model": {"pretrained_model_name_or_path": str(pipeline)},
-            "data": {
-                "name": "bench",
-                "instance_data_root": root,
-                "caption_column": "prompts.txt",
-                "video_column": "videos.txt",
-                "fps": 0,
-                "frame_buckets": [49],
-                "resolution_buckets": [[480, 720]],
-            },
-            "precompute": {
-                "cache": str(cache),
-                "device": "cuda",
-                "decode_workers": 8,
-                "clips_per_shard": 16,
-                "vae_batch_size": batch,
-                **arm,
-            },
-            "train": {"output_dir": "runs/bench"},
-        }
-    )
-    torch.cuda.reset_peak_memory_stats()
-    report = precompute(config, Part(), StopSignal())
-    seconds = report.seconds
-    total = seconds["video_pass"]
-    return {
-        "arm": ", ".join(f"{name} = {value}" for name, value in arm.items()) or "plain",
-        "batch": batch,
-        "clips": report.latents.made,
-        "clips_per_second": round(report.latents.made / total, 3),
-        "prompts_per_second": round(report.prompts.made / seconds["encode_prompts"], 1),
-        "share_waiting_for_decode": round(seconds["wait_for_decode"] / total, 3),
-        "share_waiting_for_write": round(seconds["wait_for_write"] / total, 3),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-    }
+def as_markdown(record: dict[str, Any]) -> str:
+    """Medians by arm."""
+    columns = ("clips_per_second", "waited_for_decode", "waited_for_write", "prompts_per_second", "peak_gib")
+    lines = [
+        f"Stage 1 on {record['gpu']}: clips of {record['bucket']} in bf16, random weights; medians.",
+        "",
+        "| | rounds | " + " | ".join(column.replace("_", " ") for column in columns) + " |",
+        "|---" * (2 + len(columns)) + "|",
+    ]
+    for name, rows in record["arms"].items():
+        medians = {column: statistics.median(row[column] for row in rows) for column in columns if column in rows[0]}
+        cells = [f"{medians[column]:.2f}" if column in medians else "" for column in columns]
+        lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
+    lines += [f"| {name} | failed: {reason} |" for name, reason in record["failures"].items()]
+    return "\n".join([*lines, "", TARGET, "", f"{record['date']}; `{record['command']}`", ""])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=1)
-    arguments = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.gpu_precompute")
+    parser.add_argument("--clips", type=int, default=16, help="clips of one timed pass")
+    parser.add_argument("--rounds", type=int, default=3, help="at most")
+    parser.add_argument("--limit-seconds", type=float, default=420, help="begin no arm later than this")
+    parser.add_argument("--dry-run", action="store_true", help="every arm once, tiny, on the CPU")
+    given = parser.parse_args(arguments)
     import torch
 
-    if not torch.cuda.is_available():
-        print("bench/gpu_precompute.py needs a CUDA GPU; none is here")
+    if not given.dry_run and not torch.cuda.is_available():
+        print("bench.gpu_precompute needs a CUDA GPU; none is here (--dry-run runs without)", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as scratch:
-        pipeline, root = save_encoders(Path(scratch) / "pipeline"), Path(scratch) / "clips"
-        write_corpus(root, arguments.clips, 480, 720, 49)
-        warm = Path(scratch) / "warm"
-        write_corpus(warm, 2, 480, 720, 49)
-        measure(pipeline, warm, Path(scratch) / "cache-warm", {}, arguments.batch)
-        rows = [
-            measure(pipeline, root, Path(scratch) / f"cache-{number}", arm, arguments.batch)
-            for number, arm in enumerate(ARMS)
-        ]
-    result = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "bucket": "49x480x720",
-        "runs": rows,
-        "time": time.strftime("%Y-%m-%d", time.gmtime()),
+    from bench.precompute import RESULTS
+    from bench.stage_1 import published_scene, tiny_scene
+    from precompute.provenance import environment
+
+    with tempfile.TemporaryDirectory() as folder:
+        scene = tiny_scene(Path(folder)) if given.dry_run else published_scene(Path(folder), given.clips)
+        rows, failures = run_arms(scene, 1 if given.dry_run else given.rounds, given.limit_seconds)
+    gpu = "a CPU" if given.dry_run else torch.cuda.get_device_name()
+    record = {
+        "gpu": gpu,
+        "environment": environment(scene.device),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": " ".join(["python -m bench.gpu_precompute", *(sys.argv[1:] if arguments is None else arguments)]),
+        "bucket": str(scene.bucket),
+        "arms": rows,
+        "failures": failures,
     }
-    names = list(rows[0])
-    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-    lines += [f"| {' | '.join(str(row[name]) for name in names)} |" for row in rows]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "gpu_precompute.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "gpu_precompute.md").write_text("\n".join([f"{result['device']}, 49x480x720", "", *lines]) + "\n")
-    print("\n".join(lines))
-    return 0
+    text = as_markdown(record)
+    print(text)
+    if not given.dry_run:
+        path = RESULTS / f"precompute-{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+    return int(bool(failures))
 
 
 if __name__ == "__main__":
