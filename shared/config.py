@@ -262,6 +262,8 @@ class Train(Table):
     """The tracker's name of the project."""
     log_clips: bool = False
     """Write each step's clips and timesteps to metrics.jsonl."""
+    nccl_timeout: Positive = 1800
+    """Seconds that a process waits for the others before it fails, with NCCL or gloo; a preview has to fit in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes this process's GPU when there is one; CUDA_VISIBLE_DEVICES says which that is."""
 

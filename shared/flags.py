@@ -10,7 +10,6 @@ INSTEAD = {
     "hub_model_id": PUSH,
     "hub_token": "never a field: log in with `hf auth login`, or set HF_TOKEN",
     "logging_dir": "the tracker writes into train.output_dir, under train.tracker_name",
-    "nccl_timeout": "no process waits for more than a checkpoint or a preview",
     "num_validation_videos": PREVIEWS,
     "push_to_hub": PUSH,
     "rank": "it is train.lora_rank",

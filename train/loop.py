@@ -30,6 +30,7 @@ from train.evaluate import base_held_out_loss, held_out_loss
 from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, export_adapter
 from train.learner import Learner
 from train.metrics import Metrics, finish_metrics, open_tracker, track
+from train.peers import gather
 from train.preview import Previews, open_previews, write_preview
 from train.resume import Start, find_start
 from train.run import Run, announce, open_run
@@ -64,6 +65,8 @@ def run_steps(run: Run, stop: StopSignal) -> None:
     accelerator.wait_for_everyone()
     metrics = open_metrics(run, start) if accelerator.is_main_process else None
     open_tracker(accelerator, run.config)
+    if lacks_evaluation(run, learner, metrics) and not evaluate(run, learner, metrics, stop):
+        leave(run, learner, stop)
 
     with ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(read_work, run, learner.step)
@@ -84,18 +87,19 @@ def run_steps(run: Run, stop: StopSignal) -> None:
             if metrics is not None:
                 line = describe_step(run, learner.step, work, result, learning_rate)
                 line |= {"seconds": time.perf_counter() - started, "data_wait_seconds": waited_seconds}
-                if run.held_out.rows and _is_due(run, learner.step, settings.validation_steps):
-                    line |= evaluate(run, learner, with_base=metrics.base_held_out_loss is None)
                 track(accelerator, metrics.write(line))
+            checkpoint = partial(save, run, learner, start.state)
+            if saving := result.stopping or _is_due(run, learner.step, settings.checkpointing_steps):
+                on_main(accelerator, checkpoint)  # before what may take long and be cut off
+            if result.stopping:
+                leave(run, learner, stop)
+            if is_evaluated(run, learner.step) and not evaluate(run, learner, metrics, stop):
+                if not saving:
+                    on_main(accelerator, checkpoint)
+                leave(run, learner, stop)
             if previews is not None and _is_multiple(learner.step, settings.preview_steps):
                 for number in range(len(previews.prompts)):  # one at a time, so that no rank waits for many
                     on_main(accelerator, partial(preview, run, learner, previews, number, stop))
-            if result.stopping or _is_due(run, learner.step, settings.checkpointing_steps):
-                on_main(accelerator, partial(save, run, learner, start.state))
-            if result.stopping and learner.step < run.num_steps:
-                accelerator.end_training()
-                stop.requested = True
-                stop.check(f"checkpoint saved at step {learner.step} of {run.num_steps} in {settings.output_dir}")
 
     if accelerator.is_main_process:
         finish_metrics(settings.output_dir, export(run, learner, start))
@@ -131,12 +135,42 @@ def describe_step(run: Run, step: int, work: Work, result: StepResult, learning_
     return line
 
 
-def evaluate(run: Run, learner: Learner, *, with_base: bool) -> dict[str, float]:
-    """The held-out loss, and that of the base model alone, which never changes, if asked for."""
-    data = run.transformer, run.held_out, run.conventions, len(run.schedule), run.engine
+def is_evaluated(run: Run, step: int) -> bool:
+    """Whether the step has a held-out loss."""
+    return bool(run.held_out.rows) and _is_due(run, step, run.config.train.validation_steps)
+
+
+def lacks_evaluation(run: Run, learner: Learner, metrics: Metrics | None) -> bool:
+    """Whether the run goes on from a step that ended before its held-out loss was written; alike on all processes."""
+    lacking = metrics is not None and metrics.last.get("step") == learner.step and "held_out_loss" not in metrics.last
+    return is_evaluated(run, learner.step) and any(gather(lacking))
+
+
+def evaluate(run: Run, learner: Learner, metrics: Metrics | None, stop: StopSignal) -> bool:
+    """Add the held-out loss to the step's line, the first time with that of the base model alone, which never changes.
+
+    All processes take part. False, with nothing added, if a signal came to one of them.
+    """
+    data = run.transformer, run.held_out, run.conventions, len(run.schedule), run.engine, lambda: stop.requested
     with learner.evaluated():
         losses = {"held_out_loss": held_out_loss(*data)}
-    return losses | ({"base_held_out_loss": base_held_out_loss(*data)} if with_base else {})
+    if any(gather(metrics is not None and metrics.base_held_out_loss is None)):
+        losses["base_held_out_loss"] = base_held_out_loss(*data)
+    taken = {name: loss for name, loss in losses.items() if loss is not None}
+    if taken.keys() < losses.keys():
+        return False
+    if metrics is not None:
+        metrics.add(taken)
+        track(run.accelerator, {"step": learner.step, **taken})
+    return True
+
+
+def leave(run: Run, learner: Learner, stop: StopSignal) -> None:
+    """End all processes, one of which has had a signal; raises `Preempted`."""
+    run.accelerator.end_training()
+    stop.requested = True
+    where = run.config.train.output_dir
+    stop.check(f"checkpoint saved at step {learner.step} of {run.num_steps} in {where}")
 
 
 def preview(run: Run, learner: Learner, previews: Previews, number: int, stop: StopSignal) -> None:

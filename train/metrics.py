@@ -36,10 +36,10 @@ class Metrics:
             self._average.add(line["loss"])
         self.base_held_out_loss = _first(kept, "base_held_out_loss")
         """Without the adapter, once it has been written."""
+        self.last = kept[-1] if kept else {}
+        """The line of the last step."""
         if kept or self._path.exists():
-            pending = self._path.with_name(f".tmp-{FILE_NAME}")
-            pending.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            pending.replace(self._path)
+            self._replace(kept)
 
     def write(self, line: dict[str, Any]) -> dict[str, Any]:
         """Append one step and show it; the line as written, which has its `ema_loss`."""
@@ -47,12 +47,22 @@ class Metrics:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         console.say(self._row(line))
-        if self.base_held_out_loss is None:
-            self.base_held_out_loss = line.get("base_held_out_loss")
-        if "held_out_loss" in line:
-            base = f", {self.base_held_out_loss:.5f} without the adapter" if self.base_held_out_loss is not None else ""
-            console.say(f"{'held out':>11} {line['held_out_loss']:>9.5f}{base}")
+        self.last = line
         return line
+
+    def add(self, losses: dict[str, float]) -> None:
+        """Add held-out losses to the last line, and show them."""
+        self.last |= losses
+        self._replace([*read_metrics(self._path.parent)[:-1], self.last])
+        if self.base_held_out_loss is None:
+            self.base_held_out_loss = losses.get("base_held_out_loss")
+        base = f", {self.base_held_out_loss:.5f} without the adapter" if self.base_held_out_loss is not None else ""
+        console.say(f"{'held out':>11} {losses['held_out_loss']:>9.5f}{base}")
+
+    def _replace(self, lines: Sequence[dict[str, Any]]) -> None:
+        pending = self._path.with_name(f".tmp-{FILE_NAME}")
+        pending.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        pending.replace(self._path)
 
     def header(self) -> None:
         """The names above the fixed-width lines."""

@@ -15,11 +15,19 @@ Value = TypeVar("Value")
 
 def gather(value: Value) -> list[Value]:
     """Every process's value, by rank; all of them have to call this together."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    _, world_size = place()
+    if world_size == 1:
         return [value]
-    values = [value] * distributed.get_world_size()
+    values = [value] * world_size
     distributed.all_gather_object(values, value)
     return values
+
+
+def place() -> tuple[int, int]:
+    """This process's rank, and how many processes there are."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 def together(work: Callable[[], Value]) -> Value:

@@ -2,10 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers import CogVideoXTransformer3DModel
 
 from shared import console
@@ -122,9 +124,10 @@ def start_processes(train: Train) -> Accelerator:
         if "OMP_NUM_THREADS" not in os.environ:  # the background reader needs a core of its own
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
     require_tracker(train)
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=train.nccl_timeout))
     if train.report_to == "none":
-        return Accelerator(cpu=on_cpu)
-    return Accelerator(cpu=on_cpu, log_with=train.report_to, project_dir=train.output_dir)
+        return Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
+    return Accelerator(cpu=on_cpu, log_with=train.report_to, project_dir=train.output_dir, kwargs_handlers=[patience])
 
 
 def agreed_conventions(config: Config, storage: Storage, view: View) -> tuple[Conventions, dict[str, Any]]:

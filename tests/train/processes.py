@@ -16,6 +16,7 @@ from pathlib import Path
 
 from shared.config import Config
 from shared.preemption import StopSignal
+from train.loop import run_steps, train
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train.loop", "tests.train.processes"])
@@ -23,7 +24,10 @@ DEADLINE_SECONDS = 120
 
 
 class KilledInStep(StopSignal):
-    """SIGKILLs this process between the gradients and the update of its `number`th step (from 1)."""
+    """SIGKILLs this process between the gradients and the update of its `number`th step (from 1).
+
+    Each step asks once; what else may ask, an evaluation or a preview, is not counted.
+    """
 
     def __init__(self, number: int) -> None:
         self._polls = 0
@@ -32,7 +36,7 @@ class KilledInStep(StopSignal):
 
     @property
     def requested(self) -> bool:
-        self._polls += 1
+        self._polls += sys._getframe(1).f_code is run_steps.__code__
         if self._polls == self._number:
             os.kill(os.getpid(), signal.SIGKILL)
         return False
@@ -123,7 +127,6 @@ def _run(
     import torch
 
     from shared.console import run_command
-    from train.loop import train
 
     os.environ |= environment
     if largest_file_bytes is not None:

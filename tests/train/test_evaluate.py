@@ -1,0 +1,150 @@
+"""The held-out loss: after the checkpoint, shared out over the processes, the same figure for any number of them."""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from precompute.plan import Part
+from precompute.run import precompute
+from shared.config import Config
+from shared.errors import Preempted
+from shared.files import open_storage
+from shared.preemption import StopSignal
+from shared.run_folder import EXPORT, adapter_file
+from shared.store import shards
+from shared.view import read_view
+from tests.train import processes
+from train.checkpoint import load_checkpoint
+from train.loop import run_steps, train
+from train.metrics import read_metrics
+
+VARYING = ("seconds", "data_wait_seconds", "peak_memory_bytes")
+Held = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def three_held_out(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Five clips to train on, three held out, in a cache of its own."""
+    folder = tmp_path_factory.mktemp("three_held_out")
+    config = experiment.model_copy(
+        update={
+            "data": experiment.data.model_copy(update={"held_out_clips": 3}),
+            "precompute": experiment.precompute.model_copy(update={"cache": str(folder / "cache")}),
+        }
+    )
+    precompute(config, Part(), StopSignal())
+    return config
+
+
+@pytest.fixture
+def held(three_held_out: Config, tmp_path: Path) -> Held:
+    def change(name: str = "run", **values: Any) -> Config:
+        values = {"output_dir": tmp_path / name, "global_batch_size": 1} | values
+        return three_held_out.model_copy(update={"train": three_held_out.train.model_copy(update=values)})
+
+    return change
+
+
+def losses(config: Config) -> list[dict[str, Any]]:
+    lines = read_metrics(config.train.output_dir)
+    return [{name: line[name] for name in line if name not in VARYING} for line in lines]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_any_number_of_processes_takes_the_same_held_out_loss_to_the_last_bit(world_size: int, held: Held) -> None:
+    """Of the same weights, because a batch of one clip is one rank's alone; and with fewer clips than ranks, too."""
+    alone, together = (held(name, max_train_steps=2, validation_steps=1) for name in ("alone", "together"))
+    train(alone, StopSignal())
+    assert processes.run(together, world_size) == [0] * world_size, processes.log(together)
+    assert losses(together) == losses(alone)
+    assert [line["held_out_loss"] != line["loss"] for line in losses(alone)] == [True, True]
+
+
+def damage_held_out(config: Config, number: int) -> str:
+    """Flip a bit in the latents of the `number`th held-out clip; its source."""
+    storage = open_storage(config.precompute.cache)
+    row = read_view(storage, config.data.name).split("held_out")[number]
+    tar, place = next(
+        (tar, place)
+        for tar, receipt in shards(storage, "latents")
+        for place in receipt.samples
+        if place.key == row.latent_key
+    )
+    path = Path(config.precompute.cache) / tar
+    content = bytearray(path.read_bytes())
+    content[place.offset + place.length // 2] ^= 4
+    path.write_bytes(content)
+    return row.source
+
+
+def test_each_rank_takes_its_clips_and_a_bad_one_ends_all_with_one_line(held: Held, tmp_path: Path) -> None:
+    config = held(max_train_steps=1)
+    shutil.copytree(config.precompute.cache, tmp_path / "cache")
+    config = config.model_copy(
+        update={"precompute": config.precompute.model_copy(update={"cache": str(tmp_path / "cache")})}
+    )
+    source = damage_held_out(config, 1)
+    assert processes.finish(processes.start(config, 2), others_follow=False) == [4, 4]
+    for rank in range(2):
+        assert processes.log(config, rank).splitlines()[-1].startswith(f"precog: rank 1: {source} at 0.00 s: ")
+    assert load_checkpoint(config.train.output_dir / "checkpoint-000001").step == 1, "saved before"
+
+
+class StoppedInEvaluation(StopSignal):
+    """A signal that comes in the `number`th evaluated clip (from 1)."""
+
+    def __init__(self, number: int) -> None:
+        self._polls = 0
+        self._number = number
+        super().__init__()
+
+    @property
+    def requested(self) -> bool:
+        self._polls += sys._getframe(1).f_code is not run_steps.__code__
+        return self._polls >= self._number
+
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("number", "step"), [(2, 2), (5, 2), (7, 4)])
+def test_a_signal_in_an_evaluation_is_heard_after_a_clip_and_the_resumed_run_is_the_straight_one(
+    number: int, step: int, held: Held
+) -> None:
+    values = {"max_train_steps": 4, "validation_steps": 2, "checkpointing_steps": 3}
+    straight, config = held("straight", **values), held(**values)
+    train(straight, StopSignal())
+    with pytest.raises(Preempted, match=f"checkpoint saved at step {step} of 4"):
+        train(config, StoppedInEvaluation(number))
+    assert [line["step"] for line in losses(config) if "held_out_loss" in line] == [2][: step // 4]
+    train(config, StopSignal())
+    assert losses(config) == losses(straight)
+    left, right = (load_file(adapter_file(run.train.output_dir / EXPORT)) for run in (straight, config))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_process_that_hears_nothing_from_the_others_fails_after_its_timeout(held: Held) -> None:
+    config = held(max_train_steps=100_000, checkpointing_steps=100_000, nccl_timeout=3)
+    children = processes.start(config, 2)
+    try:
+        processes.wait_until(lambda: len(read_metrics(config.train.output_dir)) >= 2)
+        assert children[1].pid is not None
+        os.kill(children[1].pid, signal.SIGSTOP)
+        stopped = time.monotonic()
+        children[0].join(60)
+        assert children[0].exitcode not in (None, 0)
+        assert 2 < time.monotonic() - stopped < 30
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
