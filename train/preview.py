@@ -16,7 +16,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import CogVideoXDPMScheduler
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import save_file
 from torch import Tensor
@@ -146,7 +145,7 @@ def denoise(run: Run, prompt: Prompt, negative_prompt_embeds: Tensor, stopped: S
     shape = (frames + padding, channels, height, width)
     condition = torch.zeros(shape[0], 0, height, width, device=device, dtype=dtype)  # no channels without an image
     if prompt.first_frame is not None:  # the pipeline draws the image before the noise
-        image = DiagonalGaussianDistribution(prompt.first_frame.moments[None]).sample(generator)[0].transpose(0, 1)
+        image = _draw(prompt.first_frame.moments, generator).transpose(0, 1)
         condition = image_condition(image.to(device, dtype), frames, run.conventions)
     latents: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     latents = latents * scheduler.init_noise_sigma
@@ -177,6 +176,14 @@ def denoise(run: Run, prompt: Prompt, negative_prompt_embeds: Tensor, stopped: S
     finally:
         transformer.train(was_training)
     return latents[padding:].cpu().contiguous()
+
+
+def _draw(moments: Tensor, generator: torch.Generator) -> Tensor:
+    """[2C,1,H,W] -> [C,1,H,W], drawn as the pipeline draws it; its class lies among the VAEs, which a run leaves out."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    drawn: Tensor = DiagonalGaussianDistribution(moments[None]).sample(generator)[0]
+    return drawn
 
 
 def _velocity(run: Run, clip: ModelInput) -> Tensor:
