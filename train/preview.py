@@ -179,7 +179,7 @@ def denoise(run: Run, prompt: Prompt, negative_prompt_embeds: Tensor, stopped: S
 
 
 def _draw(moments: Tensor, generator: torch.Generator) -> Tensor:
-    """[2C,1,H,W] -> [C,1,H,W], drawn as the pipeline draws it; its class lies among the VAEs, which a run leaves out."""
+    """[2C,1,H,W] -> [C,1,H,W], as the pipeline draws it, by a class among the VAEs, which a run else leaves out."""
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     drawn: Tensor = DiagonalGaussianDistribution(moments[None]).sample(generator)[0]
