@@ -36,7 +36,7 @@ class Calibration:
 def calibrate(stage: Stage, clips: Sequence[Clip], texts: Sequence[str], pool: DecodePool) -> Calibration:
     """Time a sample of what is to be made; nothing is written.
 
-    Encoding is taken to cost the same per pixel, decoding per frame up to a clip's last, texts per batch. Raises
+    Encoding is taken to cost the same per pixel, decoding per frame, texts per batch. Raises
     `DataError` if no sampled clip can be decoded, `Preempted` after a signal.
     """
     batch = texts[: stage.config.precompute.text_batch_size]
@@ -129,8 +129,9 @@ def _pixels(clip: Clip) -> int:
 
 
 def _frames(clip: Clip) -> int:
-    """Every frame up to the last one wanted has to be decoded."""
-    return clip.window.indices[-1] + 1
+    """Frames that have to be decoded, about: all up to the last wanted one, or from a keyframe before the first."""
+    first, last = clip.window.indices[0], clip.window.indices[-1]
+    return last - first + 1 if clip.probe.one_to_one else last + 1
 
 
 def _sum(measure: Callable[[Clip], int], clips: Sequence[Clip]) -> int:

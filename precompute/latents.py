@@ -101,7 +101,10 @@ def _write(
 
 def decode_job(stage: Stage, clip: Clip) -> DecodeJob:
     """What a decoding process needs to know of a clip."""
-    return DecodeJob(clip.source.path, clip.probe, clip.window.indices, stage.config.precompute.decoder)
+    window = clip.window
+    return DecodeJob(
+        clip.source.path, clip.probe, window.indices, window.timestamps_us, stage.config.precompute.decoder
+    )
 
 
 def _encoded_shards(

@@ -28,7 +28,8 @@ from typing import BinaryIO, Protocol, cast
 
 import numpy as np
 
-from precompute.video import BadVideo, MachineFault, Probe, Requested, decode, probe
+from precompute.decode import Requested, decode
+from precompute.video import BadVideo, MachineFault, Probe, Probed, probe
 
 START_SECONDS = 120.0
 KILL_SECONDS = 10.0
@@ -42,7 +43,7 @@ GIB = 2**30
 class Job(Protocol):
     """A picklable frozen record; `run` happens in a child and may raise `BadVideo` or `MachineFault`."""
 
-    def run(self) -> "Probe | Decoded": ...
+    def run(self) -> "Probed | Decoded": ...
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,22 @@ class ProbeJob:
 
     path: Path
 
-    def run(self) -> Probe:
+    def run(self) -> Probed:
         return probe(self.path)
 
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """The frames `indices` (ascending, may repeat) of a probed file."""
+    """The frames `indices` (ascending, may repeat) of a probed file, and the times they were probed at."""
 
     path: Path
     probe: Probe
     indices: tuple[int, ...]
+    timestamps_us: tuple[int, ...]
     decoder: Requested = "auto"
 
     def run(self) -> Decoded:
-        frames, decoder = decode(self.path, self.probe, self.indices, self.decoder)
+        frames, decoder = decode(self.path, self.probe, self.indices, self.timestamps_us, self.decoder)
         return Decoded(frames, decoder)
 
 
@@ -96,7 +98,7 @@ class _Fault:
 class _Reply:
     """Without an outcome: ready for the first job. `leaving`: the memory is spent, no further job is taken."""
 
-    outcome: Probe | BadVideo | MachineFault | _Frames | _Fault | None
+    outcome: Probed | BadVideo | MachineFault | _Frames | _Fault | None
     seconds: float
     leaving: bool = False
 
@@ -155,7 +157,7 @@ class DecodePool:
         self._memory_gib = memory_gib
         self._children: list[_Child] = []
         self._waiting: deque[_Task] = deque()
-        self._outcomes: dict[int, Probe | Decoded | BadVideo | MachineFault] = {}
+        self._outcomes: dict[int, Probed | Decoded | BadVideo | MachineFault] = {}
         self._busy_seconds = 0.0
         self._failed_starts = 0
 
@@ -169,9 +171,9 @@ class DecodePool:
         while self._children:
             self._children.pop().kill()
 
-    def probe_all(self, paths: Iterable[Path]) -> Iterator[Probe | BadVideo | MachineFault]:
+    def probe_all(self, paths: Iterable[Path]) -> Iterator[Probed | BadVideo | MachineFault]:
         """One outcome per path, in order."""
-        return cast("Iterator[Probe | BadVideo | MachineFault]", self._run(ProbeJob(path) for path in paths))
+        return cast("Iterator[Probed | BadVideo | MachineFault]", self._run(ProbeJob(path) for path in paths))
 
     def decode_all(self, jobs: Iterable[DecodeJob]) -> Iterator[Decoded | BadVideo | MachineFault]:
         """One outcome per job, in order; at most 2 * workers jobs are taken ahead of the consumer."""
@@ -181,7 +183,7 @@ class DecodePool:
         """Seconds that children spent on jobs, summed."""
         return self._busy_seconds
 
-    def _run(self, jobs: Iterable[Job]) -> Iterator[Probe | Decoded | BadVideo | MachineFault]:
+    def _run(self, jobs: Iterable[Job]) -> Iterator[Probed | Decoded | BadVideo | MachineFault]:
         assert not self._outcomes and not any(child.task for child in self._children)
         remaining = iter(jobs)
         taken = given = 0
@@ -263,7 +265,7 @@ class DecodePool:
         if reply.leaving:
             self._drop(child)
 
-    def _settle(self, task: _Task, outcome: Probe | Decoded | BadVideo | MachineFault) -> None:
+    def _settle(self, task: _Task, outcome: Probed | Decoded | BadVideo | MachineFault) -> None:
         """Keeps the outcome for its turn, or puts the job in front once more."""
         if isinstance(outcome, MachineFault) and not task.again:
             self._waiting.appendleft(replace(task, again=True))
@@ -328,7 +330,7 @@ def _serve(pipe: Connection, memory_gib: float, deadline_seconds: float) -> None
                 memory.close()
 
 
-def _work(job: Job) -> tuple[Probe | BadVideo | MachineFault | _Frames | _Fault, BinaryIO | None]:
+def _work(job: Job) -> tuple[Probed | BadVideo | MachineFault | _Frames | _Fault, BinaryIO | None]:
     """Runs `job`; frames go to a memory file, beside their announcement."""
     try:
         result = job.run()

@@ -11,7 +11,7 @@ from precompute.pool import DecodePool
 from precompute.prompts import wanted_texts
 from precompute.recipes import Clip
 from precompute.stage import Stage
-from precompute.video import BadVideo, MachineFault, Probe
+from precompute.video import BadVideo, MachineFault, Probed
 from precompute.windows import Skipped, cut_windows
 from shared import console
 from shared.errors import UsageError
@@ -63,38 +63,46 @@ def cut_clips(
 
     Those that cannot be read now are in `stage.faults`.
     """
-    clips: list[Clip] = []
-    left_out: list[tuple[Source, str]] = []
-    probes = dict(_probes(stage, list(dict.fromkeys(source.path for source in sources)), pool))
-    for source in sources:
-        probe = probes[source.path]
-        if isinstance(probe, MachineFault):
-            stage.faults[source.name] = probe.reason
-            continue
-        if isinstance(probe, BadVideo):
-            left_out.append((source, probe.reason))
-            continue
-        windows = cut_windows(
-            probe.timestamps_us,
-            probe.height,
-            probe.width,
-            stage.config.data,
-            start_seconds=source.start_seconds,
-            end_seconds=source.end_seconds,
-        )
-        if isinstance(windows, Skipped):
-            left_out.append((source, windows.reason))
-            continue
-        mode = stage.config.data.video_reshape_mode
-        clips += [
-            Clip(source, probe, window, recipes.latent_key(probe.sha256, window, mode, recipe)) for window in windows
-        ]
-    return clips, left_out
+    places: dict[Path, list[int]] = {}
+    for place, source in enumerate(sources):
+        places.setdefault(source.path, []).append(place)
+    clips: dict[int, list[Clip]] = {}
+    left_out: dict[int, str] = {}
+    for path, outcome in _probes(stage, list(places), pool):
+        for place in places[path]:
+            if isinstance(outcome, MachineFault):
+                stage.faults[sources[place].name] = outcome.reason
+                continue
+            found = outcome if isinstance(outcome, BadVideo) else _cut(stage, sources[place], outcome, recipe)
+            if isinstance(found, list):
+                clips[place] = found
+            else:
+                left_out[place] = found.reason
+    return (
+        [clip for place in sorted(clips) for clip in clips[place]],
+        [(sources[place], left_out[place]) for place in sorted(left_out)],
+    )
+
+
+def _cut(stage: Stage, source: Source, found: Probed, recipe: str) -> list[Clip] | Skipped:
+    """The clips of a source; its time stamps, the bulk of a probe, are not kept."""
+    windows = cut_windows(
+        found.timestamps_us,
+        found.probe.height,
+        found.probe.width,
+        stage.config.data,
+        start_seconds=source.start_seconds,
+        end_seconds=source.end_seconds,
+    )
+    if isinstance(windows, Skipped):
+        return windows
+    mode, probe = stage.config.data.video_reshape_mode, found.probe
+    return [Clip(source, probe, window, recipes.latent_key(probe.sha256, window, mode, recipe)) for window in windows]
 
 
 def _probes(
     stage: Stage, paths: list[Path], pool: DecodePool
-) -> Iterator[tuple[Path, Probe | BadVideo | MachineFault]]:
+) -> Iterator[tuple[Path, Probed | BadVideo | MachineFault]]:
     with console.Progress("probing", len(paths)) as bar:
         for path, probe in zip(paths, ahead(pool.probe_all(paths), 64, stage.check), strict=True):
             yield path, probe

@@ -1,24 +1,22 @@
-"""A video file -> exact uint8 frames, or one line that says why not.
+"""A video file -> what it holds: its hash, its shape and the time of every frame; or one line that says why not.
 
-PyAV is the reference: it counts and times the displayed frames and decodes in sequence. decord decodes only where its
-contiguous reading gives the same bytes (the table in tests/precompute/test_video.py) and PyAV has found no damage,
-since decord hands out concealed frames without a word; its sampled `get_batch` returns wrong frames on open GOPs,
-silently, and is never called. Files are untrusted: decode them in a `pool`.
+Here is also the one way in which a file is opened and demuxed, by PyAV, for `decode` too. Files are untrusted: read
+them in a `pool`.
 """
 
 import errno
 import hashlib
-import importlib
-import importlib.util
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -34,16 +32,8 @@ IMAGE_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe")
 INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers that give every packet its presentation time and hold one displayed frame per packet of `ONE_TO_ONE`."""
 ONE_TO_ONE = ("h264", "hevc", "vp9", "av1")
-DECORD_CODECS = ("h264", "hevc", "mpeg4")
-DECORD_CONTAINERS = (*INDEXED, "avi")
-DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuv444p")
-"""decord rounds other formats' colours differently (up to 71 of 255 on 10-bit, 27 on interlaced chroma)."""
-
 BAD_NAMES = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 """What opening says of a file that nobody will ever read: links in a circle, a name too long, a socket."""
-
-Decoder = Literal["pyav", "decord"]
-Requested = Literal["auto", "pyav", "decord"]
 
 FileMark = tuple[int, int, int, int, int]
 """Device, inode, size in bytes, and the times of the last change of bytes and of anything, in nanoseconds."""
@@ -68,10 +58,6 @@ class MachineFault(_OneLine):
     """A file that was not to be had this time: it vanished, changed while it was read, or reading failed."""
 
 
-class _Unproven(Exception):
-    """decord does not agree with the probe; PyAV decides."""
-
-
 @dataclass(frozen=True, slots=True)
 class Probe:
     """What a video file holds, found by demuxing, or by decoding where packets do not tell the displayed frames."""
@@ -80,8 +66,10 @@ class Probe:
     """Of the file's bytes, read through the descriptor that was probed."""
     mark: FileMark
     """Of that descriptor; the same mark means the same bytes."""
-    timestamps_us: tuple[int, ...]
-    """Presentation time of every displayed frame, ascending, the first 0, in whole microseconds."""
+    num_frames: int
+    """As displayed."""
+    origin: int
+    """Presentation time of the first displayed frame, in the stream's time base."""
     height: int
     width: int
     """As displayed, after `rotation`; pixels are taken as square."""
@@ -94,156 +82,54 @@ class Probe:
     """FFmpeg's name, followed by ` interlaced` where the first frame is."""
     intact: bool = False
     """Whether probing decoded every frame and found none damaged; else only packets were counted."""
+    one_to_one: bool = False
+    """Whether every displayed frame has one packet and a time of its own."""
 
 
-def probe(path: Path) -> Probe:
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """A probe and what is needed once, to cut windows: 8 bytes a frame."""
+
+    probe: Probe
+    timestamps_us: "array[int]"
+    """Presentation time of every displayed frame, ascending, the first 0, in whole microseconds."""
+
+
+def probe(path: Path) -> Probed:
     """Hash, count and time the frames of the file at `path`; raises `BadVideo` or `MachineFault`."""
-    with _opened(path) as file, _reading():
+    with opened(path) as file, reading():
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        with _demuxer(file) as (container, stream):
-            name, codec = container.format.name, stream.codec.canonical_name
+        with demuxer(file) as (container, stream):
+            name, codec, base = container.format.name, stream.codec.canonical_name, stream.time_base
             by_packets = name in INDEXED and codec in ONE_TO_ONE
             times, first = _times_of_packets(container, stream) if by_packets else (None, None)
         by_frames = times is None
         if times is None:
-            with _demuxer(file) as (container, stream):
+            with demuxer(file) as (container, stream):
                 times, first = _times_of_frames(container, stream)
-        if first is None or not times:
+        if first is None or not times or base is None:
             raise BadVideo("no frame can be decoded")
-        rotation = _rotation(first)
-        height, width = (first.width, first.height) if rotation % 180 else (first.height, first.width)
-        return Probe(
+        turned = rotation(first)
+        height, width = (first.width, first.height) if turned % 180 else (first.height, first.width)
+        found = Probe(
             sha256=digest,
-            mark=_mark(file),
-            timestamps_us=times,
+            mark=mark(file),
+            num_frames=len(times),
+            origin=times[0],
             height=height,
             width=width,
-            rotation=rotation,
+            rotation=turned,
             codec=codec,
             container=name,
             pixel_format=first.format.name + (" interlaced" if first.interlaced_frame else ""),
             intact=by_frames,
+            one_to_one=not by_frames and all(a < b for a, b in pairwise(times)),
         )
-
-
-def choose_decoder(probe: Probe, requested: Requested) -> Decoder:
-    """Who decodes; `auto` takes decord where it is exact and the file is known to be intact.
-
-    Raises `BadVideo` where decord is demanded and not exact. (PyAV is also the faster: decord converts every frame.)
-    """
-    reason = _against_decord(probe)
-    if requested == "decord" and reason:
-        raise BadVideo(f"decord is not exact here: {reason}")
-    return "decord" if requested == "decord" or (requested == "auto" and probe.intact and not reason) else "pyav"
-
-
-def decode(path: Path, probe: Probe, indices: Sequence[int], decoder: Requested) -> tuple[np.ndarray, Decoder]:
-    """The frames `indices` (ascending, may repeat) of `probe.timestamps_us`: uint8 [F, H, W, 3] RGB as displayed.
-
-    Returns them with the decoder that made them; `auto` turns from decord to PyAV where decord disagrees with `probe`.
-    Reads in sequence and stops after the last index. Raises `BadVideo`, also for a frame at another time than probed,
-    or `MachineFault`, also for another file than probed.
-    """
-    assert len(indices) > 0 and all(a <= b for a, b in pairwise(indices))
-    assert indices[0] >= 0 and indices[-1] < len(probe.timestamps_us)
-    with _opened(path) as file, _reading():
-        if _mark(file) != probe.mark and hashlib.file_digest(file, "sha256").hexdigest() != probe.sha256:
-            raise MachineFault("it changed after it was probed")
-        if choose_decoder(probe, decoder) == "decord":
-            if not probe.intact:
-                for _ in _displayed_as_probed(file, probe, last=indices[-1]):
-                    pass
-            try:
-                return _decode_with_decord(file, path, probe, indices), "decord"
-            except _Unproven as error:
-                if decoder == "decord":
-                    raise BadVideo(f"decord is not exact here: {error}") from error
-        return _decode_with_pyav(file, probe, indices), "pyav"
-
-
-def _decode_with_pyav(file: FileIO, probe: Probe, indices: Sequence[int]) -> np.ndarray:
-    out = np.empty((len(indices), probe.height, probe.width, 3), np.uint8)
-    row = 0
-    for number, frame in _displayed_as_probed(file, probe, last=indices[-1]):
-        if number == indices[row]:
-            picture = _picture(frame, probe, number)
-            while row < len(indices) and number == indices[row]:
-                out[row] = picture
-                row += 1
-    assert row == len(indices)
-    return out
-
-
-def _displayed_as_probed(file: FileIO, probe: Probe, *, last: int) -> Iterator[tuple[int, "VideoFrame"]]:
-    """(number, frame) of the frames 0 to `last`; raises `BadVideo` at one that comes at another time than probed."""
-    origin: int | None = None
-    decoded = 0
-    with _demuxer(file) as (container, stream):
-        for number, frame in enumerate(_displayed(container, stream)):
-            origin = frame.pts if origin is None else origin
-            expected = probe.timestamps_us[number : number + 1]
-            if container.format.name != "avi" and _microseconds([frame.pts], origin, stream) != expected:
-                raise BadVideo(f"frame {number} comes at another time than its packet says")
-            yield number, frame
-            decoded += 1
-            if number == last:
-                return
-    raise BadVideo(f"truncated: decoded {decoded} of {len(probe.timestamps_us)} frames")
-
-
-def _picture(frame: "VideoFrame", probe: Probe, number: int) -> np.ndarray:
-    """uint8 [H, W, 3] RGB, turned as displayed."""
-    if _rotation(frame) != probe.rotation:
-        raise BadVideo(f"the rotation changes at frame {number}")
-    # One thread: a converter that is not collected yet would keep its threads, and their stacks count as memory.
-    stored = frame.reformat(format="rgb24", threads=1).to_ndarray()
-    picture = np.rot90(stored, probe.rotation // 90)
-    if picture.shape[:2] != (probe.height, probe.width):
-        raise BadVideo(f"the frame size changes at frame {number}")
-    return picture
-
-
-def _decode_with_decord(file: FileIO, path: Path, probe: Probe, indices: Sequence[int]) -> np.ndarray:
-    decord: Any = importlib.import_module("decord")
-    decord.logging.set_level(decord.logging.QUIET)
-    same_file = Path(f"/proc/self/fd/{file.fileno()}")
-    try:
-        reader = decord.VideoReader(str(same_file if same_file.exists() else path), ctx=decord.cpu(0), num_threads=1)
-        times = np.asarray(probe.timestamps_us)
-        if len(reader) != len(times):
-            raise _Unproven(f"it counts {len(reader)} frames, PyAV {len(times)}")
-        starts = reader.get_frame_timestamp(range(len(reader)))[:, 0] * 1e6
-        if np.abs(starts - starts[0] - times).max() > 1000:
-            raise _Unproven("it gives the frames other times than PyAV")
-        out = np.empty((len(indices), probe.height, probe.width, 3), np.uint8)
-        row = 0
-        for number in range(indices[-1] + 1):
-            frame = reader.next()
-            if frame.shape != out.shape[1:]:
-                raise _Unproven(f"it gives frame {number} the shape {frame.shape}")
-            while row < len(indices) and number == indices[row]:
-                out[row] = frame.asnumpy()
-                row += 1
-    except (decord.DECORDError, RuntimeError, StopIteration) as error:
-        raise _Unproven(str(error).partition("\n")[0]) from error
-    return out
-
-
-def _against_decord(probe: Probe) -> str | None:
-    """Why decord is not proven exact for this file, or None."""
-    for what, value, proven in (
-        ("codec", probe.codec, DECORD_CODECS),
-        ("container", probe.container, DECORD_CONTAINERS),
-        ("pixel format", probe.pixel_format, DECORD_PIXELS),
-        ("rotation", probe.rotation, (0,)),
-    ):
-        if value not in proven:
-            return f"{what} {value}"
-    return None if importlib.util.find_spec("decord") else "decord is not installed"
+        return Probed(found, array("q", (microseconds(time - times[0], base) for time in times)))
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[FileIO]:
+def opened(path: Path) -> Iterator[FileIO]:
     """The regular file at `path`, opened once; everything after reads this descriptor.
 
     Whatever was read of a file that changed meanwhile counts for nothing: that is a `MachineFault`.
@@ -260,23 +146,23 @@ def _opened(path: Path) -> Iterator[FileIO]:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise BadVideo("not a regular file")
         file = FileIO(descriptor, closefd=False)
-        before = _mark(file)
+        before = mark(file)
         try:
             yield file
         finally:
-            if _mark(file) != before:
+            if mark(file) != before:
                 raise MachineFault("it changed while it was read")
     finally:
         os.close(descriptor)
 
 
-def _mark(file: FileIO) -> FileMark:
+def mark(file: FileIO) -> FileMark:
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
+def reading() -> Iterator[None]:
     """Turns what readers raise on damaged files into `BadVideo`, and what the file system raises into `MachineFault`.
 
     Any type may come (mutated files raised ten of them, AttributeError too); those that tell of ourselves stay.
@@ -296,7 +182,7 @@ def _reading() -> Iterator[None]:
 
 
 @contextmanager
-def _demuxer(file: FileIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+def demuxer(file: FileIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """PyAV on `file` from its start; no format outside the lists is tried and no second file is ever opened."""
     import av
 
@@ -325,8 +211,8 @@ def _check_size(width: int, height: int) -> None:
 
 def _times_of_packets(
     container: "InputContainer", stream: "VideoStream"
-) -> tuple[tuple[int, ...] | None, "VideoFrame | None"]:
-    """Times of the displayed packets in microseconds, and the first frame; None where packets may not tell.
+) -> tuple[list[int] | None, "VideoFrame | None"]:
+    """Times of the displayed packets in the stream's time base, and the first frame; None where packets may not tell.
 
     Pictures that precede the first keyframe in time need pictures that are not there, and decoders drop them.
     """
@@ -346,15 +232,14 @@ def _times_of_packets(
         if not packet.is_discard:
             times.append(packet.pts)
         _check_count(len(times))
-    times.sort()
-    return _microseconds(times, times[0] if times else 0, stream), first
+    return sorted(times), first
 
 
-def _times_of_frames(container: "InputContainer", stream: "VideoStream") -> tuple[tuple[int, ...], "VideoFrame | None"]:
-    """Times of the decoded frames in microseconds, and the first frame."""
+def _times_of_frames(container: "InputContainer", stream: "VideoStream") -> tuple[list[int], "VideoFrame | None"]:
+    """Times of the decoded frames in the stream's time base, and the first frame."""
     times: list[int] = []
     first: VideoFrame | None = None
-    for frame in _displayed(container, stream):
+    for frame in displayed(container, stream):
         first = first or frame
         if frame.pts is None:
             raise BadVideo(f"frame {len(times)} has no time stamp")
@@ -365,16 +250,21 @@ def _times_of_frames(container: "InputContainer", stream: "VideoStream") -> tupl
         times.sort()
     elif any(a >= b for a, b in pairwise(times)):
         raise BadVideo("time stamps go backwards")
-    return _microseconds(times, times[0] if times else 0, stream), first
+    return times, first
 
 
-def _displayed(container: "InputContainer", stream: "VideoStream") -> Iterator["VideoFrame"]:
+def displayed(container: "InputContainer", stream: "VideoStream") -> Iterator["VideoFrame"]:
     """Decoded frames in display order; a concealed error is an error."""
     for number, frame in enumerate(container.decode(stream)):
-        if frame.is_corrupt:
-            raise BadVideo(f"damaged at frame {number}")
-        _check_size(frame.width, frame.height)
+        check_frame(frame, number)
         yield frame
+
+
+def check_frame(frame: "VideoFrame", number: int) -> None:
+    """Raises `BadVideo` for a picture that is damaged, or larger than any here may be."""
+    if frame.is_corrupt:
+        raise BadVideo(f"damaged at frame {number}")
+    _check_size(frame.width, frame.height)
 
 
 def _check_count(count: int) -> None:
@@ -382,16 +272,13 @@ def _check_count(count: int) -> None:
         raise BadVideo(f"more than {MAX_FRAMES} frames")
 
 
-def _microseconds(times: Sequence[int | None], origin: int | None, stream: "VideoStream") -> tuple[int, ...]:
-    """`times` since `origin` (in the stream's time base) in microseconds, to the nearest; () where one is missing."""
-    base = stream.time_base
-    if base is None or origin is None:
-        return ()
-    scale, unit = 2_000_000 * base.numerator, base.denominator
-    return tuple(((time - origin) * scale + unit) // (2 * unit) for time in times if time is not None)
+def microseconds(ticks: int, time_base: Fraction) -> int:
+    """A duration in microseconds, to the nearest."""
+    scale, unit = 2_000_000 * time_base.numerator, time_base.denominator
+    return (ticks * scale + unit) // (2 * unit)
 
 
-def _rotation(frame: "VideoFrame") -> int:
+def rotation(frame: "VideoFrame") -> int:
     """Degrees counter-clockwise, 0 to 270; raises `BadVideo` for a mirrored or slanted display matrix."""
     entries: Any = frame.side_data
     matrix = next((entry for entry in entries if entry.type.name == "DISPLAYMATRIX"), None)

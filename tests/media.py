@@ -15,6 +15,9 @@ from typing import Any
 import av
 import numpy as np
 
+from precompute.decode import Decoder, Requested, decode
+from precompute.video import Probed
+
 BITS = 10
 DARK, BRIGHT = 40, 215
 
@@ -48,6 +51,13 @@ def read(picture: np.ndarray) -> int | None:
 def indices_of(frames: np.ndarray) -> list[int | None]:
     """`read` of every frame of uint8 [F, H, W, 3]."""
     return [read(frame) for frame in frames]
+
+
+def decode_probed(
+    path: Path, found: Probed, indices: Sequence[int], decoder: Requested = "pyav"
+) -> tuple[np.ndarray, Decoder]:
+    """`decode` at the times that the probe found."""
+    return decode(path, found.probe, indices, [found.timestamps_us[index] for index in indices], decoder)
 
 
 def write_clip(

@@ -16,8 +16,9 @@ import numpy as np
 import psutil
 import pytest
 
+from precompute.decode import Requested
 from precompute.pool import Decoded, DecodeJob, DecodePool
-from precompute.video import BadVideo, MachineFault, Probe, decode, probe
+from precompute.video import BadVideo, MachineFault, Probed, probe
 from tests import media
 
 
@@ -88,14 +89,14 @@ class Breaks(DecodeJob):
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Probe]:
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Probed]:
     path = media.write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4")
     return path, probe(path)
 
 
 @pytest.fixture
-def good(clip: tuple[Path, Probe]) -> DecodeJob:
-    return DecodeJob(clip[0], clip[1], (0, 9, 17), "auto")
+def good(clip: tuple[Path, Probed]) -> DecodeJob:
+    return job_for(clip[0], (0, 9, 17))
 
 
 @pytest.fixture(scope="module")
@@ -105,26 +106,31 @@ def shared_pool() -> Iterator[DecodePool]:
         yield pool
 
 
+def job_for(path: Path, indices: tuple[int, ...], decoder: Requested = "auto") -> DecodeJob:
+    found = probe(path)
+    return DecodeJob(path, found.probe, indices, tuple(found.timestamps_us[index] for index in indices), decoder)
+
+
 def told(outcomes: list[Decoded | BadVideo | MachineFault]) -> list[str]:
     return [outcome.decoder if isinstance(outcome, Decoded) else outcome.reason for outcome in outcomes]
 
 
 def like(kind: type[DecodeJob], job: DecodeJob, **settings: float) -> DecodeJob:
-    return kind(job.path, job.probe, job.indices, job.decoder, **settings)
+    return kind(job.path, job.probe, job.indices, job.timestamps_us, job.decoder, **settings)
 
 
-def test_results_come_in_order_and_equal_decoding_here(shared_pool: DecodePool, clip: tuple[Path, Probe]) -> None:
+def test_results_come_in_order_and_equal_decoding_here(shared_pool: DecodePool, clip: tuple[Path, Probed]) -> None:
     path, found = clip
-    jobs = [DecodeJob(path, found, (index, index + 1), "auto") for index in range(0, 24, 2)]
+    jobs = [job_for(path, (index, index + 1)) for index in range(0, 24, 2)]
     outcomes = list(shared_pool.decode_all(jobs))
     for job, outcome in zip(jobs, outcomes, strict=True):
         assert isinstance(outcome, Decoded)
         assert media.indices_of(outcome.frames) == list(job.indices)
-        assert np.array_equal(outcome.frames, decode(path, found, job.indices, "auto")[0])
+        assert np.array_equal(outcome.frames, media.decode_probed(path, found, job.indices, "auto")[0])
         outcome.frames[:] = 0  # the memory is ours to write
 
 
-def test_probes_come_in_order_with_one_reason_per_bad_file(shared_pool: DecodePool, clip: tuple[Path, Probe]) -> None:
+def test_probes_come_in_order_with_one_reason_per_bad_file(shared_pool: DecodePool, clip: tuple[Path, Probed]) -> None:
     path, found = clip
     folder = path.parent
     bad = [
@@ -185,7 +191,7 @@ def test_a_child_that_dies_while_idle_costs_no_job(shared_pool: DecodePool, good
 
 
 def test_memory_is_limited(shared_pool: DecodePool, good: DecodeJob) -> None:
-    whole = DecodeJob(good.path, good.probe, (0,) * 60_000, "auto")
+    whole = job_for(good.path, (0,) * 60_000)
     outcomes = list(shared_pool.decode_all([like(Hungers, good), good, whole, good]))
     assert told(outcomes) == ["needs more than 0.5 GiB", "pyav", "needs more than 0.5 GiB", "pyav"]
 
@@ -285,7 +291,7 @@ from tests.precompute.test_pool import Sleeps
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    jobs = [Sleeps(path, probe(path), (0,), seconds=seconds) for seconds in (0.5, 1e6)]
+    jobs = [Sleeps(path, probe(path).probe, (0,), (0,), seconds=seconds) for seconds in (0.5, 1e6)]
     with DecodePool(workers=2, deadline_seconds=1, memory_gib=1) as pool:
         for outcome in pool.decode_all(jobs):
             print(*[child.pid for child in multiprocessing.active_children()], flush=True)
@@ -308,15 +314,15 @@ def test_children_do_not_outlive_a_killed_parent(tmp_path: Path, good: DecodeJob
 
 def test_many_jobs_and_frames_do_not_fill_a_childs_memory(tmp_path: Path, good: DecodeJob) -> None:
     path = media.write_clip(tmp_path / "large.mp4", frames=3, height=1080, width=1920)
-    large = DecodeJob(path, probe(path), (0, 1, 2), "pyav")
-    whole = DecodeJob(good.path, good.probe, tuple(range(30)), "pyav")
+    large = job_for(path, (0, 1, 2), "pyav")
+    whole = job_for(good.path, tuple(range(30)), "pyav")
     with DecodePool(workers=1, deadline_seconds=30, memory_gib=0.2) as pool:
         assert told(list(pool.decode_all([whole] * 5 + [large] * 30))) == ["pyav"] * 35
 
 
 def test_fifty_megabytes_come_back_quickly(tmp_path: Path) -> None:
     path = media.write_clip(tmp_path / "large.mp4", frames=4, height=480, width=720)
-    job = DecodeJob(path, probe(path), (0,) * 48 + (3,), "pyav")
+    job = job_for(path, (0,) * 48 + (3,), "pyav")
     begin = time.process_time()
     with DecodePool(workers=1, deadline_seconds=30, memory_gib=4) as pool:
         (outcome,) = pool.decode_all([job])

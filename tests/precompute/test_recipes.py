@@ -230,7 +230,7 @@ def test_every_part_of_a_window_is_part_of_its_key():
 
 
 def test_a_random_crop_does_not_move_with_the_recipe():
-    probe = Probe("ab" * 32, (0, 0, 1, 0, 0), WINDOW.timestamps_us, 48, 48, 0, "h264", "mp4")
+    probe = Probe("ab" * 32, (0, 0, 1, 0, 0), 9, 0, 48, 48, 0, "h264", "mp4")
     source: Any = None
     assert crop_seed(Clip(source, probe, WINDOW, "one")) == crop_seed(Clip(source, probe, WINDOW, "two"))
     assert crop_seed(Clip(source, replace(probe, sha256="cd" * 32), WINDOW, "one")) != crop_seed(
