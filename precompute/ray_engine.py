@@ -21,7 +21,9 @@ class Worker:
 
     def precompute(self, config: Config, part: Part) -> Report:
         from precompute.run import precompute
+        from shared.console import quiet_libraries
 
+        quiet_libraries()
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(part.index), str(part.count)  # the first one speaks for all
         return precompute(config, part, StopSignal())
 

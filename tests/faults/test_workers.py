@@ -146,6 +146,22 @@ def test_a_stopped_worker_ends_soon_with_75_and_the_next_one_goes_on(sources, un
 
 
 @pytest.mark.faults
+def test_signals_at_random_moments_end_the_work_in_time_and_lose_nothing(sources, undisturbed, tmp_path):
+    draws, heard = random.Random(6), 0
+    for number in range(30):
+        config = config_for(*sources, tmp_path / str(number // 5))
+        moment = time.monotonic() + 0.2 + 2 * draws.random()
+        kind = draws.choice([signal.SIGTERM, signal.SIGINT])
+        code, took = stopped(config, kind, lambda moment=moment: time.monotonic() > moment)
+        assert code in (0, 75) and took < 10
+        heard += code == 75
+        if number % 5 == 4:
+            run(config)
+            check_same(tmp_path / str(number // 5), undisturbed)
+    assert heard > 5
+
+
+@pytest.mark.faults
 def test_a_signal_is_heard_while_a_decoder_hangs(sources, tmp_path, monkeypatch):
     config = config_for(*sources, tmp_path / "cache", decode_deadline_seconds=500)
     monkeypatch.setattr("precompute.latents.DecodeJob", _HangingJob)
