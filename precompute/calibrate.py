@@ -7,6 +7,7 @@ from itertools import islice
 
 from precompute import encoders
 from precompute.ahead import ahead
+from precompute.child import Decoded
 from precompute.latents import decode_job, encode_clips, load_vae
 from precompute.pool import Decoded, DecodePool
 from precompute.prompts import encode_texts, free_memory, load_text_encoder

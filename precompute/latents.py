@@ -9,6 +9,7 @@ import torch
 
 from precompute import provenance, recipes
 from precompute.ahead import ahead
+from precompute.child import Decoded, DecodeJob
 from precompute.encoders import VaeEncoder, vae_precision
 from precompute.pixels import to_clip
 from precompute.plan import Inventory, PlannedShard, make_missing

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
+from precompute.child import Decoded, DecodeJob
 from precompute.decode import Requested
 from precompute.pool import Decoded, DecodeJob, DecodePool
 from precompute.video import BadVideo, MachineFault, Probed, probe
