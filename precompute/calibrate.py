@@ -9,7 +9,7 @@ from precompute import encoders
 from precompute.ahead import ahead
 from precompute.child import Decoded
 from precompute.latents import decode_job, encode_clips, load_vae
-from precompute.pool import Decoded, DecodePool
+from precompute.pool import DecodePool
 from precompute.prompts import encode_texts, free_memory, load_text_encoder
 from precompute.recipes import Clip
 from precompute.stage import Stage

@@ -13,7 +13,7 @@ from precompute.child import Decoded, DecodeJob
 from precompute.encoders import VaeEncoder, vae_precision
 from precompute.pixels import to_clip
 from precompute.plan import Inventory, PlannedShard, make_missing
-from precompute.pool import Decoded, DecodeJob, DecodePool
+from precompute.pool import DecodePool
 from precompute.recipes import Clip
 from precompute.report import Report
 from precompute.stage import Stage

@@ -18,7 +18,7 @@ import pytest
 
 from precompute.child import Decoded, DecodeJob
 from precompute.decode import Requested
-from precompute.pool import Decoded, DecodeJob, DecodePool
+from precompute.pool import DecodePool
 from precompute.video import BadVideo, MachineFault, Probed, probe
 from tests import media
 
