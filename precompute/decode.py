@@ -122,7 +122,7 @@ def _from_the_start(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Ite
             if number not in times:
                 continue
             if container.format.name != "avi" and _time(frame, probe, stream) != times[number]:
-                raise BadVideo(f"frame {number} comes at another time than its packet says")
+                raise BadVideo(f"unreliable time stamps: frame {number} comes at another time than its packet says")
             yield number, frame
             if number == last:
                 return
@@ -149,7 +149,7 @@ def _from_a_keyframe(file: FileIO, probe: Probe, times: Mapping[int, int]) -> It
                 if (now := _time(frame, probe, stream)) < time:
                     continue
                 if now > time:
-                    raise BadVideo(f"frame {number} is not where its packet says")
+                    raise BadVideo(f"unreliable time stamps: frame {number} is not where its packet says")
                 yield number, frame
                 if number == last:
                     return
@@ -198,12 +198,12 @@ def _ticks(time_us: int, stream: "VideoStream") -> int:
 def _picture(frame: "VideoFrame", probe: Probe, number: int) -> np.ndarray:
     """uint8 [H, W, 3] RGB, turned as displayed."""
     if rotation(frame) != probe.rotation:
-        raise BadVideo(f"the rotation changes at frame {number}")
+        raise BadVideo(f"the rotation changes: at frame {number}")
     # One thread: a converter that is not collected yet would keep its threads, and their stacks count as memory.
     stored = frame.reformat(format="rgb24", threads=1).to_ndarray()
     picture = np.rot90(stored, probe.rotation // 90)
     if picture.shape[:2] != (probe.height, probe.width):
-        raise BadVideo(f"the frame size changes at frame {number}")
+        raise BadVideo(f"the frame size changes: at frame {number}")
     return picture
 
 

@@ -51,7 +51,10 @@ class _OneLine(Exception):
 
 
 class BadVideo(_OneLine):
-    """A file that gives no exact frames: so it is for every reader, until the file is another."""
+    """A file that gives no exact frames: so it is for every reader, until the file is another.
+
+    Reports count reasons up to the first colon, so what differs from file to file comes after it.
+    """
 
 
 class MachineFault(_OneLine):
@@ -206,7 +209,7 @@ def _refuse(url: str, flags: int, options: dict[str, str]) -> NoReturn:
 
 def _check_size(width: int, height: int) -> None:
     if max(width, height) > MAX_SIDE:
-        raise BadVideo(f"{width}x{height} pixels, more than {MAX_SIDE} a side")
+        raise BadVideo(f"too large: {width}x{height} pixels, more than {MAX_SIDE} a side")
 
 
 def _times_of_packets(
@@ -242,7 +245,7 @@ def _times_of_frames(container: "InputContainer", stream: "VideoStream") -> tupl
     for frame in displayed(container, stream):
         first = first or frame
         if frame.pts is None:
-            raise BadVideo(f"frame {len(times)} has no time stamp")
+            raise BadVideo(f"no time stamp: of frame {len(times)}")
         times.append(frame.pts)
         _check_count(len(times))
     if container.format.name == "avi":
@@ -263,7 +266,7 @@ def displayed(container: "InputContainer", stream: "VideoStream") -> Iterator["V
 def check_frame(frame: "VideoFrame", number: int) -> None:
     """Raises `BadVideo` for a picture that is damaged, or larger than any here may be."""
     if frame.is_corrupt:
-        raise BadVideo(f"damaged at frame {number}")
+        raise BadVideo(f"damaged: at frame {number}")
     _check_size(frame.width, frame.height)
 
 

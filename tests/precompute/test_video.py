@@ -454,7 +454,7 @@ def test_pictures_too_wide_and_clips_too_long_are_refused(tmp_path: Path, folder
     wide = media.write_clip(
         tmp_path / "wide.png", codec="png", pixels="rgb24", frames=1, container="image2", height=12, width=8200
     )
-    assert reason_against(wide) == "8200x12 pixels, more than 8192 a side"
+    assert reason_against(wide) == "too large: 8200x12 pixels, more than 8192 a side"
     monkeypatch.setattr(video, "MAX_FRAMES", 29)
     assert reason_against(clip(folder, "h264.mp4")) == "more than 29 frames"
     assert reason_against(clip(folder, "h264.ts")) == "more than 29 frames"
