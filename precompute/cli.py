@@ -89,8 +89,6 @@ def _share(part: str) -> "Part":
 
 
 def _show(report: "Report", cache: str) -> None:
-    from collections import Counter
-
     from shared.console import bytes_text, say, table
 
     def spent(name: str) -> str:
@@ -99,14 +97,13 @@ def _show(report: "Report", cache: str) -> None:
     def waited(name: str) -> str:
         return f"the encoder waited {spent(f'wait_for_{name}')}, {report.waited_share(name):.0%} of its time"
 
-    reasons = Counter(reason.partition(":")[0] for _, reason in report.skipped)
     table(
         f"Cache {cache}",
         [
             ("clips", report.clips),
             ("latents encoded", report.latents),
             ("prompts encoded", report.prompts),
-            *((f"skipped: {reason}", count) for reason, count in sorted(reasons.items())),
+            *_kinds(report.skipped),
             ("captions cut short", len(report.truncated)),
             ("written", bytes_text(report.written_bytes)),
             ("clips per second", f"{report.clips_per_second:.2f}"),
@@ -120,6 +117,13 @@ def _show(report: "Report", cache: str) -> None:
     _list(f"skipped {source}: {reason}" for source, reason in report.skipped)
     if not report.latents.made and not report.prompts.made:
         say("Nothing to encode: everything is stored already.")
+
+
+def _kinds(skipped: Iterable[tuple[str, str]]) -> list[tuple[str, int]]:
+    """How many were skipped for each kind of reason, which is what comes before its first colon."""
+    from collections import Counter
+
+    return sorted(Counter(f"skipped: {reason.partition(':')[0]}" for _, reason in skipped).items())
 
 
 def _list(lines: Iterable[str]) -> None:
@@ -163,7 +167,7 @@ def _show_plan(found: "Estimate", cache: str) -> None:
             *((f"  {reason}", count) for reason, count in sorted(reasons.items())),
             ("prompts to encode", found.prompts),
             *([("  recipe changed", ", ".join(found.prompts_recipe_changed))] if found.prompts_recipe_changed else []),
-            ("skipped", len(found.skipped)),
+            *_kinds(found.skipped),
             ("shards to make", f"{found.shards['latents']} of clips, {found.shards['prompts']} of prompts"),
             ("disk needed", bytes_text(found.needed_bytes)),
             ("disk free", "unknown" if found.free_bytes is None else bytes_text(found.free_bytes)),

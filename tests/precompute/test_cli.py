@@ -53,6 +53,14 @@ def test_captions_that_are_cut_short_are_listed_each_once(config, tmp_path):
     assert re.search(r"captions cut short +2\n", result.stderr)
 
 
+def test_what_is_skipped_is_counted_by_kind_and_listed_by_name(config, tmp_path):
+    (tmp_path / "clips" / "000.mp4").write_bytes(b"no video either")
+    for action in ("plan", "precompute"):
+        shown = CliRunner().invoke(app, [action, config]).stderr
+        assert re.search(r"  skipped: not a video +2\n", shown)
+        assert "skipped 000.mp4: not a video: " in shown and "skipped 001.mp4: not a video: " in shown
+
+
 def test_a_calibrated_plan_has_hours_and_says_from_how_much(config, tmp_path):
     result = CliRunner().invoke(app, ["plan", config, "--calibrate", "--json"])
     planned = json.loads(result.stdout)
