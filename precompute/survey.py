@@ -10,11 +10,12 @@ from precompute.clips import Source, read_sources
 from precompute.pool import DecodePool
 from precompute.prompts import wanted_texts
 from precompute.recipes import Clip
+from precompute.remembered import Remembered
 from precompute.stage import Stage
 from precompute.video import BadVideo, MachineFault, Probed
 from precompute.windows import Skipped, cut_windows
 from shared import console
-from shared.errors import UsageError
+from shared.errors import CacheError, UsageError
 from shared.fingerprint import Json
 from shared.geometry import Bucket
 from shared.store import Collection, collection_for
@@ -103,10 +104,30 @@ def _cut(stage: Stage, source: Source, found: Probed, recipe: str) -> list[Clip]
 def _probes(
     stage: Stage, paths: list[Path], pool: DecodePool
 ) -> Iterator[tuple[Path, Probed | BadVideo | MachineFault]]:
-    with console.Progress("probing", len(paths)) as bar:
-        for path, probe in zip(paths, ahead(pool.probe_all(paths), 64, stage.check), strict=True):
-            yield path, probe
-            bar.advance()
+    """What each file holds, in order; a file that is remembered is not read."""
+    memory = Remembered() if stage.config.precompute.remember_files else None
+    marks = {path: mark for path in paths if memory and (mark := memory.mark(path))}
+    fresh = ahead(pool.probe_all([path for path in paths if path not in marks]), 64, stage.check)
+    try:
+        with console.Progress("probing", len(paths)) as bar:
+            for path in paths:
+                found = memory.probed(marks[path]) if memory and path in marks else next(fresh)
+                if memory and path not in marks and isinstance(found, Probed):
+                    memory.add(found)
+                yield path, found
+                bar.advance()
+    finally:
+        fresh.close()
+        if memory:
+            _save(memory)
+
+
+def _save(memory: Remembered) -> None:
+    """What cannot be remembered costs the next start its time, not this one its work."""
+    try:
+        memory.save()
+    except (CacheError, OSError) as error:
+        console.say(f"warning: precompute.remember_files: {error}")
 
 
 def _refuse_buckets(stage: Stage) -> None:

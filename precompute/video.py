@@ -160,7 +160,11 @@ def opened(path: Path) -> Iterator[FileIO]:
 
 
 def mark(file: FileIO) -> FileMark:
-    status = os.fstat(file.fileno())
+    """Of an open file, as it is now."""
+    return mark_of(os.fstat(file.fileno()))
+
+
+def mark_of(status: os.stat_result) -> FileMark:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

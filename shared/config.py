@@ -161,6 +161,8 @@ class Precompute(Table):
     """A video that takes longer is skipped."""
     decode_memory_gib: Annotated[float, Field(gt=0)] = 4
     """Address space a decoding process may take."""
+    remember_files: bool = False
+    """Remember in the user's cache folder what each file holds, by its inode, size and times; none is read again."""
     retry_skipped: bool = False
     """Try the clips once more that an earlier run could not encode."""
 

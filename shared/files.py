@@ -77,6 +77,11 @@ def open_storage(cache: str, *, local_cache_gib: float = 50, local_folder: Path 
     return RemoteStorage(filesystem, root, cache, int(local_cache_gib * 2**30), local_folder)
 
 
+def user_folder() -> Path:
+    """What is kept from run to run on this machine and can be had again: local copies, marks of files."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "precog"
+
+
 class LocalStorage:
     """A cache folder on a local or shared file system."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import CacheError, UsageError
-from shared.files import TEMPORARY
+from shared.files import TEMPORARY, user_folder
 from shared.fingerprint import key_of
 
 UNSUITABLE = ("http", "https", "data", "zip", "tar", "filecache", "simplecache", "blockcache", "cached", "reference")
@@ -44,7 +44,7 @@ class RemoteStorage:
         self._root = root
         self._url = url.rstrip("/")
         self._limit_bytes = limit_bytes
-        self._local = local_folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "precog"
+        self._local = local_folder or user_folder()
 
     def __str__(self) -> str:
         return self._url

@@ -193,6 +193,7 @@ NEUTRAL: list[Callable[[Config], Config]] = [
     lambda config: _without(config, precompute={"decoder": "pyav"}),
     lambda config: _without(config, precompute={"local_cache_gib": 7.0}),
     lambda config: _without(config, precompute={"retry_skipped": True}),
+    lambda config: _without(config, precompute={"remember_files": True}),
     lambda config: _without(config, precompute={"device": "cpu"}),
     lambda config: _without(config, train={"lora_rank": 4, "seed": 7, "learning_rate": 1.0}),
 ]
