@@ -75,7 +75,9 @@ def _refuse_nothing_to_train_on(view: View) -> None:
     """Raises `DataError` while the view that was there before still is."""
     if view.split("train"):
         return
-    why = _listed((row.source, row.skipped) for row in view.split("skipped")) or "all are held out"
+    skipped = _listed((row.source, row.skipped) for row in view.split("skipped"))
+    held_out = [f"data.held_out_clips takes the {taken} there are"] if (taken := len(view.split("held_out"))) else []
+    why = "; ".join([*held_out, *([skipped] if skipped else [])])
     raise DataError(f"data.name = {view.name!r}: no clip is left to train on ({why})")
 
 

@@ -199,7 +199,7 @@ def test_moments_that_training_would_refuse_end_the_run_at_the_first_batch(pipel
 def test_a_run_that_leaves_no_clip_to_train_on_keeps_the_view_that_was_there(pipeline, small):
     root, cache = small
     views = {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()}
-    with pytest.raises(DataError, match=r"data\.name = 'corpus': no clip is left to train on \(all are held out\)"):
+    with pytest.raises(DataError, match=r"left to train on \(data\.held_out_clips takes the \d there are"):
         run(config_for(pipeline, root, cache, data={"held_out_clips": 100}))
     (root / "bad.mp4").write_bytes(b"no video")
     (root / "prompts.txt").write_text("\n".join("abcde"), "utf-8")
