@@ -53,6 +53,7 @@ WORK = {
     "precompute.device",
     "precompute.local_cache_gib",
     "precompute.prompts_per_shard",
+    "precompute.remember_files",
     "precompute.retry_skipped",
     "precompute.text_batch_size",
     "precompute.vae_batch_size",
