@@ -50,7 +50,10 @@ def stopped(work: str) -> tuple[int, str, str, float]:
         assert child.stdout is not None and child.stdout.readline() == "ready\n"
         sent = time.monotonic()
         child.send_signal(signal.SIGTERM)
-        out, errors = child.communicate(timeout=60)
+        try:
+            out, errors = child.communicate(timeout=30)
+        finally:
+            child.kill()
         return child.returncode, out, errors, time.monotonic() - sent
 
 
