@@ -77,8 +77,8 @@ def _share(part: str) -> "Part":
     import re
 
     from precompute.plan import Part
-    from shared.console import rank, world_size
     from shared.errors import UsageError
+    from shared.launcher import rank, world_size
 
     if not part:
         return Part(rank(), world_size())

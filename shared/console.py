@@ -14,19 +14,10 @@ from rich.table import Table
 
 from shared.config import Config, dump_config
 from shared.errors import PrecogError
+from shared.launcher import rank
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """For people. Standard output is kept for `--json`."""
-
-
-def rank() -> int:
-    """This process's number among those the launcher started (accelerate, torchrun, SLURM); 0 alone."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-
-
-def world_size() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
 def say(message: str) -> None:

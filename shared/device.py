@@ -1,11 +1,11 @@
 """Devices, precisions and memory, under the names that configs use."""
 
-import os
 import resource
 
 import torch
 
 from shared.errors import UsageError
+from shared.launcher import local_rank
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -22,11 +22,6 @@ def choose_device(requested: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device = {requested!r}: torch sees {torch.cuda.device_count()} GPUs here")
     return device
-
-
-def local_rank() -> int:
-    """This process's number among those of its machine (torchrun, accelerate, SLURM); 0 alone."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -7,20 +7,17 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-
 from shared import console
 from shared.config import Config, save_config
 from shared.device import peak_memory_bytes
-from shared.errors import PrecogError, UsageError
+from shared.errors import UsageError
 from shared.fingerprint import Json
 from shared.preemption import StopSignal
 from shared.run_folder import EXPORT
@@ -30,7 +27,7 @@ from train.evaluate import base_held_out_loss, held_out_loss
 from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, export_adapter
 from train.learner import Learner
 from train.metrics import Metrics, finish_metrics, open_tracker, track
-from train.peers import gather
+from train.peers import gather, on_main
 from train.preview import Previews, open_previews, write_preview
 from train.resume import Start, find_start
 from train.run import Run, announce, open_run
@@ -90,16 +87,16 @@ def run_steps(run: Run, stop: StopSignal) -> None:
                 track(accelerator, metrics.write(line))
             checkpoint = partial(save, run, learner, start.state)
             if saving := result.stopping or _is_due(run, learner.step, settings.checkpointing_steps):
-                on_main(accelerator, checkpoint)  # before what may take long and be cut off
+                on_main(checkpoint)  # before what may take long and be cut off
             if result.stopping:
                 leave(run, learner, stop)
             if is_evaluated(run, learner.step) and not evaluate(run, learner, metrics, stop):
                 if not saving:
-                    on_main(accelerator, checkpoint)
+                    on_main(checkpoint)
                 leave(run, learner, stop)
             if previews is not None and _is_multiple(learner.step, settings.preview_steps):
                 for number in range(len(previews.prompts)):  # one at a time, so that no rank waits for many
-                    on_main(accelerator, partial(preview, run, learner, previews, number, stop))
+                    on_main(partial(preview, run, learner, previews, number, stop))
 
     if accelerator.is_main_process:
         finish_metrics(settings.output_dir, export(run, learner, start))
@@ -222,22 +219,6 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def on_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Run `work` on rank 0 while the others wait; if it fails there, every rank fails, and none waits for ever."""
-    failure: BaseException | None = None
-    if accelerator.is_main_process:
-        try:
-            work()
-        except Exception as error:
-            failure = error
-    if accelerator.num_processes > 1:
-        (line,) = broadcast_object_list([None if failure is None else str(failure)])
-        if line is not None and failure is None:
-            raise PrecogError(f"rank 0 failed: {line}")
-    if failure is not None:
-        raise failure
 
 
 def _is_due(run: Run, step: int, interval: int) -> bool:

@@ -33,8 +33,10 @@ def place() -> tuple[int, int]:
 def together(work: Callable[[], Value]) -> Value:
     """The result of `work`, which every process runs: where it fails in one it fails in all, and none waits for it.
 
-    Raises the `PrecogError` of the first that failed, on every process; an `OSError` becomes one.
+    Raises the `PrecogError` of the first that failed, on every process; an `OSError` becomes one. What else fails, a
+    fault of ours, keeps its trace where it happened and is a `PrecogError` elsewhere.
     """
+    fault: Exception | None = None
     failure = None
     try:
         result = work()
@@ -42,12 +44,22 @@ def together(work: Callable[[], Value]) -> Value:
         failure = type(error), str(error)
     except OSError as error:
         failure = PrecogError, str(error)
+    except Exception as error:
+        fault, failure = error, (PrecogError, f"{type(error).__name__}: {error}")
     failures = gather(failure)
+    if fault is not None:
+        raise fault
     for rank, found in enumerate(failures):
         if found is not None:
             kind, line = found
             raise kind(line if len(failures) == 1 else f"rank {rank}: {line}")
     return result
+
+
+def on_main(work: Callable[[], Value]) -> Value | None:
+    """`together` for what rank 0 alone does, while the others wait; None on those."""
+    rank, _ = place()
+    return together(lambda: work() if rank == 0 else None)
 
 
 def machine() -> str:

@@ -11,7 +11,7 @@ from shared.fingerprint import Json
 from train.base import Base, identify_base
 from train.checkpoint import Checkpoint, commit_of, latest_checkpoint, load_checkpoint, newest_first, step_of
 from train.identity import differences, identity_of, refuse_another_run
-from train.peers import gather, together
+from train.peers import gather, on_main, together
 from train.run import Run
 
 ABANDONED = "abandoned-"
@@ -38,7 +38,7 @@ class Start:
 def find_start(run: Run) -> Start:
     """Choose, load, verify and compare on all processes; if one cannot, all raise the same `PrecogError`."""
     folder, request = run.config.train.output_dir, run.config.train.resume_from_checkpoint
-    checkpoint = _agreed_checkpoint(folder, request, choosing=run.accelerator.is_main_process)
+    checkpoint = _agreed_checkpoint(folder, request)
     state = {} if checkpoint is None else checkpoint.state
     base = together(lambda: identify_base(run.base, state.get(BASE)))
     identity = together(lambda: identity_of(run, base))
@@ -52,13 +52,13 @@ def find_start(run: Run) -> Start:
     branch = branch_of(checkpoint, request)
     if checkpoint is not None and branch is not None and checkpoint.path.name == branch["from"]:
         begun = checkpoint
-        together(lambda: abandon_newer(folder, begun, report=console.say) if run.accelerator.is_main_process else None)
+        on_main(lambda: abandon_newer(folder, begun, report=console.say))
     return Start(checkpoint, base, {"identity": identity, BASE: base.as_json(), BRANCH: branch})
 
 
-def _agreed_checkpoint(folder: Path, request: str, *, choosing: bool) -> Checkpoint | None:
+def _agreed_checkpoint(folder: Path, request: str) -> Checkpoint | None:
     """What rank 0 chooses. The others load the checkpoint of that name, whose COMMIT.json seals all of its bytes."""
-    found = together(lambda: find_checkpoint(folder, request, report=console.say) if choosing else None)
+    found = on_main(lambda: find_checkpoint(folder, request, report=console.say))
     chosen = gather(None if found is None else (found.path.name, found.commit))[0]
     if chosen is None:
         return None

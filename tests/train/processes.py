@@ -23,27 +23,36 @@ CONTEXT.set_forkserver_preload(["train.loop", "tests.train.processes"])
 DEADLINE_SECONDS = 120
 
 
-class KilledInStep(StopSignal):
-    """SIGKILLs this process between the gradients and the update of its `number`th step (from 1).
+class Stopping(StopSignal):
+    """A signal that comes when it is asked about for the `number`th time (from 1): by a step, or by what it calls.
 
-    Each step asks once; what else may ask, an evaluation or a preview, is not counted.
+    Each step asks once; the others are an evaluation's clips and a preview's steps.
     """
 
-    def __init__(self, number: int) -> None:
-        self._polls = 0
-        self._number = number
+    def __init__(self, number: int, *, by_step: bool = True) -> None:
+        self._polls, self._number, self._by_step = 0, number, by_step
         super().__init__()
 
     @property
     def requested(self) -> bool:
-        self._polls += sys._getframe(1).f_code is run_steps.__code__
-        if self._polls == self._number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return False
+        self._polls += (sys._getframe(1).f_code is run_steps.__code__) == self._by_step
+        return self._polls >= self._number and self.comes()
 
     @requested.setter
     def requested(self, value: bool) -> None:
-        assert not value
+        pass
+
+    def comes(self) -> bool:
+        """What happens then."""
+        return True
+
+
+class KilledInStep(Stopping):
+    """SIGKILLs this process between the gradients and the update of its `number`th step (from 1)."""
+
+    def comes(self) -> bool:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return False
 
 
 def start(

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from shared.store import shards
 from shared.view import read_view
 from tests.train import processes
 from train.checkpoint import load_checkpoint
-from train.loop import run_steps, train
+from train.loop import train
 from train.metrics import read_metrics
 
 VARYING = ("seconds", "data_wait_seconds", "peak_memory_bytes")
@@ -99,24 +98,6 @@ def test_each_rank_takes_its_clips_and_a_bad_one_ends_all_with_one_line(held: He
     assert load_checkpoint(config.train.output_dir / "checkpoint-000001").step == 1, "saved before"
 
 
-class StoppedInEvaluation(StopSignal):
-    """A signal that comes in the `number`th evaluated clip (from 1)."""
-
-    def __init__(self, number: int) -> None:
-        self._polls = 0
-        self._number = number
-        super().__init__()
-
-    @property
-    def requested(self) -> bool:
-        self._polls += sys._getframe(1).f_code is not run_steps.__code__
-        return self._polls >= self._number
-
-    @requested.setter
-    def requested(self, value: bool) -> None:
-        pass
-
-
 @pytest.mark.parametrize(("number", "step"), [(2, 2), (5, 2), (7, 4)])
 def test_a_signal_in_an_evaluation_is_heard_after_a_clip_and_the_resumed_run_is_the_straight_one(
     number: int, step: int, held: Held
@@ -125,7 +106,7 @@ def test_a_signal_in_an_evaluation_is_heard_after_a_clip_and_the_resumed_run_is_
     straight, config = held("straight", **values), held(**values)
     train(straight, StopSignal())
     with pytest.raises(Preempted, match=f"checkpoint saved at step {step} of 4"):
-        train(config, StoppedInEvaluation(number))
+        train(config, processes.Stopping(number, by_step=False))
     assert [line["step"] for line in losses(config) if "held_out_loss" in line] == [2][: step // 4]
     train(config, StopSignal())
     assert losses(config) == losses(straight)

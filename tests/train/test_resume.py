@@ -82,24 +82,6 @@ def test_none_starts_anew_and_refuses_a_run_that_has_checkpoints(run: Path) -> N
 # Branches
 
 
-class Stopping(StopSignal):
-    """A signal that comes in the `number`th step (from 1)."""
-
-    def __init__(self, number: int) -> None:
-        self._polls = 0
-        self._number = number
-        super().__init__()
-
-    @property
-    def requested(self) -> bool:
-        self._polls += 1
-        return self._polls >= self._number
-
-    @requested.setter
-    def requested(self, value: bool) -> None:
-        pass
-
-
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("checkpoint-*"))
 
@@ -119,7 +101,7 @@ def test_a_named_start_leaves_the_newer_ones_aside_and_the_same_command_goes_on_
 
     named = settings(**values, resume_from_checkpoint="checkpoint-000004")
     with pytest.raises(Preempted):
-        train(named, Stopping(1))
+        train(named, processes.Stopping(1))
     aside = ["abandoned-1/checkpoint-000006", "abandoned-1/checkpoint-000008"]
     assert checkpoints(folder) == [*aside, "checkpoint-000004", "checkpoint-000005"]
     assert any(line.endswith(f"checkpoint-000006, checkpoint-000008 moved to {folder}/abandoned-1") for line in shown)
