@@ -4,7 +4,7 @@ ARGS ?=
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo precompute train sample test test-faults lint format clean bench bench-precompute bench-gpu-train bench-gpu-precompute
+.PHONY: help setup demo precompute train sample test test-faults lint format clean bench bench-precompute bench-train bench-gpu-train bench-gpu-precompute
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -39,7 +39,10 @@ bench: setup  ## Count bytes and FLOPs of the memory engine and time it against 
 	$(BIN)/python -m bench.cpu_memory $(ARGS)
 
 bench-precompute: setup  ## Measure stage 1 on the CPU with the tiny VAE: overlap and host memory
-	$(BIN)/python bench/precompute.py $(ARGS)
+	$(BIN)/python -m bench.cpu_precompute $(ARGS)
+
+bench-train: setup  ## Measure stage 2 on the CPU beside a plain end-to-end trainer
+	$(BIN)/python -m bench.cpu_train
 
 bench-gpu-train: setup  ## Measure stage 2 on a CUDA GPU at the published sizes (PIECE=1..4, ten minutes each)
 	$(BIN)/python -m bench.gpu_train --piece $(or $(PIECE),1) $(ARGS)

@@ -6,9 +6,6 @@ an A/A control. Seconds per step and memory of a GPU cannot be had here; `bench/
 """
 
 import argparse
-import json
-import random
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from bench import record
 from bench.models import PUBLISHED, build_small, make_pack, published_conventions
 from shared.config import Train
 from shared.geometry import Bucket
@@ -77,7 +75,6 @@ def count_bytes() -> list[dict[str, Any]]:
             found = predict_peak(PUBLISHED[variant], conventions, train, plan, [bucket], torch.bfloat16)
             sizes = {"peak": found.peak, "loaded": found.loaded, "kept": found.kept}
             rows.append({"model": variant, "clip": str(bucket), "plan": name} | {k: v / GIB for k, v in sizes.items()})
-            print(f"{variant:8}{bucket!s:14}{name:32}" + "".join(f"{k} {v / GIB:8.2f} GiB  " for k, v in sizes.items()))
     return rows
 
 
@@ -96,9 +93,6 @@ def count_flops() -> list[dict[str, Any]]:
                     torch.autograd.backward(loss)
             counts.append(counter.total)
         rows.append({"plan": name, "forward": counts[0], "step": counts[1], "step_per_forward": counts[1] / counts[0]})
-        print(
-            f"{name:20} forward {counts[0]:.4g}, forward and backward {counts[1]:.4g} ({counts[1] / counts[0]:.3f} x)"
-        )
     return rows
 
 
@@ -128,35 +122,39 @@ def time_ratios(num_pairs: int) -> list[dict[str, Any]]:
         for _ in range(num_pairs):  # ABBA, so that a drift hits both alike
             first, second, third, fourth = step(plain), arm(), arm(), step(plain)
             ratios.append((second + third) / (first + fourth))
-        low, high = bootstrap(ratios)
-        rows.append({"plan": name, "ratio": statistics.median(ratios), "low": low, "high": high, "ratios": ratios})
-        print(
-            f"{name:20} {statistics.median(ratios):.3f} x the seconds of full (95 % interval {low:.3f} to {high:.3f})"
-        )
+        rows.append({"plan": name, **record.interval(ratios), "ratios": ratios})
     return rows
 
 
-def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
-    """The 95 % interval of the median."""
-    generator = random.Random(0)
-    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+def as_markdown(found: dict[str, Any]) -> str:
+    sizes, flops, ratios = found["simulated_gib"], found["flops"], found["ratios"]
+    return "\n".join(
+        [
+            "Stage 2's memory engine. GiB with a rank-64 adapter in bf16, simulated:\n",
+            record.table(list(sizes[0]), [list(row.values()) for row in sizes]),
+            "Matrix-product FLOPs of forward and backward pass, over those of the forward pass alone:\n",
+            record.table(("plan", "times"), [[row["plan"], row["step_per_forward"]] for row in flops]),
+            "Seconds of a step of the small model on one CPU thread, over those of `full`:\n",
+            record.table(("plan", "median", "low", "high"), [list(row.values())[:4] for row in ratios]),
+            record.describe(found["circumstances"]),
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--output", type=Path, default=Path("bench/results/cpu-memory.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = {
-        "torch": torch.__version__,
+    found = {
+        "circumstances": record.circumstances(),
         "simulated_gib": count_bytes(),
         "flops": count_flops(),
         "ratios": time_ratios(arguments.pairs),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    text = as_markdown(found)
+    record.write("cpu-memory", found, text)
+    print(text)
 
 
 if __name__ == "__main__":

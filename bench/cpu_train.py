@@ -1,6 +1,6 @@
 """Stage 2 beside a plain end-to-end trainer, on a CPU: seconds per step, peak memory, seconds to the first step.
 
-`python -m bench.cpu_train` runs three processes per model, each as it would be started by hand. `ours` is the loop of
+`make bench-train` runs three processes per model, each as it would be started by hand. `ours` is the loop of
 `precog train` on a cache. `plain` keeps VAE, T5 and transformer loaded, encodes the clips at its start and the caption
 in every step, and trains with diffusers' forward, as diffusers' train_cogvideox_lora.py does. `control` is ours once
 more. They take turns, ours-plain-plain-ours and ours-control-control-ours, so that a busy machine meets all alike. What
@@ -10,14 +10,12 @@ and the bootstrap draws starts first and turns within them after.
 That both train the same is held by tests/train/test_golden.py.
 """
 
-import json
-import platform
 import resource
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import redirect_stderr
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,12 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from bench import record
 from shared.config import Config, Data, Model, Precompute, Train
 from shared.preemption import StopSignal
-from shared.seeding import generator
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "bench" / "results" / "cpu_train.json"
 FRAMES, HEIGHT, WIDTH, TEXT_LENGTH = 17, 64, 96, 226
 CONTEXT = get_context("spawn")
 
@@ -74,26 +71,37 @@ SIZES = (
 )
 
 
-class Turns(StopSignal):
-    """What the loop polls once per step: waits here for its turn, and tells what its turn took."""
+class Turns:
+    """In an arm's process: the turns it is given through the pipe, and what they took."""
 
     def __init__(self, pipe: Connection) -> None:
-        self._pipe, self._left, self._begun = pipe, 0, (0.0, 0.0)
+        self._pipe, self._steps, self._begun = pipe, 0, (0.0, 0.0)
         pipe.send("ready")
+
+    def step(self) -> None:
+        """Called once in every step; waits here between turns, and ends the process after the last."""
+        self._steps -= 1
+        if self._steps > 0:
+            return
+        now = (time.perf_counter(), time.process_time())
+        took = tuple(after - before for after, before in zip(now, self._begun, strict=True))
+        self._pipe.send((*took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        self._steps = self._pipe.recv()
+        self._begun = (time.perf_counter(), time.process_time())
+        if self._steps == 0:
+            raise SystemExit
+
+
+class Polled(StopSignal):
+    """A signal that never comes; asking for it calls `poll`."""
+
+    def __init__(self, poll: Callable[[], None]) -> None:
+        self.poll = poll
         super().__init__()
 
     @property
     def requested(self) -> bool:
-        self._left -= 1
-        if self._left > 0:
-            return False
-        now = (time.perf_counter(), time.process_time())
-        took = tuple(after - before for after, before in zip(now, self._begun, strict=True))
-        self._pipe.send((*took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
-        self._left = self._pipe.recv()
-        self._begun = (time.perf_counter(), time.process_time())
-        if self._left == 0:
-            raise SystemExit
+        self.poll()
         return False
 
     @requested.setter
@@ -102,15 +110,14 @@ class Turns(StopSignal):
 
 
 def main() -> None:
-    results = {}
+    found: dict[str, Any] = {"circumstances": record.circumstances(), "models": {}}
+    tables = ["Stage 2 on the CPU, one thread a process; ratios of seconds.\n"]
     for size in SIZES:
         with TemporaryDirectory() as folder:
-            results[size.name] = measure(size, Path(folder))
-            print(table(size.name, results[size.name]))
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"machine": machine(), "models": results}, indent=1) + "\n", encoding="utf-8")
-    tables = "\n".join(table(name, report) for name, report in results.items())
-    RESULT.with_suffix(".md").write_text(tables, encoding="utf-8")
+            found["models"][size.name] = measure(size, Path(folder))
+        tables.append(as_markdown(size.name, found["models"][size.name]))
+        print(tables[-1])
+    record.write("cpu-train", found, "\n".join([*tables, record.describe(found["circumstances"])]))
 
 
 def measure(size: Size, folder: Path) -> dict[str, Any]:
@@ -136,11 +143,10 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
     report |= {"starts": size.starts, "rounds_per_start": size.rounds}
     report["start_to_first_step_seconds"] = started
     report["peak_rss_bytes"] = peaks
-    report["peak_rss_ratio"] = peaks["ours"] / peaks["plain"]
     for other, taken in pairs.items():
         for column, kind in enumerate(("wall", "cpu")):
             ratios = [[ours[column] / theirs[column] for ours, theirs in turns] for turns in taken]
-            report[f"ours/{other} {kind}"] = asdict(interval(ratios))
+            report[f"ours/{other} {kind}"] = record.interval(ratios)
     control = [report[f"ours/control {kind}"] for kind in ("wall", "cpu")]
     report["noise_band"] = max(abs(bound[end] - 1) for bound in control for end in ("low", "high"))
     report["seconds_per_step"] = {
@@ -151,26 +157,6 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
     return report
 
 
-@dataclass(frozen=True)
-class Interval:
-    """Median of ratios and its 95 % bootstrap interval."""
-
-    median: float
-    low: float
-    high: float
-
-
-def interval(ratios: list[list[float]]) -> Interval:
-    """Of [starts][turns]."""
-    values, draw = np.array(ratios), generator("bootstrap", len(ratios))
-    starts, turns = values.shape
-    medians = [
-        np.median(values[draw.integers(starts, size=(starts, 1)), draw.integers(turns, size=(starts, turns))])
-        for _ in range(10_000)
-    ]
-    return Interval(float(np.median(values)), *map(float, np.percentile(medians, [2.5, 97.5])))
-
-
 class Worker:
     """One arm in a process of its own."""
 
@@ -178,9 +164,10 @@ class Worker:
         self._pipe, theirs = CONTEXT.Pipe()
         folder = config.train.output_dir.with_name(name)
         config = config.model_copy(update={"train": config.train.model_copy(update={"output_dir": folder})})
-        self._process = CONTEXT.Process(target=silenced, args=(arm, config, theirs))
+        self._process = CONTEXT.Process(target=silenced, args=(arm, config, theirs), daemon=True)
         begun = time.perf_counter()
         self._process.start()
+        theirs.close()  # or else nothing would tell that the process has died
         assert self._pipe.recv() == "ready"
         self._peak = self._pipe.recv()[2]
         self.start_seconds = time.perf_counter() - begun
@@ -203,7 +190,7 @@ def silenced(arm: Callable[[Config, Connection], None], config: Config, pipe: Co
 
     torch.set_num_threads(1)
     config.train.output_dir.mkdir(parents=True)
-    with (config.train.output_dir / "log.txt").open("w", encoding="utf-8") as sys.stderr:
+    with (config.train.output_dir / "log.txt").open("w", encoding="utf-8") as log, redirect_stderr(log):
         arm(config, pipe)
 
 
@@ -211,67 +198,14 @@ def ours(config: Config, pipe: Connection) -> None:
     """`precog train`, paced."""
     from train.loop import train
 
-    train(config, Turns(pipe))
+    train(config, Polled(Turns(pipe).step))
 
 
 def plain(config: Config, pipe: Connection) -> None:
-    """Everything in one: diffusers' modules, its scheduler and its loss, all parts loaded from start to end."""
-    import av
-    import torch
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
-    from peft import LoraConfig
-    from torch.nn import functional
-    from transformers import AutoTokenizer, T5EncoderModel
+    """Everything in one, paced."""
+    from bench.plain import train_plainly
 
-    folder, train, turns = config.model.pretrained_model_name_or_path, config.train, Turns(pipe)
-    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
-    text_encoder = T5EncoderModel.from_pretrained(f"{folder}/text_encoder").requires_grad_(False).eval()
-    vae = AutoencoderKLCogVideoX.from_pretrained(f"{folder}/vae").requires_grad_(False).eval()
-    transformer = CogVideoXTransformer3DModel.from_pretrained(f"{folder}/transformer").requires_grad_(False)
-    scheduler = CogVideoXDPMScheduler.from_pretrained(f"{folder}/scheduler")
-    transformer.add_adapter(
-        LoraConfig(r=train.lora_rank, lora_alpha=train.lora_alpha, target_modules=list(train.lora_target_modules))
-    )
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=train.learning_rate)
-    root = config.data.instance_data_root
-    videos, captions = ((root / name).read_text(encoding="utf-8").split("\n") for name in ("videos.txt", "prompts.txt"))
-    posteriors = []
-    for video in filter(None, videos):
-        with av.open(str(root / video)) as container:
-            frames = [
-                frame.to_ndarray(format="rgb24")
-                for frame, _ in zip(container.decode(video=0), range(FRAMES), strict=False)
-            ]
-        pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        pixels = functional.interpolate(pixels, (HEIGHT, WIDTH), mode="bicubic", antialias=True)
-        with torch.no_grad():
-            posteriors.append(vae.encode(pixels.transpose(0, 1)[None]).latent_dist)
-    torch.manual_seed(train.seed)
-    step = 0
-    while True:
-        index = step % len(posteriors)
-        latents = (posteriors[index].sample() * vae.config.scaling_factor).permute(0, 2, 1, 3, 4)
-        tokens = tokenizer(
-            captions[index], padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
-        )
-        with torch.no_grad():
-            prompt_embeds = text_encoder(tokens.input_ids)[0]
-        noise = torch.randn_like(latents)
-        timestep = torch.randint(0, 1000, (1,))
-        noisy = scheduler.add_noise(latents, noise, timestep)
-        output = transformer(
-            hidden_states=noisy, encoder_hidden_states=prompt_embeds, timestep=timestep, return_dict=False
-        )[0]
-        x0 = scheduler.get_velocity(output, noisy, timestep)
-        weight = 1 / (1 - scheduler.alphas_cumprod[timestep])
-        loss = (weight.view(-1, 1, 1, 1, 1) * (x0 - latents) ** 2).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
-        assert not turns.requested
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
+    train_plainly(config, Turns(pipe).step)
 
 
 def make_config(folder: Path) -> Config:
@@ -334,34 +268,24 @@ def prepare(size: Size, config: Config) -> dict[str, int]:
     return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
 
 
-def machine() -> dict[str, str]:
-    import torch
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "cpu": platform.machine(), "threads": "1"}
-
-
-def table(name: str, report: dict[str, Any]) -> str:
-    """The report of one model for people, as Markdown."""
-    per_step, peaks = report["seconds_per_step"], {arm: peak / 2**20 for arm, peak in report["peak_rss_bytes"].items()}
-    started = report["start_to_first_step_seconds"]
-    names = {"starts": "starts", "rounds_per_start": "rounds", "steps_per_turn": "steps"}
-    counts = " of ".join(f"{report[key]} {word}" for key, word in names.items())
-    rows = [
-        f"## {name}: {counts}, one thread\n",
-        "| ratio | median | 95 % interval |\n|---|---|---|",
-        *(
-            f"| {key} | {value['median']:.3f} | {value['low']:.3f} to {value['high']:.3f} |"
-            for key, value in report.items()
-            if isinstance(value, dict) and "median" in value
-        ),
-        f"| peak RSS, ours/plain | {report['peak_rss_ratio']:.3f} | |\n",
-        f"A ratio nearer to 1 than {report['noise_band']:.3f}, the control's band, says nothing.\n",
-        "| | ours | plain |\n|---|---|---|",
-        f"| seconds per step | {per_step['ours']:.3f} | {per_step['plain']:.3f} |",
-        f"| peak RSS, MiB | {peaks['ours']:.0f} | {peaks['plain']:.0f} |",
-        f"| seconds to the first step, last start | {started['ours']:.1f} | {started['plain']:.1f} |\n",
-    ]
-    return "\n".join(rows)
+def as_markdown(name: str, report: dict[str, Any]) -> str:
+    """Of one model."""
+    ratios = {key: value for key, value in report.items() if isinstance(value, dict) and "median" in value}
+    started, peaks = report["start_to_first_step_seconds"], report["peak_rss_bytes"]
+    rows = {
+        "seconds per step": report["seconds_per_step"],
+        "peak RSS, MiB": {arm: peak / 2**20 for arm, peak in peaks.items()},
+        "seconds to the first step, last start": started,
+    }
+    counts = [f"{report[key]} {key.partition('_')[0]}" for key in ("starts", "rounds_per_start", "steps_per_turn")]
+    return "\n".join(
+        [
+            f"## {name}: {' of '.join(counts)}\n",
+            record.table(("ratio", "median", "low", "high"), [[key, *value.values()] for key, value in ratios.items()]),
+            f"A ratio nearer to 1 than {report['noise_band']:.3f}, the control's band, says nothing.\n",
+            record.table(("", "ours", "plain"), [[name, row["ours"], row["plain"]] for name, row in rows.items()]),
+        ]
+    )
 
 
 if __name__ == "__main__":

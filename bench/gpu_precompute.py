@@ -1,6 +1,6 @@
 """Stage 1 on a CUDA GPU with encoders of the published size: clips and prompts per second, who waited, memory.
 
-    python -m bench.gpu_precompute              # writes bench/results/precompute-<gpu>.json and .md
+    python -m bench.gpu_precompute              # writes bench/results/<gpu>-precompute.json and .md
     python -m bench.gpu_precompute --dry-run    # every arm once with tiny encoders on the CPU; writes nothing
 
 Weights are random, which costs what trained ones do. Each pass of stage 1 runs alone, as `precog precompute` runs it,
@@ -10,7 +10,6 @@ fails is said to have, the others go on. Without CUDA it exits with 2, with a fa
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -20,8 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench import record
+
 if TYPE_CHECKING:  # decoding processes import this file again, and must not load torch
-    from bench.stage_1 import Scene
+    from bench.encoding import Scene
 
 Rows = dict[str, list[dict[str, float]]]
 TARGET = "Target at 49x480x720 on an H100: 2 clips per second."
@@ -40,7 +41,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def run_arms(scene: "Scene", rounds: int, limit_seconds: float) -> tuple[Rows, dict[str, str]]:
     """Rows of each arm by name, and why an arm failed; no arm begins after the limit."""
-    from bench.stage_1 import measure
+    from bench.encoding import measure
 
     started = time.monotonic()
     rows: Rows = {}
@@ -60,21 +61,26 @@ def run_arms(scene: "Scene", rounds: int, limit_seconds: float) -> tuple[Rows, d
     return rows, failures
 
 
-def as_markdown(record: dict[str, Any]) -> str:
+def as_markdown(found: dict[str, Any]) -> str:
     """Medians by arm."""
     columns = ("clips_per_second", "waited_for_decode", "waited_for_write", "prompts_per_second", "peak_gib")
-    lines = [
-        f"Stage 1 on {record['gpu']}: clips of {record['bucket']} in bf16, random weights; medians.",
-        "",
-        "| | rounds | " + " | ".join(column.replace("_", " ") for column in columns) + " |",
-        "|---" * (2 + len(columns)) + "|",
-    ]
-    for name, rows in record["arms"].items():
-        medians = {column: statistics.median(row[column] for row in rows) for column in columns if column in rows[0]}
-        cells = [f"{medians[column]:.2f}" if column in medians else "" for column in columns]
-        lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + " |")
-    lines += [f"| {name} | failed: {reason} |" for name, reason in record["failures"].items()]
-    return "\n".join([*lines, "", TARGET, "", f"{record['date']}; `{record['command']}`", ""])
+    rows: list[list[object]] = []
+    for name, measured in found["arms"].items():
+        medians = [
+            statistics.median(row[column] for row in measured if column in row) if column in measured[0] else ""
+            for column in columns
+        ]
+        rows.append([name, len(measured), *medians])
+    rows += [[name, f"failed: {reason}", *[""] * len(columns)] for name, reason in found["failures"].items()]
+    card = found["circumstances"]["device"]["name"]
+    return "\n".join(
+        [
+            f"Stage 1 on {card}, clips of {found['bucket']} in bf16, random weights:\n",
+            record.table(["", "rounds", *(column.replace("_", " ") for column in columns)], rows),
+            f"{TARGET}\n",
+            record.describe(found["circumstances"]),
+        ]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,31 +95,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given.dry_run and not torch.cuda.is_available():
         print("bench.gpu_precompute needs a CUDA GPU; none is here (--dry-run runs without)", file=sys.stderr)
         return 2
-    from bench.precompute import RESULTS
-    from bench.stage_1 import published_scene, tiny_scene
-    from precompute.provenance import environment
+    from bench.encoding import published_scene, tiny_scene
+    from shared.console import quiet_libraries
 
+    quiet_libraries()
+    found: dict[str, Any] = {"circumstances": record.circumstances("cpu" if given.dry_run else "cuda")}
     with tempfile.TemporaryDirectory() as folder:
         scene = tiny_scene(Path(folder)) if given.dry_run else published_scene(Path(folder), given.clips)
-        rows, failures = run_arms(scene, 1 if given.dry_run else given.rounds, given.limit_seconds)
-    gpu = "a CPU" if given.dry_run else torch.cuda.get_device_name()
-    record = {
-        "gpu": gpu,
-        "environment": environment(scene.device),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": " ".join(["python -m bench.gpu_precompute", *(sys.argv[1:] if arguments is None else arguments)]),
-        "bucket": str(scene.bucket),
-        "arms": rows,
-        "failures": failures,
-    }
-    text = as_markdown(record)
+        found["bucket"] = str(scene.bucket)
+        found["arms"], found["failures"] = run_arms(scene, 1 if given.dry_run else given.rounds, given.limit_seconds)
+    text = as_markdown(found)
     print(text)
     if not given.dry_run:
-        path = RESULTS / f"precompute-{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        path.with_suffix(".md").write_text(text, encoding="utf-8")
-    return int(bool(failures))
+        record.write(f"{record.short_name(scene.device)}-precompute", found, text)
+    return int(bool(found["failures"]))
 
 
 if __name__ == "__main__":

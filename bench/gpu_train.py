@@ -1,6 +1,6 @@
 """Seconds per step and memory of training on a CUDA GPU at the published sizes: `make bench-gpu-train PIECE=1`.
 
-    python -m bench.gpu_train --piece 1        # one of four, each in ten minutes; bench/results/<gpu>-<piece>.json
+    python -m bench.gpu_train --piece 1        # one of four, ten minutes each; bench/results/<gpu>-train-<piece>.json
     python -m bench.gpu_train --dry-run        # every arm once on tiny models on the CPU; writes nothing
 
 Weights are random and made on the card. Every arm of a case trains the same model on the same clip; only what the arm
@@ -11,31 +11,24 @@ something else, is not timed and said to be; the others go on. Without CUDA it e
 
 import argparse
 import json
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import diffusers
-import peft
 import torch
 from torch import Tensor
 
+from bench import record
 from bench.arms import A_A, ARMS, ON_THE_EXACT_BASE, Arm, Case, Stage
-from bench.cpu_memory import bootstrap
 from bench.models import PUBLISHED, SMALL, conventions_for
 from bench.roofline import measure_roofline, timed
 from shared.geometry import Bucket, video_tokens
 from shared.variants import Conventions
 
-RESULTS = Path(__file__).parent / "results"
 LEAST_COSINE, MOST_LOSS_DIFFERENCE = 0.99, 0.01
 FEWEST_ROUNDS = 3
 """With fewer an interval says nothing."""
@@ -180,13 +173,9 @@ def run_case(
     }
     control = result["ratios"].get(" / ".join(A_A), {"rounds": []})
     result["a_a_holds"] = None if len(control["rounds"]) < FEWEST_ROUNDS else control["low"] <= 1 <= control["high"]
-    if result["a_a_holds"] is False:
-        print("  the A/A control is off: no ratio of this case says anything")
     if case.soak_steps:
         result["soak"], failure = attempt(lambda: soak(stage, case.soak_steps, deadline))
         result["soak"] = result["soak"] or {"failure": failure}
-    for name, row in result["arms"].items():
-        print(f"  {name:38}" + "".join(f" {key} {value}" for key, value in row.items() if key != "seconds"), flush=True)
     return result
 
 
@@ -220,8 +209,7 @@ def ratios(samples: dict[str, Samples]) -> dict[str, Any]:
         above, below = ([statistics.median(steps) for steps in samples[name].seconds] for name in names)
         values = [a / b for a, b in zip(above, below, strict=False)]
         if values:
-            low, high = bootstrap(values)
-            found[title] = {"median": statistics.median(values), "low": low, "high": high, "rounds": values}
+            found[title] = record.interval(values) | {"rounds": values}
     return found
 
 
@@ -258,25 +246,29 @@ def tokens_of(conventions: Conventions, bucket: Bucket) -> int:
     return conventions.text_length + video_tokens(bucket, conventions.patch_size, conventions.patch_size_t)
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Card, driver, clocks and versions."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv"]
-        smi = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        smi = ""
-    return {
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none, a CPU",
-        "nvidia_smi": smi,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "diffusers": diffusers.__version__,
-            "peft": peft.__version__,
-        },
-    }
+def as_markdown(found: dict[str, Any]) -> str:
+    """One section a case."""
+    card = found["circumstances"]["device"]["name"]
+    sections = [case_markdown(case) for case in found["cases"]]
+    head = f"Stage 2 on {card}, random weights in bf16; medians.\n"
+    return "\n".join([head, *sections, record.describe(found["circumstances"])])
+
+
+def case_markdown(case: dict[str, Any]) -> str:
+    columns = ("seconds_per_step", "mfu", "max_allocated_gib", "max_reserved_gib", "compile_seconds", "attention")
+    rows = [
+        [name, *(row.get(column, "") for column in columns), row.get("failure", "")]
+        for name, row in case["arms"].items()
+    ]
+    ratios = [[name, row["median"], row["low"], row["high"]] for name, row in case["ratios"].items()]
+    return "\n".join(
+        [
+            f"## {case['variant']}, {case['clip']}, rank {case['lora_rank']}\n",
+            record.table(("", *(column.replace("_", " ") for column in columns), "failure"), rows),
+            record.table(("ratio of seconds", "median", "low", "high"), ratios),
+            "" if case["a_a_holds"] is not False else "The A/A control is off: no ratio of this case says anything.\n",
+        ]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -296,26 +288,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     head = configs[cases[0].variant]
     tokens = tokens_of(conventions_for(head), cases[0].bucket)
     sizes = {"side": 64, "copied_bytes": 1000, "repeats": 2} if given.dry_run else {}
-    record = describe_machine(device) | {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": "python -m bench.gpu_train " + " ".join(arguments if arguments is not None else sys.argv[1:]),
+    found: dict[str, Any] = {
+        "circumstances": record.circumstances(device.type),
         "roofline": measure_roofline(device, tokens, head["num_attention_heads"], **sizes),
         "cases": [],
     }
-    print(json.dumps(record["roofline"], indent=1), flush=True)
-    path = RESULTS / f"{re.sub('[^a-z0-9]+', '-', record['gpu'].lower())}-{given.piece}.json"
+    print(json.dumps(found["roofline"], indent=1), flush=True)
     for index, case in enumerate(cases, 1):
         # each case gets its share of the time that is left
         deadline = started + given.limit_seconds * index / len(cases)
         rounds = 1 if given.dry_run else given.rounds
-        roofline = record["roofline"]["matmul_tflops"] * 1e12
-        record["cases"].append(run_case(case, configs[case.variant], device, rounds, deadline, roofline))
-        text = json.dumps(record | {"seconds_in_all": time.monotonic() - started}, indent=1) + "\n"
+        roofline = found["roofline"]["matmul_tflops"] * 1e12
+        found["cases"].append(run_case(case, configs[case.variant], device, rounds, deadline, roofline))
+        print(case_markdown(found["cases"][-1]), flush=True)
+        found["seconds_in_all"] = time.monotonic() - started
         if not given.dry_run:  # after every case: what is measured is kept, whatever comes
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            print(path, flush=True)
-    failures = [row.get("failure", "") for case in record["cases"] for row in case["arms"].values()]
+            record.write(f"{record.short_name(device)}-train-{given.piece}", found, as_markdown(found))
+    failures = [row.get("failure", "") for case in found["cases"] for row in case["arms"].values()]
     return int(any(failure and not failure.startswith((OUT_OF_MEMORY, NO_TIME)) for failure in failures))
 
 

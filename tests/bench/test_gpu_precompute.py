@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from transformers import T5Config, T5EncoderModel
 
-from bench import stage_1
+from bench import encoding
 from bench.gpu_precompute import SETTINGS
 from precompute.plan import Part
 from precompute.run import decode_pool
@@ -20,7 +20,7 @@ from shared.geometry import Bucket
 from shared.preemption import StopSignal
 
 pytestmark = pytest.mark.faults
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,14 +43,14 @@ def test_a_dry_run_goes_through_every_arm_and_writes_nothing() -> None:
 def test_the_published_sizes_can_be_built_and_their_clips_are_not_refused(tmp_path: Path) -> None:
     """On no device, and with tiny encoders: what a first run on a GPU would otherwise stumble over."""
     with torch.device("meta"):
-        vae, t5 = AutoencoderKLCogVideoX(**stage_1.VAE), T5EncoderModel(T5Config(**stage_1.T5))
+        vae, t5 = AutoencoderKLCogVideoX(**encoding.VAE), T5EncoderModel(T5Config(**encoding.T5))
     sizes = [round(sum(weight.numel() for weight in part.parameters()) / 1e6) for part in (vae, t5)]
     assert sizes == [216, 4762]  # millions, as published
     bucket = Bucket(49, 480, 720)
-    stage_1.save_encoders(tmp_path / "pipeline", stage_1.TINY_VAE, stage_1.TINY_T5, torch.device("cpu"))
-    clips = stage_1._clips(tmp_path, 1, bucket)
-    scene = stage_1.Scene(tmp_path / "pipeline", clips, None, bucket, torch.device("cpu"))
-    config = stage_1.config_for(scene, clips, tmp_path / "cache", {})
+    encoding.save_encoders(tmp_path / "pipeline", encoding.TINY_VAE, encoding.TINY_T5, torch.device("cpu"))
+    clips = encoding._clips(tmp_path, 1, bucket)
+    scene = encoding.Scene(tmp_path / "pipeline", clips, None, bucket, torch.device("cpu"))
+    config = encoding.config_for(scene, clips, tmp_path / "cache", {})
     with decode_pool(config) as pool:
         wanted = survey(open_stage(config, Part(), StopSignal()), pool)
     assert [clip.window.bucket for clip in wanted.clips] == [bucket] and wanted.left_out == []

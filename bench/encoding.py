@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from transformers import T5Config, T5EncoderModel
 
-from bench.precompute import ROOT, write_corpus
+from bench.media import write_corpus
 from precompute import encoders
 from precompute.latents import encode_latents
 from precompute.plan import Part
@@ -25,6 +25,7 @@ from shared.fingerprint import sha256_file
 from shared.geometry import Bucket
 from shared.preemption import StopSignal
 
+ROOT = Path(__file__).parents[1]
 VAE: dict[str, Any] = {
     "down_block_types": ["CogVideoXDownBlock3D"] * 4,
     "up_block_types": ["CogVideoXUpBlock3D"] * 4,
