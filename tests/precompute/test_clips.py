@@ -634,7 +634,7 @@ def test_the_root_itself_may_be_a_link_or_relative(root, monkeypatch):
     assert source.path == root / "a.mp4"
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(["..", ".", "", "out", "inside", "sub", "c.mp4", "a.mp4", "~", "\\", "C:", "\0"])))
 def test_no_combination_of_parts_leaves_the_root(trapped, parts):
     try:
@@ -682,7 +682,7 @@ CSV_PARTS = [
 ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from(CSV_PARTS), max_size=30).map("".join), st.binary(max_size=3))
 def test_any_csv_gives_sources_or_one_project_error(text, tail):
     only_project_errors("t.csv", b"video,text,start_seconds\n" + text.encode() + tail)
@@ -697,7 +697,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.dictionaries(st.sampled_from(["video", "text", "start_seconds", "end_seconds"]), json_values), max_size=3
@@ -707,7 +707,7 @@ def test_any_jsonl_rows_give_sources_or_one_project_error(rows):
     only_project_errors("t.jsonl", jsonl(*rows).encode())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=60), st.integers(0, 34))
 def test_any_bytes_give_sources_or_one_project_error(noise, cut):
     good = b'{"video": "a.mp4", "text": "x"}\n'
@@ -716,7 +716,7 @@ def test_any_bytes_give_sources_or_one_project_error(noise, cut):
     only_project_errors("t.parquet", noise)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4), st.booleans()
 )

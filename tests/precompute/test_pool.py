@@ -103,7 +103,7 @@ def good(clip: tuple[Path, Probed]) -> DecodeJob:
 @pytest.fixture(scope="module")
 def shared_pool() -> Iterator[DecodePool]:
     """One pool for the tests whose children need not be fresh; its deadline is short."""
-    with DecodePool(workers=2, deadline_seconds=2, memory_gib=0.5) as pool:
+    with DecodePool(workers=2, deadline_seconds=5, memory_gib=0.5) as pool:
         yield pool
 
 
@@ -153,8 +153,8 @@ def test_a_job_that_never_ends_ends_at_its_deadline(
 ) -> None:
     begin = time.monotonic()
     outcomes = list(shared_pool.decode_all([good, like(kind, good), good, good]))
-    assert told(outcomes) == ["pyav", "timed out after 2 s", "pyav", "pyav"]
-    assert 2 <= time.monotonic() - begin < 4
+    assert told(outcomes) == ["pyav", "timed out after 5 s", "pyav", "pyav"]
+    assert 5 <= time.monotonic() - begin < 20
 
 
 def test_a_child_that_crashes_costs_its_own_job_only(shared_pool: DecodePool, good: DecodeJob) -> None:
@@ -236,14 +236,14 @@ def test_waiting_costs_no_processor_time_and_work_is_counted(shared_pool: Decode
     before = time.process_time()
     assert told(list(shared_pool.decode_all([like(Sleeps, good, seconds=1)]))) == ["pyav"]
     assert time.process_time() - before < 0.3
-    assert 1 <= shared_pool.busy_seconds() - busy < 2
+    assert 1 <= shared_pool.busy_seconds() - busy < 3
 
 
 def test_a_slow_consumer_does_not_time_out_finished_work(good: DecodeJob) -> None:
-    with DecodePool(workers=1, deadline_seconds=0.5, memory_gib=1) as pool:
+    with DecodePool(workers=1, deadline_seconds=1.5, memory_gib=1) as pool:
         outcomes = []
         for outcome in pool.decode_all([good] * 3):
-            time.sleep(0.6)
+            time.sleep(1.6)
             outcomes.append(outcome)
     assert told(outcomes) == ["pyav"] * 3
 

@@ -127,7 +127,7 @@ def variable_rate(draw: st.DrawFn) -> list[int]:
     return stamps
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     variable_rate(),
     st.sampled_from([0.5, 1, 7.5, 8, 23.976, 30]),
@@ -157,7 +157,7 @@ def test_every_frame_of_a_variable_rate_video_is_the_one_displayed_at_its_time(s
     assert [window.indices for window in windows] == list(dict.fromkeys(expected))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     variable_rate(),
     st.sampled_from([0, 1, 8, 24, 29.97]),

@@ -109,7 +109,7 @@ def test_tensors_are_aligned_views_of_the_file_and_writing_to_one_stays_private(
     assert storage.path(tar).read_bytes() == before
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_any_flipped_bit_of_a_receipt_is_refused(position, bit):
     content = bytearray(receipt_bytes(pack_shard(make_samples(2))[1]))

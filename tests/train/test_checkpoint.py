@@ -315,7 +315,7 @@ commits = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(commits.map(lambda commit: json.dumps(commit).encode()) | st.binary(max_size=64))
 def test_any_commit_file_is_read_or_refused_in_one_line(run: Path, data: bytes) -> None:
     path = run / "checkpoint-000020"
