@@ -15,7 +15,7 @@ from shared.config import Config
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of, sha256_files
 from shared.geometry import ENCODE_CHUNK_FRAMES
-from shared.pretrained import Part, pretrained_folder, pretrained_part, read_config
+from shared.pretrained import Part, pretrained_config, pretrained_folder, pretrained_part
 from shared.variants import Conventions, read_conventions
 
 TOKENIZER_FILES = (
@@ -50,8 +50,8 @@ class Encoders:
 def find_encoders(config: Config) -> Encoders:
     """Locate the parts and read the conventions; raises `UsageError` naming what is missing."""
     vae = pretrained_part(config.model, "vae")
-    transformer = read_config(pretrained_folder(config.model, "transformer") / "config.json")
-    scheduler = read_config(pretrained_folder(config.model, "scheduler") / "scheduler_config.json")
+    transformer = pretrained_config(config.model, "transformer")
+    scheduler = pretrained_config(config.model, "scheduler")
     conventions = read_conventions(transformer, vae.config, scheduler)
     tokenizer = pretrained_folder(config.model, "tokenizer")
     if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES[:2]):

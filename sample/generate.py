@@ -13,7 +13,7 @@ from shared import console
 from shared.config import Config
 from shared.device import DTYPES, choose_device
 from shared.errors import UsageError
-from shared.pretrained import pretrained_folder, pretrained_part, read_config
+from shared.pretrained import pretrained_config, pretrained_part
 from shared.run_folder import EXPORT, adapter_file
 from shared.variants import Conventions, drop_learned_table, read_conventions, without_learned_positions
 
@@ -63,7 +63,7 @@ def load_pipeline(config: Config) -> tuple[Any, Conventions]:
 
     part = pretrained_part(config.model, "transformer")
     vae = pretrained_part(config.model, "vae")
-    scheduler = read_config(pretrained_folder(config.model, "scheduler") / "scheduler_config.json")
+    scheduler = pretrained_config(config.model, "scheduler")
     conventions = read_conventions(part.config, vae.config, scheduler)
     precision = part.dtype() if config.sample.dtype == "auto" else config.sample.dtype
     kind = CogVideoXImageToVideoPipeline if conventions.image_to_video else CogVideoXPipeline

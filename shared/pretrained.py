@@ -1,7 +1,10 @@
 """The parts of a pretrained pipeline on disk: a local folder or a hub snapshot, safetensors only."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,6 +16,8 @@ from shared.fingerprint import sha256_files
 
 FileMark = tuple[int, int]
 """Size in bytes and mtime in nanoseconds: unchanged means the same bytes, changed means they have to be hashed."""
+CONFIG_NAMES = {"scheduler": "scheduler_config.json"}
+"""Of parts whose config is not config.json."""
 UNIMPORTANT_SETTINGS = {"_diffusers_version", "_name_or_path", "transformers_version", "architectures"}
 
 
@@ -45,15 +50,11 @@ class Part:
 
     def dtype(self) -> str:
         """The published precision: "fp32", "fp16" or "bf16", that of most weights; only headers are read."""
-        totals: dict[str, int] = {}
+        totals: Counter[str] = Counter()
         for path in self.weights:
             for dtype, size in _tensors(path):
-                totals[dtype] = totals.get(dtype, 0) + size
-        names = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-        found = max(totals, key=lambda name: totals[name], default="")
-        if found not in names:
-            raise UsageError(f"{self.folder}: weights are {found or 'empty'}; expected F32, F16 or BF16 safetensors")
-        return names[found]
+                totals[dtype] += size
+        return _most(totals, str(self.folder))
 
 
 def pretrained_folder(model: Model, name: str) -> Path:
@@ -68,6 +69,24 @@ def pretrained_folder(model: Model, name: str) -> Path:
     if not folder.is_dir():
         raise UsageError(f"model.pretrained_model_name_or_path = {str(root)!r}: has no {name}/ folder")
     return folder
+
+
+def pretrained_config(model: Model, name: str) -> dict[str, Any]:
+    """The config of a part; of a hub model that file alone is fetched. Raises `UsageError` if it is not there."""
+    file = f"{name}/{CONFIG_NAMES.get(name, 'config.json')}"
+    root = Path(model.pretrained_model_name_or_path)
+    path = root / file if root.is_dir() else _fetch_file(model, file)
+    if not path.is_file():
+        raise UsageError(f"model.pretrained_model_name_or_path = {str(root)!r}: has no {file}")
+    return read_config(path)
+
+
+def pretrained_dtype(model: Model, name: str) -> str:
+    """As `Part.dtype`; of a hub model whose weights are not here, their headers alone are fetched."""
+    part = present_part(model, name)
+    if part is None and not Path(model.pretrained_model_name_or_path).is_dir():
+        return _most(_headers_on_hub(model, name), f"{model.pretrained_model_name_or_path}/{name}")
+    return (part or pretrained_part(model, name)).dtype()
 
 
 def pretrained_part(model: Model, name: str) -> Part:
@@ -142,6 +161,15 @@ def _part(folder: Path, variant: str | None) -> Part:
     return Part(folder, variant, weights)
 
 
+def _most(elements: Mapping[str, int], where: str) -> str:
+    """The name that configs use for the dtype with most elements."""
+    found = max(elements, key=lambda name: elements[name], default="")
+    names = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+    if found not in names:
+        raise UsageError(f"{where}: weights are {found or 'empty'}; expected F32, F16 or BF16 safetensors")
+    return names[found]
+
+
 def _tensors(path: Path) -> Iterator[tuple[str, int]]:
     """Dtype and number of elements of each tensor; raises `UsageError` for a torn file or one of another kind."""
     from safetensors import SafetensorError, safe_open
@@ -158,9 +186,8 @@ def _tensors(path: Path) -> Iterator[tuple[str, int]]:
 def _fetch(model: Model, name: str, *, local_files_only: bool) -> Path:
     """Download one part of a hub repository, or find what is there of it; the root of the snapshot."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    with _hub(model):
         root = snapshot_download(
             model.pretrained_model_name_or_path,
             revision=model.revision,
@@ -168,10 +195,45 @@ def _fetch(model: Model, name: str, *, local_files_only: bool) -> Path:
             allow_patterns=[f"{name}/*.json", f"{name}/*.safetensors", f"{name}/*.model"],
             local_files_only=local_files_only,
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    return Path(root)
+
+
+def _fetch_file(model: Model, file: str) -> Path:
+    """Download one file of a hub repository, or find it."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub(model):
+        repository, revision = model.pretrained_model_name_or_path, model.revision
+        return Path(hf_hub_download(repository, file, revision=revision, cache_dir=model.model_cache_dir))
+
+
+def _headers_on_hub(model: Model, name: str) -> Counter[str]:
+    """Elements of each dtype in a part's weight files."""
+    from huggingface_hub import HfApi
+
+    repository, hub = model.pretrained_model_name_or_path, HfApi()
+    variant = re.escape(f".{model.variant}" if model.variant else "")
+    shard = r"(-\d+-of-\d+)?"
+    wanted = re.compile(rf"{name}/(diffusion_pytorch_model|model)({variant}{shard}|{shard}{variant})\.safetensors")
+    elements: Counter[str] = Counter()
+    with _hub(model):
+        for file in hub.list_repo_files(repository, revision=model.revision):
+            if wanted.fullmatch(file):
+                found = hub.parse_safetensors_file_metadata(repository, file, revision=model.revision)
+                elements.update(found.parameter_count)
+    return elements
+
+
+@contextmanager
+def _hub(model: Model) -> Iterator[None]:
+    """Turns what the hub raises into one line."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f"model.pretrained_model_name_or_path = {model.pretrained_model_name_or_path!r}: "
             f"neither a local folder nor a hub model within reach ({reason})"
         ) from None
-    return Path(root)

@@ -14,7 +14,7 @@ from shared.config import Config
 from shared.errors import CacheError, PrecogError, UsageError
 from shared.files import Storage, open_storage
 from shared.geometry import Bucket, latent_shape, padding_frames
-from shared.pretrained import Part, present_folder, pretrained_folder, pretrained_part, read_config
+from shared.pretrained import Part, present_folder, pretrained_config, pretrained_part
 from shared.store import SampleReader, read_recipe
 from shared.variants import Conventions, read_conventions, refusal
 from shared.view import View, ViewRow, read_view
@@ -99,13 +99,13 @@ def open_cache(config: Config) -> Cache:
 
 def _read_conventions(config: Config, cache: Cache | None) -> Conventions:
     """From the checkpoint's own configs; a machine without the VAE takes its config from the cache."""
-    vae = present_folder(config.model, "vae")
-    if vae is None and cache is None:
-        vae = pretrained_folder(config.model, "vae")
-    transformer = read_config(pretrained_folder(config.model, "transformer") / "config.json")
-    vae_config = read_config(vae / "config.json") if vae else cache.latents["vae"]["config"] if cache else {}
+    transformer = pretrained_config(config.model, "transformer")
+    if cache is None or present_folder(config.model, "vae"):
+        vae = pretrained_config(config.model, "vae")
+    else:
+        vae = cache.latents["vae"]["config"]
     drop = config.model.drop_learned_positions
-    return read_conventions(transformer, vae_config, _scheduler(config), drop_learned_positions=drop)
+    return read_conventions(transformer, vae, _scheduler(config), drop_learned_positions=drop)
 
 
 def _read_schedule(config: Config) -> NoiseSchedule:
@@ -113,7 +113,7 @@ def _read_schedule(config: Config) -> NoiseSchedule:
 
 
 def _scheduler(config: Config) -> dict[str, Any]:
-    return read_config(pretrained_folder(config.model, "scheduler") / "scheduler_config.json")
+    return pretrained_config(config.model, "scheduler")
 
 
 def _describe(conventions: Conventions) -> Iterator[tuple[str, str]]:

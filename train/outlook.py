@@ -14,7 +14,7 @@ from shared.device import DTYPES
 from shared.errors import CacheError, UsageError
 from shared.files import open_storage
 from shared.geometry import Bucket, video_tokens
-from shared.pretrained import pretrained_folder, pretrained_part, read_config
+from shared.pretrained import pretrained_config, pretrained_dtype
 from shared.variants import Conventions, read_conventions, refusal
 from shared.view import read_view
 from train.engine import Plan
@@ -102,18 +102,18 @@ def foresee(config: Config, card: Card | float) -> Outlook:
 
     Raises `UsageError` if [memory] contradicts itself, or no bucket can be trained.
     """
-    part = pretrained_part(config.model, "transformer")
-    transformer_config = read_config(part.folder / "config.json")
+    transformer_config = pretrained_config(config.model, "transformer")
     conventions = read_conventions(
         transformer_config,
-        read_config(pretrained_folder(config.model, "vae") / "config.json"),
-        read_config(pretrained_folder(config.model, "scheduler") / "scheduler_config.json"),
+        pretrained_config(config.model, "vae"),
+        pretrained_config(config.model, "scheduler"),
         drop_learned_positions=config.model.drop_learned_positions,
     )
     if config.train.transformer_engine == "reference":
         raise UsageError("train.transformer_engine = 'reference' has no plans; --card is about 'packed'")
     buckets, source = _buckets(config, conventions)
-    precision = part.dtype() if config.train.mixed_precision == "auto" else config.train.mixed_precision
+    asked = config.train.mixed_precision
+    precision = pretrained_dtype(config.model, "transformer") if asked == "auto" else asked
     block = _one_block(transformer_config, config.train)
     pack, preview = largest_pack(config.train, conventions, buckets), preview_bucket(config, conventions)
     shape = shape_of(transformer_config, conventions, pack, block)

@@ -25,7 +25,7 @@ from shared.config import Config, Sample
 from shared.errors import CacheError, UsageError
 from shared.files import open_storage
 from shared.geometry import Bucket, latent_shape, padding_frames
-from shared.pretrained import pretrained_folder, read_config
+from shared.pretrained import pretrained_config
 from shared.run_folder import SHEET, preview_folder
 from shared.store import SampleReader
 from shared.variants import refusal
@@ -201,7 +201,7 @@ def guidance(settings: Sample, timestep: int) -> float:
 
 def open_scheduler(config: Config) -> Any:
     """The checkpoint's own `CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler`; `read_schedule` allows no other."""
-    settings = read_config(pretrained_folder(config.model, "scheduler") / "scheduler_config.json")
+    settings = pretrained_config(config.model, "scheduler")
     return getattr(diffusers, settings["_class_name"]).from_config(settings)
 
 

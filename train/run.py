@@ -15,7 +15,7 @@ from shared.config import Config, Train
 from shared.device import choose_device
 from shared.errors import UsageError
 from shared.files import Storage, open_storage
-from shared.pretrained import Part, pretrained_folder, pretrained_part, read_config
+from shared.pretrained import Part, pretrained_config, pretrained_part
 from shared.store import read_recipe
 from shared.tracker import require_tracker
 from shared.variants import Conventions, read_conventions, refusal
@@ -132,8 +132,8 @@ def start_processes(train: Train) -> Accelerator:
 
 def agreed_conventions(config: Config, storage: Storage, view: View) -> tuple[Conventions, dict[str, Any]]:
     """The conventions that cache and transformer agree on, and the scheduler's config; only JSON files are read."""
-    transformer = read_config(pretrained_folder(config.model, "transformer") / "config.json")
-    scheduler = read_config(pretrained_folder(config.model, "scheduler") / "scheduler_config.json")
+    transformer = pretrained_config(config.model, "transformer")
+    scheduler = pretrained_config(config.model, "scheduler")
     recipe = read_recipe(storage, view.latents)
     conventions = read_conventions(
         transformer, recipe["vae"]["config"], scheduler, drop_learned_positions=config.model.drop_learned_positions

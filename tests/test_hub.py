@@ -1,0 +1,110 @@
+"""From a model hub each command takes what it needs and nothing else; the hub is a real one's protocol on loopback."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import media
+
+ROOT = Path(__file__).parents[1]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """One repository, `someone/tiny`, out of demo/tiny."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        tiny = ROOT / "demo" / "tiny"
+        self.files = {path.relative_to(tiny).as_posix(): path for path in tiny.rglob("*.*")}
+        self.fetched: set[str] = set()
+        """Weights that were asked for, with the range if there was one."""
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path, span = self.path.partition("?")[0], self.headers.get("range")
+        file = re.fullmatch(rf"/someone/tiny/resolve/(?:main|{COMMIT})/(.+)", path)
+        if path == "/api/models/someone/tiny/revision/main":
+            content = json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": []}).encode()
+        elif path.startswith("/api/models/someone/tiny/tree/"):
+            entries = [
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0" * 40}
+                for name, file in self.server.files.items()
+            ]
+            content = json.dumps(entries).encode()
+        elif file and file[1] in self.server.files:
+            content = self.server.files[file[1]].read_bytes()
+            if self.command == "GET" and file[1].endswith(".safetensors"):
+                self.server.fetched.add(file[1] + (f" {span}" if span else ""))
+        else:
+            self.send_error(404)
+            return
+        etag = hashlib.sha256(content).hexdigest()
+        self.send_response(206 if span else 200)
+        if span:
+            first, last = map(int, span.removeprefix("bytes=").split("-"))
+            content = content[first : last + 1]
+        for name, value in (("ETag", f'"{etag}"'), ("X-Repo-Commit", COMMIT), ("Content-Length", str(len(content)))):
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_each_command_downloads_its_own_part(hub: Hub, tmp_path: Path) -> None:
+    """Above all stage 1 not the transformer, 11 GB of a 5B, and stage 2 neither T5 nor the VAE."""
+    (tmp_path / "clips").mkdir()
+    media.write_clip(tmp_path / "clips" / "one.mp4", height=64, width=96)
+    (tmp_path / "clips" / "one.txt").write_text("one", "utf-8")
+    settings = {
+        "model.pretrained_model_name_or_path": "someone/tiny",
+        "data.instance_data_root": tmp_path / "clips",
+        "data.held_out_clips": 0,
+        "data.frame_buckets": [9],
+        "precompute.cache": tmp_path / "cache",
+        "train.output_dir": tmp_path / "run",
+        "train.max_train_steps": 1,
+        "train.global_batch_size": 1,
+    }
+    online = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1"}
+
+    def fetched_by(*command: str) -> set[str]:
+        hub.fetched.clear()
+        fresh = online | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "-".join(command))}
+        arguments = [*command[:1], "configs/demo.toml", *(f"{name}={value}" for name, value in settings.items())]
+        run = [sys.executable, "-m", "precog", *arguments, *command[1:]]
+        done = subprocess.run(run, cwd=ROOT, env=fresh, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return set(hub.fetched)
+
+    vae, transformer = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "transformer"))
+    encoders = {vae, "text_encoder/model.safetensors"}
+    assert fetched_by("plan", "--card", "4090") == encoders | {f"{transformer} bytes=0-100000"}
+    assert fetched_by("precompute") == encoders
+    assert fetched_by("train") == {transformer}
