@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from precompute.cli import ConfigFile, Overrides, cache_app, show_plan
 from precompute.cli import app as precompute_app
+from precompute.cli import cache_app, show_plan
 from sample.cli import app as sample_app
+from shared.arguments import ConfigFile, JsonOutput, Overrides
 from train.cli import app as train_app
-from train.doctor_cli import app as doctor_app
 
 app = typer.Typer(
     name="precog",
@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for stage in (precompute_app, train_app, doctor_app, sample_app):
+for stage in (precompute_app, train_app, sample_app):
     app.registered_commands += stage.registered_commands
 app.add_typer(cache_app, name="cache")
 
@@ -33,7 +33,7 @@ def plan_command(
         str, typer.Option(help="Also what training takes on this GPU: h100, a100, 4090, or its memory in GiB.")
     ] = "",
     calibrate: Annotated[bool, typer.Option(help="Encode two clips and a batch of prompts to estimate hours.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")] = False,
+    json_output: JsonOutput = False,
 ) -> None:
     """Say what `precompute` would do, and with --card what `train` would take; nothing is written."""
     from shared.console import run_command

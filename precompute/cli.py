@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from shared.arguments import ConfigFile, JsonOutput, Overrides
+
 if TYPE_CHECKING:
     from precompute.calibrate import Calibration
     from precompute.estimate import Estimate
@@ -23,15 +25,12 @@ MAX_LISTED = 20
 app = typer.Typer()
 cache_app = typer.Typer(help="Look at and check the cache.", no_args_is_help=True)
 
-ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the experiment.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="table.field=value ...", metavar="[TABLE.FIELD=VALUE]...")]
-
 
 @app.command("precompute")
 def precompute_command(
     config: ConfigFile,
     overrides: Overrides = None,
-    json_output: Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")] = False,
+    json_output: JsonOutput = False,
     part: Annotated[str, typer.Option(help="This worker's share, such as 3/16 (1-based).")] = "",
     engine: Annotated[
         Literal["process", "ray"], typer.Option(help="This process alone, or a Ray worker on every GPU.")

@@ -1,20 +1,16 @@
 """`precog sample | decode`. Everything heavy is imported inside the command."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
+
+from shared.arguments import ConfigFile, Overrides
 
 app = typer.Typer()
 
 
 @app.command("sample")
-def sample_command(
-    config: Annotated[Path, typer.Argument(help="TOML file of the experiment.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="table.field=value ...", metavar="[TABLE.FIELD=VALUE]...")
-    ] = None,
-) -> None:
+def sample_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make videos from the config's prompts, with and without the adapter, from the same noise."""
     from shared.console import run_command
 
@@ -22,12 +18,7 @@ def sample_command(
 
 
 @app.command("decode")
-def decode_command(
-    config: Annotated[Path, typer.Argument(help="TOML file of the experiment.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="table.field=value ...", metavar="[TABLE.FIELD=VALUE]...")
-    ] = None,
-) -> None:
+def decode_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make videos of the previews that training saved as latents; only the VAE is loaded."""
     from shared.console import run_command
 
