@@ -15,7 +15,7 @@ from shared.device import DTYPES, choose_device
 from shared.errors import UsageError
 from shared.pretrained import pretrained_config, pretrained_part
 from shared.run_folder import EXPORT, adapter_file
-from shared.variants import Conventions, drop_learned_table, read_conventions, without_learned_positions
+from shared.variants import Conventions, drop_learned_table, read_conventions
 
 
 def sample(config: Config) -> list[Path]:
@@ -64,7 +64,8 @@ def load_pipeline(config: Config) -> tuple[Any, Conventions]:
     part = pretrained_part(config.model, "transformer")
     vae = pretrained_part(config.model, "vae")
     scheduler = pretrained_config(config.model, "scheduler")
-    conventions = read_conventions(part.config, vae.config, scheduler)
+    drop = config.model.drop_learned_positions
+    conventions = read_conventions(part.config, vae.config, scheduler, drop_learned_positions=drop)
     precision = part.dtype() if config.sample.dtype == "auto" else config.sample.dtype
     kind = CogVideoXImageToVideoPipeline if conventions.image_to_video else CogVideoXPipeline
     disable_progress_bar()
@@ -76,8 +77,7 @@ def load_pipeline(config: Config) -> tuple[Any, Conventions]:
         dtype=DTYPES[precision],
         use_safetensors=True,
     )
-    if config.model.drop_learned_positions:
-        without_learned_positions(conventions)  # refuses a checkpoint that has no such table
+    if drop:
         drop_learned_table(pipeline.transformer)
     device = choose_device(config.sample.device)
     if device.type == "cuda":

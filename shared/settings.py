@@ -54,9 +54,7 @@ def shaping_settings(config: Config, *, image_to_video: bool) -> dict[str, Json]
 def stale_settings(config: Config, view: View, latents: Recipe, prompts: Recipe) -> Iterator[str]:
     """One line for each way in which the view, whose recipes these are, is not the one that the config describes."""
     again = "run `precog precompute` with this config, which encodes only what is not stored"
-    if not view.settings:
-        yield f"view {view.name}: made by an older version, which did not write down its settings; {again}"
-    elif changes := list(_changes(config, view, latents, prompts)):
+    if changes := list(_changes(config, view, latents, prompts)):
         yield f"view {view.name}: made with other settings than this config's: {', '.join(changes)}; {again}"
     wanted = {"data.validation_prompts": config.data.validation_prompts}
     wanted["data.negative_prompt"] = (config.data.negative_prompt,)

@@ -62,14 +62,6 @@ def read_recipe(storage: Storage, collection: Collection) -> dict[str, Any]:
     return recipe
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Where a key's sample is."""
-
-    tar: str
-    place: SamplePlace
-
-
 def shards(storage: Storage, folder: str) -> Iterator[tuple[str, Receipt]]:
     """Tar name and receipt of every finished shard below `folder`; a tar without a receipt does not exist yet.
 
@@ -84,15 +76,6 @@ def shards(storage: Storage, folder: str) -> Iterator[tuple[str, Receipt]]:
                 found = "is missing" if size is None else f"has {size} bytes where its receipt says {receipt.size}"
                 raise CacheError(f"{storage}/{tar}: {found}; `precog cache verify --repair` sets it aside")
             yield tar, receipt
-
-
-def stored_samples(storage: Storage, collection: Collection) -> dict[str, Stored]:
-    """Key -> where its sample is, for all that is stored."""
-    return {
-        place.key: Stored(tar, place)
-        for tar, receipt in shards(storage, collection.folder)
-        for place in receipt.samples
-    }
 
 
 MAPPED_SHARDS = 2
@@ -159,14 +142,9 @@ class SampleReader:
             self._compare(tar, place, hashlib.sha256(content).hexdigest())
             return sample_tensors(place, content, place.offset)
         if key not in self._checked:
-            self.check(key)
-            self._checked.add(place.key)
+            self._compare(tar, place, self._shard(tar).payload_sha256(place))
+            self._checked.add(key)
         return self._shard(tar).tensors(place)
-
-    def check(self, key: str) -> None:
-        """Compare the sample's bytes with the receipt's hash; raises `CacheError` naming it."""
-        tar, place = self._place(key)
-        self._compare(tar, place, self._shard(tar).payload_sha256(place))
 
     def _compare(self, tar: str, place: SamplePlace, found: str) -> None:
         if found != place.sha256:

@@ -4,12 +4,11 @@ Source of every rule: diffusers 0.42, `models/transformers/cogvideox_transformer
 Latent sizes are rows and columns of latents, one eighth of the pixels.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from shared.errors import CacheError, UsageError
+from shared.errors import UsageError
 from shared.geometry import SPATIAL_FACTOR, TEMPORAL_FACTOR, Bucket
 
 Config = Mapping[str, Any]
@@ -87,10 +86,6 @@ class Conventions:
     """latents = posterior draw times this."""
     image_scaling_factor: float
     """image latents = posterior draw times this; the inverse where the VAE says `invert_scale_latents`."""
-    temporal_factor: int
-    """Pixel frames per latent frame, after the first."""
-    spatial_factor: int
-    """Pixels per latent row and column."""
     snr_shift_scale: float
     """The schedule's alphas_cumprod are divided by s + (1 - s) * alphas_cumprod."""
     zero_terminal_snr: bool
@@ -114,29 +109,7 @@ class Conventions:
         """The one bucket that a learned position table covers, or None."""
         if self.positions != "rope_crop_learned":
             return None
-        return Bucket(
-            self.sample_frames, self.sample_height * self.spatial_factor, self.sample_width * self.spatial_factor
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for the cache's manifest."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: object) -> "Conventions":
-        """The inverse of `to_json`; raises `CacheError` with one line."""
-        from pydantic import TypeAdapter, ValidationError
-
-        names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
-            wrong = sorted(map(str, names ^ set(values))) if isinstance(values, dict) else [type(values).__name__]
-            raise CacheError(f"the cache's conventions do not fit this version: {', '.join(wrong)}; precompute again")
-        try:
-            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            place = ".".join(map(str, problem["loc"]))
-            raise CacheError(f"the cache's conventions are damaged: {place}: {problem['msg']}") from None
+        return Bucket(self.sample_frames, self.sample_height * SPATIAL_FACTOR, self.sample_width * SPATIAL_FACTOR)
 
 
 def read_conventions(
@@ -171,8 +144,6 @@ def read_conventions(
         temporal_interpolation_scale=float(t["temporal_interpolation_scale"]),
         scaling_factor=float(v["scaling_factor"]),
         image_scaling_factor=1 / v["scaling_factor"] if v["invert_scale_latents"] else float(v["scaling_factor"]),
-        temporal_factor=int(v["temporal_compression_ratio"]),
-        spatial_factor=2 ** (len(v["block_out_channels"]) - 1),
         snr_shift_scale=float(s["snr_shift_scale"]),
         zero_terminal_snr=bool(s["rescale_betas_zero_snr"]),
     )
@@ -196,18 +167,18 @@ def drop_learned_table(transformer: Any) -> None:
 
 def refusal(conventions: Conventions, bucket: Bucket) -> str | None:
     """Why clips of `bucket` cannot be trained, in one line, or None."""
-    step = conventions.spatial_factor * conventions.patch_size
+    step = SPATIAL_FACTOR * conventions.patch_size
     if bucket.height % step or bucket.width % step:
         return f"{bucket}: height and width have to be multiples of {step} (VAE factor times patch size)"
-    if bucket.frames % conventions.temporal_factor != 1:
-        return f"{bucket}: frames have to be {conventions.temporal_factor}k+1, such as 1, 9, 49"
+    if bucket.frames % TEMPORAL_FACTOR != 1:
+        return f"{bucket}: frames have to be {TEMPORAL_FACTOR}k+1, such as 1, 9, 49"
     fixed = conventions.fixed_bucket
     if fixed is not None and bucket != fixed:
         return (
             f"{bucket}: the learned position table of this checkpoint covers only {fixed}; "
             "use that bucket, or drop the table with drop_learned_positions"
         )
-    limit = [size * conventions.spatial_factor for size in (conventions.sample_height, conventions.sample_width)]
+    limit = [size * SPATIAL_FACTOR for size in (conventions.sample_height, conventions.sample_width)]
     if conventions.positions == "rope_slice" and (bucket.height > limit[0] or bucket.width > limit[1]):
         return f"{bucket}: the position grid of this checkpoint ends at {limit[0]}x{limit[1]} pixels"
     return None

@@ -59,7 +59,7 @@ class View:
     encoders: dict[str, tuple[FileMark, ...]] = field(default_factory=dict)
     """Part -> marks of the weight files it was made with, so that stage 2 knows them again without reading them."""
     settings: dict[str, Json] = field(default_factory=dict)
-    """Field -> value, of the fields that shaped it (`shared.settings`); views of the first version have none."""
+    """Field -> value, of the fields that shaped it (`shared.settings`)."""
 
     def split(self, name: str) -> tuple[ViewRow, ...]:
         """The rows of one split in canonical order: by what they hold, not by where they were listed."""
@@ -132,12 +132,12 @@ def read_view(storage: Storage, name: str) -> View:
             Collection("prompts", about["prompts"]),
             about["special_prompts"],
             rows,
-            _marks(about["encoders"]),
-            _settings(about.get("settings", {})),
+            {part: tuple((size, mtime) for size, mtime in files) for part, files in about["encoders"].items()},
+            dict(about["settings"]),
         )
         if view.hash != about["hash"]:
             raise ValueError("table and description do not belong together")
-    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise CacheError(f"{where}: damaged view ({error}); run `precog precompute` with this config again") from None
     return view
 
@@ -145,27 +145,6 @@ def read_view(storage: Storage, name: str) -> View:
 def view_names(storage: Storage) -> list[str]:
     """The views of a cache."""
     return [name.removeprefix("datasets/").removesuffix(".json") for name in storage.names("datasets", ".json")]
-
-
-def _marks(encoders: object) -> dict[str, tuple[FileMark, ...]]:
-    marks: dict[str, tuple[FileMark, ...]] = {}
-    if not isinstance(encoders, dict):
-        raise ValueError("encoders: not a table")
-    for part, files in encoders.items():
-        if not isinstance(files, list) or not all(_is_mark(mark) for mark in files):
-            raise ValueError(f"{part}: not a list of file sizes and times")
-        marks[part] = tuple((mark[0], mark[1]) for mark in files)
-    return marks
-
-
-def _settings(settings: object) -> dict[str, Json]:
-    if not isinstance(settings, dict):
-        raise ValueError("settings: not a table")
-    return settings
-
-
-def _is_mark(mark: object) -> bool:
-    return isinstance(mark, list) and len(mark) == 2 and all(type(number) is int for number in mark)
 
 
 def _row(values: Mapping[str, Any]) -> ViewRow:

@@ -5,17 +5,14 @@ which holds it exactly and which no parameter's own state uses (adapters are fp3
 """
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shared.config import Train
-from shared.errors import CacheError
 from shared.extras import require_extra
 
 EXTRAS = {
@@ -24,9 +21,6 @@ EXTRAS = {
     "adamw8bit": ("bitsandbytes", "bitsandbytes"),
 }
 """Optimizer -> module and extra of this package."""
-
-GROUP_NUMBERS = ("d", "d_max", "d_numerator", "k", "lr_max", "weight_sum")
-"""What prodigy and schedule-free carry from step to step in their parameter group."""
 
 logger = logging.getLogger(__name__)
 
@@ -84,40 +78,6 @@ def build_extra(named: Sequence[tuple[str, nn.Parameter]], train: Train) -> torc
     return optimizer
 
 
-def extra_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`{parameter}.{part}` for all that the optimizer keeps, and `group.{number}`, sharing its memory."""
-    (group,) = optimizer.param_groups
-    tensors = {f"group.{name}": _as_tensor(group[name]) for name in GROUP_NUMBERS if name in group}
-    for name, parameter in zip(group["param_names"], group["params"], strict=True):
-        for part, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{part}"] = _as_tensor(value)
-    return tensors
-
-
-def load_extra_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Set the whole state, bit for bit. Raises `CacheError`, and changes nothing, if a name does not belong here."""
-    (group,) = optimizer.param_groups
-    numbers = {name: f"group.{name}" for name in GROUP_NUMBERS if name in group}
-    states: dict[str, dict[str, Any]] = {name: {} for name in group["param_names"]}
-    devices = {name: parameter.device for name, parameter in zip(group["param_names"], group["params"], strict=True)}
-    for name, tensor in tensors.items():
-        parameter, _, part = name.rpartition(".")
-        if parameter in states:
-            states[parameter][part] = _from_tensor(tensor, devices[parameter])
-        elif name not in numbers.values():
-            raise CacheError(f"optimizer state: {name} belongs to no parameter of this run")
-    missing = [name for name in numbers.values() if name not in tensors]
-    if any(states.values()):
-        missing += [name for name, state in states.items() if not state]
-    if missing:
-        raise CacheError(f"optimizer state: {missing[0]} is missing")
-    for name, key in numbers.items():
-        group[name] = _from_tensor(tensors[key], torch.device("cpu"))
-    for name, parameter in zip(group["param_names"], group["params"], strict=True):
-        if states[name]:
-            optimizer.state[parameter] = states[name]
-
-
 def averaged(optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
     """Schedule-free's weights to evaluate and export, x = (y - (1 - beta1) z) / beta1 of the trained y; else None.
 
@@ -132,16 +92,3 @@ def averaged(optimizer: torch.optim.Optimizer) -> dict[str, Tensor] | None:
         name: parameter.detach().lerp(optimizer.state[parameter]["z"], 1 - 1 / beta1)
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
-
-
-def _as_tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach()
-    assert isinstance(value, int | float) and math.isfinite(value), value
-    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
-
-
-def _from_tensor(tensor: Tensor, device: torch.device) -> Any:
-    if tensor.ndim == 0 and tensor.dtype in (torch.int64, torch.float64):
-        return tensor.item()
-    return tensor.to(device, copy=True)

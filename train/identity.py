@@ -30,17 +30,6 @@ FIXED_FIELDS = (
 """Fields of [train] that a resumed run may not change."""
 ORDER = "train.shuffle_shards"
 """The order's name in a run's identity: what `shuffle_shards` came to."""
-WHOLE = "all"
-"""The order without windows, and of every checkpoint from before there were any."""
-ADDED_LATER = (
-    "memory.base_precision",
-    "model.drop_learned_positions",
-    "train.initial_adapter.sha256",
-    "train.mixed_precision",
-    "transformer.config",
-    "transformer.weights",
-)
-"""Names of a run's identity that checkpoints of the first version lack."""
 
 
 def identity_of(run: Run, base: Base) -> dict[str, Json]:
@@ -49,7 +38,7 @@ def identity_of(run: Run, base: Base) -> dict[str, Json]:
     settings = config.train.model_dump(mode="json")
     return {
         "view": run.view.hash,
-        ORDER: WHOLE if run.windows is None else run.windows.name,
+        ORDER: "all" if run.windows is None else run.windows.name,
         **{f"train.{name}": settings[name] for name in FIXED_FIELDS},
         "train.initial_adapter.sha256": _sha256_of_adapter(config.train.initial_adapter),
         "train.mixed_precision": str(run.transformer.dtype).removeprefix("torch."),
@@ -64,21 +53,13 @@ def _sha256_of_adapter(path: Path | None) -> str | None:
     return None if path is None else sha256_file(adapter_file(path))
 
 
-def refuse_another_run(state: Mapping[str, Any], identity: Mapping[str, Json], where: str) -> list[str]:
-    """What the checkpoint's state does not say of its run, having been made by the first version.
-
-    Raises `CacheError` naming what differs between the checkpoint's run and this one.
-    """
-    theirs = {ORDER: WHOLE, **state.get("identity", {})}
-    unknown = [name for name in identity if name in ADDED_LATER and name not in theirs]
-    ours = {name: value for name, value in identity.items() if name not in unknown}
-    before = {name: theirs.get(name) for name in ours}
-    shown = [f"{name} was {old!r}, is {new!r}" for name, old, new in differences(before, ours)]
+def refuse_another_run(state: Mapping[str, Any], identity: Mapping[str, Json], where: str) -> None:
+    """Raises `CacheError` naming what differs between the checkpoint's run and this one."""
+    shown = [f"{name} was {old!r}, is {new!r}" for name, old, new in differences(state["identity"], identity)]
     if shown:
         raise CacheError(
             f"{where}: made by another run ({', '.join(shown)}); choose another train.output_dir to start anew"
         )
-    return unknown
 
 
 def differences(left: Mapping[str, Json], right: Mapping[str, Json]) -> Iterator[tuple[str, Json, Json]]:

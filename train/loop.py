@@ -77,7 +77,7 @@ def run_steps(run: Run, stop: StopSignal) -> None:
             losses, result = step_gradients(
                 run.transformer, work.packs, run.conventions, settings, run.engine, accelerator, stopping=stop.requested
             )
-            require_finite(result, work.packs, losses, accelerator)
+            require_finite(result, work.packs, losses)
             learning_rate = learner.learning_rate
             learner.update()
 
@@ -148,11 +148,10 @@ def evaluate(run: Run, learner: Learner, metrics: Metrics | None, stop: StopSign
 
     All processes take part. False, with nothing added, if a signal came to one of them.
     """
-    data = run.transformer, run.held_out, run.conventions, len(run.schedule), run.engine, lambda: stop.requested
     with learner.evaluated():
-        losses = {"held_out_loss": held_out_loss(*data)}
+        losses = {"held_out_loss": held_out_loss(run, lambda: stop.requested)}
     if any(gather(metrics is not None and metrics.base_held_out_loss is None)):
-        losses["base_held_out_loss"] = base_held_out_loss(*data)
+        losses["base_held_out_loss"] = base_held_out_loss(run, lambda: stop.requested)
     taken = {name: loss for name, loss in losses.items() if loss is not None}
     if taken.keys() < losses.keys():
         return False

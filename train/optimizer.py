@@ -1,6 +1,8 @@
 """The optimizer, the learning rate as a pure function of the step, and the optimizer's state as named tensors."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -8,10 +10,10 @@ from torch import Tensor, nn
 
 from shared.config import Train
 from shared.errors import CacheError, UsageError
-from train.extras import build_extra, extra_state, load_extra_state
+from train.extras import build_extra
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-FUSED_DEVICES = {"cpu", "cuda"}
+GROUP_NUMBERS = ("d", "d_max", "d_numerator", "k", "lr_max", "weight_sum")
+"""What prodigy and schedule-free carry from step to step in their parameter group."""
 
 
 def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], train: Train) -> torch.optim.Optimizer:
@@ -31,7 +33,7 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], train: Train
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
         weight_decay=train.adam_weight_decay,
-        fused=all(parameter.device.type in FUSED_DEVICES for _, parameter in named),
+        fused=True,
     )
 
 
@@ -68,54 +70,47 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`{parameter}.step`, `.exp_avg` and `.exp_avg_sq` of each parameter, sharing the optimizer's memory.
-
-    A parameter that never had a gradient gives zeros, which is the state Adam would start it from. Of an optional
-    optimizer the tensors are its own, see `train.extras`.
-    """
-    if not isinstance(optimizer, torch.optim.Adam):
-        return extra_state(optimizer)
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in _named_parameters(optimizer):
-        state = optimizer.state.get(parameter, {})
-        tensors[f"{name}.step"] = state.get("step", torch.zeros(()))
-        for moment in MOMENTS:
-            tensors[f"{name}.{moment}"] = state[moment] if state else torch.zeros_like(parameter, requires_grad=False)
+    """`{parameter}.{part}` for all that the optimizer keeps, and `group.{number}`, sharing its memory."""
+    (group,) = optimizer.param_groups
+    tensors = {f"group.{name}": _as_tensor(group[name]) for name in GROUP_NUMBERS if name in group}
+    for name, parameter in zip(group["param_names"], group["params"], strict=True):
+        for part, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}.{part}"] = _as_tensor(value)
     return tensors
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Set the whole state from `optimizer_state`'s tensors, bit for bit, on the parameters' devices.
-
-    Raises `CacheError`, and changes nothing, if a name is missing or unknown or a shape or dtype differs.
-    """
-    if not isinstance(optimizer, torch.optim.Adam):
-        load_extra_state(optimizer, tensors)
-        return
-    expected = {
-        f"{name}.{part}": parameter if part in MOMENTS else torch.zeros(())
-        for name, parameter in _named_parameters(optimizer)
-        for part in ("step", *MOMENTS)
-    }
-    for name, like in expected.items():
-        if name not in tensors:
-            raise CacheError(f"optimizer state: {name} is missing")
-        found = tensors[name]
-        if (found.shape, found.dtype) != (like.shape, like.dtype):
-            raise CacheError(
-                f"optimizer state: {name} is {found.dtype} {list(found.shape)}, not {like.dtype} {list(like.shape)}"
-            )
-    if unknown := sorted(tensors.keys() - expected.keys()):
-        raise CacheError(f"optimizer state: {unknown[0]} belongs to no parameter of this run")
-    fused = optimizer.defaults["fused"]
-    for name, parameter in _named_parameters(optimizer):
-        # A fused optimizer keeps its step count beside the parameter, the others keep it on the CPU.
-        optimizer.state[parameter] = {
-            "step": tensors[f"{name}.step"].to(parameter.device if fused else "cpu", copy=True),
-            **{moment: tensors[f"{name}.{moment}"].to(parameter.device, copy=True) for moment in MOMENTS},
-        }
+    """Set the whole state, bit for bit. Raises `CacheError`, and changes nothing, if a name does not belong here."""
+    (group,) = optimizer.param_groups
+    numbers = {name: f"group.{name}" for name in GROUP_NUMBERS if name in group}
+    states: dict[str, dict[str, Any]] = {name: {} for name in group["param_names"]}
+    devices = {name: parameter.device for name, parameter in zip(group["param_names"], group["params"], strict=True)}
+    for name, tensor in tensors.items():
+        parameter, _, part = name.rpartition(".")
+        if parameter in states:
+            states[parameter][part] = _from_tensor(tensor, devices[parameter])
+        elif name not in numbers.values():
+            raise CacheError(f"optimizer state: {name} belongs to no parameter of this run")
+    missing = [name for name in numbers.values() if name not in tensors]
+    if any(states.values()):
+        missing += [name for name, state in states.items() if not state]
+    if missing:
+        raise CacheError(f"optimizer state: {missing[0]} is missing")
+    for name, key in numbers.items():
+        group[name] = _from_tensor(tensors[key], torch.device("cpu"))
+    for name, parameter in zip(group["param_names"], group["params"], strict=True):
+        if states[name]:
+            optimizer.state[parameter] = states[name]
 
 
-def _named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
-    for group in optimizer.param_groups:
-        yield from zip(group["param_names"], group["params"], strict=True)
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    assert isinstance(value, int | float) and math.isfinite(value), value
+    return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+
+
+def _from_tensor(tensor: Tensor, device: torch.device) -> Any:
+    if tensor.ndim == 0 and tensor.dtype in (torch.int64, torch.float64):
+        return tensor.item()
+    return tensor.to(device, copy=True)

@@ -11,6 +11,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_p
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from torch import Tensor
 
+from shared.geometry import latent_frames
 from shared.variants import Conventions
 from train.attention import RotaryTable
 
@@ -66,7 +67,7 @@ def additive_positions(
     assert text_length == conventions.text_length, f"{text_length} text tokens, not {conventions.text_length}"
     frames, _, height, width = latents.shape
     if conventions.positions == "rope_crop_learned":
-        table_frames = (conventions.sample_frames - 1) // conventions.temporal_factor + 1
+        table_frames = latent_frames(conventions.sample_frames)
         shape = (table_frames, conventions.sample_height, conventions.sample_width)
         assert (frames, height, width) == shape, f"the learned table is for latents {shape}"
         table: Tensor = transformer.patch_embed.pos_embedding[0]

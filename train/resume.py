@@ -44,9 +44,7 @@ def find_start(run: Run) -> Start:
     identity = together(lambda: identity_of(run, base))
     if checkpoint is not None:
         where = str(checkpoint.path)
-        unknown = together(lambda: refuse_another_run(state, identity, where))
-        if unknown:
-            console.say(f"{where}: made by an older version, so {', '.join(unknown)} cannot be compared")
+        together(lambda: refuse_another_run(state, identity, where))
     step = 0 if checkpoint is None else checkpoint.step
     _refuse_differences(gather({"step": step, "last step": run.num_steps, **identity}))
     branch = branch_of(checkpoint, request)

@@ -14,7 +14,7 @@ from shared import console
 from shared.config import Config, Train
 from shared.device import choose_device
 from shared.errors import UsageError
-from shared.files import Storage, open_storage
+from shared.files import open_storage
 from shared.pretrained import Part, pretrained_config, pretrained_part
 from shared.store import read_recipe
 from shared.tracker import require_tracker
@@ -78,8 +78,9 @@ def open_run(config: Config) -> Run:
         config.train.max_train_steps,
         config.train.num_train_epochs,
     )
-    check_cache(config, view, read_recipe(storage, view.latents), read_recipe(storage, view.prompts))
-    conventions, scheduler = agreed_conventions(config, storage, view)
+    latents = read_recipe(storage, view.latents)
+    check_cache(config, view, latents, read_recipe(storage, view.prompts))
+    conventions, scheduler = agreed_conventions(config, view, latents["vae"]["config"])
     schedule = read_schedule(scheduler)
     dataset, held_out = (
         Dataset(storage, view, split, conventions, schedule, config.train) for split in ("train", "held_out")
@@ -130,13 +131,12 @@ def start_processes(train: Train) -> Accelerator:
     return Accelerator(cpu=on_cpu, log_with=train.report_to, project_dir=train.output_dir, kwargs_handlers=[patience])
 
 
-def agreed_conventions(config: Config, storage: Storage, view: View) -> tuple[Conventions, dict[str, Any]]:
+def agreed_conventions(config: Config, view: View, vae: dict[str, Any]) -> tuple[Conventions, dict[str, Any]]:
     """The conventions that cache and transformer agree on, and the scheduler's config; only JSON files are read."""
     transformer = pretrained_config(config.model, "transformer")
     scheduler = pretrained_config(config.model, "scheduler")
-    recipe = read_recipe(storage, view.latents)
     conventions = read_conventions(
-        transformer, recipe["vae"]["config"], scheduler, drop_learned_positions=config.model.drop_learned_positions
+        transformer, vae, scheduler, drop_learned_positions=config.model.drop_learned_positions
     )
     for bucket in sorted({row.bucket for row in view.split("train")}):
         if reason := refusal(conventions, bucket):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from train.data import Example
 from train.engine import Engine
 from train.forward import ModelInput, predict, predict_reference
 from train.objective import clip_loss
+from train.peers import gather
 
 Packs = Sequence[Sequence[Example]]
 
@@ -147,13 +147,13 @@ def finish_gradients(
     return StepResult(loss / train.global_batch_size, float(norm), asked > 0)
 
 
-def require_finite(result: StepResult, packs: Packs, losses: Sequence[Tensor], accelerator: Accelerator) -> None:
+def require_finite(result: StepResult, packs: Packs, losses: Sequence[Tensor]) -> None:
     """Raises `NonFiniteError` on every rank, before the update, naming the clips."""
     if all(map(torch.isfinite, torch.tensor([result.loss, result.grad_norm]))):
         return
     mine = [example.name for pack in packs for example in pack]
     bad = [name for name, loss in zip(mine, losses, strict=True) if not torch.isfinite(loss)]
-    everyone, all_bad = (gather_object(mine), gather_object(bad)) if accelerator.num_processes > 1 else (mine, bad)
+    everyone, all_bad = ([name for names in gather(part) for name in names] for part in (mine, bad))
     where = f"loss of {', '.join(all_bad)}" if all_bad else f"gradient of {', '.join(everyone)}"
     raise NonFiniteError(
         f"not finite: {where} (loss {result.loss}, gradient norm {result.grad_norm}); this step was not applied"

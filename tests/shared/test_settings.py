@@ -1,6 +1,5 @@
 """Which fields of the config a view depends on, and which it does not."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +151,3 @@ def test_fewer_validation_prompts_are_there_and_others_are_not(config: Config) -
         text = value if isinstance(value, str) else value[0]
         (line,) = stale_settings(changed(config, **{field: value}), view, LATENTS, TEXT)
         assert line.startswith(f"view clips: {field}: {text!r} is not in it; run `precog precompute`")
-
-
-def test_a_view_without_settings_is_of_an_older_version(config: Config) -> None:
-    (line,) = stale_settings(config, replace(view_of(config), settings={}), LATENTS, TEXT)
-    assert line.startswith("view clips: made by an older version")
-    assert "run `precog precompute` with this config" in line

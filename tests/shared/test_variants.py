@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import json
 import re
 import subprocess
 import sys
@@ -15,10 +14,8 @@ from diffusers import (
     CogVideoXDPMScheduler,
     CogVideoXTransformer3DModel,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
-from shared.errors import CacheError, UsageError
+from shared.errors import UsageError
 from shared.geometry import Bucket
 from shared.variants import (
     SCHEDULER_DEFAULTS,
@@ -115,39 +112,6 @@ def test_a_key_left_out_means_what_diffusers_means(defaults: dict[str, Any], cla
     for kind in classes:
         parameters = inspect.signature(kind.__init__).parameters
         assert dict(defaults) == {name: parameters[name].default for name in defaults}
-
-
-@pytest.mark.parametrize("variant", TRANSFORMERS)
-def test_conventions_survive_json(variant: str) -> None:
-    conventions = conventions_of(variant)
-    assert Conventions.from_json(json.loads(json.dumps(conventions.to_json()))) == conventions
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-@given(field=st.sampled_from([field.name for field in dataclasses.fields(Conventions)]), value=JSON)
-def test_damaged_conventions_are_a_cache_error_in_one_line(field: str, value: object) -> None:
-    values = conventions_of("5b").to_json() | {field: value}
-    try:
-        conventions = Conventions.from_json(values)
-    except CacheError as error:
-        assert "\n" not in str(error)
-        assert field in str(error)
-    else:
-        assert type(getattr(conventions, field)) is type(value) or isinstance(value, int)
-
-
-@pytest.mark.parametrize("values", [None, [], "5b", {}, {"positions": "sincos"}])
-def test_conventions_of_another_shape_are_a_cache_error(values: object) -> None:
-    with pytest.raises(CacheError, match="precompute again"):
-        Conventions.from_json(values)
-    with pytest.raises(CacheError, match="colour"):
-        Conventions.from_json(conventions_of("5b").to_json() | {"colour": 1})
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from tests.experiments import fill_cache, write_experiment
 from tests.train import processes
 from tests.train.test_checkpoint import STATE, content, is_content, names, save, silence
 from train.checkpoint import load_checkpoint, save_checkpoint
-from train.identity import ADDED_LATER
 from train.loop import train
 from train.metrics import read_metrics
 from train.resume import BRANCH, abandon_newer, branch_of, find_checkpoint
@@ -359,21 +358,3 @@ def test_weights_of_known_size_and_time_are_not_read_again(begun: Config, monkey
     train(begun, StopSignal())
     assert hashed == [weights], "another time, the same bytes"
     assert [line["step"] for line in read_metrics(begun.train.output_dir)] == [1, 2, 3, 4]
-
-
-def test_a_checkpoint_of_the_first_version_says_what_cannot_be_compared(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from shared import console
-
-    train(settings(max_train_steps=2), StopSignal())
-    checkpoint = load_checkpoint(settings().train.output_dir / "checkpoint-000002")
-    kept = {name: value for name, value in checkpoint.state["identity"].items() if name not in ADDED_LATER}
-    state = {"identity": {**kept, "train.initial_adapter": None}}
-    save_checkpoint(settings().train.output_dir, 2, checkpoint.tensors, state)
-    shown: list[str] = []
-    monkeypatch.setattr(console, "say", shown.append)
-    train(settings(max_train_steps=3), StopSignal())
-    (line,) = (line for line in shown if "older version" in line)
-    assert all(name in line for name in ADDED_LATER)
-    assert load_checkpoint(settings().train.output_dir / "checkpoint-000003").state["identity"].keys() > kept.keys()

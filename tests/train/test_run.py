@@ -50,7 +50,7 @@ def test_a_view_of_the_first_version_is_refused_until_precompute_ran_again(tmp_p
     file = tmp_path / "cache/datasets/two.json"
     about = json.loads(file.read_bytes())
     file.write_text(json.dumps({name: value for name, value in about.items() if name != "settings"}), "utf-8")
-    with pytest.raises(CacheError, match="view two: made by an older version"):
+    with pytest.raises(CacheError, match="two: damaged view"):
         open_run(config)
     fill_cache(config)
     open_run(config)

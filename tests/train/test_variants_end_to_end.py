@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ def train_to_its_end(config: Config) -> None:
 
 
 def held_in_loss(run: Run) -> float:
-    return held_out_loss(run.transformer, run.dataset, run.conventions, len(run.schedule))
+    return held_out_loss(replace(run, held_out=run.dataset), stopped=lambda: False)
 
 
 def silent_loss(run: Run) -> float:
