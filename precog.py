@@ -1,7 +1,6 @@
 """The one command: `precog precompute | plan | train | sample | cache | ...`. Stages are imported when asked for."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +8,7 @@ import typer
 from precompute.cli import app as precompute_app
 from precompute.cli import cache_app, show_plan
 from sample.cli import app as sample_app
-from shared.arguments import ConfigFile, JsonOutput, Overrides
+from shared.command import ConfigFile, JsonOutput, Overrides, exits
 from train.cli import app as train_app
 
 app = typer.Typer(
@@ -26,6 +25,7 @@ app.add_typer(cache_app, name="cache")
 
 
 @app.command("plan")
+@exits
 def plan_command(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -36,33 +36,27 @@ def plan_command(
     json_output: JsonOutput = False,
 ) -> None:
     """Say what `precompute` would do, and with --card what `train` would take; nothing is written."""
-    from shared.console import run_command
-
-    run_command(lambda: _plan(config, overrides or [], card, calibrate, json_output))
-
-
-def _plan(path: Path, overrides: list[str], card: str, calibrate: bool, json_output: bool) -> None:
     import json
 
     from shared.config import load_config
     from shared.console import quiet_libraries
 
-    config = load_config(path, overrides)
+    settings = load_config(config, overrides)
     if calibrate or card:
         quiet_libraries()
     if not card:
-        planned = show_plan(config, calibrated=calibrate) | {"train": None}
+        planned = show_plan(settings, calibrated=calibrate) | {"train": None}
     else:
         from shared.errors import DataError
         from train.outlook import find_card, foresee, show
 
         gpu = find_card(card)
         try:
-            planned = show_plan(config, calibrated=calibrate)
+            planned = show_plan(settings, calibrated=calibrate)
         except DataError:  # what training takes is worth knowing before there are clips
-            show(foresee(config, gpu))
+            show(foresee(settings, gpu))
             raise
-        outlook = foresee(config, gpu)
+        outlook = foresee(settings, gpu)
         show(outlook)
         planned["train"] = outlook.as_json()
     if json_output:

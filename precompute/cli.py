@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from shared.arguments import ConfigFile, JsonOutput, Overrides
+from shared.command import ConfigFile, JsonOutput, Overrides, exits
 
 if TYPE_CHECKING:
     from precompute.calibrate import Calibration
@@ -25,8 +25,11 @@ MAX_LISTED = 20
 app = typer.Typer()
 cache_app = typer.Typer(help="Look at and check the cache.", no_args_is_help=True)
 
+CacheName = Annotated[str, typer.Argument(help="Cache folder.")]
+
 
 @app.command("precompute")
+@exits
 def precompute_command(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -37,21 +40,15 @@ def precompute_command(
     ] = "process",
 ) -> None:
     """Encode the config's videos and captions into the cache; what is stored already is reused."""
-    from shared.console import run_command
-
-    run_command(lambda: _precompute(config, overrides or [], json_output, part, engine))
-
-
-def _precompute(path: Path, overrides: list[str], json_output: bool, part: str, engine: str) -> None:
     import json
 
     from shared.config import load_config
     from shared.preemption import StopSignal
 
     with StopSignal(patience_seconds=PATIENCE_SECONDS) as stop:  # first, as loading the libraries alone takes seconds
-        config = load_config(path, overrides)
-        report = _run(config, part, engine, stop)
-    _show(report, config.precompute.cache)
+        settings = load_config(config, overrides)
+        report = _run(settings, part, engine, stop)
+    _show(report, settings.precompute.cache)
     if json_output:
         print(json.dumps(report.as_json()))  # noqa: T201
 
@@ -188,25 +185,9 @@ def _hours_text(measured: "Calibration") -> str:
 
 
 @cache_app.command("ls")
-def cache_ls(cache: Annotated[str, typer.Argument(help="Cache folder.")] = "cache") -> None:
+@exits
+def cache_ls(cache: CacheName = "cache") -> None:
     """List the collections and views of a cache."""
-    from shared.console import run_command
-
-    run_command(lambda: _ls(cache))
-
-
-def _open_cache(cache: str, **options: Any) -> "Storage":
-    """Raises `UsageError` if nothing is there: a mistyped name is no empty cache."""
-    from shared.errors import UsageError
-    from shared.files import open_storage
-
-    storage = open_storage(cache, **options)
-    if not any(storage.names(folder, ".json") for folder in ("latents", "prompts", "datasets")):
-        raise UsageError(f"{cache}: no cache is there; give the folder or URL of precompute.cache")
-    return storage
-
-
-def _ls(cache: str) -> None:
     from shared.console import bytes_text, table
     from shared.store import collections, read_recipe, shards
     from shared.view import read_view, view_names
@@ -241,18 +222,24 @@ def _ls(cache: str) -> None:
         )
 
 
+def _open_cache(cache: str, **options: Any) -> "Storage":
+    """Raises `UsageError` if nothing is there: a mistyped name is no empty cache."""
+    from shared.errors import UsageError
+    from shared.files import open_storage
+
+    storage = open_storage(cache, **options)
+    if not any(storage.names(folder, ".json") for folder in ("latents", "prompts", "datasets")):
+        raise UsageError(f"{cache}: no cache is there; give the folder or URL of precompute.cache")
+    return storage
+
+
 @cache_app.command("verify")
+@exits
 def cache_verify(
-    cache: Annotated[str, typer.Argument(help="Cache folder.")] = "cache",
+    cache: CacheName = "cache",
     repair: Annotated[bool, typer.Option(help="Set damaged files aside; precompute makes them again.")] = False,
 ) -> None:
     """Read every shard, recipe and plan and compare shards with their receipts; exit code 4 if anything is damaged."""
-    from shared.console import run_command
-
-    run_command(lambda: _verify(cache, repair))
-
-
-def _verify(cache: str, repair: bool) -> None:
     import tempfile
 
     from shared.console import say

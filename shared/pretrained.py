@@ -4,7 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -57,14 +57,14 @@ class Part:
         return _most(totals, str(self.folder))
 
 
-def pretrained_folder(model: Model, name: str) -> Path:
+def pretrained_folder(model: Model, name: str, *, download: bool = True) -> Path:
     """The folder of a part such as "vae": inside the local checkpoint, or fetched from the hub (that part alone).
 
-    Raises `UsageError` if it is not there.
+    Raises `UsageError` if it is not there, or not on this machine and not to be downloaded.
     """
     root = Path(model.pretrained_model_name_or_path)
     if not root.is_dir():
-        root = _fetch(model, name, local_files_only=False)
+        root = _fetch(model, name, local_files_only=not download)
     folder = root / name
     if not folder.is_dir():
         raise UsageError(f"model.pretrained_model_name_or_path = {str(root)!r}: has no {name}/ folder")
@@ -89,28 +89,23 @@ def pretrained_dtype(model: Model, name: str) -> str:
     return (part or pretrained_part(model, name)).dtype()
 
 
-def pretrained_part(model: Model, name: str) -> Part:
+def pretrained_part(model: Model, name: str, *, download: bool = True) -> Part:
     """A part with weights; raises `UsageError` naming what is missing, or what is a pickle."""
-    return _part(pretrained_folder(model, name), model.variant)
+    return _part(pretrained_folder(model, name, download=download), model.variant)
 
 
 def present_folder(model: Model, name: str) -> Path | None:
     """The folder of a part if this machine has it already; nothing is downloaded."""
-    root = Path(model.pretrained_model_name_or_path)
-    try:
-        folder = (root if root.is_dir() else _fetch(model, name, local_files_only=True)) / name
-    except UsageError:
-        return None
-    return folder if folder.is_dir() else None
+    with suppress(UsageError):
+        return pretrained_folder(model, name, download=False)
+    return None
 
 
 def present_part(model: Model, name: str) -> Part | None:
     """A part if this machine has it with all its weights; nothing is downloaded."""
-    folder = present_folder(model, name)
-    try:
-        return None if folder is None else _part(folder, model.variant)
-    except UsageError:
-        return None
+    with suppress(UsageError):
+        return pretrained_part(model, name, download=False)
+    return None
 
 
 def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:

@@ -1,24 +1,32 @@
-"""`precog train | sweep | doctor`. Everything heavy is imported inside the commands."""
+"""`precog train | sweep | doctor`. Everything heavy is imported inside the command."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from shared.arguments import ConfigFile, JsonOutput, Overrides
+from shared.command import ConfigFile, JsonOutput, Overrides, exits
 
 app = typer.Typer()
 
 
 @app.command("train")
+@exits
 def train_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train a LoRA from the cache; the same command resumes."""
-    from shared.console import run_command
+    from shared.config import load_config
+    from shared.console import quiet_libraries, show_config
+    from shared.preemption import StopSignal
+    from train.loop import train
 
-    run_command(lambda: _train(config, overrides or []))
+    settings = load_config(config, overrides)
+    quiet_libraries()
+    show_config(settings)
+    with StopSignal() as stop:
+        train(settings, stop)
 
 
 @app.command("sweep")
+@exits
 def sweep_command(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -28,12 +36,20 @@ def sweep_command(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, dealt out over the GPUs.")] = 1,
 ) -> None:
     """Train one LoRA per combination of settings, all from one cache; the same command resumes."""
-    from shared.console import run_command
+    from shared.errors import UsageError
+    from shared.preemption import StopSignal
+    from train.sweep import CSV_NAME, plan_sweep, run_sweep, show_outcomes
 
-    run_command(lambda: _sweep(config, overrides or [], grid or [], jobs))
+    if not grid:
+        raise UsageError("nothing to vary: add --grid table.field=value,value")
+    runs = plan_sweep(config, overrides or [], grid)
+    with StopSignal() as stop:
+        outcomes = run_sweep(config, runs, jobs, stop)
+    show_outcomes(outcomes, runs[0].folder.parent / CSV_NAME)
 
 
 @app.command("doctor")
+@exits
 def doctor_command(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -43,52 +59,20 @@ def doctor_command(
     json_output: JsonOutput = False,
 ) -> None:
     """Check checkpoint, config and cache against each other before training."""
-    from shared.console import run_command
-
-    run_command(lambda: _doctor(config, overrides or [], measure, json_output))
-
-
-def _sweep(path: Path, overrides: list[str], grid: list[str], jobs: int) -> None:
-    from shared.errors import UsageError
-    from shared.preemption import StopSignal
-    from train.sweep import CSV_NAME, plan_sweep, run_sweep, show_outcomes
-
-    if not grid:
-        raise UsageError("nothing to vary: add --grid table.field=value,value")
-    runs = plan_sweep(path, overrides, grid)
-    with StopSignal() as stop:
-        outcomes = run_sweep(path, runs, jobs, stop)
-    show_outcomes(outcomes, runs[0].folder.parent / CSV_NAME)
-
-
-def _train(path: Path, overrides: list[str]) -> None:
-    from shared.config import load_config
-    from shared.console import quiet_libraries, show_config
-    from shared.preemption import StopSignal
-    from train.loop import train
-
-    config = load_config(path, overrides)
-    quiet_libraries()
-    show_config(config)
-    with StopSignal() as stop:
-        train(config, stop)
-
-
-def _doctor(path: Path, overrides: list[str], measuring: bool, json_output: bool) -> None:
     import json
 
     from shared.config import load_config
     from shared.console import quiet_libraries, say, table
     from train.doctor import examine
-    from train.measure import measure
+    from train.measure import measure as measure_conventions
 
     quiet_libraries()
-    config = load_config(path, overrides)
-    diagnosis, subject = examine(config)
-    table(f"Conventions of {config.model.pretrained_model_name_or_path}", diagnosis.facts)
+    settings = load_config(config, overrides)
+    diagnosis, subject = examine(settings)
+    table(f"Conventions of {settings.model.pretrained_model_name_or_path}", diagnosis.facts)
     measured = None
-    if measuring and subject is not None and not diagnosis.errors:
-        measured = measure(subject)
+    if measure and subject is not None and not diagnosis.errors:
+        measured = measure_conventions(subject)
         if measured is None:
             say("Nothing to measure: this checkpoint has neither an image condition nor padded frames.")
         else:
@@ -99,16 +83,13 @@ def _doctor(path: Path, overrides: list[str], measuring: bool, json_output: bool
     for warning in diagnosis.warnings:
         say(f"warning: {warning}")
     if json_output:
-        print(  # noqa: T201
-            json.dumps(
-                {
-                    "facts": dict(diagnosis.facts),
-                    "errors": [str(error) for error in diagnosis.errors],
-                    "warnings": diagnosis.warnings,
-                    "measured": measured.means if measured else {},
-                }
-            )
-        )
+        found = {
+            "facts": dict(diagnosis.facts),
+            "errors": [str(error) for error in diagnosis.errors],
+            "warnings": diagnosis.warnings,
+            "measured": measured.means if measured else {},
+        }
+        print(json.dumps(found))  # noqa: T201
     if diagnosis.errors:
         count = len(diagnosis.errors)
         raise type(diagnosis.errors[0])(

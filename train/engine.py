@@ -6,12 +6,13 @@ from typing import Literal
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
-from shared.quantise import Storage
+from shared.quantise import QuantisedLinear, Storage
 from train.attention import Backend, choose_backend
 from train.fused import Fused, fused_for
 from train.modulation import ModulationTable
-from train.quantise import quantise_blocks
 from train.streaming import ActivationOffload, WeightStream, frozen_weights
 
 Activations = Literal["block_input", "attention_output", "full"]
@@ -82,3 +83,20 @@ def open_engine(transformer: CogVideoXTransformer3DModel, plan: Plan, device: to
     )
     fused = fused_for() if plan.compile and device.type != "meta" else None  # fused or not, the same tensors live
     return Engine(plan.activations, plan.chunk_tokens, modulation, weights, offload, attention, fused)
+
+
+def quantise_blocks(transformer: CogVideoXTransformer3DModel, storage: Storage, device: torch.device) -> None:
+    """Store the attention and feed-forward layers of every block small, below their adapters; all else stays.
+
+    Norms, embeddings, modulation and the output projection are few bytes or sensitive. Each layer visits `device`,
+    which is fast at it, and comes back to where it was.
+    """
+    for block in transformer.transformer_blocks:
+        for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2"):
+            layer = block.get_submodule(name)
+            if isinstance(layer, LoraLayer):
+                name = f"{name}.base_layer"
+            linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear), f"{name} is a {type(linear).__name__}"
+            home = linear.weight.device
+            block.set_submodule(name, QuantisedLinear(linear.to(device), storage).to(home))

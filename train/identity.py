@@ -1,13 +1,14 @@
 """What a run is, beside its step: the view, the base model and the settings that a resumed run may not change."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.errors import CacheError
-from shared.fingerprint import Json, sha256_file
+from shared.fingerprint import Json, key_of, sha256_file
+from shared.pretrained import FileMark, Part
 from shared.run_folder import adapter_file
-from train.base import Base
 from train.run import Run
 
 FIXED_FIELDS = (
@@ -30,6 +31,35 @@ FIXED_FIELDS = (
 """Fields of [train] that a resumed run may not change."""
 ORDER = "train.shuffle_shards"
 """The order's name in a run's identity: what `shuffle_shards` came to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The frozen weights of a run, as its checkpoints remember them."""
+
+    sha256: str
+    """Of the hashes of all weight files, shortened as keys are."""
+    marks: tuple[FileMark, ...]
+    """By which the files are known again."""
+
+    def as_json(self) -> dict[str, Json]:
+        return {"sha256": self.sha256, "marks": [list(mark) for mark in self.marks]}
+
+
+def identify_base(transformer: Part, known: Mapping[str, Any] | None) -> Base:
+    """As `known` from a checkpoint, if the files have its sizes and times; else they are read and hashed.
+
+    The name of a file from the hub is its hash, so that those are not read either way.
+    """
+    marks = transformer.marks
+    if known is not None and known["marks"] == [list(mark) for mark in marks]:
+        return Base(known["sha256"], marks)
+    return Base(key_of(transformer.sha256()), marks)
+
+
+def base_key(transformer: Part, base: Base) -> str:
+    """Names weights and config, for the header of an export."""
+    return key_of({"weights": base.sha256, "config": transformer.settings})
 
 
 def identity_of(run: Run, base: Base) -> dict[str, Json]:

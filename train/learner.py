@@ -1,12 +1,12 @@
 """What a run trains and saves: the adapter in its transformer, the optimizer, the average of the weights, the step."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from shared.errors import UsageError
-from train.average import start_average, swapped, update_average
 from train.checkpoint import Checkpoint
 from train.extras import averaged
 from train.model import adapter_weights, load_adapter_weights
@@ -18,6 +18,8 @@ from train.optimizer import (
     set_learning_rate,
 )
 from train.run import Run
+
+Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class Learner:
@@ -69,3 +71,37 @@ class Learner:
         """Inside, the adapter holds the weights to evaluate, preview and export: an average, if the run has one."""
         weights = self._average or averaged(self._optimizer)
         return swapped(self._parameters, weights) if weights else nullcontext()
+
+
+def start_average(parameters: Named) -> dict[str, Tensor]:
+    """The average before the first step: the weights themselves."""
+    return {name: parameter.detach().clone() for name, parameter in parameters}
+
+
+@torch.no_grad()
+def update_average(average: Mapping[str, Tensor], parameters: Named, decay: float, step: int) -> None:
+    """Move towards the weights after optimizer step `step` (from 1), in place.
+
+    The decay grows as (1 + step) / (10 + step) up to `decay`, so that a short run is not an average of its start
+    (diffusers `training_utils.EMAModel`).
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    for name, parameter in parameters:
+        average[name].lerp_(parameter, 1 - decay)
+
+
+@contextmanager
+def swapped(parameters: Named, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the parameters hold `weights`; afterwards what they held, bit for bit."""
+    trained = {name: parameter.detach().clone() for name, parameter in parameters}
+    _copy(parameters, weights)
+    try:
+        yield
+    finally:
+        _copy(parameters, trained)
+
+
+@torch.no_grad()
+def _copy(parameters: Named, weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters:
+        parameter.copy_(weights[name])

@@ -21,10 +21,10 @@ from shared.errors import UsageError
 from shared.fingerprint import Json
 from shared.preemption import StopSignal
 from shared.run_folder import EXPORT
-from train.base import base_key
 from train.checkpoint import prune_checkpoints, save_checkpoint
 from train.evaluate import base_held_out_loss, held_out_loss
 from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, export_adapter
+from train.identity import base_key
 from train.learner import Learner
 from train.metrics import Metrics, finish_metrics, open_tracker, track
 from train.peers import gather, on_main

@@ -8,9 +8,8 @@ from shared import console
 from shared.errors import CacheError, PrecogError, UsageError
 from shared.files import sync_folder
 from shared.fingerprint import Json
-from train.base import Base, identify_base
 from train.checkpoint import Checkpoint, commit_of, latest_checkpoint, load_checkpoint, newest_first, step_of
-from train.identity import differences, identity_of, refuse_another_run
+from train.identity import Base, differences, identify_base, identity_of, refuse_another_run
 from train.peers import gather, on_main, together
 from train.run import Run
 

@@ -27,8 +27,8 @@ from shared.pretrained import FileMark, Part, present_part
 from shared.settings import stale_settings
 from shared.store import read_recipe
 from shared.view import View, read_view
-from train.base import Base, base_key, identify_base
 from train.export import BASE_KEY, CONFIG_KEY, VIEW_KEY, config_key, read_provenance
+from train.identity import Base, base_key, identify_base
 from train.metrics import read_metrics, smoothed
 
 CSV_NAME = "sweep.csv"

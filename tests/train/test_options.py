@@ -18,9 +18,9 @@ from shared.config import Config, Train
 from shared.errors import CacheError, UsageError
 from shared.preemption import StopSignal
 from tests.train import test_optimizer
-from train.average import swapped
 from train.checkpoint import load_checkpoint
 from train.extras import averaged
+from train.learner import swapped
 from train.loop import train
 from train.metrics import read_metrics
 from train.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate

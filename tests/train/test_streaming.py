@@ -8,9 +8,8 @@ from shared.quantise import QuantisedLinear, Storage
 from tests.tiny import build_transformer
 from tests.train.test_forward import conventions_of, difference, largest_difference, make_clips, run
 from tests.train.test_quantise import STORAGES
-from train.engine import Plan, open_engine
+from train.engine import Plan, open_engine, quantise_blocks
 from train.forward import predict
-from train.quantise import quantise_blocks
 from train.streaming import ActivationOffload, WeightStream, frozen_weights, lay_out
 
 CPU = torch.device("cpu")

@@ -1,0 +1,26 @@
+"""What every command shares: its arguments, and its end with the exit code of how it went. Imports nothing heavy."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the experiment.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="table.field=value ...", metavar="[TABLE.FIELD=VALUE]...")]
+JsonOutput = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
+
+P = ParamSpec("P")
+
+
+def exits(command: Callable[P, None]) -> Callable[P, None]:
+    """The command, which ends the process with its exit code; see `shared.console.run_command`."""
+
+    @wraps(command)
+    def run(*arguments: P.args, **options: P.kwargs) -> None:
+        from shared.console import run_command
+
+        run_command(lambda: command(*arguments, **options))
+
+    return run
