@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.utils.logging import disable_progress_bar
+from safetensors import SafetensorError
 
 from sample.video import contact_sheet, write_mp4
 from shared import console
@@ -29,7 +30,7 @@ def sample(config: Config) -> list[Path]:
     adapter = find_adapter(config)
     pipeline, conventions = load_pipeline(config)
     images = load_images(config, conventions.image_to_video)
-    pipeline.load_lora_weights(str(adapter))
+    load_adapter(pipeline, adapter)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     with console.Progress("videos", 2 * len(settings.prompts)) as bar:
@@ -55,6 +56,15 @@ def find_adapter(config: Config) -> Path:
     if not path.is_file():
         raise UsageError(f"{path}: no adapter here; train first, or set sample.lora to a .safetensors file")
     return path
+
+
+def load_adapter(pipeline: Any, path: Path) -> None:
+    """Raises `UsageError` for a file that is no adapter of this model."""
+    try:
+        pipeline.load_lora_weights(str(path))
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{path}: not an adapter of {pipeline.config._name_or_path} ({reason})") from error
 
 
 def load_pipeline(config: Config) -> tuple[Any, Conventions]:

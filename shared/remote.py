@@ -7,6 +7,7 @@ torn file could be seen all the same, it has no receipt. Shards are fetched whol
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from shared.fingerprint import key_of
 
 UNSUITABLE = ("http", "https", "data", "zip", "tar", "filecache", "simplecache", "blockcache", "cached", "reference")
 """fsspec protocols that cannot be written, or that cache on their own."""
+ABANDONED_SECONDS = 24 * 60 * 60.0
+"""Nobody fetches one shard for so long."""
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -142,6 +145,10 @@ class RemoteStorage:
 
     def _make_room(self, size: int) -> None:
         """Delete the least recently used copies until `size` fits; a mapped copy lives on until it is let go."""
+        for path in self._local.glob(f"{TEMPORARY}*"):  # of a process that was killed while it fetched
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                    path.unlink()
         copies = []
         for path in self._local.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):  # another process makes room too

@@ -8,6 +8,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -244,6 +245,9 @@ def free_bytes(device: torch.device) -> int:
     """Memory that nobody uses: of the card, or of the machine for a CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("MemAvailable:"):  # what the kernel would free of its caches is in it
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

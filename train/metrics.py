@@ -17,6 +17,8 @@ from train.curve import FILE_NAME as CURVE
 from train.curve import draw_curve
 
 FILE_NAME = "metrics.jsonl"
+NUMBERS = ("step", "loss", "samples", "seconds", "data_wait_seconds", "peak_memory_bytes")
+"""Which every line has and which are read again."""
 EMA_DECAY = 0.98
 """Of the smoothed loss, per optimizer step: about the last 50 steps."""
 RECENT_STEPS = 50
@@ -155,17 +157,19 @@ def _first(lines: Sequence[dict[str, Any]], field: str) -> Any:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The steps so far; a torn last line is left out. Raises `DataError` for any other line that is not JSON."""
+    """The steps so far; a torn last line is left out. Raises `DataError` for any other line that is not a step's."""
     path = run / FILE_NAME
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
+    *lines, _ = path.read_bytes().split(b"\n")
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
+        steps = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON lines ({error}); move the file away to go on") from None
+    for number, step in enumerate(steps, start=1):
+        if not isinstance(step, dict) or not all(isinstance(step.get(name), int | float) for name in NUMBERS):
+            raise DataError(f"{path} line {number}: not a step of a run; move the file away to go on")
+    return steps
 
 
 def _duration(seconds: float) -> str:

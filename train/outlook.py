@@ -185,4 +185,8 @@ def _buckets(config: Config, conventions: Conventions) -> tuple[Sequence[Bucket]
         if not fitting:
             raise UsageError(f"data: {refusal(conventions, wanted[0]) if wanted else 'no bucket'}") from None
         return fitting, "largest bucket of the config"
-    return [row.bucket for row in view.split("train")], f"largest clip of view {view.name}"
+    buckets = [row.bucket for row in view.split("train")]
+    for bucket in sorted(set(buckets)):
+        if reason := refusal(conventions, bucket):
+            raise UsageError(f"view {view.name}: {reason}")
+    return buckets, f"largest clip of view {view.name}"
