@@ -1,5 +1,6 @@
 """A cache behind fsspec: in memory, and over the S3 protocol from a server on loopback, uploads cut off included."""
 
+import os
 import socket
 import sys
 import threading
@@ -187,6 +188,19 @@ def test_local_copies_stay_within_their_bound_and_are_fetched_once(tmp_path):
     check(storage, samples[-2:])
     assert newest.stat().st_ino == inode
     check(storage, samples)
+
+
+def test_what_a_killed_process_was_fetching_does_not_stay_for_ever(tmp_path):
+    local = tmp_path / "local"
+    storage = open_storage("memory://bucket/abandoned", local_folder=local)
+    samples = fill(storage, count=1)
+    local.mkdir()
+    abandoned, under_way = local / ".tmp-0123456789abcdef", local / ".tmp-fedcba9876543210"
+    for path in (abandoned, under_way):
+        path.write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
+    check(storage, samples)
+    assert not abandoned.exists() and under_way.exists()
 
 
 def test_a_shard_made_anew_is_fetched_anew(memory):

@@ -67,9 +67,20 @@ def test_lines_beyond_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     assert [values["loss"] for values in read_metrics(tmp_path)] == [1, 1, 7]
 
 
-def test_a_line_that_is_no_json_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, [line(1)], tail="nonsense\n")
-    with pytest.raises(DataError, match="not JSON lines"):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"nonsense", "not JSON lines"),
+        (b'{"step": "\xff"}', "not JSON lines"),
+        (b"5", "line 2: not a step"),
+        (b'{"step": 2}', "line 2: not a step"),
+    ],
+)
+def test_a_line_that_is_no_step_is_refused(content: bytes, words: str, tmp_path: Path) -> None:
+    write(tmp_path, [line(1)])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(content + b"\n")
+    with pytest.raises(DataError, match=words):
         read_metrics(tmp_path)
 
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from precog import app
 from shared.config import Config, save_config
+from shared.errors import UsageError
 from tests.experiments import fill_cache, write_experiment
 from tests.train.test_memory import published
 from train.memory import GIB, PREFERENCE, RESERVED_PER_ALLOCATED
@@ -100,6 +101,16 @@ def test_previews_count(tmp_path: Path) -> None:
     (*_, lean) = foresee(config, find_card("24")).costs
     assert lean.memory.needed == lean.memory.preview > lean.memory.peak
     assert lean.reserved_gib == lean.memory.preview * RESERVED_PER_ALLOCATED / GIB
+
+
+def test_a_view_that_this_base_cannot_train_is_one_line(tmp_path: Path) -> None:
+    config = write_experiment("5b-i2v", tmp_path, lora_rank=4)
+    data = config.data.model_copy(update={"resolution_buckets": ((32, 48),)})
+    model = config.model.model_copy(update={"drop_learned_positions": True})
+    config = config.model_copy(update={"data": data})
+    fill_cache(config.model_copy(update={"model": model}))
+    with pytest.raises(UsageError, match=r"view two: .*drop_learned_positions"):
+        foresee(config, find_card("24"))
 
 
 @pytest.mark.faults  # ten seconds: the largest models, in every plan
