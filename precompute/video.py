@@ -10,7 +10,7 @@ import os
 import stat
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from io import FileIO
@@ -34,6 +34,9 @@ INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 ONE_TO_ONE = ("h264", "hevc", "vp9", "av1")
 BAD_NAMES = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 """What opening says of a file that nobody will ever read: links in a circle, a name too long, a socket."""
+MIRRORED = (2, 4, 5, 7)
+"""EXIF orientations (CIPA DC-008, 4.6.6) that turn an image over."""
+NO_TURN = "its display matrix is no quarter turn"
 
 FileMark = tuple[int, int, int, int, int]
 """Device, inode, size in bytes, and the times of the last change of bytes and of anything, in nanoseconds."""
@@ -106,6 +109,8 @@ def probe(path: Path) -> Probed:
             name, codec, base = container.format.name, stream.codec.canonical_name, stream.time_base
             by_packets = name in INDEXED and codec in ONE_TO_ONE
             times, first = _times_of_packets(container, stream) if by_packets else (None, None)
+        if name in IMAGE_FORMATS:
+            _refuse_mirrored(file)
         by_frames = times is None
         if times is None:
             with demuxer(file) as (container, stream):
@@ -207,6 +212,18 @@ def demuxer(file: FileIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
         yield source, stream
 
 
+def _refuse_mirrored(file: FileIO) -> None:
+    """Raises `BadVideo` for an image whose EXIF orientation is more than a quarter turn."""
+    from PIL import ExifTags, Image
+
+    file.seek(0)
+    orientation = None
+    with suppress(OSError, ValueError, SyntaxError), Image.open(file) as image:  # FFmpeg may know it all the same
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    if orientation in MIRRORED:
+        raise BadVideo(NO_TURN)
+
+
 def _refuse(url: str, flags: int, options: dict[str, str]) -> NoReturn:
     raise BadVideo("not a video: it refers to another file")
 
@@ -287,10 +304,13 @@ def microseconds(ticks: int, time_base: Fraction) -> int:
 
 def rotation(frame: "VideoFrame") -> int:
     """Degrees counter-clockwise, 0 to 270; raises `BadVideo` for a mirrored or slanted display matrix."""
-    entries: Any = frame.side_data
+    try:
+        entries: Any = frame.side_data
+    except ValueError:  # of a kind that PyAV does not know, as EXIF is; `_refuse_mirrored` reads that of an image
+        entries = ()
     matrix = next((entry for entry in entries if entry.type.name == "DISPLAYMATRIX"), None)
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4").astype(object)[:5]
         if a * d - b * c <= 0 or frame.rotation % 90:
-            raise BadVideo("its display matrix is no quarter turn")
+            raise BadVideo(NO_TURN)
     return frame.rotation % 360

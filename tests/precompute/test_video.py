@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import ExifTags, Image, ImageOps
 
 from precompute import video
 from precompute.decode import Requested, choose_decoder
@@ -209,6 +210,23 @@ def test_a_mirrored_display_matrix_is_refused(matrix: tuple[int, ...], folder: P
     path = folder / "mirrored.mp4"
     path.write_bytes(data)
     assert reason_against(path) == "its display matrix is no quarter turn"
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+def test_images_stand_as_their_exif_says(extension: str, tmp_path: Path) -> None:
+    stripes = np.repeat(np.arange(0, 96, dtype=np.uint8)[None] * 2, 64, 0)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = orientation, "a phone's"
+        path = tmp_path / f"{orientation}.{extension}"
+        Image.fromarray(np.stack([stripes, stripes.T[:64, :64].repeat(2, 1)[:, :96], stripes], 2)).save(path, exif=exif)
+        if orientation in (2, 4, 5, 7):
+            assert reason_against(path) == "its display matrix is no quarter turn"
+            continue
+        _, (frame,) = decode_all(path)
+        with Image.open(path) as image:
+            upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.int16)
+        assert frame.shape == upright.shape and np.abs(frame - upright).max() <= 8
 
 
 def test_a_wrong_extension_does_not_matter(folder: Path) -> None:
