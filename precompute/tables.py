@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import importlib.util
 import io
 import json
 import os
@@ -156,18 +157,19 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
     folder = Path(name).resolve() if name and Path(name).is_dir() else None
     if folder is not None:
         _refuse_video_folder(folder)
-    elif Path(name).exists() or not _HUB_NAME.fullmatch(name):
+    elif Path(name).exists() or not _HUB_NAME.fullmatch(name) or _is_reader(name):
         raise DataError(
             f"dataset_name '{escaped(name)}' is no .csv, .jsonl or .parquet file, no folder and no hub name"
         )
     import datasets
 
     shown = escaped(folder.name if folder else name)
+    datasets.disable_progress_bars()
     try:
         # An absolute folder, because a bare "csv" or "json" is the name of a reader first.
         rows = datasets.load_dataset(str(folder or name), data.dataset_config_name, split="train")
     except Exception as error:  # its readers raise whatever the libraries below them raise
-        raise DataError(f"dataset_name '{shown}': datasets.load_dataset fails: {_first_line(error)}") from error
+        raise DataError(f"dataset_name '{shown}': datasets.load_dataset fails: {_why(error)}") from error
     columns = _choose_columns(rows.column_names, data, f"'{shown}'")
     feature = rows.features[data.video_column]
     if isinstance(feature, datasets.Video | datasets.Image | datasets.Audio):
@@ -177,6 +179,11 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
         )
     for number, row in enumerate(rows.select_columns(columns), start=1):
         yield _table_row(row, data, f"{shown} row {number}")
+
+
+def _is_reader(name: str) -> bool:
+    """Whether `datasets` has a reader of that name, which reads all such files in the working directory."""
+    return name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}") is not None
 
 
 def _refuse_video_folder(folder: Path) -> None:
@@ -249,6 +256,12 @@ def _line_of(content: bytes, position: int) -> int:
 def listed(names: Sequence[str]) -> str:
     shown = ", ".join(f"'{escaped(name)}'" for name in names[:12]) or "none"
     return shown + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def _why(error: Exception) -> str:
+    """In one line, with what lies below: `datasets` says no more than that generating failed."""
+    below = error.__cause__
+    return _first_line(error) + (f": {escaped(' '.join(str(below).split()))[:200]}" if below and str(below) else "")
 
 
 def _first_line(error: Exception) -> str:

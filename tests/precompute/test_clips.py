@@ -471,7 +471,11 @@ def test_a_folder_that_holds_videos_too_is_said_to_be_the_trouble(root):
 
 
 @pytest.mark.parametrize(
-    "name", ["http://localhost/x", "hf://datasets/x/y", "/no/such/folder", "../up", "a/b/c", "x y", "", "~/x", "a\nb"]
+    "name",
+    [
+        *("http://localhost/x", "hf://datasets/x/y", "/no/such/folder", "../up", "a/b/c", "x y", "", "~/x", "a\nb"),
+        *("csv", "json", "text", "parquet", "videofolder"),  # would read the working directory
+    ],
 )
 def test_what_is_no_hub_name_is_not_looked_up(root, name, opened):
     assert refusal(root, dataset_name=name).endswith("no folder and no hub name")
@@ -482,6 +486,8 @@ def test_what_load_dataset_raises_becomes_one_line(root, offline_datasets):
     assert "datasets.load_dataset fails: " in refusal(root, dataset_name=str(offline_datasets))
     (offline_datasets / "train.csv").write_text("video,text\na.mp4,None\n")
     assert refusal(root, dataset_name=str(offline_datasets)) == "tables row 1: the caption is missing, not text"
+    (offline_datasets / "train-more.csv").write_text("video,words\na.mp4,None\n")
+    assert "words: double vs video: large_string text: double" in refusal(root, dataset_name=str(offline_datasets))
 
 
 # Names that try to leave the root
