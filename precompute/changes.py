@@ -11,16 +11,10 @@ from shared.files import Storage
 from shared.fingerprint import Json
 from shared.settings import shaping_settings
 from shared.store import Collection, collection_for, read_recipe
-from shared.view import View, ViewRow, read_view, view_names
+from shared.view import View, ViewRow
 
 NOT_OF_CLIPS = ("data.caption_column", "data.held_out_clips", "data.id_token", "data.video_column")
 """Fields that shape a view without shaping any clip."""
-
-
-def old_view(stage: Stage) -> View | None:
-    """The view that this name has now; raises `CacheError` if it is damaged."""
-    name = stage.config.data.name
-    return read_view(stage.storage, name) if name in view_names(stage.storage) else None
 
 
 def changed_clips(

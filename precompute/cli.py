@@ -244,7 +244,7 @@ def cache_verify(
 
     from shared.console import say
     from shared.errors import CacheError
-    from shared.store import verify
+    from shared.verify import verify
 
     with tempfile.TemporaryDirectory(prefix="precog-verify-") as fresh:  # not the local copies of a remote cache
         checked, damaged = verify(_open_cache(cache, local_cache_gib=0, local_folder=Path(fresh)), repair=repair)

@@ -2,12 +2,13 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from precompute import recipes
 from precompute.calibrate import Calibration, calibrate
-from precompute.changes import changed_clips, old_view, recipe_changes
+from precompute.changes import changed_clips, recipe_changes
 from precompute.encoders import vae_precision
 from precompute.plan import Inventory, PlannedShard, propose, take_inventory
 from precompute.pool import DecodePool
@@ -17,12 +18,12 @@ from precompute.survey import Survey, survey
 from precompute.windows import bucket_warnings
 from shared import console
 from shared.device import DTYPES
-from shared.errors import UsageError
+from shared.errors import CacheError, UsageError
 from shared.geometry import latent_shape
 from shared.shard import SAMPLES_PER_SHARD, Receipt
 from shared.shard import SHARD_BYTES as MAX_SHARD_BYTES
 from shared.store import Collection, collections, shards
-from shared.view import read_view, view_names
+from shared.view import View, read_view, view_names
 
 SAMPLE_BYTES = 4096
 """Tar headers, facts, padding and receipt of one sample, rounded up."""
@@ -108,11 +109,12 @@ def estimate(stage: Stage, pool: DecodePool, *, calibrated: bool = False) -> Est
     left_out = [(source.name, reason) for source, reason in wanted.left_out]
     left_out += [(clip.source.name, refused[clip.key]) for clip in wanted.clips if clip.key in refused]
     found.skipped = sorted(left_out)
-    old = old_view(stage)
+    views = _views(stage, found)
+    old = views.pop(stage.config.data.name, None)
     found.new, found.changed = changed_clips(stage, wanted, planned, old)
     if old is not None:
         found.prompts_recipe_changed = recipe_changes(stage.storage, old.prompts, wanted.prompts_recipe)
-    _count_stored(stage, wanted, found)
+    _count_stored(stage, wanted, views, found)
     if calibrated:
         texts = [wanted.texts[key] for shard in work.prompts for key in shard.keys]
         found.calibration = calibrate(stage, [clips[key] for key in sorted(planned)], texts, pool)
@@ -180,14 +182,23 @@ def _sample_bytes(stage: Stage, wanted: Survey) -> dict[str, int]:
     return sizes | dict.fromkeys(wanted.texts, SAMPLE_BYTES + embed)
 
 
-def _count_stored(stage: Stage, wanted: Survey, found: Estimate) -> None:
+def _views(stage: Stage, found: Estimate) -> dict[str, View]:
+    """The cache's views by name; a damaged one is a warning."""
+    views = {}
+    for name in view_names(stage.storage):
+        try:
+            views[name] = read_view(stage.storage, name)
+        except CacheError as error:
+            found.warnings.append(f"{error}; what it uses counts as used by no data set")
+    return views
+
+
+def _count_stored(stage: Stage, wanted: Survey, others: Mapping[str, View], found: Estimate) -> None:
     """Bytes on disk, and what no view would use once this config's view is written."""
     used = {*wanted.by_key, *wanted.texts}
-    for name in view_names(stage.storage):
-        if name != stage.config.data.name:
-            view = read_view(stage.storage, name)
-            used |= {row.latent_key for row in view.rows} | {key for row in view.rows for key in row.prompt_keys}
-            used |= set(view.special_prompts.values())
+    for view in others.values():
+        used |= {row.latent_key for row in view.rows} | {key for row in view.rows for key in row.prompt_keys}
+        used |= set(view.special_prompts.values())
     unused: Counter[str] = Counter(latents=0, prompts=0, bytes=0)
     for collection, receipt in _receipts(stage):
         found.stored_bytes += receipt.size

@@ -46,7 +46,10 @@ class Storage(Protocol):
         """What the local copies behind `path` may take together, or None where it needs none."""
 
     def set_aside(self, name: str) -> None:
-        """Rename a file to `<name>.damaged`, out of every reader's sight, if it is there."""
+        """Rename a file to `<name>.damaged`, out of every reader's sight, if it is there.
+
+        Raises `CacheError` if that cannot be.
+        """
 
     def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
         """Write a file whole or not at all; False if another writer's is already there (it stays unless `replace`).
@@ -140,8 +143,12 @@ class LocalStorage:
 
     def set_aside(self, name: str) -> None:
         path = self.root / name
-        if path.exists():
+        try:
             path.replace(path.with_name(f"{path.name}.damaged"))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise CacheError(f"{path}: cannot be set aside ({error.strerror})") from error
 
     def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
         final = self.root / name
@@ -161,7 +168,7 @@ class LocalStorage:
             where = f": {error.filename}" if error.filename else ""
             raise CacheError(f"{final}: cannot be written ({error.strerror}{where})") from error
         finally:
-            with suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(OSError):  # it may never have been there, for whatever reason
                 temporary.unlink()
 
 

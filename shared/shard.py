@@ -28,6 +28,8 @@ RECEIPT_BYTES = 16 * 2**20
 SHARD_BYTES = 4 * 2**30
 HEADER_BYTES = 64 * 2**10
 SAMPLES_PER_SHARD = 50_000
+ROUNDING = 0.25
+"""Of a tensor's root mean square: far above what GPUs round apart, below what a lost page or exponent bit does."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The safetensors dtypes a sample may hold."""
@@ -134,14 +136,15 @@ def write_shard(
 
     The first writer wins. Whoever finds a whole tar without a receipt (a crash left it, or another writer is about to
     finish it) writes the receipt of that tar, not of its own bytes: two GPUs may round differently, and receipt and
-    tar must belong together whoever comes when. Raises `CacheError` if the disk is full.
+    tar must belong together whoever comes when. A tar that differs from the samples by more than rounding has been
+    damaged while nothing vouched for it, and is replaced. Raises `CacheError` if the disk is full.
     """
     content, receipt = pack_shard(samples, skipped, attempt)
     tar_name, receipt_name = f"{folder}/{receipt.shard}.tar", f"{folder}/{receipt.shard}.json"
     if not storage.publish(tar_name, content):
         if storage.exists(receipt_name):
             return read_receipt(storage, receipt_name)
-        theirs = _receipt_of(storage.read(tar_name, limit_bytes=SHARD_BYTES), receipt)
+        theirs = _receipt_of(storage.read(tar_name, limit_bytes=SHARD_BYTES), samples, receipt)
         if theirs is None:
             storage.publish(tar_name, content, replace=True)
         else:
@@ -151,8 +154,11 @@ def write_shard(
     return receipt
 
 
-def _receipt_of(content: bytes, wanted: Receipt) -> Receipt | None:
-    """The receipt of a tar made for the same keys, or None if it is not whole: packing what it holds gives it again."""
+def _receipt_of(content: bytes, ours: Sequence[Sample], wanted: Receipt) -> Receipt | None:
+    """The receipt of a tar made for the same keys, or None if it is damaged.
+
+    Packing what a whole one holds gives it again, and it holds what is `ours` up to rounding.
+    """
     keys = {*(place.key for place in wanted.samples), *wanted.skipped}
     try:
         samples = _unpack(content)
@@ -163,9 +169,26 @@ def _receipt_of(content: bytes, wanted: Receipt) -> Receipt | None:
         return None
     if missing - wanted.skipped.keys() and len(content) == wanted.size:
         return None  # a tar without them is shorter: they are lost zeros, not skipped
+    known = {sample.key: sample for sample in ours}
+    if not all(_alike(sample, known[sample.key]) for sample in samples if sample.key in known):
+        return None
     skipped = {key: wanted.skipped.get(key, "skipped by another worker") for key in missing}
     again, receipt = pack_shard(samples, skipped, wanted.attempt)
     return receipt if again == content else None
+
+
+def _alike(one: Sample, other: Sample) -> bool:
+    """Whether two machines may have encoded the same: no value is off by more than a part of the tensor's size."""
+    if [(name, value.dtype, value.shape) for name, value in sorted(one.tensors.items())] != [
+        (name, value.dtype, value.shape) for name, value in sorted(other.tensors.items())
+    ]:
+        return False
+    for name, value in one.tensors.items():
+        expected = other.tensors[name].double()
+        size = expected.square().mean().sqrt()
+        if not (value.double() - expected).abs().max() <= ROUNDING * size:  # also false for NaN
+            return False
+    return True
 
 
 def _unpack(content: bytes) -> list[Sample]:
@@ -268,7 +291,9 @@ class MappedShard:
                 self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise CacheError(f"{where}: cannot be opened ({reason}); run precompute again") from None
+            raise CacheError(
+                f"{where}: cannot be opened ({reason}); `precog cache verify --repair` sets it aside"
+            ) from None
         if len(self._map) != receipt.size:
             raise CacheError(f"{where}: {len(self._map)} bytes where its receipt says {receipt.size}")
 

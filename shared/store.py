@@ -6,10 +6,9 @@ A collection is `latents/<recipe>` or `prompts/<recipe>`: all in it was made by 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -169,57 +168,7 @@ class SampleReader:
         return shard
 
 
-def check_shard(storage: Storage, receipt_name: str) -> None:
-    """Compare all bytes of a shard with its receipt; raises `CacheError` naming what is damaged."""
-    tar = receipt_name.removesuffix(".json") + ".tar"
-    receipt = read_receipt(storage, receipt_name)
-    mapped = MappedShard(storage, tar, receipt)
-    for place in receipt.samples:
-        if mapped.payload_sha256(place) != place.sha256:
-            raise CacheError(f"{storage}/{tar}: sample {place.key} is damaged")
-    if mapped.sha256() != receipt.sha256:
-        raise CacheError(f"{storage}/{tar}: the bytes between samples are damaged")
-
-
-def check_plan(storage: Storage, name: str) -> None:
-    """Raises `CacheError` if a plan is not the JSON it was; what it says is checked when it is followed."""
-    try:
-        if not isinstance(json.loads(storage.read(name, limit_bytes=PLAN_BYTES)), list):
-            raise ValueError("not a list of shards")
-    except (ValueError, RecursionError) as error:
-        raise CacheError(f"{storage}/{name}: damaged plan ({error})") from None
-
-
 def collections(storage: Storage) -> list[Collection]:
     """Everything in the cache that has a recipe."""
     names = [name for kind in KINDS for name in storage.names(kind, "/recipe.json")]
     return [Collection(*name.split("/")[:2]) for name in names]
-
-
-def verify(storage: Storage, *, repair: bool) -> tuple[int, list[str]]:
-    """Check every byte of the shards, and recipes and plans: (shards checked, one line per damaged file).
-
-    With `repair`, a damaged file is renamed to `*.damaged`, a shard with its receipt; precompute makes it again.
-    """
-    checked, damaged = 0, []
-    for check, files in _checks(storage):
-        checked += len(files) == 2
-        try:
-            check()
-        except CacheError as error:
-            damaged.append(str(error))
-            if repair:
-                for name in files:
-                    storage.set_aside(name)
-    return checked, damaged
-
-
-def _checks(storage: Storage) -> Iterator[tuple[Callable[[], object], tuple[str, ...]]]:
-    """What raises `CacheError` for each receipt with its tar, each recipe and each plan, and the names of the files."""
-    for name in [name for kind in KINDS for name in storage.names(kind, ".json")]:
-        if name.endswith("/recipe.json"):
-            yield partial(read_recipe, storage, Collection(*name.split("/")[:2])), (name,)
-        else:
-            yield partial(check_shard, storage, name), (name, name.removesuffix(".json") + ".tar")
-    for name in storage.names("plans", ".json"):
-        yield partial(check_plan, storage, name), (name,)

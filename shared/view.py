@@ -138,7 +138,8 @@ def read_view(storage: Storage, name: str) -> View:
         if view.hash != about["hash"]:
             raise ValueError("table and description do not belong together")
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        raise CacheError(f"{where}: damaged view ({error}); run `precog precompute` with this config again") from None
+        again = "`precog precompute` with its config makes it again"
+        raise CacheError(f"{where}: damaged view ({error}); {again}") from None
     return view
 
 

@@ -17,7 +17,7 @@ import pytest
 from precompute.plan import Part
 from shared.config import Config, save_config
 from shared.files import LocalStorage
-from shared.store import verify
+from shared.verify import verify
 from tests.corpus import config_for, run, stored_files, write_corpus
 from tests.faults.test_writer import ended, in_child
 from tests.tiny import save_pipeline

@@ -22,7 +22,8 @@ from shared.errors import CacheError
 from shared.files import TEMPORARY, LocalStorage
 from shared.fingerprint import key_of
 from shared.shard import Sample, write_shard
-from shared.store import collection_for, verify, write_recipe
+from shared.store import collection_for, write_recipe
+from shared.verify import verify
 from tests.corpus import stored_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -119,6 +119,16 @@ def test_what_another_view_uses_is_no_orphan(pipeline, filled):
     assert found.orphaned["latents"] == 0 and found.new == 6
 
 
+def test_a_damaged_view_is_a_warning_and_no_end(pipeline, filled):
+    root, cache = filled
+    config = config_for(pipeline, root, cache)
+    for name in ("other", config.data.name):
+        (cache / "datasets" / f"{name}.json").write_bytes(b"{}")
+        found = look(config)
+        assert [line for line in found.warnings if f"datasets/{name}" in line and "no data set" in line]
+    assert found.latents.made == 0 and found.changed == []
+
+
 def test_a_shard_that_is_gone_is_named_as_such(pipeline, filled):
     root, cache = filled
     for path in cache.glob("latents/*/5x16x32/*"):

@@ -15,7 +15,8 @@ from precompute.plan import Inventory, take_inventory
 from precompute.report import Report
 from shared.errors import CacheError, DataError, UsageError
 from shared.files import LocalStorage
-from shared.store import Collection, SampleReader, shards, verify
+from shared.store import Collection, SampleReader, shards
+from shared.verify import verify
 from shared.view import read_view
 from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
 

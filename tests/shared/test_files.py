@@ -11,7 +11,8 @@ from shared.errors import CacheError, UsageError
 from shared.files import TEMPORARY, LocalStorage, open_storage
 from shared.fingerprint import key_of
 from shared.shard import Sample, read_receipt, shard_name, write_shard
-from shared.store import check_shard, shards
+from shared.store import shards
+from shared.verify import check_shard
 
 
 @pytest.fixture
@@ -87,6 +88,20 @@ def test_another_error_is_one_line_and_leaves_nothing(storage, monkeypatch):
     with pytest.raises(CacheError, match=r"a/new.tar: cannot be written \(Input/output error\)"):
         storage.publish("a/new.tar", b"x")
     assert list(storage.path("a").iterdir()) == []
+
+
+def test_a_file_system_that_is_read_only_is_one_line(storage, monkeypatch):
+    storage.publish("a/old.tar", b"x")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("open", "unlink", "replace"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(CacheError, match=r"a/new.tar: cannot be written \(Read-only file system\)"):
+        storage.publish("a/new.tar", b"x")
+    with pytest.raises(CacheError, match=r"a/old.tar: cannot be set aside \(Read-only file system\)"):
+        storage.set_aside("a/old.tar")
 
 
 def test_a_file_system_without_hard_links_still_lets_the_first_writer_win(storage, monkeypatch):

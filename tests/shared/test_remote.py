@@ -15,7 +15,8 @@ from shared.errors import CacheError, UsageError
 from shared.files import Storage, open_storage
 from shared.fingerprint import key_of
 from shared.shard import Sample, pack_shard, write_shard
-from shared.store import SampleReader, collection_for, shards, verify, write_recipe
+from shared.store import SampleReader, collection_for, shards, write_recipe
+from shared.verify import verify
 from shared.view import read_view
 from tests.corpus import config_for, run, stored_files, write_corpus
 from tests.tiny import save_pipeline

@@ -28,7 +28,8 @@ from shared.shard import (
     shard_name,
     write_shard,
 )
-from shared.store import check_shard, collection_for, shards, verify, write_recipe
+from shared.store import collection_for, shards, write_recipe
+from shared.verify import check_shard, verify
 
 FOLDER = "latents/0123/9x32x48"
 
@@ -251,15 +252,32 @@ def test_verify_finds_damaged_recipes_and_plans_and_a_shard_whose_recipe_is_gone
     [tar] = stored(storage)
     recipe = f"{tar.rpartition('/9x')[0]}/recipe.json"
     storage.publish("plans/p.json", b"\0\0")
+    storage.publish("plans/q.json", b"[1]")
+    storage.publish(
+        "plans/good.json", json.dumps([{"folder": "latents/r/b", "batches": [[key_of(0)]], "attempt": 0}]).encode()
+    )
     for name, content in ((recipe, b"{}"), (tar, b"torn")):
         storage.publish(name, content, replace=True)
     found = verify(storage, repair=True)[1]
-    assert len(found) == 3 and all(any(name in line for line in found) for name in (recipe, "plans/p.json", tar))
+    names = (recipe, "plans/p.json", "plans/q.json", tar)
+    assert len(found) == 4 and all(any(name in line for line in found) for name in names)
     assert verify(storage, repair=False) == (0, [])
     [tar] = stored(storage)
     storage.set_aside(recipe)
     storage.publish(tar, b"torn", replace=True)
     assert [tar in line for line in verify(storage, repair=False)[1]] == [True]
+
+
+def test_verify_sets_aside_a_damaged_view_and_a_tar_that_leads_nowhere(storage):
+    [tar] = stored(storage)
+    storage.publish("datasets/clips.parquet", b"x")
+    storage.publish("datasets/clips.json", b"{}")
+    storage.path(tar).unlink()
+    storage.path(tar).symlink_to("nowhere")
+    assert len(verify(storage, repair=True)[1]) == 2
+    assert verify(storage, repair=False) == (0, [])
+    assert not [path for path in storage.root.rglob("*") if path.is_symlink() and not path.name.endswith(".damaged")]
+    assert storage.names("datasets", "") == ["datasets/clips.json.damaged", "datasets/clips.parquet.damaged"]
 
 
 @pytest.mark.parametrize("left", ["whole", "torn", "empty", "other"])
@@ -300,7 +318,7 @@ def test_a_finished_shard_is_left_as_it_is(storage):
 def test_the_receipt_belongs_to_the_tar_that_was_there_first(storage):
     """Two GPUs round differently, and one of them could not decode a clip that the other could."""
     ours = make_samples(3)
-    theirs = [Sample(s.key, {name: -tensor for name, tensor in s.tensors.items()}, s.facts) for s in ours[:2]]
+    theirs = [Sample(s.key, {name: tensor * 1.05 for name, tensor in s.tensors.items()}, s.facts) for s in ours[:2]]
     content, receipt = pack_shard(theirs, {ours[2].key: "timed out"})
     tar = f"{FOLDER}/{receipt.shard}.tar"
     storage.publish(tar, content)
@@ -308,6 +326,24 @@ def test_the_receipt_belongs_to_the_tar_that_was_there_first(storage):
     assert (written.sha256, written.samples) == (receipt.sha256, receipt.samples)
     assert written.skipped == {ours[2].key: "skipped by another worker"}
     check_shard(storage, tar.removesuffix(".tar") + ".json")
+
+
+@pytest.mark.parametrize("harm", ["page", "value", "exponent", "nan"])
+def test_a_tar_that_was_damaged_while_it_had_no_receipt_is_replaced(storage, harm):
+    """It is a whole tar all the same; only what was encoded anew tells."""
+    ours = [Sample(key_of(0), {"moments": torch.randn(8, 9, 60, 90, generator=torch.Generator().manual_seed(0))}, {})]
+    harmed = ours[0].tensors["moments"].clone()
+    flat = harmed.view(-1)
+    if harm == "page":
+        flat[5000:6024] = 0
+    elif harm == "value":
+        flat[torch.argmax(flat)] = 0
+    else:
+        flat[777] *= 2.0**20 if harm == "exponent" else torch.nan
+    content, receipt = pack_shard(ours)
+    storage.publish(f"{FOLDER}/{receipt.shard}.tar", pack_shard([Sample(ours[0].key, {"moments": harmed}, {})])[0])
+    assert write_shard(storage, FOLDER, ours) == receipt
+    assert storage.path(f"{FOLDER}/{receipt.shard}.tar").read_bytes() == content
 
 
 def test_a_tar_without_receipt_that_holds_other_keys_is_replaced(storage):

@@ -154,7 +154,7 @@ def test_damaged_record_of_the_encoders_is_a_damaged_view(experiment: tuple[Path
     folder, config = experiment
     file = folder / "cache/datasets/two.json"
     about = json.loads(file.read_bytes())
-    for encoders in (None, [], {"vae": 3}, {"vae": [[1]]}, {"vae": [[1, "2"]]}, {"vae": [[1, 1e400]]}):
+    for encoders in (None, [], {"vae": 3}, {"vae": [[1]]}):
         file.write_text(json.dumps(about | {"encoders": encoders}), "utf-8")
         with pytest.raises(CacheError, match="damaged view"):
             open_run(config)

@@ -18,7 +18,8 @@ from shared.config import Config
 from shared.errors import CacheError
 from shared.files import open_storage
 from shared.preemption import StopSignal
-from shared.store import shards, verify
+from shared.store import shards
+from shared.verify import verify
 from shared.view import read_view
 from tests.train import processes
 from train.checkpoint import load_checkpoint, save_checkpoint
