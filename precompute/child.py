@@ -176,10 +176,16 @@ def _serve(pipe: Connection, memory_gib: float, deadline_seconds: float) -> None
             signal.alarm(math.ceil(deadline_seconds) + ORPHAN_SECONDS)
             begin = time.perf_counter()
             memory: BinaryIO | None = None
+            too_little = f"needs more than {memory_gib:g} GiB"
             try:
                 outcome, memory = _work(job)
             except MemoryError:
-                outcome, leaving = BadVideo(f"needs more than {memory_gib:g} GiB"), True
+                outcome, leaving = BadVideo(too_little), True
+            # Some decoders say that their data are invalid where memory ends. Whoever was near leaves, so that no
+            # later job is blamed for this one.
+            if not leaving and _is_nearly_spent(memory_gib):
+                leaving = True
+                outcome = BadVideo(f"{too_little}: {outcome.reason}") if isinstance(outcome, BadVideo) else outcome
             gc.collect()  # PyAV's decoders lie in cycles, each with its frames
             signal.alarm(0)
             pipe.send(_Reply(outcome, time.perf_counter() - begin, leaving))
@@ -223,3 +229,13 @@ def _limit_memory(memory_gib: float) -> None:
     limit = mapped + int(memory_gib * GIB)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _is_nearly_spent(memory_gib: float) -> bool:
+    """Whether the process has once mapped all but an eighth of what it may, which a picture's worth could have ended."""
+    if sys.platform != "linux":
+        return False
+    status = Path("/proc/self/status").read_text("ascii")
+    peak_bytes = int(status.partition("VmPeak:")[2].split()[0]) * 1024
+    limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return limit_bytes != resource.RLIM_INFINITY and limit_bytes - peak_bytes < memory_gib * GIB / 8

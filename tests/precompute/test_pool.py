@@ -197,6 +197,14 @@ def test_memory_is_limited(shared_pool: DecodePool, good: DecodeJob) -> None:
     assert told(outcomes) == ["needs more than 0.5 GiB", "pyav", "needs more than 0.5 GiB", "pyav"]
 
 
+def test_a_decoder_that_calls_data_invalid_where_memory_ends_is_not_believed(tmp_path: Path) -> None:
+    job = job_for(media.write_clip(tmp_path / "large.mp4", frames=20, height=1088, width=1920), (0, 10))
+    for memory_gib in (0.02, 0.03, 0.04):
+        with DecodePool(workers=1, deadline_seconds=30, memory_gib=memory_gib) as pool:
+            (reason,) = told(list(pool.decode_all([job])))
+        assert reason.startswith(f"needs more than {memory_gib:g} GiB")
+
+
 def test_a_child_imports_the_decoder_and_not_torch(shared_pool: DecodePool, good: DecodeJob) -> None:
     (outcome,) = shared_pool.decode_all([like(TellsItsModules, good)])
     assert isinstance(outcome, BadVideo)
