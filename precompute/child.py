@@ -232,7 +232,7 @@ def _limit_memory(memory_gib: float) -> None:
 
 
 def _is_nearly_spent(memory_gib: float) -> bool:
-    """Whether the process has once mapped all but an eighth of what it may, which a picture's worth could have ended."""
+    """Whether the process has once mapped all but an eighth of what it may: the next picture may have been too much."""
     if sys.platform != "linux":
         return False
     status = Path("/proc/self/status").read_text("ascii")

@@ -186,7 +186,7 @@ def reading() -> Iterator[None]:
     except (_OneLine, MemoryError, ImportError, AssertionError):
         raise
     except av.FFmpegError as error:  # some are an OSError, too: FFmpeg's verdict, not the file system's
-        raise BadVideo(f"not a video: {error.strerror}") from error
+        raise BadVideo(f"damaged: {error.strerror}") from error
     except OSError as error:
         raise MachineFault(f"cannot be read: {error.strerror or error}") from error
     except Exception as error:
@@ -200,7 +200,11 @@ def demuxer(file: FileIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
 
     file.seek(0)
     options = {"format_whitelist": ",".join((*FORMATS, *IMAGE_FORMATS)), "protocol_whitelist": "file"}
-    with av.open(file, "r", options=options, io_open=_refuse, metadata_errors="replace", buffer_size=2**18) as source:
+    try:
+        source = av.open(file, "r", options=options, io_open=_refuse, metadata_errors="replace", buffer_size=2**18)
+    except av.FFmpegError as error:
+        raise BadVideo(f"not a video: {error.strerror}") from error
+    with source:
         stream = source.streams.best("video")
         if not isinstance(stream, av.VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:
             raise BadVideo("not a video: no moving pictures in it")
