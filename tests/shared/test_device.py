@@ -41,3 +41,39 @@ def test_an_environment_that_is_no_launchers_is_one_line(monkeypatch: pytest.Mon
                 read()
         monkeypatch.delenv(variable)
     assert (launcher.rank(), launcher.world_size(), local_rank()) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "0"}, "no RANK and WORLD_SIZE = 0 in"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK = 3 and WORLD_SIZE = 2 in"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2 and WORLD_SIZE = 2 in"),
+        ({"RANK": "1"}, "RANK = 1 and no WORLD_SIZE in"),
+        ({"SLURM_PROCID": "4", "SLURM_NTASKS": "4"}, "SLURM_PROCID = 4 and SLURM_NTASKS = 4 in"),
+    ],
+)
+def test_a_process_that_is_none_of_the_worlds_is_refused(
+    environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, text in environment.items():
+        monkeypatch.setenv(variable, text)
+    for read in (launcher.rank, launcher.world_size):
+        with pytest.raises(UsageError, match=f"^{words} the environment: a launcher sets both"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (1, 2)),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (3, 4)),
+        ({"RANK": "0"}, (0, 1)),
+    ],
+)
+def test_a_launchers_number_and_count_are_taken(
+    environment: dict[str, str], place: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, text in environment.items():
+        monkeypatch.setenv(variable, text)
+    assert (launcher.rank(), launcher.world_size()) == place
