@@ -44,7 +44,7 @@ Text = Annotated[str, AfterValidator(_not_a_secret)]
 
 
 class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Model(Table):
@@ -75,7 +75,7 @@ class Data(Table):
     """Column of `dataset_name`, or without it a text file in the root with one video path per line."""
     id_token: Text = ""
     """Put before every caption, with one space."""
-    fps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 8
+    fps: Annotated[float, Field(ge=0)] = 8
     """Frames per second by time stamps; 0 keeps the source's rate."""
     skip_frames_start: Count = 0
     """Source frames left out at the start."""
@@ -125,7 +125,7 @@ class Data(Table):
 class Precompute(Table):
     cache: Text
     """Folder or fsspec URL of the cache, shared by every run."""
-    local_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50
+    local_cache_gib: Annotated[float, Field(gt=0)] = 50
     """Remote cache: disk that local copies of its shards may take, in the user's cache folder."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"; auto takes the GPU when there is one."""
@@ -157,9 +157,9 @@ class Precompute(Table):
     """auto: decord where it is proven equal to PyAV, else PyAV."""
     decode_workers: Positive = 2
     """Child processes that decode."""
-    decode_deadline_seconds: Annotated[float, Field(gt=0)] = 120
+    decode_deadline_seconds: Annotated[float, Field(gt=0, le=86_400)] = 120
     """A video that takes longer is skipped."""
-    decode_memory_gib: Annotated[float, Field(gt=0)] = 4
+    decode_memory_gib: Annotated[float, Field(gt=0, le=1024)] = 4
     """Address space a decoding process may take."""
     remember_files: bool = False
     """Remember in the user's cache folder what each file holds, by its inode, size and times; none is read again."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import load_config, save_config
+from shared.config import Config, load_config, save_config
 from shared.errors import UsageError
 from shared.geometry import Bucket
 from shared.variants import read_conventions, refusal
@@ -44,6 +44,30 @@ def test_no_two_configs_write_the_same_view_of_a_cache() -> None:
 def test_overrides_are_toml_values_and_bare_words_are_text() -> None:
     config = load_config(ROOT / "configs" / "demo.toml", ["train.learning_rate=2e-5", "data.name=other", "data.fps=0"])
     assert (config.train.learning_rate, config.data.name, config.data.fps) == (2e-5, "other", 0)
+
+
+FLOATS = [
+    f"{table}.{name}"
+    for table, kind in Config.model_fields.items()
+    for name, field in kind.annotation.model_fields.items()
+    if "float" in str(field.annotation)
+]
+
+
+@pytest.mark.parametrize("field", FLOATS)
+def test_a_number_is_finite(field: str) -> None:
+    for value in ("inf", "-inf", "nan"):
+        with pytest.raises(UsageError, match=rf"override '{field}={value}': {field} = {value}: should be "):
+            load_config(ROOT / "configs" / "demo.toml", [f"{field}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("field", "most"), [("precompute.decode_deadline_seconds", 86_400), ("precompute.decode_memory_gib", 1024)]
+)
+def test_a_limit_that_the_kernel_would_not_take_is_refused(field: str, most: int) -> None:
+    load_config(ROOT / "configs" / "demo.toml", [f"{field}={most}"])
+    with pytest.raises(UsageError, match=rf"{field} = .* should be less than or equal to {most}$"):
+        load_config(ROOT / "configs" / "demo.toml", [f"{field}={most + 1}"])
 
 
 def test_a_token_is_refused_wherever_it_is_put() -> None:
