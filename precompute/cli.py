@@ -58,6 +58,7 @@ def _run(config: "Config", part: str, engine: str, stop: "StopSignal") -> "Repor
     from precompute.ray_engine import precompute_with_ray
     from precompute.run import precompute
     from shared.console import quiet_libraries, show_config
+    from shared.device import choose_device
     from shared.errors import UsageError
 
     share = _share(part)
@@ -65,7 +66,10 @@ def _run(config: "Config", part: str, engine: str, stop: "StopSignal") -> "Repor
         raise UsageError("--engine ray divides the work itself: start it once, without --part and outside a launcher")
     quiet_libraries()
     show_config(config)
-    return precompute_with_ray(config) if engine == "ray" else precompute(config, share, stop)
+    if engine == "ray":
+        return precompute_with_ray(config)
+    choose_device(config.precompute.device)  # refused now if it is not there, not once all files have been probed
+    return precompute(config, share, stop)
 
 
 def _share(part: str) -> "Part":

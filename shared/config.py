@@ -39,8 +39,15 @@ def _not_a_secret(text: str) -> str:
     return text
 
 
+def _a_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", name):
+        raise ValueError("should be auto, cpu, cuda or a GPU's number as in cuda:1")
+    return name
+
+
 Side = Annotated[int, Field(gt=0), AfterValidator(_multiple_of_16)]
 Text = Annotated[str, AfterValidator(_not_a_secret)]
+Device = Annotated[str, AfterValidator(_a_device)]
 
 
 class Table(BaseModel):
@@ -127,7 +134,7 @@ class Precompute(Table):
     """Folder or fsspec URL of the cache, shared by every run."""
     local_cache_gib: Annotated[float, Field(gt=0)] = 50
     """Remote cache: disk that local copies of its shards may take, in the user's cache folder."""
-    device: str = "auto"
+    device: Device = "auto"
     """"cpu", "cuda", "cuda:1"; auto takes the GPU when there is one."""
     vae_dtype: Precision = "auto"
     """Precision of the VAE and of the stored moments; auto is the checkpoint's own, fp16 raised to fp32."""
@@ -337,8 +344,8 @@ class Sample(Table):
     """The same noise with and without the adapter."""
     dtype: Precision = "auto"
     """Precision of the pipeline; auto is the checkpoint's own."""
-    device: str = "auto"
-    """"cpu", "cuda"; auto takes the GPU when there is one."""
+    device: Device = "auto"
+    """"cpu", "cuda", "cuda:1"; auto takes the GPU when there is one."""
 
 
 class Config(Table):

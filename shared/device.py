@@ -12,13 +12,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_device(requested: str) -> torch.device:
-    """`auto` is this process's GPU when there is one. Raises `UsageError` for a device that is not there."""
+    """`auto` is this process's GPU when there is one. Raises `UsageError` for a GPU that is not there."""
     if requested == "auto":
         return torch.device("cuda", local_rank() % torch.cuda.device_count()) if torch.cuda.is_available() else CPU
-    try:
-        device = torch.device(requested)
-    except RuntimeError:
-        raise UsageError(f"device = {requested!r}: one of auto, cpu, cuda, cuda:0, ...") from None
+    device = torch.device(requested)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device = {requested!r}: torch sees {torch.cuda.device_count()} GPUs here")
     return device

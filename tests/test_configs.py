@@ -70,6 +70,21 @@ def test_a_limit_that_the_kernel_would_not_take_is_refused(field: str, most: int
         load_config(ROOT / "configs" / "demo.toml", [f"{field}={most + 1}"])
 
 
+@pytest.mark.parametrize("field", ["precompute.device", "train.device", "sample.device"])
+def test_only_a_device_that_we_run_on_is_accepted(field: str) -> None:
+    for device in ("auto", "cpu", "cuda"):
+        load_config(ROOT / "configs" / "demo.toml", [f"{field}={device}"])
+    for device in ("meta", "mps", "nonsense", "cuda:", "cuda:-1", "cuda:200", "cpu:0", ""):
+        with pytest.raises(UsageError, match=rf"{field} = '{device}': should be '?auto'?, '?cpu'?"):
+            load_config(ROOT / "configs" / "demo.toml", [f"{field}={device}"])
+
+
+@pytest.mark.parametrize("field", ["precompute.device", "sample.device"])
+def test_one_gpu_of_several_may_be_named(field: str) -> None:
+    for device in ("cuda:0", "cuda:1", "cuda:15"):
+        load_config(ROOT / "configs" / "demo.toml", [f"{field}={device}"])
+
+
 def test_a_token_is_refused_wherever_it_is_put() -> None:
     secret = "hf_" + "a" * 30
     with pytest.raises(UsageError, match="looks like an access token") as caught:

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from precog import app
@@ -87,6 +89,13 @@ def test_a_part_that_is_none_is_a_usage_error(config, part):
 
 def test_ray_divides_the_work_itself(config):
     assert command("precompute", config, "--engine=ray", "--part=1/2")[0] == 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 98, reason="there is one")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(config, tmp_path):
+    shutil.rmtree(tmp_path / "clips")
+    result = CliRunner().invoke(app, ["precompute", config, "precompute.device=cuda:98"])
+    assert result.exit_code == 2 and "device = 'cuda:98': torch sees " in result.stderr
 
 
 def test_faults_of_the_user_end_with_their_codes(config, tmp_path):

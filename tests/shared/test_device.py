@@ -28,11 +28,6 @@ def test_without_a_gpu_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto") == torch.device("cpu")
 
 
-def test_a_word_that_is_no_device_is_refused() -> None:
-    with pytest.raises(UsageError, match="one of auto, cpu, cuda"):
-        choose_device("graphics card")
-
-
 def test_an_environment_that_is_no_launchers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, read in (("RANK", launcher.rank), ("SLURM_NTASKS", launcher.world_size), ("LOCAL_RANK", local_rank)):
         for text in ("first", "-1", "1.5", "\u0661"):
