@@ -118,7 +118,7 @@ class Data(Table):
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width are set together")
         if not any(bucket <= self.max_num_frames for bucket in self.frame_buckets):
-            raise ValueError(f"every frame bucket is above max_num_frames = {self.max_num_frames}")
+            raise ValueError(f"every one of frame_buckets is above max_num_frames = {self.max_num_frames}")
         return self
 
     @property
@@ -365,7 +365,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     Raises `UsageError` with one line: file, line, field, what is wrong and what would be right.
     """
     try:
-        source = path.read_text(encoding="utf-8")
+        source = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except OSError as error:
         raise UsageError(f"{path}: cannot read the config ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -418,9 +418,9 @@ def _explain(problems: list[Any], path: Path, source: str, overrides: list[str])
     alternatives = [isinstance(part, str) for part in problem["loc"][2:3]] == [True]
     location = [str(part) for part in problem["loc"][: 2 if alternatives else None]]
     name = ".".join(location[:2])
-    names = {text: text.partition("=")[0].strip() for text in overrides}
-    override = next((text for text, given in names.items() if given == name or given.startswith(f"{name}.")), None)
-    where = f"override {override!r}" if override else f"{path}{_line_of(source, location)}"
+    blamed = _blamed(problem, location, overrides)
+    given = f"override{'s' if len(blamed) > 1 else ''} {', '.join(map(repr, blamed))}"
+    where = given if blamed else f"{path}{_line_of(source, location)}"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown {'table' if len(location) == 1 else 'key'} {name}{_nearest(location)}"
     if problem["type"] == "missing":
@@ -429,6 +429,17 @@ def _explain(problems: list[Any], path: Path, source: str, overrides: list[str])
     message = " or ".join(messages).replace("Input should be", "should be").replace(" or should be", ", or")
     shown = "" if len(location) == 1 else f" = {problem['input']!r}"
     return f"{where}: {'.'.join(location)}{shown}: {message}"
+
+
+def _blamed(problem: Any, location: list[str], overrides: list[str]) -> list[str]:
+    """The override that the field has its value from; of a whole table, those of the fields that the message names."""
+    last = {text.partition("=")[0].strip(): text for text in overrides}
+    fields = [".".join(location[:2])]
+    if len(location) == 1 and problem["type"] == "extra_forbidden":
+        fields = [field for field in last if field.startswith(f"{location[0]}.")]
+    elif len(location) == 1:
+        fields = [f"{location[0]}.{word}" for word in re.findall(r"\w+", problem["msg"])]
+    return [text for field, text in last.items() if field in fields]
 
 
 def _line_of(source: str, location: list[str]) -> str:

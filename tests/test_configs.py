@@ -1,5 +1,6 @@
 """Every config in configs/ loads, comes back unchanged, and fits the checkpoint it is for."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,37 @@ def test_only_a_device_that_we_run_on_is_accepted(field: str) -> None:
 def test_one_gpu_of_several_may_be_named(field: str) -> None:
     for device in ("cuda:0", "cuda:1", "cuda:15"):
         load_config(ROOT / "configs" / "demo.toml", [f"{field}={device}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["data.name=x", "data.frame_buckets=[99]"], "override 'data.frame_buckets=[99]': data: every one of frame_b"),
+        (
+            ["data.frame_buckets=[99]", "data.name=x", "data.max_num_frames=50"],
+            "overrides 'data.frame_buckets=[99]', 'data.max_num_frames=50': data: every one of frame_buckets",
+        ),
+        (["data.name=x", "data.width=64"], "override 'data.width=64': data: height and width are set together"),
+        (["train.seed=-1", "train.seed=-2"], "override 'train.seed=-2': train.seed = -2: should be greater"),
+        (["dat.name=x", "data.name=x"], "override 'dat.name=x': unknown table dat; did you mean data?"),
+    ],
+)
+def test_an_error_names_the_override_that_it_comes_from(overrides: list[str], line: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(line)}"):
+        load_config(ROOT / "configs" / "demo.toml", overrides)
+
+
+def test_an_error_of_the_files_own_names_no_override(tmp_path: Path) -> None:
+    source = (ROOT / "configs" / "demo.toml").read_text(encoding="utf-8")
+    (tmp_path / "config.toml").write_text(source.replace("fps = 0", "width = 64\nfps = 0"), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"^\S+config.toml:5: data: height and width are set together"):
+        load_config(tmp_path / "config.toml", ["data.name=x", "data.fps=8"])
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    source = (ROOT / "configs" / "demo.toml").read_text(encoding="utf-8")
+    (tmp_path / "config.toml").write_text(source, encoding="utf-8-sig")
+    assert load_config(tmp_path / "config.toml") == load_config(ROOT / "configs" / "demo.toml")
 
 
 def test_a_token_is_refused_wherever_it_is_put() -> None:
