@@ -39,6 +39,12 @@ def _not_a_secret(text: str) -> str:
     return text
 
 
+def _not_empty(value: object) -> object:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("should not be empty")
+    return value
+
+
 def _a_device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", name):
         raise ValueError("should be auto, cpu, cuda or a GPU's number as in cuda:1")
@@ -47,6 +53,10 @@ def _a_device(name: str) -> str:
 
 Side = Annotated[int, Field(gt=0), AfterValidator(_multiple_of_16)]
 Text = Annotated[str, AfterValidator(_not_a_secret)]
+NotEmpty = BeforeValidator(_not_empty)
+"""Of a path, too: an empty one would be the working directory."""
+Name = Annotated[Text, NotEmpty]
+Place = Annotated[Path, NotEmpty]
 Device = Annotated[str, AfterValidator(_a_device)]
 
 
@@ -55,13 +65,13 @@ class Table(BaseModel):
 
 
 class Model(Table):
-    pretrained_model_name_or_path: Text
+    pretrained_model_name_or_path: Name
     """Hub name or local folder in the diffusers layout."""
-    revision: Text | None = None
+    revision: Name | None = None
     """Commit, tag or branch on the hub, for every part."""
-    variant: Text | None = None
+    variant: Name | None = None
     """File variant of the weights, such as "fp16"."""
-    model_cache_dir: Path | None = None
+    model_cache_dir: Place | None = None
     """Where hub downloads are kept; None is the hub's own default."""
     drop_learned_positions: bool = False
     """Train a checkpoint with a learned position table (5B-I2V) without it, at any frames, height and width."""
@@ -70,15 +80,15 @@ class Model(Table):
 class Data(Table):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     """The view's name in the cache."""
-    instance_data_root: Path
+    instance_data_root: Place
     """Folder that every video path stays inside."""
-    dataset_name: Text | None = None
+    dataset_name: Name | None = None
     """CSV, JSONL or parquet file, or folder or hub name for `datasets.load_dataset`; None reads text files."""
-    dataset_config_name: Text | None = None
+    dataset_config_name: Name | None = None
     """Configuration of the hub data set."""
-    caption_column: str = "text"
+    caption_column: Name = "text"
     """Column of `dataset_name`, or without it a text file in the root with one caption per line."""
-    video_column: str = "video"
+    video_column: Name = "video"
     """Column of `dataset_name`, or without it a text file in the root with one video path per line."""
     id_token: Text = ""
     """Put before every caption, with one space."""
@@ -130,7 +140,7 @@ class Data(Table):
 
 
 class Precompute(Table):
-    cache: Text
+    cache: Name
     """Folder or fsspec URL of the cache, shared by every run."""
     local_cache_gib: Annotated[float, Field(gt=0)] = 50
     """Remote cache: disk that local copies of its shards may take, in the user's cache folder."""
@@ -175,7 +185,7 @@ class Precompute(Table):
 
 
 class Train(Table):
-    output_dir: Path
+    output_dir: Place
     """The run folder: config, metrics.jsonl, checkpoints, export."""
     lora_rank: Positive = 128
     """`--rank` there; rank alone is a process's number here."""
@@ -183,13 +193,13 @@ class Train(Table):
     """The adapter is scaled by lora_alpha / lora_rank."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapter; masks are drawn per pack, so another number of processes draws others."""
-    lora_target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_k", "to_q", "to_v", "to_out.0")
+    lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] = ("to_k", "to_q", "to_v", "to_out.0")
     """Linear layers that get an adapter."""
     use_rslora: bool = False
     """Scale the adapter by lora_alpha / sqrt(lora_rank) instead (arXiv 2312.03732)."""
     use_dora: bool = False
     """Also train the length of each weight column (arXiv 2402.09353); the export loads through peft."""
-    initial_adapter: Path | None = None
+    initial_adapter: Place | None = None
     """An exported adapter (folder or file) to start from, of the same rank, alpha and target modules."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Average the adapter's weights over the steps, and evaluate and export the average; 0 is off."""
@@ -257,7 +267,7 @@ class Train(Table):
     """Optimizer steps between checkpoints."""
     checkpoints_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; two at least, so that a damaged newest one has a predecessor."""
-    resume_from_checkpoint: str = "latest"
+    resume_from_checkpoint: Name = "latest"
     """"latest", a checkpoint's name in the run folder, or "none" to refuse a run folder that has checkpoints.
 
     A name begins a branch: newer checkpoints move to abandoned-1/, and the same command goes on with the branch."""
@@ -267,7 +277,7 @@ class Train(Table):
     """Optimizer steps between previews: data.validation_prompts, as [sample] says, to latents; 0 is never."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Where the metrics also go; metrics.jsonl is always written."""
-    tracker_name: Text = "precog"
+    tracker_name: Name = "precog"
     """The tracker's name of the project."""
     log_clips: bool = False
     """Write each step's clips and timesteps to metrics.jsonl."""
@@ -318,13 +328,13 @@ class Memory(Table):
 
 
 class Sample(Table):
-    output_dir: Path = Path("samples")
+    output_dir: Place = Path("samples")
     """Where the mp4 and PNG files land."""
     prompts: tuple[Text, ...] = ()
     """One video each, with and without the adapter."""
-    images: tuple[Path, ...] = ()
+    images: tuple[Place, ...] = ()
     """I2V: the first frame for each prompt."""
-    lora: Path | None = None
+    lora: Place | None = None
     """Folder or file of the adapter; None is the export of [train]."""
     num_frames: Positive = 49
     """Frames to make."""

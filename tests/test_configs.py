@@ -71,6 +71,24 @@ def test_a_limit_that_the_kernel_would_not_take_is_refused(field: str, most: int
         load_config(ROOT / "configs" / "demo.toml", [f"{field}={most + 1}"])
 
 
+NAMES = re.findall(
+    r"\S+",
+    """
+model.pretrained_model_name_or_path model.revision model.variant model.model_cache_dir
+data.name data.instance_data_root data.dataset_name data.dataset_config_name data.caption_column data.video_column
+precompute.cache train.output_dir train.initial_adapter train.resume_from_checkpoint train.tracker_name
+sample.output_dir sample.lora
+""",
+)
+
+
+@pytest.mark.parametrize("field", NAMES)
+def test_an_empty_name_or_path_is_refused(field: str) -> None:
+    for value in ("", " "):
+        with pytest.raises(UsageError, match=rf"override '{field}={value}': {field} = '{value}': (String )?should "):
+            load_config(ROOT / "configs" / "demo.toml", [f"{field}={value}"])
+
+
 @pytest.mark.parametrize("field", ["precompute.device", "train.device", "sample.device"])
 def test_only_a_device_that_we_run_on_is_accepted(field: str) -> None:
     for device in ("auto", "cpu", "cuda"):

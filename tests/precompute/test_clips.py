@@ -473,7 +473,7 @@ def test_a_folder_that_holds_videos_too_is_said_to_be_the_trouble(root):
 @pytest.mark.parametrize(
     "name",
     [
-        *("http://localhost/x", "hf://datasets/x/y", "/no/such/folder", "../up", "a/b/c", "x y", "", "~/x", "a\nb"),
+        *("http://localhost/x", "hf://datasets/x/y", "/no/such/folder", "../up", "a/b/c", "x y", "~/x", "a\nb"),
         *("csv", "json", "text", "parquet", "videofolder"),  # would read the working directory
     ],
 )
