@@ -1,15 +1,29 @@
 """What every command shares: its arguments, and its end with the exit code of how it went. Imports nothing heavy."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, ParamSpec
 
 import typer
 
+from shared.errors import UsageError
+from shared.launcher import rank
+
+
+def _on_rank_0(wanted: bool) -> bool:
+    """Of the processes that a launcher started, one prints."""
+    with suppress(UsageError):  # an environment that is no launcher's: the command itself says so, in one line
+        return wanted and rank() == 0
+    return wanted
+
+
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the experiment.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="table.field=value ...", metavar="[TABLE.FIELD=VALUE]...")]
-JsonOutput = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
+JsonOutput = Annotated[
+    bool, typer.Option("--json", help="End with one JSON line on standard output.", callback=_on_rank_0)
+]
 
 P = ParamSpec("P")
 

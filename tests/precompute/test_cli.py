@@ -42,6 +42,21 @@ def test_plan_and_precompute_end_with_one_json_line_of_the_same_shape(config, tm
     assert made["clips_per_second"] > 0 and 0 < sum(made["waited_share"].values()) < 1
 
 
+def test_of_the_processes_of_a_launcher_one_prints_the_json_line(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for action in ("plan", "precompute", "doctor"):
+        for rank, lines in (("1", 0), ("0", 1)):
+            monkeypatch.setenv("RANK", rank)
+            assert command(action, config, "--json")[1].count("\n") == lines, (action, rank)
+    monkeypatch.setenv("RANK", "2")
+    result = CliRunner().invoke(app, ["precompute", config, "--json"])
+    assert result.exit_code == 2 and result.stderr.startswith("precog: RANK = 2 and WORLD_SIZE = 2 in")
+
+
+def test_a_part_without_a_launcher_prints_its_json_line(config):
+    assert json.loads(command("precompute", config, "--json", "--part=2/2")[1])["clips"] == 2
+
+
 def test_captions_that_are_cut_short_are_listed_each_once(config, tmp_path):
     """Two windows of one clip share its caption; prompts beside the captions count too."""
     table = tmp_path / "clips" / "prompts.txt"
