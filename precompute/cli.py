@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from precompute.estimate import Estimate
     from precompute.plan import Part
     from precompute.report import Report
-    from shared.config import Config
+    from shared.config import Config, Precompute
     from shared.files import Storage
     from shared.preemption import StopSignal
 
@@ -48,7 +48,7 @@ def precompute_command(
     with StopSignal(patience_seconds=PATIENCE_SECONDS) as stop:  # first, as loading the libraries alone takes seconds
         settings = load_config(config, overrides)
         report = _run(settings, part, engine, stop)
-    _show(report, settings.precompute.cache)
+    _show(report, settings.precompute)
     if json_output:
         print(json.dumps(report.as_json()))  # noqa: T201
 
@@ -88,7 +88,7 @@ def _share(part: str) -> "Part":
     return Part(int(match[1]) - 1, int(match[2]))
 
 
-def _show(report: "Report", cache: str) -> None:
+def _show(report: "Report", settings: "Precompute") -> None:
     from shared.console import bytes_text, say, table
 
     def spent(name: str) -> str:
@@ -98,7 +98,7 @@ def _show(report: "Report", cache: str) -> None:
         return f"the encoder waited {spent(f'wait_for_{name}')}, {report.waited_share(name):.0%} of its time"
 
     table(
-        f"Cache {cache}",
+        f"Cache {settings.cache}",
         [
             ("clips", report.clips),
             ("latents encoded", report.latents),
@@ -115,8 +115,13 @@ def _show(report: "Report", cache: str) -> None:
     )
     _list(f"cut short {cut.source}, caption {cut.caption}: its last {cut.tokens} tokens" for cut in report.truncated)
     _list(f"skipped {source}: {reason}" for source, reason in report.skipped)
+    if report.skipped and not settings.retry_skipped:
+        say("precompute.retry_skipped=true tries the skipped clips again.")
     if not report.latents.made and not report.prompts.made:
-        say("Nothing to encode: everything is stored already.")
+        if report.skipped:
+            say("Nothing was encoded: everything but the skipped clips is stored already.")
+        else:
+            say("Nothing to encode: everything is stored already.")
 
 
 def _kinds(skipped: Iterable[tuple[str, str]]) -> list[tuple[str, int]]:

@@ -78,6 +78,18 @@ def test_what_is_skipped_is_counted_by_kind_and_listed_by_name(config, tmp_path)
         assert "skipped 000.mp4: not a video: " in shown and "skipped 001.mp4: not a video: " in shown
 
 
+def test_with_clips_skipped_not_everything_is_stored_and_how_to_try_again_is_said_once(config):
+    hint = "precompute.retry_skipped=true tries the skipped clips again."
+    nothing = "Nothing was encoded: everything but the skipped clips is stored already."
+    first, second, retried = (
+        CliRunner().invoke(app, ["precompute", config, *more]).stderr
+        for more in ([], [], ["precompute.retry_skipped=true"])
+    )
+    assert (first.count(hint), second.count(hint), retried.count(hint)) == (1, 1, 0)
+    assert (nothing in first, nothing in second, nothing in retried) == (False, True, True)
+    assert not any("everything is stored already" in shown for shown in (first, second, retried))
+
+
 def test_a_calibrated_plan_has_hours_and_says_from_how_much(config, tmp_path):
     result = CliRunner().invoke(app, ["plan", config, "--calibrate", "--json"])
     planned = json.loads(result.stdout)
