@@ -15,6 +15,18 @@ from shared.view import View, ViewRow
 
 NOT_OF_CLIPS = ("data.caption_column", "data.held_out_clips", "data.id_token", "data.video_column")
 """Fields that shape a view without shaping any clip."""
+FIELDS = {
+    "latents": {
+        "precision": "precompute.vae_dtype",
+        "tiling": "precompute.enable_tiling",
+        "slicing": "precompute.enable_slicing",
+        "channels_last": "precompute.channels_last",
+        "compiled": "precompute.compile_vae",
+        "image_conditions.noised": "precompute.noised_image_count",
+    },
+    "prompts": {"precision": "precompute.text_dtype", "quantization": "precompute.text_quantization"},
+}
+"""What a recipe has from one field of the config: its name there -> the field."""
 
 
 def changed_clips(
@@ -36,7 +48,7 @@ def changed_clips(
 
 
 def recipe_changes(storage: Storage, old: Collection, recipe: Mapping[str, Json]) -> list[str]:
-    """Dotted names of the fields in which `recipe` differs from that of the `old` collection."""
+    """What differs between `recipe` and that of the `old` collection: the config's fields, else the recipe's own."""
     if old == collection_for(old.kind, recipe):
         return []
     try:
@@ -44,7 +56,8 @@ def recipe_changes(storage: Storage, old: Collection, recipe: Mapping[str, Json]
     except CacheError:
         return ["unknown, the old recipe.json is missing"]
     now = _flat(recipe)
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+    return sorted(FIELDS[old.kind].get(name, name) for name in changed)
 
 
 def _setting_changes(stage: Stage, wanted: Survey, old: View) -> list[str]:
@@ -67,7 +80,8 @@ def _why(
         reasons.append("source bytes changed")
     if not same_window or (same_bytes and all(row.latent_key != key_then for row in rows)):
         reasons.append(f"settings changed: {', '.join(settings)}" if settings else "window changed")
-    return "; ".join(reasons) or "no longer stored"
+    never_made = any(row.latent_key == clip.key and row.skipped for row in rows)
+    return "; ".join(reasons) or ("skipped before" if never_made else "no longer stored")
 
 
 def _window(row: ViewRow) -> tuple[object, ...]:

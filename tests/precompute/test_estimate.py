@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from precompute import calibrate
+from precompute import calibrate, recipes
+from precompute.changes import FIELDS, recipe_changes
 from precompute.clips import read_sources
 from precompute.estimate import Estimate, estimate
 from precompute.plan import Part
@@ -16,7 +17,12 @@ from precompute.run import decode_pool
 from precompute.stage import open_stage
 from shared.config import Config
 from shared.errors import DataError, UsageError
+from shared.files import LocalStorage
 from shared.preemption import StopSignal
+from shared.settings import PRECOMPUTE_FIELDS
+from shared.shard import write_shard
+from shared.store import collection_for, write_recipe
+from shared.view import read_view
 from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
 
 
@@ -86,10 +92,11 @@ def test_each_change_is_named_and_what_it_leaves_behind_is_counted(pipeline, fil
     assert {reason for _, reason in taller.changed} == {"settings changed: data.resolution_buckets"}
     assert len(taller.changed) == 7 and taller.prompts_recipe_changed == []
     halved = look(config_for(pipeline, root, cache, text_dtype="bf16"))
-    assert halved.changed == [] and halved.prompts_recipe_changed == ["precision"]
+    assert halved.changed == [] and halved.prompts_recipe_changed == ["precompute.text_dtype"]
 
     sliced = look(config_for(pipeline, root, cache, enable_slicing=True, vae_dtype="bf16"))
-    assert {reason for _, reason in sliced.changed} == {"recipe changed: precision, slicing"}
+    named = "precompute.enable_slicing, precompute.vae_dtype"
+    assert {reason for _, reason in sliced.changed} == {f"recipe changed: {named}"}
 
     other = tmp_path / "pipeline"
     shutil.copytree(pipeline, other)
@@ -134,6 +141,37 @@ def test_a_shard_that_is_gone_is_named_as_such(pipeline, filled):
     for path in cache.glob("latents/*/5x16x32/*"):
         path.unlink()
     assert {reason for _, reason in look(config_for(pipeline, root, cache)).changed} == {"no longer stored"}
+
+
+def test_a_clip_that_was_skipped_and_is_tried_again_is_named_as_such(pipeline, filled):
+    root, cache = filled
+    storage = LocalStorage(str(cache))
+    view = read_view(storage, "corpus")
+    [key] = [row.latent_key for row in view.rows if row.source == "002.mp4"]
+    for path in [*cache.glob("latents/*/5x16x32/*"), *cache.glob("plans/*")]:
+        path.unlink()
+    write_shard(storage, f"{view.latents.folder}/5x16x32", [], {key: "broken"})
+    assert run(config_for(pipeline, root, cache)).skipped == [("002.mp4", "broken")]
+    assert look(config_for(pipeline, root, cache)).changed == []
+    assert look(config_for(pipeline, root, cache, retry_skipped=True)).changed == [("002.mp4", "skipped before")]
+
+
+def test_every_change_of_a_field_that_a_recipe_has_is_named_by_the_field(pipeline, tmp_path):
+    config = config_for(pipeline, tmp_path, tmp_path / "cache")
+    storage, found = LocalStorage(str(tmp_path / "cache")), recipes.find_encoders(config)
+    i2v = replace(found, conventions=replace(found.conventions, image_to_video=True))
+    makers = {"latents": recipes.latents_recipe, "prompts": recipes.prompts_recipe}
+    values = {"vae_dtype": "bf16", "text_dtype": "fp16", "text_quantization": "int8", "noised_image_count": 1}
+    fields = {field for names in FIELDS.values() for field in names.values()}
+    assert fields == {f"precompute.{name}" for name in (*PRECOMPUTE_FIELDS, "noised_image_count")}
+    for kind, make in makers.items():
+        before = make(config, i2v)
+        old = collection_for(kind, before)
+        write_recipe(storage, old, before)
+        for field in FIELDS[kind].values():
+            name = field.removeprefix("precompute.")
+            changed = config_for(pipeline, tmp_path, tmp_path / "cache", **{name: values.get(name, True)})
+            assert recipe_changes(storage, old, make(changed, i2v)) == [field]
 
 
 def test_costly_buckets_are_pointed_out(pipeline, filled):
