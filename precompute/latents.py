@@ -95,9 +95,9 @@ def _write(
     if not made or (made < len(shard.keys) and storage.exists(shard.receipt)):  # another worker had them all
         return 0
     started = time.perf_counter()
-    size = write_shard(storage, shard.folder, samples, skipped, shard.attempt).size
+    _, written_bytes = write_shard(storage, shard.folder, samples, skipped, shard.attempt)
     report.spend("write", started)
-    return size
+    return written_bytes
 
 
 def decode_job(stage: Stage, clip: Clip) -> DecodeJob:

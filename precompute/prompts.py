@@ -46,7 +46,7 @@ def encode_prompts(stage: Stage, collection: Collection, texts: Mapping[str, str
                     report.spend("encode_prompts", started)
                     bar.advance(len(batch))
                 started = time.perf_counter()
-                report.written_bytes += write_shard(stage.storage, shard.folder, samples, attempt=shard.attempt).size
+                report.written_bytes += write_shard(stage.storage, shard.folder, samples, attempt=shard.attempt)[1]
                 report.prompts.made += len(samples)
                 report.spend("write", started)
 

@@ -40,6 +40,7 @@ class Report:
     prompts: Tally = field(default_factory=Tally)
     truncated: list[Truncated] = field(default_factory=list)
     written_bytes: int = 0
+    """Shards and receipts, but for what was there already."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Source and reason, by source."""
     warnings: list[str] = field(default_factory=list)

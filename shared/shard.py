@@ -131,8 +131,8 @@ def write_shard(
     samples: Sequence[Sample],
     skipped: Mapping[str, str] | None = None,
     attempt: int = 0,
-) -> Receipt:
-    """Publish the tar, then its receipt, and return the receipt that is there then.
+) -> tuple[Receipt, int]:
+    """Publish the tar, then its receipt; the receipt that is there then, and how many bytes this call wrote.
 
     The first writer wins. Whoever finds a whole tar without a receipt (a crash left it, or another writer is about to
     finish it) writes the receipt of that tar, not of its own bytes: two GPUs may round differently, and receipt and
@@ -141,17 +141,19 @@ def write_shard(
     """
     content, receipt = pack_shard(samples, skipped, attempt)
     tar_name, receipt_name = f"{folder}/{receipt.shard}.tar", f"{folder}/{receipt.shard}.json"
+    written_bytes = len(content)
     if not storage.publish(tar_name, content):
         if storage.exists(receipt_name):
-            return read_receipt(storage, receipt_name)
+            return read_receipt(storage, receipt_name), 0
         theirs = _receipt_of(storage.read(tar_name, limit_bytes=SHARD_BYTES), samples, receipt)
         if theirs is None:
             storage.publish(tar_name, content, replace=True)
         else:
-            receipt = theirs
-    if not storage.publish(receipt_name, receipt_bytes(receipt)):
-        return read_receipt(storage, receipt_name)
-    return receipt
+            receipt, written_bytes = theirs, 0
+    vouching = receipt_bytes(receipt)
+    if not storage.publish(receipt_name, vouching):
+        return read_receipt(storage, receipt_name), written_bytes
+    return receipt, written_bytes + len(vouching)
 
 
 def _receipt_of(content: bytes, ours: Sequence[Sample], wanted: Receipt) -> Receipt | None:

@@ -132,6 +132,21 @@ def test_a_clip_that_cannot_be_encoded_is_skipped_once_and_tried_again_when_aske
     assert len(set(cache.glob("latents/*/5x16x32/*.json"))) == 2 * len(receipts)
 
 
+def test_the_bytes_reported_are_those_that_came_to_the_disk(pipeline, tmp_path):
+    config = config_for(pipeline, write_corpus(tmp_path / "clips", 6), tmp_path / "cache")
+
+    def shard_files() -> dict[Path, int]:
+        found = (path for kind in ("latents", "prompts") for path in (tmp_path / "cache" / kind).rglob("*.*"))
+        return {path: path.stat().st_size for path in found if path.name != "recipe.json"}
+
+    assert run(config).written_bytes == sum(shard_files().values())
+    assert run(config).written_bytes == 0
+    receipts = {path: size for path, size in shard_files().items() if path.suffix == ".json"}
+    for path in receipts:
+        path.unlink()
+    assert run(config).written_bytes == sum(receipts.values())
+
+
 def test_a_shard_that_verify_set_aside_is_made_again_with_the_same_bytes(pipeline, small):
     root, cache = small
     before = stored_files(cache)

@@ -172,7 +172,7 @@ def test_a_torn_upload_has_no_receipt_and_is_made_whole(memory):
     content, receipt = pack_shard(samples)
     memory.publish(f"{FOLDER}/{receipt.shard}.tar", content[:1000])
     assert list(shards(memory, "latents")) == []
-    assert write_shard(memory, FOLDER, samples) == receipt
+    assert write_shard(memory, FOLDER, samples)[0] == receipt
     check(memory, samples)
 
 
@@ -206,7 +206,7 @@ def test_what_a_killed_process_was_fetching_does_not_stay_for_ever(tmp_path):
 
 def test_a_shard_made_anew_is_fetched_anew(memory):
     [first] = (sample for sample in make_samples(1))
-    receipt = write_shard(memory, FOLDER, [first])
+    receipt, _ = write_shard(memory, FOLDER, [first])
     tar = f"{FOLDER}/{receipt.shard}.tar"
     before = memory.path(tar)
     assert memory.path(tar) == before
@@ -242,7 +242,7 @@ def test_an_upload_that_is_cut_off_leaves_no_shard_and_is_repeated(bucket, relay
     assert relay.cuts > 0
     relay.cutting = None
     assert storage.names("latents", "") == []
-    assert write_shard(storage, FOLDER, samples) == receipt
+    assert write_shard(storage, FOLDER, samples)[0] == receipt
     check(storage, samples)
 
 

@@ -57,7 +57,7 @@ def storage(tmp_path: Path) -> LocalStorage:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its file to the collector
 def test_webdataset_streams_the_samples_that_our_reader_gives(storage):
     samples = {sample.key: sample for sample in make_samples()}
-    receipt = write_shard(storage, FOLDER, list(samples.values()))
+    receipt, _ = write_shard(storage, FOLDER, list(samples.values()))
     tar = f"{FOLDER}/{receipt.shard}.tar"
     mapped = MappedShard(storage, tar, receipt)
     streamed = list(webdataset.WebDataset(str(storage.path(tar)), shardshuffle=False))
@@ -101,7 +101,7 @@ def test_a_shards_name_depends_on_its_keys_and_attempt_only():
 
 
 def test_tensors_are_aligned_views_of_the_file_and_writing_to_one_stays_private(storage):
-    receipt = write_shard(storage, FOLDER, make_samples())
+    receipt, _ = write_shard(storage, FOLDER, make_samples())
     tar = f"{FOLDER}/{receipt.shard}.tar"
     before = storage.path(tar).read_bytes()
     tensors = MappedShard(storage, tar, receipt).tensors(receipt.samples[0])
@@ -289,7 +289,7 @@ def test_a_tar_without_receipt_does_not_exist_and_is_made_whole(storage, left):
     storage.path(tar).parent.mkdir(parents=True)
     storage.path(tar).write_bytes(leftover)
     assert list(shards(storage, "latents")) == []
-    assert write_shard(storage, FOLDER, samples) == receipt
+    assert write_shard(storage, FOLDER, samples)[0] == receipt
     assert storage.path(tar).read_bytes() == content
     assert [found for _, found in shards(storage, "latents")] == [receipt]
 
@@ -301,17 +301,30 @@ def test_a_lost_tar_so_small_that_it_looks_like_an_empty_one_is_made_again(stora
     tar = f"{FOLDER}/{receipt.shard}.tar"
     assert len(content) == len(pack_shard([], {key_of(0): "skipped"})[0])
     storage.publish(tar, bytes(len(content)))
-    assert write_shard(storage, FOLDER, samples) == receipt
+    assert write_shard(storage, FOLDER, samples)[0] == receipt
     assert storage.path(tar).read_bytes() == content
+
+
+def test_only_bytes_that_were_written_are_counted(storage):
+    samples = make_samples()
+    content, receipt = pack_shard(samples)
+    tar, vouching = f"{FOLDER}/{receipt.shard}.tar", receipt_bytes(receipt)
+    assert write_shard(storage, FOLDER, samples) == (receipt, len(content) + len(vouching))
+    assert write_shard(storage, FOLDER, samples) == (receipt, 0)
+    storage.path(tar).with_suffix(".json").unlink()
+    assert write_shard(storage, FOLDER, samples) == (receipt, len(vouching))
+    storage.path(tar).with_suffix(".json").unlink()
+    storage.publish(tar, content[:2000], replace=True)
+    assert write_shard(storage, FOLDER, samples) == (receipt, len(content) + len(vouching))
 
 
 def test_a_finished_shard_is_left_as_it_is(storage):
     samples = make_samples()
-    receipt = write_shard(storage, FOLDER, samples)
+    receipt, _ = write_shard(storage, FOLDER, samples)
     paths: Sequence[Path] = sorted(storage.path(FOLDER).iterdir())
     before = [(path, path.stat().st_mtime_ns, path.stat().st_ino) for path in paths]
     other = [Sample(sample.key, {"moments": torch.zeros(1)}, sample.facts) for sample in samples]
-    assert write_shard(storage, FOLDER, other) == receipt
+    assert write_shard(storage, FOLDER, other)[0] == receipt
     assert [(path, path.stat().st_mtime_ns, path.stat().st_ino) for path in paths] == before
 
 
@@ -322,7 +335,7 @@ def test_the_receipt_belongs_to_the_tar_that_was_there_first(storage):
     content, receipt = pack_shard(theirs, {ours[2].key: "timed out"})
     tar = f"{FOLDER}/{receipt.shard}.tar"
     storage.publish(tar, content)
-    written = write_shard(storage, FOLDER, ours)
+    written, _ = write_shard(storage, FOLDER, ours)
     assert (written.sha256, written.samples) == (receipt.sha256, receipt.samples)
     assert written.skipped == {ours[2].key: "skipped by another worker"}
     check_shard(storage, tar.removesuffix(".tar") + ".json")
@@ -351,5 +364,5 @@ def test_a_tar_without_receipt_that_holds_other_keys_is_replaced(storage):
     content, receipt = pack_shard(ours)
     tar = f"{FOLDER}/{receipt.shard}.tar"
     storage.publish(tar, pack_shard(make_samples(2, seed=9))[0])
-    assert write_shard(storage, FOLDER, ours) == receipt
+    assert write_shard(storage, FOLDER, ours)[0] == receipt
     assert storage.path(tar).read_bytes() == content

@@ -204,7 +204,8 @@ def remote(tmp_path: Path) -> Iterator[Callable[..., Dataset]]:
     rows, shard_bytes = [], 0
     for number in range(NUM_SHARDS):
         keys = [key_of([number, clip]) for clip in range(PER_SHARD)]
-        shard_bytes = write_shard(storage, latents.folder, [Sample(key, {"moments": moments}, {}) for key in keys]).size
+        samples = [Sample(key, {"moments": moments}, {}) for key in keys]
+        shard_bytes = write_shard(storage, latents.folder, samples)[0].size
         own = texts[number * PER_SHARD : (number + 1) * PER_SHARD]
         rows += [
             ViewRow("a.mp4", 0.0, 1.0, 9, 32, 48, False, key, ("",), (1.0,), (text,), (0,), "train", "")
