@@ -258,7 +258,8 @@ def cache_verify(
     with tempfile.TemporaryDirectory(prefix="precog-verify-") as fresh:  # not the local copies of a remote cache
         checked, damaged = verify(_open_cache(cache, local_cache_gib=0, local_folder=Path(fresh)), repair=repair)
     for line in damaged:
-        say(f"damaged: {line}" + (" (set aside)" if repair else ""))
+        fault, _, _ = line.partition("; `precog cache verify --repair`")  # which is being done, or advised below
+        say(f"{'set aside' if repair else 'damaged'}: {fault}")
     if damaged and not repair:
         raise CacheError(f"{cache}: {checked} shards checked, {len(damaged)} damaged; add --repair to set them aside")
     say(f"{cache}: {checked} shards checked, {len(damaged)} {'set aside' if repair else 'damaged'}")

@@ -72,7 +72,7 @@ class Progress:
         """So many more are done."""
         self._done += count
         now = time.monotonic()
-        rate = f"{self._done / max(now - self._started, 1e-9):.2f} {self._what}/s"
+        rate = f"{self._done / max(now - self._started, 1e-9):.2f}/s"
         self._bar.update(self._task, advance=count, rate=rate)
         if not console.is_terminal and now - self._last_line >= self.LINE_SECONDS:
             self._last_line = now

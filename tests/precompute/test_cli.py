@@ -109,6 +109,20 @@ def test_verify_ends_with_4_on_damage_and_with_0_once_it_is_set_aside(config, tm
     assert [command("cache", "verify", cache, *more)[0] for more in ([], ["--repair"], [])] == [4, 0, 0]
 
 
+def test_what_verify_does_with_damage_is_said_once(config, tmp_path):
+    cache = str(tmp_path / "cache")
+    assert command("precompute", config)[0] == 0
+    receipt = min((tmp_path / "cache").glob("latents/*/*/*.json"))
+    receipt.write_text("{}")
+    found, repaired = (
+        CliRunner().invoke(app, ["cache", "verify", cache, *more]).stderr.splitlines() for more in ([], ["--repair"])
+    )
+    assert len(found) == len(repaired) == 2
+    assert found[0].startswith(f"damaged: {receipt}: damaged receipt (") and found[1].endswith("to set them aside")
+    assert repaired[0].startswith(f"set aside: {receipt}: damaged receipt (") and repaired[1].endswith("1 set aside")
+    assert [line.count("--repair") for line in (*found, *repaired)] == [0, 1, 0, 0]
+
+
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
 def test_a_part_that_is_none_is_a_usage_error(config, part):
     assert command("precompute", config, f"--part={part}")[0] == 2
