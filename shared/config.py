@@ -176,7 +176,7 @@ class Precompute(Table):
     """Child processes that decode."""
     decode_deadline_seconds: Annotated[float, Field(gt=0, le=86_400)] = 120
     """A video that takes longer is skipped."""
-    decode_memory_gib: Annotated[float, Field(gt=0, le=1024)] = 4
+    decode_memory_gib: Annotated[float, Field(ge=0.25, le=1024)] = 4
     """Address space a decoding process may take."""
     remember_files: bool = False
     """Remember in the user's cache folder what each file holds, by its inode, size and times; none is read again."""

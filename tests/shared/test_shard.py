@@ -355,7 +355,7 @@ def test_a_tar_that_was_damaged_while_it_had_no_receipt_is_replaced(storage, har
         flat[777] *= 2.0**20 if harm == "exponent" else torch.nan
     content, receipt = pack_shard(ours)
     storage.publish(f"{FOLDER}/{receipt.shard}.tar", pack_shard([Sample(ours[0].key, {"moments": harmed}, {})])[0])
-    assert write_shard(storage, FOLDER, ours) == receipt
+    assert write_shard(storage, FOLDER, ours)[0] == receipt
     assert storage.path(f"{FOLDER}/{receipt.shard}.tar").read_bytes() == content
 
 
