@@ -183,6 +183,15 @@ def test_a_folder_pairs_videos_with_text_files_at_any_depth_in_order(root):
     assert [s.path for s in sources] == [root / s.name for s in sources]
 
 
+def test_equal_names_in_two_folders_are_two_clips(root):
+    (root / "b.mp4").unlink()
+    (root / "sub/a.mp4").write_text("another video")
+    for name, text in (("a.txt", "one"), ("sub/a.txt", "another"), ("sub/c.txt", "three")):
+        (root / name).write_text(text)
+    found = [(source.name, source.captions[0].text) for source in read(root)]
+    assert found == [("a.mp4", "one"), ("sub/a.mp4", "another"), ("sub/c.mp4", "three")]
+
+
 def test_a_folder_names_videos_and_texts_that_stand_alone_or_in_threes(root):
     (root / "a.txt").write_text("one")
     (root / "a.mov").write_text("a second video")
@@ -291,6 +300,25 @@ def test_csv_takes_chosen_columns_quotes_windows_line_ends_and_seconds(root):
 )
 def test_a_bad_csv_names_the_file_and_row(root, content, expected):
     assert table_refusal(root, content).endswith(expected)
+
+
+def test_a_csvs_path_may_have_space_around_it(root):
+    assert read_table(root, "video,text\n a.mp4 ,one\n")[0].name == "a.mp4"
+
+
+def test_only_a_line_feed_ends_a_line_of_json(root):
+    text = "one\u2028two\x85three"
+    rows = [json.dumps({"video": name, "text": text}, ensure_ascii=False) for name in ("a.mp4", "b.mp4")]
+    found = read_table(root, "\n".join(rows), "metadata.jsonl")
+    assert [(source.captions[0].text, source.where) for source in found] == [
+        (text, "metadata.jsonl row 1"),
+        (text, "metadata.jsonl row 2"),
+    ]
+
+
+def test_a_table_larger_than_any_is_refused_before_it_is_read(root, monkeypatch):
+    monkeypatch.setattr("precompute.tables.MAX_TEXT_FILE_BYTES", 20)
+    assert table_refusal(root, "video,text\na.mp4,x\n\n\n") == "metadata.csv has more than 20 bytes"
 
 
 def test_jsonl_takes_weighted_captions_and_seconds(root):

@@ -263,6 +263,13 @@ def test_conditioning_images_are_the_clean_frame_and_noised_copies_drawn_by_key(
     again = conditioning_images(frame, 2, "key")
     assert all(torch.equal(one, two) for one, two in zip(images, again, strict=False))
     assert not torch.equal(images[1], conditioning_images(frame, 1, "other")[1])
+    noises = [
+        (image - frame) / (image - frame).std() for image in (*images[1:4], conditioning_images(frame, 1, "x")[1])
+    ]
+    for number, noise in enumerate(noises):
+        assert abs(float(noise.mean())) < 0.1, "of the clean frame, not of the copy before"
+        for other in noises[:number]:
+            assert abs(float((noise * other).mean())) < 0.2, "each copy and each clip has noise of its own"
     sigmas = torch.tensor([float((image - frame).std()) for image in images[1:]]).log()
     assert abs(float(sigmas.mean()) + 3.0) < 0.15 and abs(float(sigmas.std()) - 0.5) < 0.1
 

@@ -1,9 +1,11 @@
 """From decoded frames to what the VAE eats."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from precompute.pixels import crop_offset, scaled_size, to_clip
 from shared.geometry import Bucket
@@ -35,6 +37,38 @@ def test_center_takes_the_middle_and_random_is_drawn_by_its_seed_only():
     drawn = {seed: crop_offset(32, 32, BUCKET, "random", seed) for seed in map(str, range(50))}
     assert drawn == {seed: crop_offset(32, 32, BUCKET, "random", seed) for seed in drawn}
     assert {left for _, left in drawn.values()} == {0} and len({top for top, _ in drawn.values()}) > 8
+    assert {crop_offset(32, 32, BUCKET, "random", str(number))[0] for number in range(500)} == set(range(17))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "mode", "scaled", "place"),
+    [
+        (40, 48, "center", (27, 32), (5, 0)),
+        (24, 53, "center", (16, 35), (0, 1)),
+        (10, 20, "center", (16, 32), (0, 0)),
+        (20, 90, "letterbox", (7, 32), (4, 0)),
+        (32, 50, "letterbox", (16, 25), (0, 3)),
+    ],
+)
+def test_a_resize_is_pillows_antialiased_bicubic_to_the_nearest_size_set_in_the_middle(
+    height, width, mode, scaled, place
+):
+    source = frames(height, width)
+    planes = source.permute(0, 3, 1, 2).reshape(-1, height, width).float().numpy()
+    resized = [Image.fromarray(plane).resize(scaled[::-1], Image.Resampling.BICUBIC) for plane in planes]
+    whole = (torch.from_numpy(np.stack(resized)).reshape(2, 3, *scaled).transpose(0, 1) - 127.5) / 127.5
+    clip = to_clip(source, BUCKET, mode=mode, flip=False, crop_seed="")
+    (top, left), (tall, wide) = place, (min(scaled[0], 16), min(scaled[1], 32))
+    if mode == "letterbox":
+        torch.testing.assert_close(clip[..., top : top + tall, left : left + wide], whole, rtol=0, atol=1e-4)
+        assert int((clip == -1).sum()) >= 6 * (16 * 32 - tall * wide)
+    else:
+        torch.testing.assert_close(clip, whole[..., top : top + tall, left : left + wide], rtol=0, atol=1e-4)
+
+
+def test_a_letterboxed_line_keeps_one_pixel():
+    assert scaled_size(2000, 1, BUCKET, "letterbox") == (16, 1)
+    assert scaled_size(1, 2000, BUCKET, "letterbox") == (1, 32)
 
 
 def test_letterbox_keeps_the_whole_picture_between_black_bars():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from precompute import pixels
 from precompute.recipes import (
     Clip,
     Encoders,
@@ -73,6 +74,27 @@ def test_every_value_of_a_recipe_is_part_of_its_name(image_pipeline, tmp_path, m
     paths = leaves(recipe)
     assert len(paths) > 15
     assert len({key_of(recipe), *(key_of(changed(recipe, path)) for path in paths)}) == len(paths) + 1
+
+
+def test_a_recipe_has_every_field_that_shapes_the_bytes(image_pipeline, tmp_path, monkeypatch):
+    """Leaving one out would take stored shards for others; a new one is a new cache."""
+    config = config_for(image_pipeline, tmp_path, tmp_path / "cache")
+    encoders = find_encoders(config)
+    latents, prompts = latents_recipe(config, encoders), prompts_recipe(config, encoders)
+    assert latents["image_conditions"] == {"noised": config.precompute.noised_image_count, "log_sigma": [-3.0, 0.5]}
+    assert (latents["kind"], latents["tf32"], latents["chunk_frames"]) == ("latents", False, 8)
+    assert latents["transform"] == pixels.TRANSFORM
+    assert (prompts["kind"], prompts["attention_mask"]) == ("prompts", False)
+    assert sorted(latents) == [
+        *("channels_last", "chunk_frames", "compiled", "image_conditions", "kind", "precision", "slicing"),
+        *("tf32", "tiling", "transform", "vae"),
+    ]
+    assert sorted(prompts) == [
+        *("attention_mask", "kind", "precision", "quantization", "text_encoder", "text_length", "tokenizer")
+    ]
+    before = key_of(latents)
+    monkeypatch.setattr(pixels, "TRANSFORM", "another")
+    assert key_of(latents_recipe(config, encoders)) != before
 
 
 @pytest.mark.parametrize(
@@ -138,6 +160,8 @@ def _edit(path: Path, old: str, new: str) -> None:
         ),
         (lambda folder: _append(folder / "tokenizer/tokenizer.json"), False, True),
         (lambda folder: (folder / "tokenizer/added_tokens.json").write_text('{"<clip>": 199}'), False, True),
+        (lambda folder: _append(folder / "tokenizer/tokenizer_config.json"), False, True),
+        (lambda folder: (folder / "tokenizer/special_tokens_map.json").write_text('{"pad_token": "x"}'), False, True),
         (lambda folder: (folder / "vae/diffusion_pytorch_model.safetensors").touch(), False, False),
         (lambda folder: _scale(folder, "transformer"), False, False),
         (lambda folder: _edit(folder / "vae/config.json", "_diffusers_version", "_name_or_path"), False, False),
@@ -234,6 +258,8 @@ def test_a_random_crop_does_not_move_with_the_recipe():
     probe = Probe("ab" * 32, (0, 0, 1, 0, 0), 9, 0, 48, 48, 0, "h264", "mp4")
     source: Any = None
     assert crop_seed(Clip(source, probe, WINDOW, "one")) == crop_seed(Clip(source, probe, WINDOW, "two"))
+    later = replace(WINDOW, timestamps_us=tuple(stamp + 400_000 for stamp in WINDOW.timestamps_us))
+    assert crop_seed(Clip(source, probe, WINDOW, "one")) != crop_seed(Clip(source, probe, later, "one"))
     assert crop_seed(Clip(source, replace(probe, sha256="cd" * 32), WINDOW, "one")) != crop_seed(
         Clip(source, probe, WINDOW, "one")
     )

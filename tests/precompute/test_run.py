@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from precompute import prompts
+from precompute import latents, prompts
 from precompute.clips import read_sources
+from precompute.encoders import VaeEncoder
 from precompute.plan import Inventory, take_inventory
 from precompute.report import Report
 from shared.errors import CacheError, DataError, UsageError
@@ -19,6 +21,7 @@ from shared.store import Collection, SampleReader, shards
 from shared.verify import verify
 from shared.view import read_view
 from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
+from tests.tiny import save_pipeline
 
 CLIPS = 100
 
@@ -96,6 +99,35 @@ def test_stored_moments_are_the_vaes_own(pipeline, small):
     torch.testing.assert_close(SampleReader(storage, view.latents).read(row.latent_key)["moments"], expected)
 
 
+def test_stored_image_moments_are_of_the_clips_own_first_frame_mirrored_where_the_clip_is(tmp_path):
+    from precompute.decode import decode
+    from precompute.latents import conditioning_images
+    from precompute.video import probe
+    from shared.config import Model
+    from shared.pretrained import pretrained_part
+
+    pipeline, root = save_pipeline("1.5-5b-i2v", tmp_path / "i2v"), write_corpus(tmp_path / "clips", 2)
+    run(config_for(pipeline, root, tmp_path / "cache", data={"random_flip": True}, noised_image_count=2))
+    storage = LocalStorage(str(tmp_path / "cache"))
+    view = read_view(storage, "corpus")
+    assert sorted((row.source, row.flip) for row in view.rows) == [
+        (name, flip) for name in ("000.mp4", "001.mp4") for flip in (False, True)
+    ]
+    part = pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "vae")
+    encoder = VaeEncoder(part, "fp32", torch.device("cpu"), tiling=False, slicing=False)
+    for row in view.rows:
+        found = probe(root / row.source)
+        frames = decode(root / row.source, found.probe, range(5), found.timestamps_us, "pyav")[0]
+        pixels = (torch.from_numpy(frames)[:, 8:24].permute(3, 0, 1, 2).float() - 127.5) / 127.5
+        pixels = pixels.flip(3) if row.flip else pixels
+        images = conditioning_images(pixels[:, :1], 2, row.latent_key)
+        stored = SampleReader(storage, view.latents).read(row.latent_key)
+        torch.testing.assert_close(stored["moments"], encoder.encode(pixels[None])[0])
+        torch.testing.assert_close(
+            stored["image_moments"], torch.cat([encoder.encode(image[None]) for image in images])
+        )
+
+
 def test_bad_clips_are_skipped_with_reasons_and_all_else_is_stored(pipeline, tmp_path):
     root, cache = write_corpus(tmp_path / "clips", 3), tmp_path / "cache"
     (root / "bad.mp4").write_bytes(b"no video at all")
@@ -145,6 +177,29 @@ def test_the_bytes_reported_are_those_that_came_to_the_disk(pipeline, tmp_path):
     for path in receipts:
         path.unlink()
     assert run(config).written_bytes == sum(receipts.values())
+
+
+def test_one_clip_whose_latents_are_not_finite_is_counted_as_skipped_and_not_held_out(pipeline, tmp_path, monkeypatch):
+    root, encode = write_corpus(tmp_path / "clips", 4), latents.encode_clips
+    data = {"held_out_clips": 1}
+    run(config_for(pipeline, root, tmp_path / "whole", data=data))
+    [first] = read_view(LocalStorage(str(tmp_path / "whole")), "corpus").split("held_out")
+
+    def poisoned(*arguments):
+        samples = encode(*arguments)
+        infinite = {"image_moments": torch.full((1,), float("inf"))}
+        return [
+            replace(sample, tensors={**sample.tensors, **infinite}) if sample.key == first.latent_key else sample
+            for sample in samples
+        ]
+
+    monkeypatch.setattr(latents, "encode_clips", poisoned)
+    report = run(config_for(pipeline, root, tmp_path / "cache", data=data))
+    assert counts(report)[:2] == (3, 0) and report.clips == 3
+    assert [source for source, _ in report.skipped] == [first.source]
+    view = read_view(LocalStorage(str(tmp_path / "cache")), "corpus")
+    assert [len(view.split(split)) for split in ("train", "held_out", "skipped")] == [2, 1, 1]
+    assert view.split("held_out")[0].source != first.source
 
 
 def test_a_shard_that_verify_set_aside_is_made_again_with_the_same_bytes(pipeline, small):

@@ -15,7 +15,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from precompute import video
-from precompute.decode import Requested, choose_decoder
+from precompute.decode import Requested, choose_decoder, decode
 from precompute.video import BadVideo, MachineFault, Probed, probe
 from tests import media
 
@@ -186,6 +186,25 @@ def test_pictures_whose_keyframe_was_cut_away_do_not_count(folder: Path) -> None
     assert media.indices_of(frames) == list(range(60 - len(frames), 60))
 
 
+@pytest.mark.parametrize("first_packet", [1, 3])
+def test_pictures_before_the_first_keyframe_do_not_count(first_packet: int, folder: Path) -> None:
+    source = clip(folder, "without_b.mp4", bframes=0)
+    path = media.write_trimmed(folder / f"from_{first_packet}.mp4", source, hidden=0, first_packet=first_packet)
+    found, frames = decode_all(path)
+    assert found.probe.intact and found.timestamps_us[0] == 0
+    assert media.indices_of(frames) == list(range(12, 30))
+
+
+@pytest.mark.parametrize(("file", "codec"), [("twice.mkv", "libx264"), ("twice.webm", "libvpx-vp9")])
+def test_frames_that_share_a_time_are_counted_and_decoded_from_the_start(file: str, codec: str, folder: Path) -> None:
+    path = clip(folder, file, codec=codec, frames=6, bframes=0, times=[0, 40, 80, 80, 120, 160])
+    found, frames = decode_all(path)
+    assert found.timestamps_us.tolist() == [0, 40_000, 80_000, 80_000, 120_000, 160_000]
+    assert not found.probe.one_to_one
+    assert media.indices_of(frames) == list(range(6))
+    assert media.indices_of(media.decode_probed(path, found, [3, 4])[0]) == [3, 4]
+
+
 @pytest.mark.parametrize(("angle", "quarters"), [(90, 1), (180, 2), (-90, 3)])
 def test_rotation_is_applied(angle: int, quarters: int, folder: Path) -> None:
     path = clip(folder, f"turned_{angle}.mp4", rotation=angle, frames=5)
@@ -199,14 +218,16 @@ def test_rotation_is_applied(angle: int, quarters: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "matrix", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0)], ids=["left-right", "upside-down", "transposed"]
+    "matrix",
+    [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0.75, 0.5, -0.5, 0.75)],
+    ids=["left-right", "upside-down", "transposed", "slanted"],
 )
-def test_a_mirrored_display_matrix_is_refused(matrix: tuple[int, ...], folder: Path) -> None:
+def test_a_mirrored_or_slanted_display_matrix_is_refused(matrix: tuple[float, ...], folder: Path) -> None:
     data = bytearray(clip(folder, "plain_5.mp4", frames=5).read_bytes())
     # ISO 14496-12, 8.3.2: version 0 `tkhd` has its 3x3 matrix 40 bytes after its type; 16.16 fixed point.
     start = data.index(b"tkhd") + 44
     for place, value in zip((0, 1, 3, 4), matrix, strict=True):
-        data[start + 4 * place : start + 4 * place + 4] = (value * 65536).to_bytes(4, "big", signed=True)
+        data[start + 4 * place : start + 4 * place + 4] = int(value * 65536).to_bytes(4, "big", signed=True)
     path = folder / "mirrored.mp4"
     path.write_bytes(data)
     assert reason_against(path) == "its display matrix is no quarter turn"
@@ -322,6 +343,22 @@ def test_files_that_are_no_videos_are_refused_with_one_line(tmp_path: Path, fold
     }
     for path, reason in expected.items():
         assert reason in reason_against(path), path
+
+
+def test_a_reason_is_one_short_line() -> None:
+    assert BadVideo("two\nlines " + "x" * 300).reason == ("two lines " + "x" * 300)[:200]
+
+
+def test_a_title_that_is_not_utf_8_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "latin.mp4"
+    with av.open(str(path), "w") as out:
+        out.metadata["title"] = "TITLE"
+        stream: Any = out.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 80, 48, "yuv420p"
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(media.draw(5, 48, 80), format="rgb24")))
+        out.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes().replace(b"TITLE", b"\xe4\xf6\xfc\xdfE"))
+    assert media.indices_of(decode_all(path)[1]) == [5]
 
 
 def test_a_playlist_under_a_videos_name_opens_no_other_file(tmp_path: Path, monkeypatch: Any) -> None:
@@ -443,6 +480,31 @@ def test_what_was_read_of_a_file_that_changed_meanwhile_counts_for_nothing(
         probe(path)
 
 
+def test_a_file_that_has_its_mark_still_is_not_hashed_again(folder: Path, monkeypatch: Any) -> None:
+    path = clip(folder, "h264.mp4")
+    found = probe(path)
+    monkeypatch.setattr("precompute.decode.hashlib.file_digest", None)
+    assert media.indices_of(media.decode_probed(path, found, [4])[0]) == [4]
+
+
+@pytest.mark.parametrize("indices", [[0], [20]])
+def test_a_picture_of_another_turn_or_size_than_probed_is_refused(indices: list[int], folder: Path) -> None:
+    path = clip(folder, "h264.mp4")
+    found = probe(path)
+    for changes, reason in (({"rotation": 180}, "the rotation changes"), ({"height": 50}, "the frame size changes")):
+        other = replace(found, probe=replace(found.probe, **changes))
+        with pytest.raises(BadVideo, match=rf"^{reason}: at frame {indices[0]}$"):
+            media.decode_probed(path, other, indices)
+
+
+def test_decords_times_have_to_be_the_probes(folder: Path) -> None:
+    path = clip(folder, "h264.mp4")
+    found = probe(path)
+    times = [found.timestamps_us[4] + 2000]
+    with pytest.raises(BadVideo, match="decord is not exact here: it gives the frames other times than PyAV"):
+        decode(path, replace(found.probe, intact=True), [4], times, "decord")
+
+
 def test_a_frame_at_another_time_than_probed_is_refused(folder: Path) -> None:
     path = clip(folder, "h264.mp4")
     found = probe(path)
@@ -473,6 +535,15 @@ def test_pictures_too_wide_and_clips_too_long_are_refused(tmp_path: Path, folder
         tmp_path / "wide.png", codec="png", pixels="rgb24", frames=1, container="image2", height=12, width=8200
     )
     assert reason_against(wide) == "too large: 8200x12 pixels, more than 8192 a side"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video, "check_frame", lambda *_: None)
+        assert "8200x12" in reason_against(wide), "the container's own figure counts before anything is decoded"
+    grows = tmp_path / "grows.ts"
+    larger = media.write_clip(tmp_path / "larger.ts", frames=10, height=96, width=160)
+    grows.write_bytes(clip(folder, "h264.ts").read_bytes() + larger.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video, "MAX_SIDE", 100)
+        assert reason_against(grows) == "too large: 160x96 pixels, more than 100 a side"
     monkeypatch.setattr(video, "MAX_FRAMES", 29)
     assert reason_against(clip(folder, "h264.mp4")) == "more than 29 frames"
     assert reason_against(clip(folder, "h264.ts")) == "more than 29 frames"

@@ -80,6 +80,14 @@ def test_the_sources_own_fps_gives_every_frame_once_though_stamps_are_rounded(fp
     assert reason(stamps, fps=fps, frame_buckets=[91], max_num_frames=200).startswith("too short: 90 frames at ")
 
 
+@pytest.mark.parametrize("fps", [23.976, 24, 29.97, 30, 59.94, 60])
+def test_stamps_that_are_cut_to_whole_milliseconds_twice_still_give_every_frame_once(fps):
+    """As a muxer that rounds down leaves them, and a second one with a clock of its own."""
+    stamps = [(stamp + 2_400) // 1000 * 1000 for stamp in steady(90, fps, 400, 1)]
+    stamps = [stamp // 1001 * 1001 for stamp in stamps]
+    assert cut(stamps, fps=fps, frame_buckets=[90], max_num_frames=200)[0].indices == tuple(range(90))
+
+
 @pytest.mark.parametrize("unit_us", [1, 1000])
 @pytest.mark.parametrize(("source_fps", "fps"), [(24, 8), (24, 12), (30, 15), (30, 10), (60, 24), (59.94, 29.97)])
 def test_a_divisor_of_the_source_fps_gives_even_steps_though_stamps_are_rounded(source_fps, fps, unit_us):
@@ -250,6 +258,8 @@ def test_a_start_given_as_frame_over_fps_begins_with_that_frame(frame, unit_us):
     stamps = steady(60, 24, unit_us=unit_us)
     assert cut(stamps, start=frame / 24, frame_buckets=[9])[0].indices[0] == frame
     assert cut(stamps, end=(frame + 9) / 24, frame_buckets=[frame + 9])[0].indices[-1] == frame + 8
+    beyond = reason(stamps, end=(frame + 9) / 24, frame_buckets=[frame + 10])
+    assert beyond == f"too short: {frame + 9} frames, the smallest bucket is {frame + 10}"
 
 
 @pytest.mark.parametrize(
@@ -257,6 +267,7 @@ def test_a_start_given_as_frame_over_fps_begins_with_that_frame(frame, unit_us):
     [
         ({"stamps": []}, "no frames"),
         ({"stamps": steady(9, 8), "source_height": 0}, "no pixels: 0x96"),
+        ({"stamps": steady(9, 8), "source_width": 0}, "no pixels: 64x0"),
         ({"stamps": [0, 10, 5]}, "time stamps go back: at frame 2"),
         ({"stamps": steady(5, 8)}, "too short: 5 frames, the smallest bucket is 9"),
         ({"stamps": [0]}, "too short: 1 frame, the smallest bucket is 9"),
@@ -295,6 +306,12 @@ def test_the_resolution_bucket_is_the_nearest_in_aspect_ratio():
     chosen = [cut(steady(9, 8), *size, resolution_buckets=buckets)[0].bucket for size in sizes]
     assert chosen == [Bucket(9, 64, 96), Bucket(9, 96, 64), Bucket(9, 80, 80)]
     assert cut(steady(9, 8), 640, 960, height=96, width=64)[0].bucket == Bucket(9, 96, 64)
+
+
+def test_aspect_ratios_are_compared_by_their_quotient_and_the_larger_bucket_wins_a_tie():
+    assert cut(steady(9, 8), 320, 320, resolution_buckets=[[80, 160], [304, 160]])[0].bucket == Bucket(9, 304, 160)
+    for buckets in ([[64, 96], [128, 192]], [[128, 192], [64, 96]]):
+        assert cut(steady(9, 8), 640, 960, resolution_buckets=buckets)[0].bucket == Bucket(9, 128, 192)
 
 
 def test_a_bucket_that_would_enlarge_the_source_too_much_is_not_in_the_running():

@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,31 @@ def test_a_missing_or_oversized_file_is_named(storage):
     with pytest.raises(CacheError, match=r"cache/a\.json: larger than 10 bytes"):
         storage.read("a.json", limit_bytes=10)
     assert storage.size("a.json") == 11 and storage.size("b.json") is None
+
+
+def test_a_part_that_the_file_does_not_have_whole_is_refused(storage):
+    storage.publish("a.tar", b"0123456789")
+    assert storage.read_part("a.tar", 3, 7) == b"3456789"
+    for offset, length in ((3, 8), (10, 1), (20, 1)):
+        with pytest.raises(CacheError, match=rf"cache/a\.tar: ends before byte {offset + length}"):
+            storage.read_part("a.tar", offset, length)
+
+
+@pytest.mark.parametrize(("number", "fine"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_folder_whose_entries_may_be_lost_is_no_success_but_some_file_systems_cannot_say(
+    storage, monkeypatch, number, fine
+):
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    storage.path("a").mkdir(parents=True)
+    monkeypatch.setattr(os, "fsync", fsync)
+    if fine:
+        assert storage.publish("a/new.tar", b"x")
+        return
+    with pytest.raises(CacheError, match=r"a/new\.tar: cannot be written \(Input/output error\)"):
+        storage.publish("a/new.tar", b"x")
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):

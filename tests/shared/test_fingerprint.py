@@ -42,4 +42,7 @@ def test_a_file_is_named_by_its_bytes_and_a_hub_blob_is_taken_at_its_name(tmp_pa
     before = sha256_file(copy)
     os.utime(copy, (1, 1))
     assert sha256_file(copy) == before == "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+    plain = tmp_path / ("cd" * 32)
+    plain.write_bytes(b"x")
+    assert sha256_file(plain) == before, "only a link's target is a hub blob"
     assert sha256_files([link, copy]) == {"copy.safetensors": before, "model.safetensors": "ab" * 32}

@@ -204,6 +204,52 @@ def test_what_a_killed_process_was_fetching_does_not_stay_for_ever(tmp_path):
     assert not abandoned.exists() and under_way.exists()
 
 
+def test_the_copy_used_last_is_the_last_to_go(tmp_path):
+    storage = open_storage("memory://bucket/recent", local_cache_gib=250 / 2**30, local_folder=tmp_path / "local")
+    for name in ("a.tar", "b.tar", "c.tar"):
+        storage.publish(name, name.encode() * 20)
+    first, second = storage.path("a.tar"), storage.path("b.tar")
+    os.utime(first, (1, 1))
+    os.utime(second, (2, 2))
+    assert storage.path("a.tar") == first
+    third = storage.path("c.tar")
+    assert first.is_file() and third.is_file() and not second.exists()
+
+
+def test_a_part_is_read_alone_and_has_to_be_whole(memory):
+    memory.publish("a.tar", b"0123456789")
+    assert memory.read_part("a.tar", 3, 4) == b"3456"
+    assert memory.read_part("a.tar", 3, 7) == b"3456789"
+    with pytest.raises(CacheError, match=r"^memory://bucket/cache/a\.tar: ends before byte 11$"):
+        memory.read_part("a.tar", 3, 8)
+
+
+def test_a_fetch_that_fails_leaves_nothing_behind(memory, tmp_path, monkeypatch):
+    memory.publish("a.tar", b"0123456789")
+
+    def torn(_: object, path: str) -> None:
+        Path(path).write_bytes(b"0123")
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(memory._filesystem, "get_file", torn)
+    with pytest.raises(CacheError, match=r"a\.tar: cannot be fetched \(connection lost\)"):
+        memory.path("a.tar")
+    assert list((tmp_path / "local").iterdir()) == []
+
+
+def test_where_a_driver_cannot_refuse_to_overwrite_the_first_writer_still_wins(memory, monkeypatch):
+    pipe = memory._filesystem.pipe_file
+
+    def only_overwrites(path: str, content: bytes, mode: str = "overwrite") -> None:
+        if mode == "create":
+            raise NotImplementedError
+        pipe(path, content)
+
+    monkeypatch.setattr(memory._filesystem, "pipe_file", only_overwrites)
+    assert memory.publish("a.json", b"first") and not memory.publish("a.json", b"second")
+    assert memory.read("a.json", limit_bytes=10) == b"first"
+
+
 def test_a_shard_made_anew_is_fetched_anew(memory):
     [first] = (sample for sample in make_samples(1))
     receipt, _ = write_shard(memory, FOLDER, [first])

@@ -7,6 +7,7 @@ import json
 import random
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from shared.shard import (
     shard_name,
     write_shard,
 )
-from shared.store import collection_for, shards, write_recipe
+from shared.store import MAPPED_SHARDS, Collection, SampleReader, collection_for, shards, write_recipe
 from shared.verify import check_shard, verify
 
 FOLDER = "latents/0123/9x32x48"
@@ -180,6 +181,28 @@ def test_a_receipt_that_points_outside_its_shard_is_refused(changes):
         parse_receipt(forged(changes), "here")
 
 
+def test_a_forged_key_or_a_tensor_before_its_sample_is_refused():
+    """The name follows from the keys here, so that only the key itself is wrong."""
+    from shared.shard import _receipt_hash
+
+    for spoil, message in (
+        (lambda place: place.update(key="../../etc/passwd"), "bad key"),
+        (lambda place: place["tensors"]["moments"].update(offset=0), "lies outside its sample"),
+    ):
+        body = json.loads(receipt_bytes(pack_shard(make_samples(2))[1]))
+        del body["receipt_sha256"]
+        spoil(body["samples"][0])
+        body["shard"] = shard_name(place["key"] for place in body["samples"])
+        with pytest.raises(CacheError, match=rf"^here: damaged receipt \(.*{message}"):
+            parse_receipt(json.dumps({**body, "receipt_sha256": _receipt_hash(body)}).encode(), "here")
+
+
+def test_a_receipt_of_more_samples_than_a_shard_may_have_is_refused(monkeypatch):
+    monkeypatch.setattr("shared.shard.SAMPLES_PER_SHARD", 1)
+    with pytest.raises(CacheError, match=r"^here: damaged receipt \(impossible size\)"):
+        parse_receipt(forged({}), "here")
+
+
 def stored(storage: LocalStorage, count: int = 1) -> list[str]:
     """`count` shards in a collection with a recipe; the receipts' names."""
     recipe = {"kind": "latents"}
@@ -216,6 +239,16 @@ def test_a_truncated_or_missing_shard_is_refused_on_opening(storage):
     path.unlink()
     with pytest.raises(CacheError, match=f"{tar}: is missing"):
         list(shards(storage, "latents"))
+
+
+def test_a_shard_that_shrinks_or_grows_after_it_was_listed_is_refused_when_it_is_mapped(storage):
+    [tar] = stored(storage)
+    [(_, receipt)] = shards(storage, "latents")
+    content = storage.path(tar).read_bytes()
+    for other in (content[:-512], content + bytes(512)):
+        storage.publish(tar, other, replace=True)
+        with pytest.raises(CacheError, match=f"{tar}: {len(other)} bytes where its receipt says {len(content)}"):
+            MappedShard(storage, tar, receipt)
 
 
 def test_swapped_files_are_refused(storage):
@@ -280,14 +313,15 @@ def test_verify_sets_aside_a_damaged_view_and_a_tar_that_leads_nowhere(storage):
     assert storage.names("datasets", "") == ["datasets/clips.json.damaged", "datasets/clips.parquet.damaged"]
 
 
-@pytest.mark.parametrize("left", ["whole", "torn", "empty", "other"])
+@pytest.mark.parametrize("left", ["whole", "torn", "empty", "other", "padding"])
 def test_a_tar_without_receipt_does_not_exist_and_is_made_whole(storage, left):
     samples = make_samples()
     content, receipt = pack_shard(samples)
     tar = f"{FOLDER}/{receipt.shard}.tar"
-    leftover = {"whole": content, "torn": content[:2000], "empty": b"", "other": bytes(len(content))}[left]
+    leftover = {"whole": content, "torn": content[:2000], "empty": b"", "other": bytes(len(content))}
+    leftover |= {"padding": content[:-1] + b"\1"}  # every member is whole, and the bytes are not those of its hash
     storage.path(tar).parent.mkdir(parents=True)
-    storage.path(tar).write_bytes(leftover)
+    storage.path(tar).write_bytes(leftover[left])
     assert list(shards(storage, "latents")) == []
     assert write_shard(storage, FOLDER, samples)[0] == receipt
     assert storage.path(tar).read_bytes() == content
@@ -328,6 +362,30 @@ def test_a_finished_shard_is_left_as_it_is(storage):
     assert [(path, path.stat().st_mtime_ns, path.stat().st_ino) for path in paths] == before
 
 
+def test_a_finished_shard_that_is_torn_is_for_verify_and_not_for_a_writer_with_other_bytes(storage):
+    samples = make_samples()
+    receipt, _ = write_shard(storage, FOLDER, samples)
+    tar = storage.path(f"{FOLDER}/{receipt.shard}.tar")
+    tar.write_bytes(tar.read_bytes()[:1000])
+    other = [Sample(sample.key, {"moments": torch.zeros(1)}, sample.facts) for sample in samples]
+    assert write_shard(storage, FOLDER, other)[0] == receipt
+    assert tar.stat().st_size == 1000
+
+
+def test_a_writer_that_comes_second_with_its_receipt_gets_the_first_ones(storage, monkeypatch):
+    samples = make_samples(2)
+    receipt = pack_shard(samples[:1], {samples[1].key: "timed out"})[1]
+    theirs, publish = replace(receipt, skipped={samples[1].key: "not to be decoded"}), storage.publish
+
+    def beaten(name: str, content: bytes, *, replace: bool = False) -> bool:
+        if name.endswith(".json"):
+            publish(name, receipt_bytes(theirs))
+        return publish(name, content, replace=replace)
+
+    monkeypatch.setattr(storage, "publish", beaten)
+    assert write_shard(storage, FOLDER, samples[:1], {samples[1].key: "timed out"})[0] == theirs
+
+
 def test_the_receipt_belongs_to_the_tar_that_was_there_first(storage):
     """Two GPUs round differently, and one of them could not decode a clip that the other could."""
     ours = make_samples(3)
@@ -363,6 +421,45 @@ def test_a_tar_without_receipt_that_holds_other_keys_is_replaced(storage):
     ours = make_samples(2)
     content, receipt = pack_shard(ours)
     tar = f"{FOLDER}/{receipt.shard}.tar"
-    storage.publish(tar, pack_shard(make_samples(2, seed=9))[0])
-    assert write_shard(storage, FOLDER, ours)[0] == receipt
-    assert storage.path(tar).read_bytes() == content
+    for left in (make_samples(2, seed=9), make_samples(3), [*ours[:1], *make_samples(2, seed=9)]):
+        storage.publish(tar, pack_shard(left)[0], replace=True)
+        assert write_shard(storage, FOLDER, ours)[0] == receipt
+        assert storage.path(tar).read_bytes() == content
+        storage.path(f"{FOLDER}/{receipt.shard}.json").unlink()
+
+
+def reader_of(storage: LocalStorage, tar: str, keys: list[str] | None = None) -> SampleReader:
+    return SampleReader(storage, Collection(*tar.split("/")[:2]), keys)
+
+
+def test_each_sample_of_a_mapped_shard_is_compared_with_its_hash(storage):
+    [tar] = stored(storage)
+    [(_, receipt)] = shards(storage, "latents")
+    content = bytearray(storage.path(tar).read_bytes())
+    first, second = receipt.samples
+    content[second.offset + second.length - 1] ^= 1
+    storage.path(tar).write_bytes(content)
+    reader = reader_of(storage, tar)
+    reader.read(first.key)
+    with pytest.raises(CacheError, match=f"{tar}: sample {second.key} is damaged"):
+        reader.read(second.key)
+    with pytest.raises(CacheError, match=f"{tar}: sample {second.key} is damaged"):
+        check_shard(storage, tar.removesuffix(".tar") + ".json")
+
+
+def test_only_the_shards_that_will_be_asked_for_count_and_the_one_used_last_stays_mapped(storage, monkeypatch):
+    tars = stored(storage, MAPPED_SHARDS + 1)
+    keys = {tar: receipt.samples[0].key for tar, receipt in shards(storage, "latents")}
+    wanted = reader_of(storage, tars[0], [keys[tars[0]]])
+    assert list(wanted.shard_bytes) == [tars[0]] and wanted.copies_bytes == storage.size(tars[0])
+    reader, mapped = reader_of(storage, tars[0]), []
+
+    class Counted(MappedShard):
+        def __init__(self, storage: LocalStorage, tar_name: str, receipt: object) -> None:
+            mapped.append(tar_name)
+            super().__init__(storage, tar_name, receipt)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("shared.store.MappedShard", Counted)
+    for tar in (*tars[:-1], tars[0], tars[-1], tars[0]):
+        reader.read(keys[tar])
+    assert mapped == tars
