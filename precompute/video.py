@@ -276,7 +276,7 @@ def _times_of_frames(container: "InputContainer", stream: "VideoStream") -> tupl
     if container.format.name == "avi":
         # AVI numbers packets in decoding order: the right times in the wrong order.
         times.sort()
-    elif any(a >= b for a, b in pairwise(times)):
+    elif any(a > b for a, b in pairwise(times)):
         raise BadVideo("time stamps go backwards")
     return times, first
 

@@ -3,6 +3,7 @@
 The runs need Ray (`pip install 'precog[ray]'`) and are left out without it.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -115,7 +116,7 @@ def test_a_killed_worker_is_started_again_and_finishes(cluster, pipeline, tmp_pa
     run(config_for(pipeline, root, tmp_path / "alone"))
 
     class KilledOnce(Worker):
-        """The first one dies once its first shard of clips is written."""
+        """Whoever writes the first shard of clips dies then."""
 
         def precompute(self, config: Config, part: Part) -> Report:
             from precompute import latents
@@ -123,12 +124,13 @@ def test_a_killed_worker_is_started_again_and_finishes(cluster, pipeline, tmp_pa
             mark, write = Path(config.precompute.cache).with_name("killed"), latents.write_shard
 
             def write_and_die(*arguments):
-                write(*arguments)
-                mark.touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+                written = write(*arguments)
+                with contextlib.suppress(FileExistsError):
+                    mark.touch(exist_ok=False)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return written
 
-            if part.index == 0 and not mark.exists():
-                latents.write_shard = write_and_die
+            latents.write_shard = write_and_die
             return super().precompute(config, part)
 
     monkeypatch.setattr("precompute.ray_engine.Worker", KilledOnce)

@@ -195,7 +195,9 @@ def test_pictures_before_the_first_keyframe_do_not_count(first_packet: int, fold
     assert media.indices_of(frames) == list(range(12, 30))
 
 
-@pytest.mark.parametrize(("file", "codec"), [("twice.mkv", "libx264"), ("twice.webm", "libvpx-vp9")])
+@pytest.mark.parametrize(
+    ("file", "codec"), [("twice.mkv", "libx264"), ("twice.webm", "libvpx-vp9"), ("twice-ffv1.mkv", "ffv1")]
+)
 def test_frames_that_share_a_time_are_counted_and_decoded_from_the_start(file: str, codec: str, folder: Path) -> None:
     path = clip(folder, file, codec=codec, frames=6, bframes=0, times=[0, 40, 80, 80, 120, 160])
     found, frames = decode_all(path)
