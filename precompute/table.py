@@ -32,13 +32,8 @@ def make_view(config: Config, wanted: Survey, truncated: Mapping[str, int], inve
 
 def _held_out(data: Data, clips: Sequence[Clip]) -> set[str]:
     """Hashes of the sources kept out of training, chosen by their bytes: all windows of a source go together."""
-    chosen: set[str] = set()
     ordered = sorted(clips, key=lambda clip: (key_of(["held-out", clip.probe.sha256]), clip.key))
-    for count, clip in enumerate(ordered):
-        if count >= data.held_out_clips and clip.probe.sha256 not in chosen:
-            break
-        chosen.add(clip.probe.sha256)
-    return chosen
+    return {clip.probe.sha256 for clip in ordered[: data.held_out_clips]}
 
 
 def _row(
