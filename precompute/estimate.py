@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from precompute import recipes
 from precompute.calibrate import Calibration, calibrate
 from precompute.changes import changed_clips, recipe_changes
 from precompute.encoders import vae_precision
@@ -177,8 +176,9 @@ def _sample_bytes(stage: Stage, wanted: Survey) -> dict[str, int]:
     for key, clip in wanted.by_key.items():
         _, frames, height, width = latent_shape(clip.window.bucket)
         sizes[key] = SAMPLE_BYTES + 2 * channels * (frames + images) * height * width * item
-    embed = conventions.text_length * stage.encoders.text_encoder.config["d_model"]
-    embed *= DTYPES[recipes.text_precision(stage.config, stage.encoders)].itemsize
+    text_encoder = stage.encoders.text_encoder
+    embed = conventions.text_length * text_encoder.config["d_model"]
+    embed *= DTYPES[text_encoder.precision(settings.text_dtype)].itemsize
     return sizes | dict.fromkeys(wanted.texts, SAMPLE_BYTES + embed)
 
 

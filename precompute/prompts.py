@@ -72,11 +72,11 @@ def free_memory() -> None:
 
 def load_text_encoder(stage: Stage, tokenizer: Any) -> TextEncoder:
     """T5 as the config wants it, on its device."""
-    settings = stage.config.precompute
+    settings, part = stage.config.precompute, stage.encoders.text_encoder
     return TextEncoder(
-        stage.encoders.text_encoder,
+        part,
         tokenizer,
-        recipes.text_precision(stage.config, stage.encoders),
+        part.precision(settings.text_dtype),
         choose_device(settings.device),
         stage.encoders.conventions.text_length,
         int8=settings.text_quantization == "int8",

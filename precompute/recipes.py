@@ -87,16 +87,10 @@ def prompts_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
         "text_encoder": {"weights": part.sha256(), "config": part.settings},
         "tokenizer": dict(sha256_files(tokenizer)),
         "text_length": encoders.conventions.text_length,
-        "precision": text_precision(config, encoders),
+        "precision": part.precision(config.precompute.text_dtype),
         "quantization": INT8 if config.precompute.text_quantization == "int8" else "none",
         "attention_mask": False,
     }
-
-
-def text_precision(config: Config, encoders: Encoders) -> str:
-    """`auto` is the precision that T5 is published in, as the pipelines run it."""
-    requested = config.precompute.text_dtype
-    return encoders.text_encoder.dtype() if requested == "auto" else requested
 
 
 def latent_key(source_sha256: str, window: Window, mode: str, recipe: str) -> str:

@@ -14,6 +14,7 @@ from shared import console
 from shared.config import Config
 from shared.device import DTYPES, choose_device
 from shared.errors import DataError, UsageError
+from shared.files import replacing
 from shared.pretrained import pretrained_part
 from shared.run_folder import PREVIEWS, SHEET
 
@@ -54,9 +55,9 @@ def decode_step(vae: Any, step: Path, fps: int, report: Report) -> list[Path]:
         write_mp4(path, frames, fps)
     sheet = contact_sheet([(f"{step.name}/{path.stem}", frames) for path, frames in videos.items()])
     report(_number(step), sheet, list(videos))
-    pending = step / f".tmp-{SHEET}"
-    sheet.save(pending, format="PNG")
-    return [*videos, pending.replace(step / SHEET)]
+    with replacing(step / SHEET) as pending:
+        sheet.save(pending, format="PNG")
+    return [*videos, step / SHEET]
 
 
 def _number(step: Path) -> int:
@@ -72,7 +73,7 @@ def load_vae(config: Config) -> Any:
     from diffusers import AutoencoderKLCogVideoX
 
     part = pretrained_part(config.model, "vae")
-    precision = part.dtype() if config.sample.dtype == "auto" else config.sample.dtype
+    precision = part.precision(config.sample.dtype)
     vae = AutoencoderKLCogVideoX.from_pretrained(
         str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
     )

@@ -76,7 +76,7 @@ def load_pipeline(config: Config) -> tuple[Any, Conventions]:
     scheduler = pretrained_config(config.model, "scheduler")
     drop = config.model.drop_learned_positions
     conventions = read_conventions(part.config, vae.config, scheduler, drop_learned_positions=drop)
-    precision = part.dtype() if config.sample.dtype == "auto" else config.sample.dtype
+    precision = part.precision(config.sample.dtype)
     kind = CogVideoXImageToVideoPipeline if conventions.image_to_video else CogVideoXPipeline
     disable_progress_bar()
     pipeline = kind.from_pretrained(

@@ -8,20 +8,21 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
+from shared.files import replacing
+
 LABEL_PIXELS = 14
 MARGIN_PIXELS = 4
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int) -> Path:
     """uint8 [F,H,W,3] with even H and W -> H.264 at `path`, which appears whole or not at all."""
-    pending = path.with_name(f".tmp-{path.name}")
-    with av.open(str(pending), "w", format="mp4") as container:
+    with replacing(path) as pending, av.open(str(pending), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
-    return pending.replace(path)
+    return path
 
 
 def contact_sheet(videos: Sequence[tuple[str, np.ndarray]], columns: int = 8) -> Image.Image:

@@ -8,7 +8,8 @@ import errno
 import os
 import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -83,6 +84,17 @@ def open_storage(cache: str, *, local_cache_gib: float = 50, local_folder: Path 
 def user_folder() -> Path:
     """What is kept from run to run on this machine and can be had again: local copies, marks of files."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "precog"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path` if all goes well; nobody sees half a file, and none is left."""
+    pending = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        yield pending
+        pending.replace(path)
+    finally:
+        pending.unlink(missing_ok=True)
 
 
 class LocalStorage:

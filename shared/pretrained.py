@@ -56,6 +56,10 @@ class Part:
                 totals[dtype] += size
         return _most(totals, str(self.folder))
 
+    def precision(self, requested: str) -> str:
+        """The one that is asked for, where "auto" is the published one."""
+        return self.dtype() if requested == "auto" else requested
+
 
 def pretrained_folder(model: Model, name: str, *, download: bool = True) -> Path:
     """The folder of a part such as "vae": inside the local checkpoint, or fetched from the hub (that part alone).

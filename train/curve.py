@@ -7,6 +7,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from shared.files import replacing
+
 FILE_NAME = "loss.png"
 SIZE = (960, 540)
 LEFT, TOP, RIGHT, BOTTOM = 84, 48, 936, 476
@@ -66,9 +68,8 @@ def draw_curve(lines: Sequence[dict[str, Any]], smooth: Sequence[float], path: P
         draw.text((x, 8), label, fill=INK, font=font)
         draw.line([(x - 32, 17), (x - 8, 17)], fill=colour, width=3)
         x -= 52
-    pending = path.with_name(f".tmp-{path.name}")
-    image.save(pending, format="PNG")
-    pending.replace(path)
+    with replacing(path) as pending:
+        image.save(pending, format="PNG")
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:

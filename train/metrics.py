@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from shared import console
 from shared.config import Config
 from shared.errors import DataError
+from shared.files import replacing
 from shared.tracker import starting_tracker, wandb_options
 from train.curve import FILE_NAME as CURVE
 from train.curve import draw_curve
@@ -62,9 +63,8 @@ class Metrics:
         console.say(f"{'held out':>11} {losses['held_out_loss']:>9.5f}{base}")
 
     def _replace(self, lines: Sequence[dict[str, Any]]) -> None:
-        pending = self._path.with_name(f".tmp-{FILE_NAME}")
-        pending.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        pending.replace(self._path)
+        with replacing(self._path) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def header(self) -> None:
         """The names above the fixed-width lines."""

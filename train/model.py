@@ -18,7 +18,7 @@ from shared.variants import drop_learned_table
 def load_transformer(config: Config, device: torch.device) -> CogVideoXTransformer3DModel:
     """The frozen base in `train.mixed_precision`, with an adapter whose weights depend on `train.seed` alone."""
     part = pretrained_part(config.model, "transformer")
-    precision = part.dtype() if config.train.mixed_precision == "auto" else config.train.mixed_precision
+    precision = part.precision(config.train.mixed_precision)
     transformer = CogVideoXTransformer3DModel.from_pretrained(
         str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
     )

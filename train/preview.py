@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -23,7 +22,7 @@ from torch import Tensor
 from shared import console
 from shared.config import Config, Sample
 from shared.errors import CacheError, UsageError
-from shared.files import open_storage
+from shared.files import open_storage, replacing
 from shared.geometry import Bucket, latent_shape, padding_frames
 from shared.pretrained import pretrained_config
 from shared.run_folder import SHEET, preview_folder
@@ -124,8 +123,10 @@ def write_preview(run: Run, previews: Previews, number: int, step: int, stopped:
     folder = preview_folder(run.config.train.output_dir, step)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SHEET).unlink(missing_ok=True)
-    _replace(folder / f"{number:02}.json", lambda path: path.write_text(json.dumps(about, indent=1), "utf-8"))
-    _replace(folder / f"{number:02}.safetensors", lambda path: save_file({"latents": latents}, path))
+    with replacing(folder / f"{number:02}.json") as path:
+        path.write_text(json.dumps(about, indent=1), "utf-8")
+    with replacing(folder / f"{number:02}.safetensors") as path:
+        save_file({"latents": latents}, path)
     console.say(f"{'preview':>11} {folder / f'{number:02}.safetensors'}: {prompt.text}")
 
 
@@ -207,9 +208,3 @@ def open_scheduler(config: Config) -> Any:
 
 def _bucket(settings: Sample) -> Bucket:
     return Bucket(settings.num_frames, settings.height, settings.width)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    pending = path.with_name(f".tmp-{path.name}")
-    write(pending)
-    pending.replace(path)

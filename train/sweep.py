@@ -21,7 +21,7 @@ import tomli_w
 from shared import console
 from shared.config import Config, dump_config, load_config
 from shared.errors import CacheError, DataError, PrecogError, Preempted, UsageError
-from shared.files import open_storage
+from shared.files import open_storage, replacing
 from shared.preemption import StopSignal
 from shared.pretrained import FileMark, Part, present_part
 from shared.settings import stale_settings
@@ -231,9 +231,8 @@ def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
         shown = ["" if value is None else repr(value) for value in measured]
         row = [outcome.run.name, *outcome.run.values.values(), outcome.status, outcome.step, *shown]
         writer.writerow([*row, f"{outcome.seconds:.3f}"])
-    pending = path.with_name(f".tmp-{path.name}")
-    pending.write_text(stream.getvalue(), encoding="utf-8")
-    pending.replace(path)
+    with replacing(path) as pending:
+        pending.write_text(stream.getvalue(), encoding="utf-8")
 
 
 def show_outcomes(outcomes: Sequence[Outcome], path: Path) -> None:

@@ -21,7 +21,6 @@ from precompute.recipes import (
     latents_recipe,
     prompt_key,
     prompts_recipe,
-    text_precision,
 )
 from precompute.video import Probe
 from precompute.windows import Window
@@ -185,7 +184,7 @@ def test_an_automatic_precision_of_t5_is_its_own_and_not_the_transformers(pipeli
     for own, other, named in ((torch.bfloat16, torch.float16, "bf16"), (torch.float16, torch.bfloat16, "fp16")):
         _store_as(folder, "text_encoder", own)
         _store_as(folder, "transformer", other)
-        assert text_precision(config, find_encoders(config)) == named
+        assert prompts_recipe(config, find_encoders(config))["precision"] == named
 
 
 def _without(config: Config, **changes: dict[str, Any]) -> Config:
