@@ -19,8 +19,8 @@ from shared.store import SampleReader, read_recipe
 from shared.variants import Conventions, read_conventions, refusal
 from shared.view import View, ViewRow, read_view
 from train.data import Dataset, name
-from train.encoders import Recipe, cache_problems
 from train.objective import NoiseSchedule, read_schedule
+from train.staleness import Recipe, cache_problems
 
 T = TypeVar("T")
 SAMPLES = 3

@@ -21,7 +21,6 @@ from shared.tracker import require_tracker
 from shared.variants import Conventions, read_conventions, refusal
 from shared.view import View, read_view
 from train.data import Dataset
-from train.encoders import check_cache
 from train.engine import Engine, open_engine
 from train.export import read_adapter
 from train.fidelity import open_quantised_engine
@@ -29,6 +28,7 @@ from train.memory import choose_plan
 from train.model import load_adapter_weights, load_transformer
 from train.objective import NoiseSchedule, read_schedule
 from train.order import Windows, num_train_steps
+from train.staleness import check_cache
 
 
 @dataclass(frozen=True, slots=True)
