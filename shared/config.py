@@ -14,6 +14,7 @@ import tomli_w
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import UsageError
+from shared.files import replacing
 from shared.flags import INSTEAD
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
@@ -398,7 +399,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config; loading the file gives an equal `Config`."""
-    path.write_text(dump_config(config), encoding="utf-8")
+    with replacing(path) as pending:
+        pending.write_text(dump_config(config), encoding="utf-8")
 
 
 def dump_config(config: Config) -> str:
@@ -436,6 +438,9 @@ def _explain(problems: list[Any], path: Path, source: str, overrides: list[str])
     if problem["type"] == "missing":
         return f"{where}: {name} is missing"
     messages = [each["msg"].removeprefix("Value error, ") for each in (problems if alternatives else [problem])]
+    messages = [
+        message.replace("a valid tuple", 'a list such as ["a", "b"], quoted for the shell') for message in messages
+    ]
     message = " or ".join(messages).replace("Input should be", "should be").replace(" or should be", ", or")
     shown = "" if len(location) == 1 else f" = {problem['input']!r}"
     return f"{where}: {'.'.join(location)}{shown}: {message}"

@@ -103,6 +103,10 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     except PrecogError as error:
         console.print(f"precog: {error}", markup=False)
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a folder where a file should be
+        where = f"{error.filename}: " if error.filename else ""
+        console.print(f"precog: {where}{error.strerror or error}", markup=False)
+        sys.exit(PrecogError.exit_code)
     except KeyboardInterrupt:
         console.print("precog: interrupted; the same command goes on from here", markup=False)
         sys.exit(75)

@@ -20,3 +20,8 @@ def adapter_file(place: Path) -> Path:
 def preview_folder(run: Path, step: int) -> Path:
     """Where the previews of an optimizer step go."""
     return run / PREVIEWS / f"step-{step:06}"
+
+
+def preview_file(run: Path, step: int, number: int) -> Path:
+    """The latents of one prompt, by its number among the step's."""
+    return preview_folder(run, step) / f"{number:02}.safetensors"

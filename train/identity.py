@@ -12,6 +12,9 @@ from shared.run_folder import adapter_file
 from train.run import Run
 
 FIXED_FIELDS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "adam_weight_decay",
     "caption_dropout",
     "ema_decay",
@@ -66,6 +69,7 @@ def identity_of(run: Run, base: Base) -> dict[str, Json]:
     """What a resumed run must share with the run that made its checkpoints."""
     config = run.config
     settings = config.train.model_dump(mode="json")
+    settings["lora_target_modules"].sort()  # in whatever order, they are the same adapter
     return {
         "view": run.view.hash,
         ORDER: "all" if run.windows is None else run.windows.name,

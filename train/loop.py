@@ -20,7 +20,7 @@ from shared.device import peak_memory_bytes
 from shared.errors import UsageError
 from shared.fingerprint import Json
 from shared.preemption import StopSignal
-from shared.run_folder import EXPORT
+from shared.run_folder import EXPORT, preview_file
 from train.checkpoint import prune_checkpoints, save_checkpoint
 from train.evaluate import base_held_out_loss, held_out_loss
 from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, export_adapter
@@ -64,6 +64,8 @@ def run_steps(run: Run, stop: StopSignal) -> None:
     open_tracker(accelerator, run.config)
     if lacks_evaluation(run, learner, metrics) and not evaluate(run, learner, metrics, stop):
         leave(run, learner, stop)
+    if previews is not None and lacks_previews(run, learner, previews) and not preview(run, learner, previews, stop):
+        leave(run, learner, stop)
 
     with ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(read_work, run, learner.step)
@@ -94,9 +96,11 @@ def run_steps(run: Run, stop: StopSignal) -> None:
                 if not saving:
                     on_main(checkpoint)
                 leave(run, learner, stop)
-            if previews is not None and _is_multiple(learner.step, settings.preview_steps):
-                for number in range(len(previews.prompts)):  # one at a time, so that no rank waits for many
-                    on_main(partial(preview, run, learner, previews, number, stop))
+            due = previews if _is_multiple(learner.step, settings.preview_steps) else None
+            if due is not None and not preview(run, learner, due, stop):
+                if not saving:
+                    on_main(checkpoint)
+                leave(run, learner, stop)
 
     if accelerator.is_main_process:
         finish_metrics(settings.output_dir, export(run, learner, start))
@@ -169,10 +173,27 @@ def leave(run: Run, learner: Learner, stop: StopSignal) -> None:
     stop.check(f"checkpoint saved at step {learner.step} of {run.num_steps} in {where}")
 
 
-def preview(run: Run, learner: Learner, previews: Previews, number: int, stop: StopSignal) -> None:
-    """Make one prompt's preview, unless a signal comes."""
-    with learner.evaluated():
-        write_preview(run, previews, number, learner.step, stopped=lambda: stop.requested)
+def lacks_previews(run: Run, learner: Learner, previews: Previews) -> bool:
+    """Whether the run goes on from a step that ended before all of its previews were made; alike on all processes."""
+    train = run.config.train
+    if learner.step == 0 or not _is_multiple(learner.step, train.preview_steps):
+        return False
+    files = (preview_file(train.output_dir, learner.step, number) for number in range(len(previews.prompts)))
+    return any(gather(run.accelerator.is_main_process and not all(file.exists() for file in files)))
+
+
+def preview(run: Run, learner: Learner, previews: Previews, stop: StopSignal) -> bool:
+    """Make the step's previews; False if a signal came to one of the processes."""
+
+    def make(number: int) -> None:
+        with learner.evaluated():
+            write_preview(run, previews, number, learner.step, stopped=lambda: stop.requested)
+
+    for number in range(len(previews.prompts)):  # one at a time, so that no rank waits for many
+        on_main(partial(make, number))
+        if any(gather(stop.requested)):
+            return False
+    return True
 
 
 def save(run: Run, learner: Learner, state: dict[str, Json]) -> None:

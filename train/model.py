@@ -40,13 +40,17 @@ def add_adapter(transformer: CogVideoXTransformer3DModel, train: Train) -> None:
         use_rslora=train.use_rslora,
         use_dora=train.use_dora,
     )
+    where = f"train.lora_target_modules = {list(train.lora_target_modules)}"
+    for target in train.lora_target_modules:  # peft is content if one of them is somewhere
+        if not any(f".{name}".endswith(f".{target}") for name, _ in transformer.named_modules()):
+            raise UsageError(f"{where}: the transformer has no layer {target}")
     device = transformer.device
     with torch.random.fork_rng():
         torch.manual_seed(seeding.integer_seed("adapter", train.seed))
         try:
             transformer.add_adapter(lora)
         except ValueError as error:
-            raise UsageError(f"train.lora_target_modules = {list(train.lora_target_modules)}: {error}") from None
+            raise UsageError(f"{where}: {str(error).strip().splitlines()[0]}") from None
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(device, torch.float32)

@@ -25,7 +25,7 @@ from shared.errors import CacheError, UsageError
 from shared.files import open_storage, replacing
 from shared.geometry import Bucket, latent_shape, padding_frames
 from shared.pretrained import pretrained_config
-from shared.run_folder import SHEET, preview_folder
+from shared.run_folder import SHEET, preview_file, preview_folder
 from shared.store import SampleReader
 from shared.variants import refusal
 from train.conditioning import image_condition
@@ -125,9 +125,10 @@ def write_preview(run: Run, previews: Previews, number: int, step: int, stopped:
     (folder / SHEET).unlink(missing_ok=True)
     with replacing(folder / f"{number:02}.json") as path:
         path.write_text(json.dumps(about, indent=1), "utf-8")
-    with replacing(folder / f"{number:02}.safetensors") as path:
+    written = preview_file(run.config.train.output_dir, step, number)
+    with replacing(written) as path:
         save_file({"latents": latents}, path)
-    console.say(f"{'preview':>11} {folder / f'{number:02}.safetensors'}: {prompt.text}")
+    console.say(f"{'preview':>11} {written}: {prompt.text}")
 
 
 @torch.no_grad()

@@ -140,6 +140,14 @@ def test_another_content_of_the_same_step_takes_its_place(run: Path) -> None:
     assert (names(run), temporaries(run)) == (["checkpoint-000020"], [])
 
 
+def test_a_checkpoint_goes_before_the_one_that_it_is_replacing(run: Path) -> None:
+    """As a kill between its rename and the last deletion leaves them."""
+    save(run, 20, variant=1)
+    save(run / "elsewhere", 20).rename(run / "checkpoint-000020.old")
+    found = latest_checkpoint(run, report=silence)
+    assert found is not None and is_content(found, 20, variant=1)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(run: Path, name: str) -> None:
     path = save(run, 20)

@@ -4,12 +4,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from shared import seeding
 from shared.config import Config, Train
 from shared.errors import CacheError
 from shared.files import open_storage
@@ -20,7 +23,7 @@ from shared.store import Collection, SampleReader, shards
 from shared.variants import Conventions, read_conventions
 from shared.view import View, ViewRow, read_view
 from tests import tiny
-from train.data import Dataset, Example
+from train.data import Dataset, Example, posterior_draw
 from train.objective import NoiseSchedule, min_snr_weight, read_schedule, schedule_from
 from train.order import Draw, global_batch
 
@@ -111,6 +114,20 @@ def test_every_epoch_has_other_noise_and_the_same_epoch_the_same(tmp_path: Path)
     assert not torch.equal(first.target, second.target)
 
 
+def test_every_draw_is_named_by_what_it_is_for_and_by_seed_epoch_and_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[tuple[str | int, ...]] = []
+    generator = seeding.generator
+    monkeypatch.setattr(seeding, "generator", lambda *parts: (names.append(parts), generator(*parts))[1])
+    one = example(dataset(tmp_path, "5b-i2v", seed=3), epoch=5)
+    assert {name[1:] for name in names} == {(3, 5, key_of("clip"))}
+    kinds = {name[0] for name in names}
+    assert kinds == {"caption", "image", "image-posterior", "noise", "posterior", "timestep"}
+    assert len(names) == len(kinds)
+    assert one.draw == f"5:{key_of('clip')}", "which names the adapter's dropout"
+
+
 def timesteps(data: Dataset, size: int, steps: int) -> torch.Tensor:
     """[steps, size], for batches of one clip in `size` epochs each."""
     batches = [[Draw(step * size + index, 0) for index in range(size)] for step in range(steps)]
@@ -157,6 +174,15 @@ def test_a_held_out_example_depends_on_clip_and_timestep_alone(tmp_path: Path) -
     assert torch.equal(one.model_input.latents, other.model_input.latents)
     assert torch.equal(one.model_input.prompt_embeds, other.model_input.prompt_embeds)
     assert not torch.equal(one.target, dataset(tmp_path).fixed_example(0, 501).target)
+
+
+def test_a_held_out_example_has_the_first_caption_and_the_clean_image(tmp_path: Path) -> None:
+    data = dataset(tmp_path, "5b-i2v", noised_image_dropout=1.0)
+    shown = data.fixed_example(0, 500).model_input
+    image = torch.full((16, *shown.latents.shape[2:]), 10 * conventions_of("5b-i2v").image_scaling_factor)
+    torch.testing.assert_close(shown.latents[0, 16:], image)
+    assert int(shown.prompt_embeds[0, 0]) == 1
+    assert (data.first_frame_moments(0)[:16] == 10).all()
 
 
 def test_a_sample_is_compared_with_its_receipt_once_and_never_copied(
@@ -226,6 +252,35 @@ def remote(tmp_path: Path) -> Iterator[Callable[..., Dataset]]:
     yield make
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+def test_latents_are_drawn_from_the_posterior_as_diffusers_has_it() -> None:
+    mean, logvar = seeding.normal((2, 4, 3, 2, 2), "moments") * torch.tensor([1.0, 20.0]).view(2, 1, 1, 1, 1)
+    moments = torch.cat([mean, logvar])
+    posterior = DiagonalGaussianDistribution(moments[None])
+    expected = posterior.mean[0] + posterior.std[0] * seeding.normal(tuple(mean.shape), "a", 1)
+    assert logvar.min() < -30 and logvar.max() > 20
+    torch.testing.assert_close(posterior_draw(moments, "a", 1), expected, rtol=1e-6, atol=0)
+
+
+def test_every_clip_epoch_and_seed_has_latents_and_noise_of_its_own(remote: Callable[..., Dataset]) -> None:
+    """The moments are those of a standard normal; latents and noise follow from what the network sees and its target.
+
+    Sorted, because numbers used twice may stand in another order.
+    """
+    data, other = remote(1000), remote(1000, seed=7)
+    schedule, scale = read_schedule(tiny.scheduler_config("2b")), conventions_of("2b").scaling_factor
+    signal, sigma = schedule.signal[500], schedule.noise[500]
+    draws: list[torch.Tensor] = []
+    for of, draw in ((data, Draw(0, 0)), (data, Draw(0, 1)), (data, Draw(1, 0)), (other, Draw(0, 0))):
+        one = of.example(draw, 500)
+        noisy, target = one.model_input.latents, one.target
+        draws += [(signal * noisy - sigma * target) / scale, sigma * noisy + signal * target]
+    for values in draws:
+        assert float(values.mean()) == pytest.approx(0, abs=0.15)
+        assert float(values.std()) == pytest.approx(1, abs=0.1)
+    in_order = [values.flatten().sort().values for values in draws]
+    assert not any(torch.allclose(left, right, atol=1e-4) for left, right in combinations(in_order, 2))
 
 
 def downloads_of_an_epoch(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -336,3 +391,19 @@ def test_the_order_in_the_table_changes_no_example(experiment: Config, settings:
         )
         assert left.name == right.name
         assert torch.equal(left.target, right.target)
+
+
+def test_samples_of_other_shapes_than_clip_and_transformer_take_are_refused_by_name(
+    experiment: Config, settings: Settings
+) -> None:
+    storage = open_storage(experiment.precompute.cache, local_cache_gib=1)
+    view, conventions = read_view(storage, "clips"), conventions_of("2b")
+    turned = replace(view, rows=tuple(replace(row, height=row.width, width=row.height) for row in view.rows))
+    schedule = read_schedule(tiny.scheduler_config("2b"))
+    for table, taken, line in (
+        (turned, conventions, r"moments of shape \(32, .*\), expected \(32, "),
+        (view, replace(conventions, image_to_video=True), "no image moments; this cache was made for text-to-video"),
+        (view, replace(conventions, text_length=20), r"prompt embedding of shape \(16, 32\), the transformer takes"),
+    ):
+        with pytest.raises(CacheError, match=rf"\.mp4 at \d+\.\d\d s: {line}"):
+            Dataset(storage, table, "train", taken, schedule, settings().train)

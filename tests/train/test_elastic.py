@@ -26,6 +26,7 @@ VALUES: dict[str, Any] = {
     "checkpointing_steps": 1,
     "max_tokens_per_pack": 100,
     "learning_rate": 1e-3,
+    "max_grad_norm": 1e-3,
     "caption_dropout": 0.2,
     "timestep_sampling": "stratified",
     "log_clips": True,
@@ -47,6 +48,9 @@ def assert_same_run(config: Config, straight: Config) -> None:
     lines, expected = (read_metrics(run.train.output_dir) for run in (config, straight))
     for name in ("step", "clips", "timesteps", "tokens", "samples", "lr"):
         assert [line[name] for line in lines] == [line[name] for line in expected], name
+    for line, other in zip(lines, expected, strict=True):
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert line["grad_norm"] > VALUES["max_grad_norm"], "so that clipping acts"
     losses = [(line["loss"], other["loss"]) for line, other in zip(lines, expected, strict=True)]
     assert max(abs(ours - theirs) for ours, theirs in losses) <= LOSS_TOLERANCE
     left, right = (
@@ -88,6 +92,17 @@ def test_a_rank_without_clips_takes_part(straight: Config, settings: Settings) -
     assert processes.run(alone) == [0]
     assert processes.run(together, world_size=2) == [0, 0], processes.log(together)
     assert_same_run(together, alone)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(settings: Settings) -> None:
+    config = settings(**VALUES | {"max_train_steps": 20_000, "checkpointing_steps": 20_000, "nccl_timeout": 20})
+    children = processes.start(config, world_size=2)
+    processes.wait_until(lambda: len(read_metrics(config.train.output_dir)) >= 2)
+    assert children[1].pid is not None
+    os.kill(children[1].pid, signal.SIGTERM)
+    assert processes.finish(children, others_follow=False) == [75, 75], processes.log(config)
+    done = len(read_metrics(config.train.output_dir))
+    assert load_checkpoint(config.train.output_dir / f"checkpoint-{done:06}").step == done
 
 
 @pytest.mark.faults

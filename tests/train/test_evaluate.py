@@ -23,8 +23,10 @@ from shared.store import shards
 from shared.view import read_view
 from tests.train import processes
 from train.checkpoint import load_checkpoint
+from train.evaluate import held_out_loss
 from train.loop import train
 from train.metrics import read_metrics
+from train.run import open_run
 
 VARYING = ("seconds", "data_wait_seconds", "peak_memory_bytes")
 Held = Callable[..., Config]
@@ -66,6 +68,18 @@ def test_any_number_of_processes_takes_the_same_held_out_loss_to_the_last_bit(wo
     assert processes.run(together, world_size) == [0] * world_size, processes.log(together)
     assert losses(together) == losses(alone)
     assert [line["held_out_loss"] != line["loss"] for line in losses(alone)] == [True, True]
+
+
+def test_the_held_out_loss_is_without_dropout_and_training_goes_on_with_it(held: Held) -> None:
+    found = []
+    for lora_dropout in (0.0, 0.5):
+        run = open_run(held(lora_dropout=lora_dropout))
+        generator = torch.Generator().manual_seed(0)
+        for _, parameter in run.parameters:
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+        found.append(held_out_loss(run, stopped=lambda: False))
+        assert run.transformer.training
+    assert found[0] is not None and found[0] == found[1]
 
 
 def damage_held_out(config: Config, number: int) -> str:

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from shared.config import Train
+from shared.errors import UsageError
 from tests import tiny
-from train.export import export_adapter
+from train.export import export_adapter, read_adapter
 from train.model import adapter_weights, add_adapter
 
 
@@ -64,6 +65,34 @@ def test_the_file_carries_weights_settings_and_origin(
     settings = json.loads(metadata["lora_adapter_metadata"])
     assert (settings["transformer.r"], settings["transformer.lora_alpha"]) == (4, 10)
     assert metadata["precog_view"] == "abc"
+
+
+def test_a_file_that_differs_from_the_adapter_is_never_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_rounded(tensors: dict[str, torch.Tensor], *rest: object) -> None:
+        save_file({name: tensor.bfloat16().float() for name, tensor in tensors.items()}, *rest)
+
+    train, transformer = Train(output_dir=tmp_path, lora_rank=4, lora_alpha=10), tiny.build_transformer("2b")
+    add_adapter(transformer, train)
+    monkeypatch.setattr("train.export.save_file", save_rounded)
+    with pytest.raises(AssertionError, match="bytes changed on the way to disk"):
+        export_adapter(transformer, train, tmp_path / "export", {})
+    assert not list((tmp_path / "export").iterdir())
+
+
+def test_an_adapter_of_a_transformer_with_other_sizes_is_refused(
+    exported: tuple[Path, torch.Tensor, dict[str, torch.Tensor]],
+) -> None:
+    path, _, weights = exported
+    train = Train(output_dir=path.parent, lora_rank=4, lora_alpha=10)
+    same, wider = tiny.build_transformer("2b"), tiny.build_transformer("2b", num_attention_heads=6)
+    for transformer in (same, wider):
+        add_adapter(transformer, train)
+    found = read_adapter(same, train, path)
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+    with pytest.raises(UsageError, match=r"lora_A\.weight has shape \(4, 64\) there and \(4, 96\) in this run's"):
+        read_adapter(wider, train, path)
 
 
 def test_the_adapter_changes_the_pipelines_video(

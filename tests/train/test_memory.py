@@ -117,6 +117,12 @@ def test_prediction_continues_shallow_models_to_the_depth_that_running_them_all_
         assert deep.kept == pytest.approx(by_hand.kept, rel=0.002)
 
 
+def test_an_adapter_weight_costs_itself_its_gradient_and_two_moments_in_fp32() -> None:
+    small, large = (predicted("5b", LEAN, Bucket(9, 256, 256), rank, num_layers=4).loaded for rank in (32, 64))
+    more_weights = 4 * 4 * 32 * 2 * 3072
+    assert large - small == pytest.approx(4 * 4 * more_weights, rel=1e-3)
+
+
 @pytest.mark.parametrize(("storage", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4.5)])
 def test_a_quantised_base_weighs_what_its_bits_say(storage: Storage, bits: float) -> None:
     """On its way through a product, and lean, too: without bitsandbytes, on the meta device."""
@@ -199,6 +205,12 @@ def test_contradictions_are_refused(fields: Any, train: Any, table_possible: boo
         candidates(config_of(fields, **train), CUDA, table_possible=table_possible)
 
 
+def test_no_plan_has_a_table_where_adapters_make_the_modulation() -> None:
+    plans = candidates(config_of({}), CUDA, table_possible=False)
+    assert plans and not any(plan.modulation_table for plan in plans)
+    assert len(set(plans)) == len(plans)
+
+
 def test_compile_and_attention_reach_the_engine() -> None:
     assert not any(plan.compile for plan in candidates(config_of({}), CPU, table_possible=True)), "auto, on a CPU"
     for compiled in (True, False):
@@ -229,6 +241,9 @@ def test_auto_takes_the_fastest_plan_that_fits_and_says_why(
         told.append(capsys.readouterr().err.strip())
     assert [plan.activations for plan in chosen] == ["full", "attention_output", "block_input"]
     fits = f"for {bucket}, {{}} free on cpu"
+    monkeypatch.setattr(memory, "free_bytes", lambda device: sizes[0])
+    plan = choose_plan(config, transformer, conventions, [bucket], CPU)
+    assert plan.activations != "full", "the allocator reserves more than is allocated"
     assert told[0] == f"memory: activations full (predicted {said[0]} {fits.format(said[0])})"
     assert told[1] == (
         f"memory: activations attention_output (predicted {said[1]} {fits.format(said[1])}; "
@@ -239,6 +254,15 @@ def test_auto_takes_the_fastest_plan_that_fits_and_says_why(
         f"{fits.format('0.00 GiB')}; this may not fit, and is the leanest that [memory] leaves; "
         f"activations attention_output would take {said[1]})"
     )
+
+
+def test_every_process_takes_the_plan_that_fits_the_fullest_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer = build_transformer("5b", lora_rank=4)
+    conventions = read_conventions(transformer_config("5b"), vae_config("5b"), scheduler_config("5b"))
+    for frees in ([0, 2**50], [2**50, 0]):
+        monkeypatch.setattr(memory, "gather", lambda own, frees=frees: frees)
+        plan = choose_plan(config_of({}), transformer, conventions, [Bucket(9, 64, 96)], CPU)
+        assert plan.activations == "block_input"
 
 
 def test_a_preview_larger_than_the_clips_counts_where_previews_are_made(

@@ -15,7 +15,7 @@ from shared.errors import DataError
 from shared.preemption import StopSignal
 from train.curve import SIZE, draw_curve, ticks
 from train.loop import train
-from train.metrics import EMA_DECAY, Metrics, read_metrics, smoothed
+from train.metrics import EMA_DECAY, Metrics, finish_metrics, read_metrics, smoothed
 
 Settings = Callable[..., Config]
 FIELDS = {"step", "loss", "ema_loss", "lr", "grad_norm", "samples", "tokens", "packs", "seconds", "data_wait_seconds"}
@@ -141,6 +141,34 @@ def test_the_line_shows_the_ema_loss_under_its_name(tmp_path: Path, monkeypatch:
     assert written["ema_loss"] == pytest.approx((0.98 * 4 + 2) / 1.98)
     end = shown[0].index("EMA loss") + len("EMA loss")
     assert shown[2][:end].endswith(f" {written['ema_loss']:.5f}")
+
+
+def test_the_line_shows_rates_of_the_step_and_its_share_of_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shared import console
+
+    shown: list[str] = []
+    monkeypatch.setattr(console, "say", shown.append)
+    Metrics(tmp_path, 0, 2).write(line(1, samples=3, tokens=100, packs=2, seconds=0.5, data_wait_seconds=0.125))
+    assert shown[0].split()[5:8] == ["6.00", "200", "25.0%"]
+
+
+def test_the_table_sums_up_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shared import console
+
+    tables: list[dict[str, Any]] = []
+    monkeypatch.setattr(console, "table", lambda title, rows: tables.append(dict(rows)))
+    first = {"held_out_loss": 3.0, "base_held_out_loss": 3.5, "peak_memory_bytes": 2**30, "data_wait_seconds": 0.5}
+    lines = [line(1, 4.0, seconds=1.0, **first), line(2, 2.0, seconds=3.0, held_out_loss=2.5)]
+    write(tmp_path, lines)
+    finish_metrics(tmp_path, tmp_path / "export")
+    (table,) = tables
+    assert table["steps"] == 2
+    assert table["EMA loss"] == f"4.00000 -> {smoothed(lines)[-1]:.5f}"
+    assert (table["held-out loss"], table["without the adapter"]) == ("2.50000", "3.50000")
+    assert (table["clips per second"], table["waiting for data"]) == ("1.00", "12.50% of 0:00:04")
+    assert table["peak memory"] == console.bytes_text(2**30)
 
 
 def test_the_time_left_is_reckoned_by_the_recent_steps_and_all_between_them(

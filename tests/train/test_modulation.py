@@ -54,8 +54,8 @@ def test_layers_are_used_once_for_each_timestep() -> None:
 
 def test_adapters_on_what_makes_the_modulation_rule_the_table_out() -> None:
     assert is_frozen(build_transformer("5b", lora_rank=4))
-    for target in ("norm1.linear", "norm2.linear", "time_embedding.linear_1"):
-        transformer = build_transformer("5b")
+    for target in ("norm1.linear", "norm2.linear", "time_embedding.linear_1", "ofs_embedding.linear_1"):
+        transformer = build_transformer("1.5-5b-i2v")
         add_lora(transformer, 4, target_modules=[target])
         assert not is_frozen(transformer)
         with pytest.raises(AssertionError, match="changes with every step"):

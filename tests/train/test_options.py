@@ -20,10 +20,11 @@ from shared.preemption import StopSignal
 from tests.train import test_optimizer
 from train.checkpoint import load_checkpoint
 from train.extras import averaged
-from train.learner import swapped
+from train.learner import Learner, swapped
 from train.loop import train
 from train.metrics import read_metrics
 from train.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
+from train.run import open_run
 
 Settings = Callable[..., Config]
 EXTRAS = {"prodigy": "prodigyopt", "schedulefree": "schedulefree", "adamw8bit": "bitsandbytes"}
@@ -130,6 +131,11 @@ def loss_of(transformer: CogVideoXTransformer3DModel, config: Config) -> float:
     return held_out_loss(replace(run, transformer=transformer), stopped=lambda: False)
 
 
+def test_a_target_that_names_no_layer_is_refused_though_another_does(settings: Settings) -> None:
+    with pytest.raises(UsageError, match="the transformer has no layer nonsense"):
+        train(settings(lora_target_modules=("to_q", "nonsense")), StopSignal())
+
+
 def test_an_initial_adapter_is_where_the_run_begins(settings: Settings) -> None:
     first = export(settings("first"))
     path = settings("first").train.output_dir / "export"
@@ -196,6 +202,17 @@ def test_each_step_has_its_place_of_the_schedule_also_after_a_resume(settings: S
         rates = [line["lr"] for line in read_metrics(config.train.output_dir)]
         assert rates == pytest.approx([0.0, 0.3, 0.6, 0.4, 0.2])
         config = settings(**values, learning_rate=0.6, resume_from_checkpoint="checkpoint-000003")
+
+
+def test_an_update_is_made_at_the_rate_of_its_own_step(settings: Settings) -> None:
+    """The first one of a warm-up at none."""
+    run = open_run(settings(lr_scheduler="linear", lr_warmup_steps=2, max_train_steps=5))
+    learner, before = Learner(run), {name: value.detach().clone() for name, value in run.parameters}
+    for moved in (False, True):
+        for _, parameter in run.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        learner.update()
+        assert equal(before, {name: value.detach() for name, value in run.parameters}) != moved
 
 
 def test_checkpoints_come_when_asked_and_the_oldest_go(settings: Settings) -> None:

@@ -138,8 +138,30 @@ def test_copies_cost_nothing_where_a_clip_is_long_and_bound_the_step_where_it_is
     weights = 2 * 12 * 3072**2
     activations = 2 * 2 * 994 * 3072
     assert pack_seconds(h100, lean, short) == pytest.approx(42 * (2 * weights + activations) / 50e9, rel=1e-6)
+    kept = replace(KEEP_ALL, offload_activations=True)
+    assert pack_seconds(h100, kept, short) == pytest.approx(42 * 2 * 5 * activations / 50e9, rel=1e-6), "out and in"
     smaller = pack_seconds(h100, replace(lean, base_precision="int8"), short)
     assert smaller is not None and smaller < 0.6 * 42 * 2 * weights / 50e9
+
+
+def test_forward_and_backward_have_rates_of_their_own() -> None:
+    h100 = CARDS["h100"]
+    assert Work(0.0, 497e12, 0.0, 0.0).seconds(h100, "flash3") == pytest.approx(1)
+    assert Work(0.0, 0.0, 470e12, 0.0).seconds(h100, "flash3") == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("activations", "widenings"), [("full", 1), ("attention_output", 1 + 16 / 24)])
+def test_rows_are_moved_three_times_as_often_on_the_way_back_and_a_weight_is_widened_for_every_chunk(
+    activations: Activations, widenings: float
+) -> None:
+    plain, small = Plan(activations, compile=True), Plan(activations, compile=True, base_precision="int8")
+    rows = 2.0 * FUSED_TENSORS * TOKENS * 3072
+    assert [work.memory for work in block_work(FIVE_B, plain)] == [rows, 3 * rows]
+    five_chunks = 5 * 12 * 3072**2 * 7.0
+    assert TOKENS == 17_776 and small.chunk_tokens == 4096
+    forward, backward = block_work(FIVE_B, small)
+    assert forward.memory == pytest.approx(rows + five_chunks)
+    assert backward.memory == pytest.approx(3 * rows + widenings * five_chunks)
 
 
 def test_what_slows_a_step_down_shows() -> None:

@@ -209,6 +209,16 @@ def test_a_signal_is_not_kept_waiting_by_a_preview(small: Config, tmp_path: Path
     assert run.transformer.training
 
 
+def test_a_preview_that_a_signal_cut_off_is_made_by_the_next_start(small: Config, tmp_path: Path) -> None:
+    config = changed(small, tmp_path / "cut")
+    train(config, StopSignal())
+    files = sorted(config.train.output_dir.glob("previews/*/*.safetensors"))
+    before = [path.read_bytes() for path in files]
+    files[-1].unlink()
+    train(config, StopSignal())
+    assert [path.read_bytes() for path in files] == before
+
+
 def test_what_cannot_be_previewed_is_refused_before_the_first_step(small: Config, tmp_path: Path) -> None:
     config = changed(small, tmp_path)
     run = open_run(config)

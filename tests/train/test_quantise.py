@@ -13,11 +13,11 @@ from torch import nn
 from shared.config import Memory, Train
 from shared.errors import UsageError
 from shared.quantise import QuantisedLinear, Storage
-from tests.tiny import build_pipeline, build_transformer
+from tests.tiny import add_lora, build_pipeline, build_transformer
 from tests.train.test_forward import conventions_of, largest_difference, make_clip, make_clips, run
 from tests.train.test_memory import config_of
 from train.data import Example
-from train.engine import Plan, open_engine
+from train.engine import Engine, Plan, open_engine
 from train.export import export_adapter
 from train.fidelity import adapter_gradient, open_quantised_engine
 from train.forward import predict
@@ -185,6 +185,23 @@ def test_a_base_that_strays_is_refused_unless_forced(storage: Storage, monkeypat
         else:
             with pytest.raises(UsageError, match=rf"'{storage}': .* cosine 0\.9\d+ .* below 0\.999999"):
                 open_quantised_engine(*arguments, allow_low_cosine=False)
+
+
+def test_a_base_whose_gradient_is_no_number_is_refused() -> None:
+    transformer = build_transformer("5b", lora_rank=4)
+    transformer.transformer_blocks[0].ff.net[2].weight.data[0, 0] = torch.inf
+    with pytest.raises(UsageError, match=r"cosine nan .* below 0\.99;"):
+        open_quantised_engine(
+            transformer, plan_for("int8"), CPU, conventions_of("5b"), _example("5b"), allow_low_cosine=False
+        )
+
+
+def test_the_compared_gradients_are_without_dropout_and_training_goes_on_with_it() -> None:
+    transformer = build_transformer("5b").train()
+    add_lora(transformer, 4, lora_dropout=0.5)
+    first, second = (adapter_gradient(transformer, Engine(), conventions_of("5b"), _example("5b")) for _ in range(2))
+    assert torch.equal(first, second) and first.any()
+    assert transformer.training
 
 
 def test_nf4_without_its_extra_is_one_line_before_anything_is_quantised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from shared.config import Train
-from tests.tiny import build_transformer
-from tests.train.test_forward import conventions_of, make_clip
+from tests.tiny import add_lora, build_transformer
+from tests.train.test_forward import conventions_of, make_clip, make_clips
 from train import step
 from train.data import Example
 from train.engine import Engine
-from train.step import loss_scale, step_gradients
+from train.forward import predict
+from train.objective import clip_loss
+from train.step import accumulate_gradients, loss_scale, step_gradients
 
 CLIPS_PER_STEP = 64
 
@@ -46,6 +48,7 @@ def test_fp16_keeps_gradients_that_are_below_its_range(exact: Tensor, monkeypatc
     ours = gradient(torch.float16)
     assert torch.cosine_similarity(ours, exact, dim=0) > 0.9999
     assert float((ours == 0).float().mean()) < 0.01
+    assert float(ours.norm()) == pytest.approx(float(exact.norm()), rel=1e-2), "the scale is taken out again"
     monkeypatch.setattr(step, "loss_scale", lambda *_: 1.0)
     unscaled = gradient(torch.float16)
     assert torch.cosine_similarity(unscaled, exact, dim=0) < 0.99, "so the scale is what keeps them"
@@ -59,6 +62,51 @@ def test_a_scale_that_overflows_is_lowered_until_it_does_not(
         ours = gradient(torch.float16)
     assert "beyond fp16" in caplog.text
     assert torch.cosine_similarity(ours, exact, dim=0) > 0.9999
+
+
+def test_packs_add_up_to_the_weighted_mean_over_the_clips_of_the_batch() -> None:
+    """Cut in one way or another; this rank has three of a batch of four."""
+    conventions, transformer = conventions_of("2b"), build_transformer("2b", torch.float64, lora_rank=4)
+    clips, weights = make_clips(conventions, torch.float64, 3), (1.0, 0.5, 2.0)
+    examples = [
+        Example(clip, torch.randn(clip.latents.shape, generator=torch.Generator().manual_seed(1)), "", "", weight)
+        for clip, weight in zip(clips, weights, strict=True)
+    ]
+    predictions = predict(transformer, clips, conventions)
+    expected = torch.stack(
+        [
+            example.weight * clip_loss(prediction, example.target)
+            for prediction, example in zip(predictions, examples, strict=True)
+        ]
+    )
+    parameters = [value for value in transformer.parameters() if value.requires_grad]
+    gradients = torch.autograd.grad(expected.sum() / 4, parameters)
+    train = Train(output_dir=Path("unused"), global_batch_size=4, max_grad_norm=1e9)
+    for packs in ([examples], [examples[:1], examples[1:]]):
+        transformer.zero_grad()
+        losses, result = step_gradients(
+            transformer, packs, conventions, train, Engine(), Accelerator(cpu=True), stopping=False
+        )
+        torch.testing.assert_close(torch.stack(losses), expected.detach(), rtol=1e-12, atol=0)
+        assert result.loss == pytest.approx(float(expected.detach().sum()) / 4, rel=1e-12)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("engine", ["packed", "reference"])
+def test_dropout_falls_by_seed_and_draw_and_not_by_what_was_drawn_before(engine: str) -> None:
+    conventions, transformer = conventions_of("2b"), build_transformer("2b")
+    add_lora(transformer.train(), 4, lora_dropout=0.5)
+    clip = make_clip(conventions, (1, 8, 8), 0, torch.float32)
+
+    def loss(draw: str, seed: int) -> float:
+        example = Example(clip, torch.zeros_like(clip.latents), "clip", draw)
+        train = Train(output_dir=Path("unused"), global_batch_size=1, seed=seed, transformer_engine=engine)
+        return float(accumulate_gradients(transformer, [[example]], conventions, train, Engine())[0])
+
+    first = loss("0:clip", 1)
+    assert len({first, loss("1:clip", 1), loss("0:other", 1), loss("0:clip", 2)}) == 4
+    assert loss("0:clip", 1) == first
 
 
 def test_only_fp16_is_scaled() -> None:

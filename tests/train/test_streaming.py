@@ -1,5 +1,7 @@
 """Weights that come and activations that go: who is where, and that buffers used again never mix things up."""
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,6 +45,21 @@ def test_no_more_blocks_are_resident_than_asked_for_and_a_block_in_use_is_one() 
 
 def _inside(tensor: Tensor, buffer: Tensor) -> bool:
     return buffer.data_ptr() <= tensor.data_ptr() < buffer.data_ptr() + buffer.nbytes
+
+
+def test_a_block_is_on_its_way_before_its_turn_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    conventions, transformer = conventions_of("5b"), build_transformer("5b", lora_rank=4, num_layers=4)
+    engine = open_engine(transformer, Plan("block_input", stream_weights=2), CPU)
+    ready: list[tuple[int, bool]] = []
+    resident = WeightStream.resident
+
+    def seen(stream: WeightStream, index: int, next_index: int) -> AbstractContextManager[None]:
+        ready.append((index, index in stream._resident))
+        return resident(stream, index, next_index)
+
+    monkeypatch.setattr(WeightStream, "resident", seen)
+    run(transformer, lambda: predict(transformer, make_clips(conventions, torch.float32, 1), conventions, engine))
+    assert ready == [(0, False), *((index, True) for index in (1, 2, 3, 3, 2, 1, 0))]
 
 
 def test_frozen_weights_do_not_change_and_adapters_never_move() -> None:
@@ -97,6 +114,33 @@ def test_tensors_come_back_as_they_went_and_buffers_are_used_again() -> None:
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(returned, tensors, strict=True))
     assert len(addresses) <= 8, "four buffers, and four larger ones"
     assert len(offload._free) == 4
+
+
+def test_what_came_back_stays_when_its_buffer_is_used_again() -> None:
+    offload = ActivationOffload(CPU)
+    (first,) = offload.take_back(offload.send([torch.ones(8)]))
+    again = offload.send([torch.zeros(8)])
+    assert torch.equal(first, torch.ones(8))
+    assert torch.equal(offload.take_back(again)[0], torch.zeros(8))
+
+
+def test_what_a_pack_has_taken_back_is_not_fetched_again_for_the_next_pack() -> None:
+    offload = ActivationOffload(CPU)
+    first = offload.send([torch.ones(8)])
+    offload.take_back(first)
+    second = offload.send([torch.zeros(8)])
+    assert second.previous is first
+    offload.take_back(second)
+    assert first.device_copy is None
+
+
+def test_a_small_pack_leaves_the_large_buffers_to_large_ones() -> None:
+    offload = ActivationOffload(CPU)
+    large, small = torch.randn(4096), torch.randn(64)
+    for saved in [offload.send([large]), offload.send([small])]:
+        offload.take_back(saved)
+    hosts = {buffer.data_ptr() for buffer in offload._free}
+    assert {offload.send([tensor]).host.data_ptr() for tensor in (small, large)} == hosts
 
 
 def test_two_packs_may_be_under_way_before_their_backward_passes() -> None:
