@@ -115,3 +115,10 @@ def test_no_clip_left_is_an_error(precog: Callable[..., Result], data: Path) -> 
     result = precog("precompute", f"data.instance_data_root={data}")
     assert result.exit_code == 3
     assert "no clip is left to train on" in problem(result)
+
+
+def test_what_the_file_system_refuses_is_one_line(precog: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "run" / "config.toml").mkdir(parents=True)
+    assert precog("precompute").exit_code == 0
+    result = precog("train")
+    assert result.exit_code == 1 and str(tmp_path / "run") in problem(result)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sample.decode import decode, decode_latents, load_vae
 from sample.generate import load_pipeline, make_video
 from shared.config import Config, Memory, Sample
-from shared.errors import CacheError, DataError, UsageError
+from shared.errors import CacheError, DataError, Preempted, UsageError
 from shared.preemption import StopSignal
 from tests import experiments
 from tests.media import write_clip
@@ -217,6 +217,22 @@ def test_a_preview_that_a_signal_cut_off_is_made_by_the_next_start(small: Config
     files[-1].unlink()
     train(config, StopSignal())
     assert [path.read_bytes() for path in files] == before
+
+
+def test_a_signal_in_a_preview_ends_the_run_resumable_and_the_next_start_makes_what_is_missing(
+    small: Config, tmp_path: Path
+) -> None:
+    straight, cut = changed(small, tmp_path / "straight"), changed(small, tmp_path / "cut")
+    train(straight, StopSignal())
+    with pytest.raises(Preempted, match="checkpoint saved at step 2 of"):
+        train(cut, processes.Stopping(1, by_step=False))
+    train(cut, StopSignal())
+
+    def made(config: Config) -> dict[str, bytes]:
+        folder = config.train.output_dir
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("previews/*/*.safetensors")}
+
+    assert made(cut) == made(straight) != {}
 
 
 def test_what_cannot_be_previewed_is_refused_before_the_first_step(small: Config, tmp_path: Path) -> None:
