@@ -49,7 +49,7 @@ def decode_step(vae: Any, step: Path, fps: int, report: Report) -> list[Path]:
     """The mp4s of one step's previews and, when the tracker has them, their contact sheet; the paths."""
     videos = {
         path.with_suffix(".mp4"): decode_latents(vae, load_latents(path, vae.config.latent_channels))
-        for path in sorted(step.glob("[0-9]*.safetensors"))
+        for path in sorted(step.glob("[0-9]*.safetensors"), key=lambda path: (len(path.name), path.name))
     }
     for path, frames in videos.items():
         write_mp4(path, frames, fps)
