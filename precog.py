@@ -48,7 +48,7 @@ def plan_command(
         planned = show_plan(settings, calibrated=calibrate) | {"train": None}
     else:
         from shared.errors import DataError
-        from train.outlook import find_card, foresee, show
+        from train.memory.outlook import find_card, foresee, show
 
         gpu = find_card(card)
         try:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.attention import restore_flash_attention_impl
 
 from bench.models import build, conventions_for, make_pack
-from shared.geometry import Bucket
-from train.attention import Backend, pinned
-from train.engine import Engine, Plan, open_engine
-from train.forward import predict, predict_reference
+from shared.model.geometry import Bucket
 from train.objective import clip_loss
+from train.transformer.attention import Backend, pinned
+from train.transformer.engine import Engine, Plan, open_engine
+from train.transformer.forward import predict, predict_reference
 
 OURS = Plan("attention_output", compile=True)
 OFFLOADED = replace(OURS, offload_activations=True, modulation_table=True)
@@ -91,7 +91,7 @@ class Stage:
         self._release()
         plan = arm.plan or Plan()
         if precision in self._models:
-            plan = replace(plan, base_precision="model")  # it was quantised when it was made
+            plan = replace(plan, base_precision="model")  # it was quantized when it was made
         else:
             self._models[precision] = build(self._config, torch.bfloat16, self.device, self._case.lora_rank)
         self.model = self._models[precision]

@@ -19,10 +19,10 @@ from torch.utils.flop_counter import flop_registry
 from bench import record
 from bench.models import PUBLISHED, build_small, make_pack, published_conventions
 from shared.config import Train
-from shared.geometry import Bucket
-from train.engine import Engine, Plan, open_engine
-from train.forward import predict
-from train.memory import GIB, predict_peak
+from shared.model.geometry import Bucket
+from train.memory.choice import GIB, predict_peak
+from train.transformer.engine import Engine, Plan, open_engine
+from train.transformer.forward import predict
 
 CPU = torch.device("cpu")
 LEAN = Plan("attention_output", offload_activations=True, stream_weights=2, modulation_table=True)
@@ -37,7 +37,7 @@ PLANS = {
 
 
 class Flops(TorchDispatchMode):
-    """Sums the matrix products inside; torch's own hooks into modules and cannot look into `train.recompute`."""
+    """Sums the matrix products inside; torch's own hooks into modules."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -66,7 +66,7 @@ def in_turn(items: Iterator[Any], *_: object) -> Iterator[Any]:
 
 def decode_in_turn(pool: Any, jobs: Iterator[Any]) -> Iterator[Any]:
     """One clip asked for, decoded and handed over before the next is asked for."""
-    from precompute.pool import DecodePool
+    from precompute.video.pool import DecodePool
 
     for job in jobs:
         yield from DecodePool._run(pool, [job])
@@ -75,10 +75,10 @@ def decode_in_turn(pool: Any, jobs: Iterator[Any]) -> Iterator[Any]:
 def one_run(root: Path, bucket: tuple[int, int, int], *, overlapped: bool) -> dict[str, float]:
     """Seconds of the VAE pass, from its first decode to its last shard."""
     from precompute import latents
-    from precompute.plan import Part
-    from precompute.pool import DecodePool
+    from precompute.assignments import Part
     from precompute.run import precompute
-    from shared.preemption import StopSignal
+    from precompute.video.pool import DecodePool
+    from shared.signals import StopSignal
 
     with tempfile.TemporaryDirectory() as scratch:
         config = make_config(root, Path(scratch) / "cache", bucket, fps=1)
@@ -141,9 +141,9 @@ def measure_memory(count: int) -> int:
     """The same of this process."""
     import resource
 
-    from precompute.plan import Part
+    from precompute.assignments import Part
     from precompute.run import precompute
-    from shared.preemption import StopSignal
+    from shared.signals import StopSignal
 
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "clips"

@@ -26,7 +26,7 @@ import numpy as np
 
 from bench import record
 from shared.config import Config, Data, Model, Precompute, Train
-from shared.preemption import StopSignal
+from shared.signals import StopSignal
 
 ROOT = Path(__file__).parents[1]
 FRAMES, HEIGHT, WIDTH, TEXT_LENGTH = 17, 64, 96, 226
@@ -261,7 +261,7 @@ def prepare(size: Size, config: Config) -> dict[str, int]:
     }
     pipeline = CogVideoXPipeline(tokenizer=tokenizer, scheduler=tiny.build_scheduler("2b"), **parts)
     pipeline.save_pretrained(config.model.pretrained_model_name_or_path, safe_serialization=True)
-    from precompute.plan import Part
+    from precompute.assignments import Part
     from precompute.run import precompute
 
     precompute(config, Part(), StopSignal())

@@ -13,17 +13,17 @@ from transformers import T5Config, T5EncoderModel
 
 from bench.media import write_corpus
 from precompute import encoders
+from precompute.assignments import Part
+from precompute.discover import survey
 from precompute.latents import encode_latents
-from precompute.plan import Part
 from precompute.prompts import encode_prompts
 from precompute.report import Report
 from precompute.run import decode_pool
 from precompute.stage import open_stage
-from precompute.survey import survey
 from shared.config import Config
 from shared.fingerprint import sha256_file
-from shared.geometry import Bucket
-from shared.preemption import StopSignal
+from shared.model.geometry import Bucket
+from shared.signals import StopSignal
 
 ROOT = Path(__file__).parents[1]
 VAE: dict[str, Any] = {

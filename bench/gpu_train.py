@@ -26,8 +26,8 @@ from bench import record
 from bench.arms import A_A, ARMS, ON_THE_EXACT_BASE, Arm, Case, Stage
 from bench.models import PUBLISHED, SMALL, conventions_for
 from bench.roofline import measure_roofline, timed
-from shared.geometry import Bucket, video_tokens
-from shared.variants import Conventions
+from shared.model.conventions import Conventions
+from shared.model.geometry import Bucket, video_tokens
 
 LEAST_COSINE, MOST_LOSS_DIFFERENCE = 0.99, 0.01
 FEWEST_ROUNDS = 3

@@ -8,10 +8,10 @@ from diffusers import CogVideoXTransformer3DModel
 from torch import nn
 
 from shared.config import Train
-from shared.geometry import Bucket, latent_shape, padding_frames
-from shared.variants import Conventions, read_conventions
-from train.forward import ModelInput
-from train.model import add_adapter
+from shared.model.conventions import Conventions, read_conventions
+from shared.model.geometry import Bucket, latent_shape, padding_frames
+from train.transformer.forward import ModelInput
+from train.transformer.load import add_adapter
 
 _COMMON: dict[str, Any] = {
     "attention_head_dim": 64,

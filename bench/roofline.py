@@ -10,7 +10,7 @@ from torch.nn.attention import restore_flash_attention_impl
 from torch.nn.functional import scaled_dot_product_attention
 
 from shared.errors import UsageError
-from train.attention import KERNELS, Backend, choose_backend, pinned
+from train.transformer.attention import KERNELS, Backend, choose_backend, pinned
 
 Clock = Callable[[Callable[[], Any]], float]
 """Median seconds of something."""

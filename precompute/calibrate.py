@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from itertools import islice
 
 from precompute import encoders
-from precompute.ahead import ahead
-from precompute.child import Decoded
 from precompute.latents import decode_job, encode_clips, load_vae
-from precompute.pool import DecodePool
+from precompute.prefetch import ahead
 from precompute.prompts import encode_texts, free_memory, load_text_encoder
 from precompute.recipes import Clip
 from precompute.stage import Stage
-from precompute.video import BadVideo, MachineFault
+from precompute.video.child import Decoded
+from precompute.video.pool import DecodePool
+from precompute.video.probe import BadVideo, MachineFault
 from shared.errors import DataError
 
 SAMPLE_CLIPS = 2

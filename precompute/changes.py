@@ -3,15 +3,15 @@
 from collections.abc import Mapping, Sequence
 
 from precompute import recipes
+from precompute.discover import Survey
 from precompute.recipes import Clip
 from precompute.stage import Stage
-from precompute.survey import Survey
+from shared.cache.collection import Collection, collection_for, read_recipe
+from shared.cache.settings import shaping_settings
+from shared.cache.storage import Storage
+from shared.cache.view import View, ViewRow
 from shared.errors import CacheError
-from shared.files import Storage
 from shared.fingerprint import Json
-from shared.settings import shaping_settings
-from shared.store import Collection, collection_for, read_recipe
-from shared.view import View, ViewRow
 
 NOT_OF_CLIPS = ("data.caption_column", "data.held_out_clips", "data.id_token", "data.video_column")
 """Fields that shape a view without shaping any clip."""

@@ -9,13 +9,13 @@ import typer
 from shared.command import ConfigFile, JsonOutput, Overrides, exits
 
 if TYPE_CHECKING:
+    from precompute.assignments import Part
     from precompute.calibrate import Calibration
     from precompute.estimate import Estimate
-    from precompute.plan import Part
     from precompute.report import Report
+    from shared.cache.storage import Storage
     from shared.config import Config, Precompute
-    from shared.files import Storage
-    from shared.preemption import StopSignal
+    from shared.signals import StopSignal
 
 PATIENCE_SECONDS = 8.0
 """From a signal to the end of the process, at most; ten are promised. What is killed here loses one shard at most."""
@@ -43,7 +43,7 @@ def precompute_command(
     import json
 
     from shared.config import load_config
-    from shared.preemption import StopSignal
+    from shared.signals import StopSignal
 
     with StopSignal(patience_seconds=PATIENCE_SECONDS) as stop:  # first, as loading the libraries alone takes seconds
         settings = load_config(config, overrides)
@@ -54,7 +54,7 @@ def precompute_command(
 
 
 def _run(config: "Config", part: str, engine: str, stop: "StopSignal") -> "Report":
-    from precompute.plan import Part
+    from precompute.assignments import Part
     from precompute.ray_engine import precompute_with_ray
     from precompute.run import precompute
     from shared.console import quiet_libraries, show_config
@@ -76,7 +76,7 @@ def _share(part: str) -> "Part":
     """--part, or else the launcher's rank and world size."""
     import re
 
-    from precompute.plan import Part
+    from precompute.assignments import Part
     from shared.errors import UsageError
     from shared.launcher import rank, world_size
 
@@ -144,11 +144,11 @@ def _list(lines: Iterable[str]) -> None:
 
 def show_plan(config: "Config", *, calibrated: bool) -> dict[str, Any]:
     """Stage 1's half of `precog plan`: what `precompute` would do; nothing is written. The object of `--json`."""
+    from precompute.assignments import Part
     from precompute.estimate import estimate
-    from precompute.plan import Part
     from precompute.run import decode_pool
     from precompute.stage import open_stage
-    from shared.preemption import StopSignal
+    from shared.signals import StopSignal
 
     with StopSignal(patience_seconds=PATIENCE_SECONDS) as stop, decode_pool(config) as pool:
         found = estimate(open_stage(config, Part(), stop), pool, calibrated=calibrated)
@@ -197,9 +197,9 @@ def _hours_text(measured: "Calibration") -> str:
 @exits
 def cache_ls(cache: CacheName = "cache") -> None:
     """List the collections and views of a cache."""
+    from shared.cache.collection import collections, read_recipe, shards
+    from shared.cache.view import read_view, view_names
     from shared.console import bytes_text, table
-    from shared.store import collections, read_recipe, shards
-    from shared.view import read_view, view_names
 
     storage = _open_cache(cache)
     for collection in collections(storage):
@@ -233,8 +233,8 @@ def cache_ls(cache: CacheName = "cache") -> None:
 
 def _open_cache(cache: str, **options: Any) -> "Storage":
     """Raises `UsageError` if nothing is there: a mistyped name is no empty cache."""
+    from shared.cache.storage import open_storage
     from shared.errors import UsageError
-    from shared.files import open_storage
 
     storage = open_storage(cache, **options)
     if not any(storage.names(folder, ".json") for folder in ("latents", "prompts", "datasets")):
@@ -251,9 +251,9 @@ def cache_verify(
     """Read every shard, recipe and plan and compare shards with their receipts; exit code 4 if anything is damaged."""
     import tempfile
 
+    from shared.cache.verify import verify
     from shared.console import say
     from shared.errors import CacheError
-    from shared.verify import verify
 
     with tempfile.TemporaryDirectory(prefix="precog-verify-") as fresh:  # not the local copies of a remote cache
         checked, damaged = verify(_open_cache(cache, local_cache_gib=0, local_folder=Path(fresh)), repair=repair)

@@ -9,14 +9,14 @@ from torch import nn
 
 from shared.device import DTYPES
 from shared.errors import UsageError
-from shared.geometry import ENCODE_CHUNK_FRAMES
-from shared.pretrained import Part
-from shared.quantise import QuantisedLinear
+from shared.model.geometry import ENCODE_CHUNK_FRAMES
+from shared.model.pretrained import Part
+from shared.model.quantize import QuantizedLinear
 
 INT8 = "int8-2"
-"""Names the arithmetic of `quantise`; part of the recipe, so changing the arithmetic means changing the name."""
+"""Names the arithmetic of `quantize`; part of the recipe, so changing the arithmetic means changing the name."""
 TEXTS_PER_BLOCK = 250
-"""Texts that are tokenised at once where only the number of tokens matters; one of 150 words takes 0.2 MB."""
+"""Texts that are tokenized at once where only the number of tokens matters; one of 150 words takes 0.2 MB."""
 
 
 def vae_precision(requested: str, part: Part) -> str:
@@ -140,7 +140,7 @@ class TextEncoder:
             str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
         )
         if int8:
-            quantise(model)  # before it travels: the device never holds the wide weights
+            quantize(model)  # before it travels: the device never holds the wide weights
         self._model = model.eval().requires_grad_(False).to(device)
         self._tokenizer = tokenizer
         self._dtype = DTYPES[precision]
@@ -163,7 +163,7 @@ class TextEncoder:
         return embeds.to(self._dtype).cpu()
 
 
-class _KeptPrecision(QuantisedLinear):
+class _KeptPrecision(QuantizedLinear):
     """Its product has the precision of the wide layer, whatever its tokens have.
 
     transformers keeps T5's `wo` in fp32 within an fp16 model (`_keep_in_fp32_modules`), since its values may be beyond
@@ -178,7 +178,7 @@ class _KeptPrecision(QuantisedLinear):
         return super().forward(tokens.to(self._precision))
 
 
-def quantise(model: nn.Module) -> None:
+def quantize(model: nn.Module) -> None:
     """Put every linear layer in int8, in place; embeddings, norms and the position biases stay as they are."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):

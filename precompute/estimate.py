@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from precompute.assignments import Inventory, PlannedShard, propose, take_inventory
 from precompute.calibrate import Calibration, calibrate
 from precompute.changes import changed_clips, recipe_changes
+from precompute.discover import Survey, survey
 from precompute.encoders import vae_precision
-from precompute.plan import Inventory, PlannedShard, propose, take_inventory
-from precompute.pool import DecodePool
 from precompute.report import Tally, reasons_json
 from precompute.stage import Stage
-from precompute.survey import Survey, survey
-from precompute.windows import bucket_warnings
+from precompute.video.pool import DecodePool
+from precompute.video.windows import bucket_warnings
 from shared import console
+from shared.cache.collection import Collection, collections, shards
+from shared.cache.shard import SAMPLES_PER_SHARD, Receipt
+from shared.cache.shard import SHARD_BYTES as MAX_SHARD_BYTES
+from shared.cache.view import View, read_view, view_names
 from shared.device import DTYPES
 from shared.errors import CacheError, UsageError
-from shared.geometry import latent_shape
-from shared.shard import SAMPLES_PER_SHARD, Receipt
-from shared.shard import SHARD_BYTES as MAX_SHARD_BYTES
-from shared.store import Collection, collections, shards
-from shared.view import View, read_view, view_names
+from shared.model.geometry import latent_shape
 
 SAMPLE_BYTES = 4096
 """Tar headers, facts, padding and receipt of one sample, rounded up."""

@@ -8,24 +8,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from precompute import provenance, recipes
-from precompute.ahead import ahead
-from precompute.child import Decoded, DecodeJob
+from precompute.assignments import Inventory, PlannedShard, make_missing
 from precompute.encoders import VaeEncoder, vae_precision
-from precompute.pixels import to_clip
-from precompute.plan import Inventory, PlannedShard, make_missing
-from precompute.pool import DecodePool
+from precompute.prefetch import ahead
 from precompute.recipes import Clip
 from precompute.report import Report
 from precompute.stage import Stage
-from precompute.video import BadVideo, MachineFault
+from precompute.video.child import Decoded, DecodeJob
+from precompute.video.pixels import to_clip
+from precompute.video.pool import DecodePool
+from precompute.video.probe import BadVideo, MachineFault
 from shared import console, seeding
+from shared.cache.collection import Collection
+from shared.cache.shard import Sample, write_shard
+from shared.cache.storage import Storage
 from shared.device import choose_device
 from shared.errors import UsageError
-from shared.files import Storage
 from shared.fingerprint import Json
-from shared.geometry import Bucket, latent_shape
-from shared.shard import Sample, write_shard
-from shared.store import Collection
+from shared.model.geometry import Bucket, latent_shape
 
 
 def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], pool: DecodePool) -> Inventory:

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from precompute import provenance, recipes
-from precompute.clips import Source
+from precompute.assignments import PlannedShard, make_missing
 from precompute.encoders import TextEncoder
-from precompute.plan import PlannedShard, make_missing
+from precompute.sources.rows import Source
 from precompute.stage import Stage
 from shared import console
+from shared.cache.collection import Collection
+from shared.cache.shard import Sample, write_shard
 from shared.config import Data
 from shared.device import choose_device
 from shared.errors import DataError
-from shared.shard import Sample, write_shard
-from shared.store import Collection
 
 
 def wanted_texts(data: Data, sources: Sequence[Source], recipe: str) -> dict[str, str]:

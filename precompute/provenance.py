@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from shared.files import Storage
+from shared.cache.collection import Collection
+from shared.cache.storage import Storage
 from shared.fingerprint import Json, key_of
-from shared.store import Collection
 
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "sentencepiece", "numpy", "av", "decord")
 

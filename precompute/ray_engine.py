@@ -6,11 +6,11 @@ Ray starts the workers and starts the dead ones again; the work is divided as it
 import os
 from typing import Any
 
-from precompute.plan import Part
+from precompute.assignments import Part
 from precompute.report import Report, merge
 from shared.config import Config
 from shared.errors import PrecogError, UsageError
-from shared.preemption import StopSignal
+from shared.signals import StopSignal
 
 MAX_RESTARTS = 3
 POLL_SECONDS = 0.5

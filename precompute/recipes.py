@@ -6,17 +6,17 @@ Everything that changes a stored byte is in a recipe or a key; names, paths, tim
 from dataclasses import dataclass
 from pathlib import Path
 
-from precompute import pixels
-from precompute.clips import Source
 from precompute.encoders import INT8, vae_precision
-from precompute.video import Probe
-from precompute.windows import Window
+from precompute.sources.rows import Source
+from precompute.video import pixels
+from precompute.video.probe import Probe
+from precompute.video.windows import Window
 from shared.config import Config
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of, sha256_files
-from shared.geometry import ENCODE_CHUNK_FRAMES
-from shared.pretrained import Part, pretrained_config, pretrained_folder, pretrained_part
-from shared.variants import Conventions, read_conventions
+from shared.model.conventions import Conventions, read_conventions
+from shared.model.geometry import ENCODE_CHUNK_FRAMES
+from shared.model.pretrained import Part, pretrained_config, pretrained_folder, pretrained_part
 
 TOKENIZER_FILES = (
     "spiece.model",

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from shared.cache.view import View
 from shared.config import Data
-from shared.view import View
 
 
 @dataclass(slots=True)

@@ -5,22 +5,22 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from precompute import encoders
+from precompute.assignments import Part
+from precompute.discover import Survey, survey
 from precompute.estimate import bytes_needed, find_work
 from precompute.latents import encode_latents
-from precompute.plan import Part
-from precompute.pool import DecodePool
 from precompute.prompts import encode_prompts
 from precompute.report import Report, truncated_captions
 from precompute.stage import Stage, open_stage
-from precompute.survey import Survey, survey
-from precompute.table import make_view
-from precompute.windows import bucket_warnings
+from precompute.video.pool import DecodePool
+from precompute.video.windows import bucket_warnings
+from precompute.view import make_view
 from shared import console
+from shared.cache.collection import write_recipe
+from shared.cache.view import View, write_view
 from shared.config import Config
 from shared.errors import CacheError, DataError
-from shared.preemption import StopSignal
-from shared.store import write_recipe
-from shared.view import View, write_view
+from shared.signals import StopSignal
 
 MAX_SHOWN = 3
 """Clips that an error names."""

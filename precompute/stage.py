@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from precompute.plan import Part
+from precompute.assignments import Part
 from precompute.recipes import Encoders, find_encoders
 from precompute.report import Report
+from shared.cache.storage import Storage, open_storage
 from shared.config import Config
-from shared.files import Storage, open_storage
-from shared.preemption import StopSignal
+from shared.signals import StopSignal
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from shared import console
 from shared.config import Config
 from shared.device import DTYPES, choose_device
 from shared.errors import UsageError
-from shared.pretrained import pretrained_config, pretrained_part
+from shared.model.conventions import Conventions, drop_learned_table, read_conventions
+from shared.model.pretrained import pretrained_config, pretrained_part
 from shared.run_folder import EXPORT, adapter_file
-from shared.variants import Conventions, drop_learned_table, read_conventions
 
 
 def sample(config: Config) -> list[Path]:

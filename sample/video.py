@@ -8,7 +8,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from shared.files import replacing
+from shared.cache.storage import replacing
 
 LABEL_PIXELS = 14
 MARGIN_PIXELS = 4

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from shared.cache.storage import replacing
 from shared.errors import UsageError
-from shared.files import replacing
 from shared.flags import INSTEAD
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
@@ -325,7 +325,7 @@ class Memory(Table):
     compile: bool | Literal["auto"] = "auto"
     """Fuse norms, modulation, gates and rotary positions with torch.compile; auto is on with a GPU and triton."""
     allow_low_cosine: bool = False
-    """Train on a quantised base even if the adapter's gradient strays below cosine 0.99 from the unquantised one."""
+    """Train on a quantized base even if the adapter's gradient strays below cosine 0.99 from the unquantized one."""
 
 
 class Sample(Table):

@@ -7,12 +7,12 @@ from typing import Any
 import av
 import numpy as np
 
-from precompute.plan import Part
+from precompute.assignments import Part
 from precompute.report import Report
 from precompute.run import precompute
+from shared.cache.storage import TEMPORARY
 from shared.config import Config
-from shared.files import TEMPORARY
-from shared.preemption import StopSignal
+from shared.signals import StopSignal
 
 FRAMES, SIDE = 5, 32
 

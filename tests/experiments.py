@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from precompute.plan import Part
+from precompute.assignments import Part
 from precompute.run import precompute
 from shared.config import Config, Data, Model, Precompute, Train
-from shared.preemption import StopSignal
+from shared.signals import StopSignal
 from tests.media import write_clip
 from tests.tiny import save_pipeline
 

@@ -15,8 +15,8 @@ from typing import Any
 import av
 import numpy as np
 
-from precompute.decode import Decoder, Requested, decode
-from precompute.video import Probed
+from precompute.video.decode import Decoder, Requested, decode
+from precompute.video.probe import Probed
 
 BITS = 10
 DARK, BRIGHT = 40, 215

@@ -7,8 +7,8 @@ import pytest
 
 from shared.config import Config, load_config, save_config
 from shared.errors import UsageError
-from shared.geometry import Bucket
-from shared.variants import read_conventions, refusal
+from shared.model.conventions import read_conventions, refusal
+from shared.model.geometry import Bucket
 from tests.tiny import scheduler_config, transformer_config, vae_config
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ def train_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train a LoRA from the cache; the same command resumes."""
     from shared.config import load_config
     from shared.console import quiet_libraries, show_config
-    from shared.preemption import StopSignal
+    from shared.signals import StopSignal
     from train.loop import train
 
     settings = load_config(config, overrides)
@@ -37,7 +37,7 @@ def sweep_command(
 ) -> None:
     """Train one LoRA per combination of settings, all from one cache; the same command resumes."""
     from shared.errors import UsageError
-    from shared.preemption import StopSignal
+    from shared.signals import StopSignal
     from train.sweep import CSV_NAME, plan_sweep, run_sweep, show_outcomes
 
     if not grid:

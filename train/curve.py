@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from shared.files import replacing
+from shared.cache.storage import replacing
 
 FILE_NAME = "loss.png"
 SIZE = (960, 540)

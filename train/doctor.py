@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 
 import torch
 
+from shared.cache.collection import SampleReader, read_recipe
+from shared.cache.staleness import Recipe, cache_problems
+from shared.cache.storage import Storage, open_storage
+from shared.cache.view import View, ViewRow, read_view
 from shared.config import Config
 from shared.errors import CacheError, PrecogError, UsageError
-from shared.files import Storage, open_storage
-from shared.geometry import Bucket, latent_shape, padding_frames
-from shared.pretrained import Part, present_folder, pretrained_config, pretrained_part
-from shared.store import SampleReader, read_recipe
-from shared.variants import Conventions, read_conventions, refusal
-from shared.view import View, ViewRow, read_view
-from train.data import Dataset, name
+from shared.model.conventions import Conventions, read_conventions, refusal
+from shared.model.geometry import Bucket, latent_shape, padding_frames
+from shared.model.pretrained import Part, present_folder, pretrained_config, pretrained_part
+from train.data.dataset import Dataset, name
 from train.objective import NoiseSchedule, read_schedule
-from train.staleness import Recipe, cache_problems
 
 T = TypeVar("T")
 SAMPLES = 3

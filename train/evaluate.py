@@ -5,10 +5,10 @@ from functools import partial
 
 import torch
 
-from train.forward import predict
+from train.distributed import gather, place, together
 from train.objective import clip_loss
-from train.peers import gather, place, together
 from train.run import Run
+from train.transformer.forward import predict
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Where on the schedule the loss is taken."""

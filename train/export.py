@@ -15,7 +15,7 @@ from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of
 from shared.run_folder import ADAPTER, EXPORT, adapter_file
-from train.model import adapter_weights
+from train.transformer.load import adapter_weights
 
 PREFIX = "transformer."
 METADATA_KEY = "lora_adapter_metadata"

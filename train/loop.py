@@ -19,20 +19,20 @@ from shared.config import Config, save_config
 from shared.device import peak_memory_bytes
 from shared.errors import UsageError
 from shared.fingerprint import Json
-from shared.preemption import StopSignal
 from shared.run_folder import EXPORT, preview_file
-from train.checkpoint import prune_checkpoints, save_checkpoint
+from shared.signals import StopSignal
+from train.batch import Work, read_work
+from train.checkpoint.files import prune_checkpoints, save_checkpoint
+from train.checkpoint.identity import base_key
+from train.checkpoint.resume import Start, find_start
+from train.distributed import gather, on_main
 from train.evaluate import base_held_out_loss, held_out_loss
 from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, export_adapter
-from train.identity import base_key
-from train.learner import Learner
 from train.metrics import Metrics, finish_metrics, open_tracker, track
-from train.peers import gather, on_main
 from train.preview import Previews, open_previews, write_preview
-from train.resume import Start, find_start
 from train.run import Run, announce, open_run
+from train.state import Learner
 from train.step import StepResult, require_finite, step_gradients
-from train.work import Work, read_work
 
 logger = logging.getLogger(__name__)
 

@@ -13,17 +13,17 @@ from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
 from shared import console, seeding
+from shared.cache.collection import SampleReader
+from shared.cache.view import ViewRow
 from shared.device import choose_device
-from shared.geometry import latent_shape, padding_frames
-from shared.store import SampleReader
-from shared.variants import Conventions
-from shared.view import ViewRow
-from train.conditioning import image_condition
+from shared.model.conventions import Conventions
+from shared.model.geometry import latent_shape, padding_frames
+from train.data.conditioning import image_condition
 from train.doctor import Subject
 from train.evaluate import QUANTILES
-from train.forward import ModelInput, predict
-from train.model import load_transformer
 from train.objective import add_noise, clip_loss, velocity
+from train.transformer.forward import ModelInput, predict
+from train.transformer.load import load_transformer
 
 MEASURED_CLIPS = 8
 NOTICEABLE = 2.0

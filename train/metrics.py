@@ -10,9 +10,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from shared import console
+from shared.cache.storage import replacing
 from shared.config import Config
 from shared.errors import DataError
-from shared.files import replacing
 from shared.tracker import starting_tracker, wandb_options
 from train.curve import FILE_NAME as CURVE
 from train.curve import draw_curve

@@ -20,18 +20,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shared import console
+from shared.cache.collection import SampleReader
+from shared.cache.storage import open_storage, replacing
 from shared.config import Config, Sample
 from shared.errors import CacheError, UsageError
-from shared.files import open_storage, replacing
-from shared.geometry import Bucket, latent_shape, padding_frames
-from shared.pretrained import pretrained_config
+from shared.model.conventions import refusal
+from shared.model.geometry import Bucket, latent_shape, padding_frames
+from shared.model.pretrained import pretrained_config
 from shared.run_folder import SHEET, preview_file, preview_folder
-from shared.store import SampleReader
-from shared.variants import refusal
-from train.conditioning import image_condition
-from train.data import name
-from train.forward import ModelInput, predict
+from train.data.conditioning import image_condition
+from train.data.dataset import name
 from train.run import Run
+from train.transformer.forward import ModelInput, predict
 
 RECORDED = {"num_inference_steps", "guidance_scale", "use_dynamic_cfg", "seed"}
 """Fields of [sample] that shape a preview, written beside it with its size."""

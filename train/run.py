@@ -11,24 +11,24 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers import CogVideoXTransformer3DModel
 
 from shared import console
+from shared.cache.collection import read_recipe
+from shared.cache.staleness import check_cache
+from shared.cache.storage import open_storage
+from shared.cache.view import View, read_view
 from shared.config import Config, Train
 from shared.device import choose_device
 from shared.errors import UsageError
-from shared.files import open_storage
-from shared.pretrained import Part, pretrained_config, pretrained_part
-from shared.store import read_recipe
+from shared.model.conventions import Conventions, read_conventions, refusal
+from shared.model.pretrained import Part, pretrained_config, pretrained_part
 from shared.tracker import require_tracker
-from shared.variants import Conventions, read_conventions, refusal
-from shared.view import View, read_view
-from train.data import Dataset
-from train.engine import Engine, open_engine
+from train.data.dataset import Dataset
+from train.data.order import Windows, num_train_steps
 from train.export import read_adapter
-from train.fidelity import open_quantised_engine
-from train.memory import choose_plan
-from train.model import load_adapter_weights, load_transformer
+from train.memory.choice import choose_plan
+from train.memory.fidelity import open_quantized_engine
 from train.objective import NoiseSchedule, read_schedule
-from train.order import Windows, num_train_steps
-from train.staleness import check_cache
+from train.transformer.engine import Engine, open_engine
+from train.transformer.load import load_adapter_weights, load_transformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def open_run(config: Config) -> Run:
     else:
         example = dataset.fixed_example(0, len(schedule) // 2)
         allowed = config.memory.allow_low_cosine
-        engine = open_quantised_engine(
+        engine = open_quantized_engine(
             transformer, plan, accelerator.device, conventions, example, allow_low_cosine=allowed
         )
     return Run(

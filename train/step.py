@@ -14,13 +14,13 @@ from torch import Tensor
 from shared import seeding
 from shared.config import Train
 from shared.errors import NonFiniteError
-from shared.variants import Conventions
-from train.attention import Backend, pinned
-from train.data import Example
-from train.engine import Engine
-from train.forward import ModelInput, predict, predict_reference
+from shared.model.conventions import Conventions
+from train.data.dataset import Example
+from train.distributed import gather
 from train.objective import clip_loss
-from train.peers import gather
+from train.transformer.attention import Backend, pinned
+from train.transformer.engine import Engine
+from train.transformer.forward import ModelInput, predict, predict_reference
 
 Packs = Sequence[Sequence[Example]]
 

@@ -19,16 +19,16 @@ from typing import Any
 import tomli_w
 
 from shared import console
+from shared.cache.collection import read_recipe
+from shared.cache.settings import stale_settings
+from shared.cache.storage import open_storage, replacing
+from shared.cache.view import View, read_view
 from shared.config import Config, dump_config, load_config
 from shared.errors import CacheError, DataError, PrecogError, Preempted, UsageError
-from shared.files import open_storage, replacing
-from shared.preemption import StopSignal
-from shared.pretrained import FileMark, Part, present_part
-from shared.settings import stale_settings
-from shared.store import read_recipe
-from shared.view import View, read_view
+from shared.model.pretrained import FileMark, Part, present_part
+from shared.signals import StopSignal
+from train.checkpoint.identity import Base, base_key, identify_base
 from train.export import BASE_KEY, CONFIG_KEY, VIEW_KEY, config_key, read_provenance
-from train.identity import Base, base_key, identify_base
 from train.metrics import read_metrics, smoothed
 
 CSV_NAME = "sweep.csv"

@@ -12,12 +12,12 @@ from transformers import T5Config, T5EncoderModel
 
 from bench import encoding
 from bench.gpu_precompute import SETTINGS
-from precompute.plan import Part
+from precompute.assignments import Part
+from precompute.discover import survey
 from precompute.run import decode_pool
 from precompute.stage import open_stage
-from precompute.survey import survey
-from shared.geometry import Bucket
-from shared.preemption import StopSignal
+from shared.model.geometry import Bucket
+from shared.signals import StopSignal
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]

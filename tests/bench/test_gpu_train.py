@@ -13,9 +13,9 @@ from bench import arms
 from bench.arms import ARMS, Case
 from bench.gpu_train import PIECES, TINY, run_case
 from bench.models import PUBLISHED
-from shared.geometry import Bucket
-from train.forward import predict
+from shared.model.geometry import Bucket
 from train.objective import clip_loss
+from train.transformer.forward import predict
 
 ROOT = Path(__file__).parents[2]
 

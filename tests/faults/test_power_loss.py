@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared.cache.collection import SampleReader, collection_for
+from shared.cache.storage import LocalStorage
+from shared.cache.verify import verify
+from shared.cache.view import View, ViewRow, read_view, view_names, write_view
 from shared.errors import CacheError
-from shared.files import LocalStorage
 from shared.fingerprint import key_of
-from shared.geometry import Bucket
-from shared.store import SampleReader, collection_for
-from shared.verify import verify
-from shared.view import View, ViewRow, read_view, view_names, write_view
+from shared.model.geometry import Bucket
 from tests.corpus import config_for, run, stored_files, write_corpus
 from tests.faults.disk import EMPTY, Log, State, crash_states, crashed, insecure
 from tests.faults.test_writer import COLLECTION, SAMPLES, SKIPPED, work

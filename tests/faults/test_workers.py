@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from precompute.plan import Part
+from precompute.assignments import Part
+from shared.cache.storage import LocalStorage
+from shared.cache.verify import verify
 from shared.config import Config, save_config
-from shared.files import LocalStorage
-from shared.verify import verify
 from tests.corpus import config_for, run, stored_files, write_corpus
 from tests.faults.test_writer import ended, in_child
 from tests.tiny import save_pipeline
@@ -116,7 +116,7 @@ def stopped(config: Config, number: int, now: Callable[[], bool]) -> tuple[int, 
     def body() -> None:
         from precompute.run import precompute
         from shared.console import run_command
-        from shared.preemption import StopSignal
+        from shared.signals import StopSignal
 
         def command() -> None:
             with StopSignal() as stop:

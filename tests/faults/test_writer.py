@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from precompute.plan import Part, PlannedShard, make_missing
+from precompute.assignments import Part, PlannedShard, make_missing
+from shared.cache.collection import collection_for, write_recipe
+from shared.cache.shard import Sample, write_shard
+from shared.cache.storage import TEMPORARY, LocalStorage
+from shared.cache.verify import verify
 from shared.errors import CacheError
-from shared.files import TEMPORARY, LocalStorage
 from shared.fingerprint import key_of
-from shared.shard import Sample, write_shard
-from shared.store import collection_for, write_recipe
-from shared.verify import verify
 from tests.corpus import stored_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

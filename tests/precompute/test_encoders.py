@@ -16,8 +16,8 @@ from precompute.encoders import TextEncoder, VaeEncoder, _Compiled, load_tokeniz
 from precompute.latents import conditioning_images
 from shared.config import Model
 from shared.errors import UsageError
-from shared.pretrained import Part, pretrained_part
-from shared.quantise import QuantisedLinear
+from shared.model.pretrained import Part, pretrained_part
+from shared.model.quantize import QuantizedLinear
 from tests.tiny import TEXT_LENGTH
 
 CPU = torch.device("cpu")
@@ -201,7 +201,7 @@ def test_an_embedding_is_t5s_last_hidden_state_with_all_pads_and_no_mask(t5, pip
 def test_t5_in_eight_bits_stays_close(pipeline, t5):
     part = pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "text_encoder")
     small = TextEncoder(part, load_tokenizer(str(pipeline / "tokenizer")), "fp32", CPU, TEXT_LENGTH, int8=True)
-    stored = [module for module in small._model.modules() if isinstance(module, QuantisedLinear)]
+    stored = [module for module in small._model.modules() if isinstance(module, QuantizedLinear)]
     assert len(stored) == 2 * 7 and all(module.weight.dtype == torch.int8 for module in stored)
     assert not any(isinstance(module, nn.Linear) for module in small._model.modules())
     texts = ["a grey rabbit yawns", ""]

@@ -9,20 +9,20 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from precompute import calibrate, recipes
+from precompute.assignments import Part
 from precompute.changes import FIELDS, recipe_changes
-from precompute.clips import read_sources
 from precompute.estimate import Estimate, estimate
-from precompute.plan import Part
 from precompute.run import decode_pool
+from precompute.sources.rows import read_sources
 from precompute.stage import open_stage
+from shared.cache.collection import collection_for, write_recipe
+from shared.cache.settings import PRECOMPUTE_FIELDS
+from shared.cache.shard import write_shard
+from shared.cache.storage import LocalStorage
+from shared.cache.view import read_view
 from shared.config import Config
 from shared.errors import DataError, UsageError
-from shared.files import LocalStorage
-from shared.preemption import StopSignal
-from shared.settings import PRECOMPUTE_FIELDS
-from shared.shard import write_shard
-from shared.store import collection_for, write_recipe
-from shared.view import read_view
+from shared.signals import StopSignal
 from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
 
 
@@ -62,7 +62,7 @@ def test_a_file_that_cannot_be_read_now_is_pointed_out_and_not_counted(pipeline,
     config = config_for(pipeline, root, cache)
     sources = read_sources(config.data)
     (root / "002.mp4").unlink()
-    monkeypatch.setattr("precompute.survey.read_sources", lambda _: sources)
+    monkeypatch.setattr("precompute.discover.read_sources", lambda _: sources)
     found = look(config)
     assert found.warnings == ["002.mp4: cannot open: No such file or directory; left out of this plan"]
     assert (found.clips, found.skipped) == (5, [])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from precompute.plan import Part
+from precompute.assignments import Part
 from precompute.ray_engine import Worker, _slots, precompute_with_ray
 from precompute.report import Report, Tally, merge
 from shared.config import Config

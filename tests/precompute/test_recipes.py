@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from precompute import pixels
 from precompute.recipes import (
     Clip,
     Encoders,
@@ -22,12 +21,13 @@ from precompute.recipes import (
     prompt_key,
     prompts_recipe,
 )
-from precompute.video import Probe
-from precompute.windows import Window
+from precompute.video import pixels
+from precompute.video.probe import Probe
+from precompute.video.windows import Window
 from shared.config import Config
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of
-from shared.geometry import Bucket
+from shared.model.geometry import Bucket
 from tests.corpus import config_for
 from tests.tiny import save_pipeline
 

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from precompute import latents, prompts
-from precompute.clips import read_sources
+from precompute.assignments import Inventory, take_inventory
 from precompute.encoders import VaeEncoder
-from precompute.plan import Inventory, take_inventory
 from precompute.report import Report
+from precompute.sources.rows import read_sources
+from shared.cache.collection import Collection, SampleReader, shards
+from shared.cache.storage import LocalStorage
+from shared.cache.verify import verify
+from shared.cache.view import read_view
 from shared.errors import CacheError, DataError, UsageError
-from shared.files import LocalStorage
-from shared.store import Collection, SampleReader, shards
-from shared.verify import verify
-from shared.view import read_view
 from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
 from tests.tiny import save_pipeline
 
@@ -100,11 +100,11 @@ def test_stored_moments_are_the_vaes_own(pipeline, small):
 
 
 def test_stored_image_moments_are_of_the_clips_own_first_frame_mirrored_where_the_clip_is(tmp_path):
-    from precompute.decode import decode
     from precompute.latents import conditioning_images
-    from precompute.video import probe
+    from precompute.video.decode import decode
+    from precompute.video.probe import probe
     from shared.config import Model
-    from shared.pretrained import pretrained_part
+    from shared.model.pretrained import pretrained_part
 
     pipeline, root = save_pipeline("1.5-5b-i2v", tmp_path / "i2v"), write_corpus(tmp_path / "clips", 2)
     run(config_for(pipeline, root, tmp_path / "cache", data={"random_flip": True}, noised_image_count=2))
@@ -329,7 +329,7 @@ def test_files_that_cannot_be_probed_now_are_named_together(pipeline, tmp_path, 
     sources = read_sources(config_for(pipeline, root, cache).data)
     for number in range(5):
         (root / f"{number:03}.mp4").unlink()
-    monkeypatch.setattr("precompute.survey.read_sources", lambda _: sources)
+    monkeypatch.setattr("precompute.discover.read_sources", lambda _: sources)
     with pytest.raises(DataError, match=r"^5 of the files .*000\.mp4: .*002\.mp4: .*directory; and 2 more\)"):
         run(config_for(pipeline, root, cache))
     assert len(keys_in(cache)) == 1 and not (cache / "datasets").exists()
@@ -349,7 +349,7 @@ def test_what_another_worker_could_read_is_no_fault_of_this_run(pipeline, tmp_pa
         return take_inventory(storage, collection)
 
     losing(monkeypatch, root / "001.mp4")
-    monkeypatch.setattr("precompute.plan.take_inventory", look_after_the_other)
+    monkeypatch.setattr("precompute.assignments.take_inventory", look_after_the_other)
     assert run(config_for(pipeline, root, cache)).clips == 3
 
 

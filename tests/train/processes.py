@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from shared.config import Config
-from shared.preemption import StopSignal
+from shared.signals import StopSignal
 from train.loop import run_steps, train
 
 CONTEXT = get_context("forkserver")

@@ -17,20 +17,20 @@ from typer.testing import CliRunner
 
 import precog
 from shared import seeding
+from shared.cache.collection import Collection
+from shared.cache.shard import Sample, write_shard
+from shared.cache.storage import LocalStorage
+from shared.cache.view import View, ViewRow
 from shared.config import Config, save_config
 from shared.errors import CacheError, PrecogError, UsageError
-from shared.files import LocalStorage
 from shared.fingerprint import key_of
-from shared.shard import Sample, write_shard
-from shared.store import Collection
-from shared.view import View, ViewRow
 from tests.experiments import CAPTIONS, fill_cache, write_experiment
 from tests.tiny import TEXT_LENGTH, TEXT_WIDTH, build_text_encoder, build_transformer, build_vae
-from train.conditioning import image_condition
+from train.data.conditioning import image_condition
 from train.doctor import Diagnosis, Subject, examine
-from train.forward import ModelInput, predict
 from train.measure import Measured, measure
 from train.objective import add_noise, velocity
+from train.transformer.forward import ModelInput, predict
 
 HEALTHY = ("2b", "5b", "5b-i2v", "1.5-5b-i2v")
 Experiment = Callable[[str], tuple[Path, Config]]

@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from precompute.plan import Part
+from precompute.assignments import Part
 from precompute.run import precompute
+from shared.cache.collection import shards
+from shared.cache.storage import open_storage
+from shared.cache.view import read_view
 from shared.config import Config
 from shared.errors import Preempted
-from shared.files import open_storage
-from shared.preemption import StopSignal
 from shared.run_folder import EXPORT, adapter_file
-from shared.store import shards
-from shared.view import read_view
+from shared.signals import StopSignal
 from tests.train import processes
-from train.checkpoint import load_checkpoint
+from train.checkpoint.files import load_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
 from train.metrics import read_metrics

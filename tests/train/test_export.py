@@ -12,7 +12,7 @@ from shared.config import Train
 from shared.errors import UsageError
 from tests import tiny
 from train.export import export_adapter, read_adapter
-from train.model import adapter_weights, add_adapter
+from train.transformer.load import adapter_weights, add_adapter
 
 
 @pytest.fixture

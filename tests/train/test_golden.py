@@ -13,19 +13,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from precompute.encoders import TextEncoder, VaeEncoder, load_tokenizer
-from precompute.pixels import to_clip
+from precompute.video.pixels import to_clip
 from shared.config import Config, Data, Model, Precompute, Train
-from shared.geometry import Bucket
-from shared.pretrained import pretrained_part, read_config
-from shared.variants import Conventions, read_conventions
-from train.conditioning import pad_front
-from train.data import Example
-from train.engine import Engine
-from train.forward import ModelInput
-from train.model import adapter_weights, load_adapter_weights, load_transformer
+from shared.model.conventions import Conventions, read_conventions
+from shared.model.geometry import Bucket
+from shared.model.pretrained import pretrained_part, read_config
+from train.data.conditioning import pad_front
+from train.data.dataset import Example
 from train.objective import NoiseSchedule, add_noise, read_schedule, velocity
 from train.optimizer import build_optimizer
 from train.step import accumulate_gradients, finish_gradients
+from train.transformer.engine import Engine
+from train.transformer.forward import ModelInput
+from train.transformer.load import adapter_weights, load_adapter_weights, load_transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PIPELINE = GOLDEN / "tiny-cogvideox"

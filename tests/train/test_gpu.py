@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.tiny import VARIANTS, build_transformer
-from tests.train.test_block import LEAN, PLANS
-from tests.train.test_forward import conventions_of, largest_difference, make_clips, run
-from train.engine import Plan, open_engine
-from train.forward import ModelInput, predict, predict_reference
+from tests.train.transformer.test_block import LEAN, PLANS
+from tests.train.transformer.test_forward import conventions_of, largest_difference, make_clips, run
+from train.transformer.engine import Plan, open_engine
+from train.transformer.forward import ModelInput, predict, predict_reference
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.cache.collection import shards
+from shared.cache.storage import open_storage
+from shared.cache.verify import verify
+from shared.cache.view import read_view
 from shared.config import Config
 from shared.errors import CacheError
-from shared.files import open_storage
-from shared.preemption import StopSignal
-from shared.store import shards
-from shared.verify import verify
-from shared.view import read_view
+from shared.signals import StopSignal
 from tests.train import processes
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint.files import load_checkpoint, save_checkpoint
 from train.loop import train
 from train.metrics import read_metrics
 

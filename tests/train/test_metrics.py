@@ -12,7 +12,7 @@ from PIL import Image
 
 from shared.config import Config
 from shared.errors import DataError
-from shared.preemption import StopSignal
+from shared.signals import StopSignal
 from train.curve import SIZE, draw_curve, ticks
 from train.loop import train
 from train.metrics import EMA_DECAY, Metrics, finish_metrics, read_metrics, smoothed

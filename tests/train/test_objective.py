@@ -10,17 +10,17 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from torch import Tensor
 
 from shared import seeding
+from shared.cache.collection import Collection
+from shared.cache.shard import Sample, write_shard
+from shared.cache.storage import LocalStorage
+from shared.cache.view import View, ViewRow
 from shared.config import Train
 from shared.errors import UsageError
-from shared.files import LocalStorage
 from shared.fingerprint import key_of
-from shared.geometry import Bucket, latent_shape
-from shared.shard import Sample, write_shard
-from shared.store import Collection
-from shared.variants import Conventions, read_conventions
-from shared.view import View, ViewRow
+from shared.model.conventions import Conventions, read_conventions
+from shared.model.geometry import Bucket, latent_shape
 from tests.tiny import TEXT_LENGTH, TEXT_WIDTH, build_scheduler, scheduler_config, transformer_config, vae_config
-from train.data import Dataset
+from train.data.dataset import Dataset
 from train.objective import NoiseSchedule, add_noise, clip_loss, read_schedule, schedule_from, velocity
 
 TIMESTEPS = range(1000)

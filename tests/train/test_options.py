@@ -16,15 +16,15 @@ from torch import nn
 
 from shared.config import Config, Train
 from shared.errors import CacheError, UsageError
-from shared.preemption import StopSignal
+from shared.signals import StopSignal
 from tests.train import test_optimizer
-from train.checkpoint import load_checkpoint
+from train.checkpoint.files import load_checkpoint
 from train.extras import averaged
-from train.learner import Learner, swapped
 from train.loop import train
 from train.metrics import read_metrics
 from train.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
 from train.run import open_run
+from train.state import Learner, swapped
 
 Settings = Callable[..., Config]
 EXTRAS = {"prodigy": "prodigyopt", "schedulefree": "schedulefree", "adamw8bit": "bitsandbytes"}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.cache.collection import shards
+from shared.cache.storage import open_storage
+from shared.cache.view import read_view
 from shared.config import Config
 from shared.errors import CacheError
-from shared.files import open_storage
-from shared.preemption import StopSignal
-from shared.store import shards
-from shared.view import read_view
+from shared.signals import StopSignal
 from tests import corpus, tiny
 from train.loop import train
 from train.metrics import read_metrics

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from shared.cache.storage import LocalStorage
+from shared.cache.view import read_view, write_view
 from shared.config import Config
 from shared.errors import CacheError, DataError
-from shared.files import LocalStorage
-from shared.view import read_view, write_view
 from tests.experiments import fill_cache, write_experiment
 from train.run import open_run
 

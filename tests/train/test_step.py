@@ -10,13 +10,13 @@ from torch import Tensor
 
 from shared.config import Train
 from tests.tiny import add_lora, build_transformer
-from tests.train.test_forward import conventions_of, make_clip, make_clips
+from tests.train.transformer.test_forward import conventions_of, make_clip, make_clips
 from train import step
-from train.data import Example
-from train.engine import Engine
-from train.forward import predict
+from train.data.dataset import Example
 from train.objective import clip_loss
 from train.step import accumulate_gradients, loss_scale, step_gradients
+from train.transformer.engine import Engine
+from train.transformer.forward import predict
 
 CLIPS_PER_STEP = 64
 

@@ -16,7 +16,7 @@ import pytest
 from shared.config import Config, save_config
 from shared.errors import CacheError, UsageError
 from shared.fingerprint import key_of
-from shared.preemption import StopSignal
+from shared.signals import StopSignal
 from tests import tiny
 from train.loop import train
 from train.metrics import read_metrics

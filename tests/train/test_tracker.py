@@ -13,7 +13,7 @@ from PIL import Image
 from sample.decode import decode
 from shared.config import Config, Sample
 from shared.errors import UsageError
-from shared.preemption import StopSignal
+from shared.signals import StopSignal
 from shared.tracker import wandb_options
 from tests import experiments
 from train.loop import train

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from shared.config import Config
 from shared.errors import UsageError
-from shared.geometry import Bucket
-from shared.preemption import StopSignal
+from shared.model.geometry import Bucket
+from shared.signals import StopSignal
 from tests.experiments import CAPTIONS, FRAMES, HEIGHT, WIDTH, fill_cache, write_experiment
 from tests.media import draw
 from tests.tiny import TEXT_LENGTH, VARIANTS
-from train.checkpoint import latest_checkpoint
+from train.checkpoint.files import latest_checkpoint
+from train.data.order import Draw
 from train.evaluate import QUANTILES, held_out_loss
 from train.loop import train
 from train.metrics import read_metrics
-from train.model import load_adapter_weights
-from train.order import Draw
 from train.run import Run, open_run
+from train.transformer.load import load_adapter_weights
 
 LORA = {
     "lora_rank": 32,

@@ -1,0 +1,1 @@
+"""The user's data set to checked rows."""

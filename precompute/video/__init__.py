@@ -1,0 +1,1 @@
+"""Video files to windows of frames."""

@@ -1,0 +1,1 @@
+"""The cache between the stages: format, reading, checking."""

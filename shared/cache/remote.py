@@ -1,0 +1,161 @@
+"""A cache behind fsspec (s3://, gs://, hf://, memory://): whole objects in, whole objects out.
+
+An object store shows an upload under its final name when it is complete, so there are no temporary names; where a
+torn file could be seen all the same, it has no receipt. Shards are fetched whole into a bounded local folder.
+"""
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.cache.storage import TEMPORARY, user_folder
+from shared.errors import CacheError, UsageError
+from shared.fingerprint import key_of
+
+UNSUITABLE = ("http", "https", "data", "zip", "tar", "filecache", "simplecache", "blockcache", "cached", "reference")
+"""fsspec protocols that cannot be written, or that cache on their own."""
+ABANDONED_SECONDS = 24 * 60 * 60.0
+"""Nobody fetches one shard for so long."""
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system and the root's path in it; raises `UsageError` naming what is missing."""
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    if "::" in url or protocol in UNSUITABLE:
+        raise UsageError(f"precompute.cache = {url!r}: give a folder or a plain URL that can be written, such as s3://")
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
+    except ImportError as error:
+        extra = "pip install 'precog[s3]'" if protocol in ("s3", "s3a") else str(error).splitlines()[0]
+        raise UsageError(f"precompute.cache = {url!r}: no driver for {protocol}:// is installed: {extra}") from None
+    except ValueError as error:
+        raise UsageError(f"precompute.cache = {url!r}: {error}") from None
+    return filesystem, root.rstrip("/")
+
+
+class RemoteStorage:
+    """A cache in an object store. Errors of the driver become `CacheError` in one line that names the object."""
+
+    def __init__(self, filesystem: Any, root: str, url: str, limit_bytes: int, local_folder: Path | None) -> None:
+        self._filesystem = filesystem
+        self._root = root
+        self._url = url.rstrip("/")
+        self._limit_bytes = limit_bytes
+        self._local = local_folder or user_folder()
+
+    def __str__(self) -> str:
+        return self._url
+
+    def path(self, name: str) -> Path:
+        """The local copy, made if it is not there; its name holds the object's version, so a new one is fetched."""
+        with self._driver(name, "cannot be fetched"):
+            version = key_of([self._url, name, self._filesystem.ukey(self._at(name))])
+            local = self._local / f"{version}{Path(name).suffix}"
+            if local.is_file():
+                os.utime(local)  # the least recently used go first
+                return local
+            self._local.mkdir(parents=True, exist_ok=True)
+            self._make_room(self._filesystem.size(self._at(name)) or 0)
+            temporary = local.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+            try:
+                self._filesystem.get_file(self._at(name), str(temporary))
+                temporary.replace(local)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return local
+
+    def names(self, folder: str, suffix: str) -> list[str]:
+        with self._driver(folder, "cannot be listed"):
+            try:
+                found = self._filesystem.find(self._at(folder))
+            except FileNotFoundError:
+                return []
+        names = (path.removeprefix(self._root).lstrip("/") for path in found)
+        return sorted(name for name in names if name.endswith(suffix))
+
+    def read(self, name: str, *, limit_bytes: int) -> bytes:
+        with self._driver(name, "cannot be read"):
+            if (self._filesystem.size(self._at(name)) or 0) > limit_bytes:
+                raise CacheError(f"{self}/{name}: larger than {limit_bytes} bytes, which no such file is")
+            content: bytes = self._filesystem.cat_file(self._at(name))
+        return content
+
+    def read_part(self, name: str, offset: int, length: int) -> bytes:
+        with self._driver(name, "cannot be read"):
+            content: bytes = self._filesystem.cat_file(self._at(name), start=offset, end=offset + length)
+            if len(content) != length:
+                raise CacheError(f"{self}/{name}: ends before byte {offset + length}")
+        return content
+
+    def exists(self, name: str) -> bool:
+        return self.size(name) is not None
+
+    def size(self, name: str) -> int | None:
+        with self._driver(name, "cannot be looked up"):
+            try:
+                size: int | None = self._filesystem.size(self._at(name))
+            except FileNotFoundError:
+                return None
+        return size
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def copies_bytes(self) -> int | None:
+        return self._limit_bytes
+
+    def set_aside(self, name: str) -> None:
+        if self.exists(name):
+            with self._driver(name, "cannot be renamed"):
+                self._filesystem.mv(self._at(name), self._at(f"{name}.damaged"))
+
+    def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
+        with self._driver(name, "cannot be written"):
+            if replace:
+                self._filesystem.pipe_file(self._at(name), content)
+                return True
+            try:
+                self._filesystem.pipe_file(self._at(name), content, mode="create")
+            except FileExistsError:
+                return False
+            except NotImplementedError:  # equal names hold equal bytes, so the race of look and write is harmless
+                if self.exists(name):
+                    return False
+                self._filesystem.pipe_file(self._at(name), content)
+        return True
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    @contextlib.contextmanager
+    def _driver(self, name: str, what: str) -> Iterator[None]:
+        try:
+            yield
+        except CacheError:
+            raise
+        except Exception as error:  # drivers raise whatever the libraries below them raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CacheError(f"{self}/{name}: {what} ({reason}); the same command goes on from here") from error
+
+    def _make_room(self, size: int) -> None:
+        """Delete the least recently used copies until `size` fits; a mapped copy lives on until it is let go."""
+        for path in self._local.glob(f"{TEMPORARY}*"):  # of a process that was killed while it fetched
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                    path.unlink()
+        copies = []
+        for path in self._local.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+                copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        total = sum(copy_size for _, copy_size, _ in copies)
+        for _, copy_size, path in sorted(copies):
+            if total + size <= self._limit_bytes:
+                return
+            path.unlink(missing_ok=True)
+            total -= copy_size

@@ -1,0 +1,769 @@
+"""Sources: the layouts, what is refused and how it is said, and names that try to leave the data root."""
+
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from precompute.sources.paths import escaped, resolve_inside
+from precompute.sources.rows import MAX_CAPTION_BYTES, Caption, Source, read_sources
+from precompute.sources.tables import MAX_JSON_LINE_BYTES
+from shared.config import Data
+from shared.errors import DataError, PrecogError, UsageError
+
+_opened: list[str] | None = None
+
+
+def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    if _opened is not None and event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], str | bytes):
+        _opened.append(os.fsdecode(arguments[0]))
+    elif _opened is not None and event in ("os.system", "subprocess.Popen", "socket.connect", "socket.getaddrinfo"):
+        _opened.append(event)
+
+
+sys.addaudithook(_note_opened)
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """Everything this process opens, lists, runs or connects to during the test."""
+    global _opened
+    _opened = []
+    yield _opened
+    _opened = None
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "root"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.mp4", "b.mp4", "sub/c.mp4"):
+        (folder / name).write_bytes(b"video")
+    return folder
+
+
+def read(root: Path, **settings_: Any) -> list[Source]:
+    return read_sources(Data.model_validate({"name": "test", "instance_data_root": root, **settings_}))
+
+
+def refusal(root: Path, **settings_: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        read(root, **settings_)
+    message = str(caught.value)
+    assert message.isprintable(), "one line, nothing that moves the cursor or turns the text"
+    return message
+
+
+def write_table(root: Path, content: str | bytes, name: str = "metadata.csv") -> str:
+    table = root.parent / name
+    table.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(table)
+
+
+def read_table(root: Path, content: str | bytes, name: str = "metadata.csv", **settings_: Any) -> list[Source]:
+    return read(root, dataset_name=write_table(root, content, name), **settings_)
+
+
+def table_refusal(root: Path, content: str | bytes, name: str = "metadata.csv", **settings_: Any) -> str:
+    return refusal(root, dataset_name=write_table(root, content, name), **settings_)
+
+
+def jsonl(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_parquet(root: Path, columns: dict[str, Any], name: str = "metadata.parquet") -> str:
+    pq.write_table(pa.table(columns), root.parent / name)
+    return str(root.parent / name)
+
+
+# Two text files
+
+
+TEXT_FILES = {"caption_column": "prompts.txt", "video_column": "videos.txt"}
+
+
+def test_two_text_files_pair_their_lines_whatever_the_line_ends_and_blank_lines(root):
+    (root / "prompts.txt").write_bytes("\ufeff  a grey cat \r\n\r\nein Hündchen\r\n".encode())
+    (root / "videos.txt").write_bytes(b"a.mp4\n\n\nsub/c.mp4  \n\n")
+    assert read(root, **TEXT_FILES) == [
+        Source(
+            root / "a.mp4", "a.mp4", (Caption("a grey cat", 1.0),), None, None, "videos.txt line 1, prompts.txt line 1"
+        ),
+        Source(
+            root / "sub/c.mp4",
+            "sub/c.mp4",
+            (Caption("ein Hündchen", 1.0),),
+            None,
+            None,
+            "videos.txt line 4, prompts.txt line 3",
+        ),
+    ]
+
+
+def test_a_count_mismatch_names_both_counts(root):
+    (root / "prompts.txt").write_text("one\ntwo\nthree\n")
+    (root / "videos.txt").write_text("a.mp4\nb.mp4\n")
+    assert refusal(root, **TEXT_FILES) == (
+        "prompts.txt has 3 captions, videos.txt has 2 videos; each needs one line per clip"
+    )
+
+
+def test_one_text_file_without_the_other_is_an_error(root):
+    (root / "prompts.txt").write_text("one\n")
+    assert refusal(root, **TEXT_FILES) == "'prompts.txt' is in the data root, 'videos.txt' is not"
+
+
+def test_a_missing_video_names_its_row_and_path(root):
+    (root / "prompts.txt").write_text("one\ntwo\n")
+    (root / "videos.txt").write_text("a.mp4\nnone.mp4\n")
+    assert refusal(root, **TEXT_FILES) == ("videos.txt line 2, prompts.txt line 2: no file 'none.mp4' in the data root")
+
+
+def test_a_text_file_that_links_out_of_the_root_is_not_read(root, opened):
+    (root.parent / "secret.txt").write_text("secret\n")
+    (root / "prompts.txt").symlink_to(root.parent / "secret.txt")
+    (root / "videos.txt").write_text("a.mp4\n")
+    opened.clear()
+    assert refusal(root, **TEXT_FILES) == "path 'prompts.txt' is a link that leaves the data root"
+    assert opened == []
+
+
+def test_the_first_five_problems_are_told_and_the_rest_counted(root):
+    (root / "prompts.txt").write_text("text\n" * 8)
+    (root / "videos.txt").write_text("".join(f"no{i}.mp4\n" for i in range(8)))
+    message = refusal(root, **TEXT_FILES)
+    assert [f"'no{i}.mp4'" in message for i in range(8)] == [True] * 5 + [False] * 3
+    assert message.endswith("; and 3 more")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"fine\n\xff\xfebad\n", "prompts.txt line 2: not UTF-8"),
+        (b"one\ntwo\nth\x00ree\n", "prompts.txt line 3: a NUL character; is this UTF-8 text?"),
+        ("caf\u00e9".encode("latin-1"), "prompts.txt line 1: not UTF-8"),
+        ("text\n".encode("utf-16"), "prompts.txt line 1: a NUL character; is this UTF-8 text?"),
+        (b"\xed\xa0\x80", "prompts.txt line 1: not UTF-8"),
+    ],
+)
+def test_bad_text_names_the_file_and_line(root, content, expected):
+    (root / "prompts.txt").write_bytes(content)
+    (root / "videos.txt").write_text("a.mp4\n")
+    assert refusal(root, **TEXT_FILES) == expected
+
+
+# A folder
+
+
+def test_a_folder_pairs_videos_with_text_files_at_any_depth_in_order(root):
+    (root / "b.TXT").write_text("\n two\nlines \r\n")
+    (root / "a.txt").write_text("\ufeffone")
+    (root / "sub/c.txt").write_text("three")
+    (root / "notes.json").write_text("{}")
+    (root / "._a.mp4").write_text("a hidden file")
+    (root / ".git").mkdir()
+    (root / ".git/x.mp4").write_text("a file in a hidden folder")
+    sources = read(root)
+    assert [(s.name, s.captions[0].text, s.where) for s in sources] == [
+        ("a.mp4", "one", "a.mp4"),
+        ("b.mp4", "two lines", "b.mp4"),
+        ("sub/c.mp4", "three", "sub/c.mp4"),
+    ]
+    assert [s.path for s in sources] == [root / s.name for s in sources]
+
+
+def test_equal_names_in_two_folders_are_two_clips(root):
+    (root / "b.mp4").unlink()
+    (root / "sub/a.mp4").write_text("another video")
+    for name, text in (("a.txt", "one"), ("sub/a.txt", "another"), ("sub/c.txt", "three")):
+        (root / name).write_text(text)
+    found = [(source.name, source.captions[0].text) for source in read(root)]
+    assert found == [("a.mp4", "one"), ("sub/a.mp4", "another"), ("sub/c.mp4", "three")]
+
+
+def test_a_folder_names_videos_and_texts_that_stand_alone_or_in_threes(root):
+    (root / "a.txt").write_text("one")
+    (root / "a.mov").write_text("a second video")
+    (root / "sub/c.txt").write_text("  \n\n")
+    (root / "sub/README.txt").write_text("no video")
+    message = refusal(root)
+    assert "'a.txt' has 2 videos beside it: 'a.mov', 'a.mp4'" in message
+    assert "'b.mp4' has no text file 'b.txt' beside it" in message
+    assert "sub/c.txt: the text file is empty; write a caption" in message
+    assert "'sub/README.txt' has no video beside it" in message
+    assert message.count(";") == 4
+
+
+def test_two_text_files_for_one_video_are_an_error(root):
+    for name in ("a.txt", "a.TXT", "b.txt", "sub/c.txt"):
+        (root / name).write_text("one")
+    assert refusal(root) == "'a.TXT' and 'a.txt' caption the same video"
+
+
+def test_a_folder_without_videos_says_what_was_looked_for(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    message = refusal(tmp_path, **TEXT_FILES)
+    assert message.endswith("has neither text files 'prompts.txt' and 'videos.txt' nor videos with a .txt beside each")
+
+
+def test_a_linked_folder_is_not_silently_left_out(root):
+    (root / "more").symlink_to(root / "sub")
+    assert "'more' is a link to a folder: not followed" in refusal(root)
+
+
+def test_a_folders_text_files_obey_the_path_rule_too(root, opened):
+    (root.parent / "secret.txt").write_text("secret")
+    (root / "a.txt").symlink_to(root.parent / "secret.txt")
+    os.mkfifo(root / "b.txt")
+    (root / "sub/c.txt").write_bytes(b"x" * 100_000)
+    opened.clear()
+    message = refusal(root)
+    assert "a.txt: path 'a.txt' is a link that leaves the data root" in message
+    assert "b.txt: path 'b.txt' is a named pipe, not a file" in message
+    assert "sub/c.txt: 100,000 bytes are no caption; the limit is 16,384" in message
+    assert all(path == str(root) or path.startswith(f"{root}/sub") for path in opened)
+
+
+def test_a_missing_root_is_said(tmp_path):
+    assert refusal(tmp_path / "nowhere").endswith("nowhere' is not a folder")
+
+
+# Tables
+
+
+def test_csv_takes_chosen_columns_quotes_windows_line_ends_and_seconds(root):
+    content = (
+        "\ufefffile,start_seconds,words,other,end_seconds\r\n"
+        'a.mp4,,"a ""big"", grey\ncat",1,\r\n'
+        "\r\n"
+        "sub/c.mp4,0.5,,2,2\r\n"
+    )
+    sources = read_table(root, content, caption_column="words", video_column="file")
+    assert sources == [
+        Source(root / "a.mp4", "a.mp4", (Caption('a "big", grey\ncat', 1.0),), None, None, "metadata.csv row 2"),
+        Source(root / "sub/c.mp4", "sub/c.mp4", (Caption("", 1.0),), 0.5, 2.0, "metadata.csv row 4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "metadata.csv is empty; its first line names the columns"),
+        ("video,caption\na.mp4,x\n", "metadata.csv has no column 'text'; there are 'video', 'caption'"),
+        ("vidoe,text\na.mp4,x\n", "metadata.csv has no column 'video'; there are 'vidoe', 'text'"),
+        ("video;text\na.mp4;x\n", "metadata.csv has no column 'text'; there are 'video;text'"),
+        ("video,text,text\na.mp4,x,y\n", "metadata.csv has 2 columns 'text'"),
+        ("video,text\na.mp4,x,y\n", "metadata.csv row 2 (line 2): 3 fields, the header has 2"),
+        (
+            'video,text\na.mp4,"x\ny"\nb.mp4,"open\na.mp4,z\n',
+            "metadata.csv row 3 (line 4): a quote is opened and never closed",
+        ),
+        ('video,text\na.mp4,"x"y\n', "metadata.csv row 2 (line 2): ',' expected after '\"'"),
+        (
+            f"video,text\na.mp4,{'x' * 131_073}\n",
+            "metadata.csv row 2 (line 2): field larger than field limit (131072)",
+        ),
+        ("video,text\na.mp4,x\nb.mp4,y\0\n", "metadata.csv line 3: a NUL character; is this UTF-8 text?"),
+        (b"video,text\na.mp4,x\xc3\n", "metadata.csv line 2: not UTF-8"),
+        ("video,text\n,x\n", "metadata.csv row 2: the video's path is empty"),
+        (
+            f"video,text\na.mp4,{'x' * 16_385}\n",
+            "metadata.csv row 2: the caption has 16,385 bytes; the limit is 16,384",
+        ),
+        ("video,text\n", "has no rows"),
+        (
+            "video,text,start_seconds\na.mp4,x,soon\n",
+            "metadata.csv row 2: start_seconds is 'soon', not a number",
+        ),
+        ("video,text,start_seconds\na.mp4,x,nan\n", "metadata.csv row 2: start_seconds is not a finite number"),
+        (
+            "video,text,start_seconds\na.mp4,x,-1\n",
+            "metadata.csv row 2: start_seconds is -1; it counts from the video's first frame",
+        ),
+        (
+            "video,text,start_seconds,end_seconds\na.mp4,x,2,2\n",
+            "metadata.csv row 2: end_seconds is 2, not after the start at 2",
+        ),
+        ("video,text,end_seconds\na.mp4,x,0\n", "metadata.csv row 2: end_seconds is 0, not after the start at 0"),
+    ],
+)
+def test_a_bad_csv_names_the_file_and_row(root, content, expected):
+    assert table_refusal(root, content).endswith(expected)
+
+
+def test_a_csvs_path_may_have_space_around_it(root):
+    assert read_table(root, "video,text\n a.mp4 ,one\n")[0].name == "a.mp4"
+
+
+def test_only_a_line_feed_ends_a_line_of_json(root):
+    text = "one\u2028two\x85three"
+    rows = [json.dumps({"video": name, "text": text}, ensure_ascii=False) for name in ("a.mp4", "b.mp4")]
+    found = read_table(root, "\n".join(rows), "metadata.jsonl")
+    assert [(source.captions[0].text, source.where) for source in found] == [
+        (text, "metadata.jsonl row 1"),
+        (text, "metadata.jsonl row 2"),
+    ]
+
+
+def test_a_table_larger_than_any_is_refused_before_it_is_read(root, monkeypatch):
+    monkeypatch.setattr("precompute.sources.tables.MAX_TEXT_FILE_BYTES", 20)
+    assert table_refusal(root, "video,text\na.mp4,x\n\n\n") == "metadata.csv has more than 20 bytes"
+
+
+def test_jsonl_takes_weighted_captions_and_seconds(root):
+    content = jsonl(
+        {"video": "a.mp4", "text": " plain "},
+        {"video": "a.mp4", "text": ["one", "two"], "start_seconds": 1, "end_seconds": 2.5, "more": {"a": [1]}},
+    ) + jsonl({"video": "b.mp4", "text": [{"text": "three", "weight": 2}, {"text": "", "weight": 0.5}, "five"]})
+    plain, timed, weighted = read_table(root, content.replace("\n", "\r\n\r\n"), "clips.JSONL")
+    assert plain.captions == (Caption("plain", 1.0),)
+    assert timed.captions == (Caption("one", 1.0), Caption("two", 1.0))
+    assert (timed.start_seconds, timed.end_seconds) == (1.0, 2.5)
+    assert weighted.captions == (Caption("three", 2.0), Caption("", 0.5), Caption("five", 1.0))
+    assert [s.where for s in (plain, timed, weighted)] == [f"clips.JSONL row {row}" for row in (1, 3, 5)]
+
+
+CAPTION_FAULTS = [
+    (None, "the caption is missing, not text"),
+    (7, "the caption is of type int, not text"),
+    ([], "the list of captions is empty"),
+    ([["x"]], "the caption is of type list, not text"),
+    ("a\0b", "the caption has a NUL character"),
+    ("\ud800", "the caption has half a surrogate pair, which is not Unicode text"),
+    ("é" * 8193, "the caption has 16,386 bytes; the limit is 16,384"),
+    ([{"txet": "x"}], "a caption has a field 'txet'; there are 'text' and 'weight'"),
+    ([{"weight": 1}], "the caption is missing, not text"),
+    ([{"text": "x", "weight": 0}], "a caption's weight is 0; it must be above 0"),
+    ([{"text": "x", "weight": -1}], "a caption's weight is -1; it must be above 0"),
+    ([{"text": "x", "weight": True}], "a caption's weight is 'True', not a number"),
+    ([{"text": "x", "weight": "2"}], "a caption's weight is '2', not a number"),
+    ([{"text": "x", "weight": 10**400}], "a caption's weight is not a finite number"),
+]
+
+
+@pytest.mark.parametrize(("caption", "expected"), CAPTION_FAULTS)
+def test_a_bad_caption_names_its_row(root, caption, expected):
+    good = {"video": "a.mp4", "text": "fine"}
+    message = table_refusal(root, jsonl(good, {"video": "a.mp4", "text": caption}), "clips.jsonl")
+    assert message == f"clips.jsonl row 2: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"video": "a.mp4"}', "the object has no column 'text'; there are 'video'"),
+        ("{}", "the object has no column 'text'; there are none"),
+        ("[1]", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ('{"video": "a.mp4", "text": "x"', "not JSON at column 31: Expecting ',' delimiter"),
+        ('{"video": "a.mp4", "text": "x\ty"}', "not JSON at column 30: Invalid control character at"),
+        ('{"video": "a.mp4", "text": "x", "end_seconds": NaN}', "NaN is not a JSON number"),
+        ('{"video": "a.mp4", "text": "x", "end_seconds": 1e999}', "end_seconds is not a finite number"),
+        ('{"video": "a.mp4", "text": "x", "end_seconds": "2"}', "end_seconds is '2', not a number"),
+        ('{"video": "a.mp4", "text": "x", "text": "y"}', "field 'text' is there twice"),
+        ('{"video": "a.mp4", "text": "x", "more": ' + "[" * 32 + "]" * 32 + "}", "nested deeper than 32"),
+        ("[" * 500_000, "nested deeper than 32"),
+        ('"' + '\\"' * 400_000 + "[" * 33, "not JSON at column 1: Unterminated string starting at"),
+        ("1" * 5000, "not JSON: Exceeds the limit (4300 digits) for integer string conversion"),
+        ('"' + "x" * MAX_JSON_LINE_BYTES + '"', "the line has more than 1,048,576 bytes"),
+        ('{"video": "\\u0000a.mp4", "text": "x"}', "the video's path has a NUL character"),
+        ('{"video": ["a.mp4"], "text": "x"}', "the video's path is of type list, not text"),
+        ('{"video": null, "text": "x"}', "the video's path is missing, not text"),
+    ],
+)
+def test_a_bad_jsonl_line_names_its_row(root, line, expected):
+    message = table_refusal(root, jsonl({"video": "a.mp4", "text": "fine"}) + line + "\n", "clips.jsonl")
+    assert message.startswith(f"clips.jsonl row 2: {expected}")
+
+
+def test_deep_brackets_inside_a_caption_are_only_text(root):
+    text = "[{" * 100 + '"\\'
+    [source] = read_table(root, jsonl({"video": "a.mp4", "text": text}), "clips.jsonl")
+    assert source.captions[0].text == text
+
+
+def test_parquet_takes_texts_lists_and_weighted_structs(root):
+    table = write_parquet(
+        root,
+        {"video": ["a.mp4", "b.mp4"], "text": ["one", ""], "start_seconds": [None, 0.5], "other": [b"\xff", b""]},
+    )
+    sources = read(root, dataset_name=table)
+    assert [(s.captions[0].text, s.start_seconds, s.where) for s in sources] == [
+        ("one", None, "metadata.parquet row 1"),
+        ("", 0.5, "metadata.parquet row 2"),
+    ]
+    table = write_parquet(root, {"video": ["a.mp4"], "text": [["one", "two"]]})
+    assert read(root, dataset_name=table)[0].captions == (Caption("one", 1.0), Caption("two", 1.0))
+    table = write_parquet(root, {"video": ["a.mp4"], "text": [[{"text": "one", "weight": 3}, {"text": "two"}]]})
+    assert read(root, dataset_name=table)[0].captions == (Caption("one", 3.0), Caption("two", 1.0))
+
+
+def test_a_bad_parquet_names_the_file_and_row(root):
+    assert table_refusal(root, b"PAR1 but not really PAR1", "x.parquet").startswith("x.parquet after row 0: not a rea")
+    table = write_parquet(root, {"video": ["a.mp4"], "caption": ["x"]})
+    assert refusal(root, dataset_name=table) == ("metadata.parquet has no column 'text'; there are 'video', 'caption'")
+    table = write_parquet(root, {"video": ["a.mp4"] * 3, "text": ["x", None, "y"]})
+    assert refusal(root, dataset_name=table) == "metadata.parquet row 2: the caption is missing, not text"
+    table = write_parquet(root, {"video": ["a.mp4"], "text": [b"x"]})
+    assert refusal(root, dataset_name=table) == "metadata.parquet row 1: the caption is of type bytes, not text"
+    bad = pa.array([b"fine", b"\xff"]).view(pa.string())
+    table = write_parquet(root, {"video": ["a.mp4"] * 2, "text": bad})
+    assert refusal(root, dataset_name=table) == "metadata.parquet row 2: not UTF-8"
+
+
+def test_id_token_stands_before_every_caption_with_one_space(root):
+    content = jsonl({"video": "a.mp4", "text": ["  one", ""]})
+    for id_token in ("TOKEN", " TOKEN "):
+        [source] = read_table(root, content, "clips.jsonl", id_token=id_token)
+        assert [caption.text for caption in source.captions] == ["TOKEN one", "TOKEN"]
+
+
+def test_a_table_that_is_not_there_or_lies_in_the_root_is_said(root):
+    (root / "metadata.csv").write_text("video,text\n")
+    message = refusal(root, dataset_name="metadata.csv")
+    assert message == f"dataset_name 'metadata.csv' is not a file; there is '{escaped(str(root / 'metadata.csv'))}'"
+    assert refusal(root, dataset_name="other.jsonl") == "dataset_name 'other.jsonl' is not a file"
+    assert refusal(root, dataset_name="x" * 300).endswith("cannot be read: File name too long")
+    os.mkfifo(root / "pipe.csv")
+    assert refusal(root, dataset_name=str(root / "pipe.csv")).endswith("pipe.csv' is not a file")
+
+
+def test_a_data_set_configuration_is_refused_where_it_means_nothing(root):
+    with pytest.raises(UsageError, match="dataset_config_name"):
+        read_table(root, "video,text\na.mp4,x\n", dataset_config_name="en")
+
+
+# datasets.load_dataset
+
+
+@pytest.fixture
+def offline_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    import datasets
+
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    return folder
+
+
+def test_a_folder_of_tables_goes_through_load_dataset_by_column_names(root, offline_datasets):
+    rows = [{"file": "a.mp4", "words": ["one", "two"], "end_seconds": 2.0}, {"file": "sub/c.mp4", "words": ["three"]}]
+    (offline_datasets / "train.jsonl").write_text(jsonl(*rows))
+    first, second = read(root, dataset_name=str(offline_datasets), caption_column="words", video_column="file")
+    assert first.captions == (Caption("one", 1.0), Caption("two", 1.0))
+    assert (first.name, first.end_seconds, first.where) == ("a.mp4", 2.0, "tables row 1")
+    assert (second.name, second.end_seconds, second.where) == ("sub/c.mp4", None, "tables row 2")
+    assert refusal(root, dataset_name=str(offline_datasets), caption_column="word", video_column="file").endswith(
+        "has no column 'word'; there are 'words', 'end_seconds', 'file'"
+    )
+
+
+def test_a_configuration_chooses_the_files_load_dataset_reads(root, offline_datasets):
+    card = "---\nconfigs:\n- config_name: one\n  data_files: one.csv\n- config_name: two\n  data_files: two.csv\n---\n"
+    (offline_datasets / "README.md").write_text(card)
+    for name in ("one", "two"):
+        (offline_datasets / f"{name}.csv").write_text(f"video,text\na.mp4,{name}\n")
+    for name in ("one", "two"):
+        [source] = read(root, dataset_name=str(offline_datasets), dataset_config_name=name)
+        assert source.captions[0].text == name
+
+
+def test_a_column_of_embedded_videos_is_said_to_be_no_paths(root, offline_datasets):
+    import datasets
+
+    features = datasets.Features({"video": datasets.Video(decode=False), "text": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"video": [{"path": "a.mp4", "bytes": b"x"}], "text": ["x"]}, features=features)
+    rows.to_parquet(offline_datasets / "train.parquet")
+    assert refusal(root, dataset_name=str(offline_datasets)).endswith(
+        "column 'video' holds Video data; it must hold paths relative to instance_data_root"
+    )
+
+
+def test_a_folder_that_holds_videos_too_is_said_to_be_the_trouble(root):
+    (root / "metadata.csv").write_text("video,text\na.mp4,x\n")
+    message = refusal(root, dataset_name=str(root))
+    assert "holds videos too ('a.mp4')" in message
+    assert message.endswith(f"set dataset_name to the table, '{escaped(str(root / 'metadata.csv'))}'")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("http://localhost/x", "hf://datasets/x/y", "/no/such/folder", "../up", "a/b/c", "x y", "~/x", "a\nb"),
+        *("csv", "json", "text", "parquet", "videofolder"),  # would read the working directory
+    ],
+)
+def test_what_is_no_hub_name_is_not_looked_up(root, name, opened):
+    assert refusal(root, dataset_name=name).endswith("no folder and no hub name")
+    assert opened == []
+
+
+def test_what_load_dataset_raises_becomes_one_line(root, offline_datasets):
+    assert "datasets.load_dataset fails: " in refusal(root, dataset_name=str(offline_datasets))
+    (offline_datasets / "train.csv").write_text("video,text\na.mp4,None\n")
+    assert refusal(root, dataset_name=str(offline_datasets)) == "tables row 1: the caption is missing, not text"
+    (offline_datasets / "train-more.csv").write_text("video,words\na.mp4,None\n")
+    assert "words: double vs video: large_string text: double" in refusal(root, dataset_name=str(offline_datasets))
+
+
+# Names that try to leave the root
+
+
+@pytest.fixture
+def trapped(root: Path) -> Iterator[Path]:
+    outside = root.parent / "outside"
+    outside.mkdir()
+    (outside / "secret.mp4").write_bytes(b"secret")
+    (root / "inside.mp4").symlink_to("a.mp4")
+    (root / "inside").symlink_to("sub")
+    (root / "absolute.mp4").symlink_to(root / "a.mp4")
+    (root / "out.mp4").symlink_to(outside / "secret.mp4")
+    (root / "relative-out.mp4").symlink_to("../outside/secret.mp4")
+    (root / "twice-out.mp4").symlink_to("out.mp4")
+    (root / "out").symlink_to(outside)
+    (root / "dangling.mp4").symlink_to("gone.mp4")
+    (root / "dangling-out.mp4").symlink_to(outside / "gone.mp4")
+    (root / "sibling.mp4").symlink_to(f"{root}-2/a.mp4")
+    (root / "loop.mp4").symlink_to("loop.mp4")
+    (root / "zero.mp4").symlink_to("/dev/zero")
+    (root / "stdin.mp4").symlink_to("/proc/self/fd/0")
+    (root / "folder.mp4").mkdir()
+    os.mkfifo(root / "pipe.mp4")
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = Path.cwd()
+        os.chdir(root)  # a socket's path is short
+        listener.bind("socket.mp4")
+        os.chdir(here)
+        yield root
+
+
+ATTACKS = {
+    "..": "has '..'",
+    "../outside/secret.mp4": "has '..'",
+    "sub/../../outside/secret.mp4": "has '..'",
+    "sub/../a.mp4": "has '..'",
+    "./../outside/secret.mp4": "has '..'",
+    "sub/..": "has '..'",
+    "out/../outside/secret.mp4": "has '..'",
+    "/etc/passwd": "absolute",
+    "//server/share/a.mp4": "absolute",
+    "/": "absolute",
+    "/proc/self/environ": "absolute",
+    "/dev/zero": "absolute",
+    "\\\\server\\share\\a.mp4": "backslash",
+    "..\\outside\\secret.mp4": "backslash",
+    "sub\\c.mp4": "backslash",
+    "\\\\?\\C:\\a.mp4": "backslash",
+    "C:/a.mp4": "drive letter",
+    "c:a.mp4": "drive letter",
+    "http://localhost/a.mp4": "URL scheme",
+    "https://localhost/a.mp4": "URL scheme",
+    "HTTP://localhost/a.mp4": "URL scheme",
+    "pipe:0": "URL scheme",
+    "pipe:cat /etc/passwd": "URL scheme",
+    "file:///etc/passwd": "URL scheme",
+    "file:a.mp4": "URL scheme",
+    "concat:a.mp4|b.mp4": "URL scheme",
+    "data:video/mp4;base64,AAAA": "URL scheme",
+    "s3://bucket/a.mp4": "URL scheme",
+    "hf://datasets/x/a.mp4": "URL scheme",
+    "crypto+file:a.mp4": "URL scheme",
+    "subfile,,start,0,end,9,,:/etc/passwd": "no file",
+    "~/a.mp4": "no file",
+    "~root/a.mp4": "no file",
+    "$HOME/a.mp4": "no file",
+    "%2e%2e/outside/secret.mp4": "no file",
+    "‥/outside/secret.mp4": "no file",
+    "\uff0e\uff0e/outside/secret.mp4": "no file",
+    "| cat /etc/passwd": "no file",
+    "-i": "no file",
+    "*.mp4": "no file",
+    "a.mp4/x": "Not a directory",
+    "a.mp4\0.jpg": "control character",
+    "\0": "control character",
+    "a\n.mp4": "control character",
+    "\x1b[2Ja.mp4": "control character",
+    "a\x85.mp4": "control character",
+    "\ud800.mp4": "not Unicode",
+    "a\u202e4pm.exe": "\\u202e4pm",
+    "": "empty",
+    " ": "empty",
+    ".": "a folder",
+    "./": "a folder",
+    "folder.mp4": "a folder",
+    "sub/": "a folder",
+    "inside": "a folder",
+    "pipe.mp4": "a named pipe",
+    "socket.mp4": "a socket",
+    "loop.mp4": "leads to itself",
+    "out": "leaves the data root",
+    "out.mp4": "leaves the data root",
+    "out/secret.mp4": "leaves the data root",
+    "./out/./secret.mp4": "leaves the data root",
+    "out/gone.mp4": "leaves the data root",
+    "relative-out.mp4": "leaves the data root",
+    "twice-out.mp4": "leaves the data root",
+    "dangling-out.mp4": "leaves the data root",
+    "sibling.mp4": "leaves the data root",
+    "zero.mp4": "leaves the data root",
+    "stdin.mp4": "leaves the data root",
+    "dangling.mp4": "no file",
+    "x" * 5000: "too long",
+    "x/" * 5000: "too long",
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS, ids=lambda name: ascii(name[:40]))
+def test_a_name_that_leaves_the_root_or_is_no_file_is_refused_and_nothing_is_opened(trapped, name, opened):
+    with pytest.raises(DataError) as caught:
+        resolve_inside(trapped, name)
+    assert ATTACKS[name] in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+    table = write_table(trapped, jsonl({"video": name, "text": "x"}), "clips.jsonl")
+    opened.clear()
+    assert refusal(trapped, dataset_name=table).startswith("clips.jsonl row 1: ")
+    assert opened == [table]
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("a.mp4", "a.mp4"),
+        ("./a.mp4", "a.mp4"),
+        ("sub//c.mp4", "sub/c.mp4"),
+        ("inside.mp4", "a.mp4"),
+        ("absolute.mp4", "a.mp4"),
+        ("inside/c.mp4", "sub/c.mp4"),
+        ("12:30 take.mp4", "12:30 take.mp4"),
+        ("..a.mp4", "..a.mp4"),
+        ("a b.mp4", "a b.mp4"),
+        ("猫 \u200d.mp4", "猫 \u200d.mp4"),
+    ],
+)
+def test_plain_names_and_links_inside_the_root_are_fine(trapped, name, target):
+    (trapped / target).touch()
+    [source] = read_table(trapped, jsonl({"video": name, "text": "x"}), "clips.jsonl")
+    assert source.path == trapped / target
+    assert not source.path.is_symlink()
+    assert source.name == Path(name).as_posix()
+
+
+def test_the_root_itself_may_be_a_link_or_relative(root, monkeypatch):
+    (root.parent / "link").symlink_to(root)
+    monkeypatch.chdir(root.parent)
+    [source] = read_table(Path("link"), "video,text\na.mp4,x\n")
+    assert source.path == root / "a.mp4"
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(["..", ".", "", "out", "inside", "sub", "c.mp4", "a.mp4", "~", "\\", "C:", "\0"])))
+def test_no_combination_of_parts_leaves_the_root(trapped, parts):
+    try:
+        path = resolve_inside(trapped, "/".join(parts))
+    except DataError:
+        return
+    assert path in (trapped / "a.mp4", trapped / "sub/c.mp4")
+
+
+# Malformed input of every kind
+
+
+def only_project_errors(name: str, content: bytes, **settings_: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "root")
+        root.mkdir()
+        (root / "a.mp4").touch()
+        table = Path(folder, name)
+        table.write_bytes(content)
+        try:
+            sources = read(root, dataset_name=str(table), **settings_)
+        except PrecogError as error:
+            assert str(error).isprintable()
+            assert name in str(error)
+        else:
+            assert all(len(c.text.encode()) <= MAX_CAPTION_BYTES for s in sources for c in s.captions)
+            assert {source.path for source in sources} == {root.resolve() / "a.mp4"}
+
+
+CSV_PARTS = [
+    "video,text\n",
+    "a.mp4",
+    ",",
+    '"',
+    "\n",
+    "\r\n",
+    "\r",
+    "x",
+    "\0",
+    "é",
+    "start_seconds",
+    "1e9",
+    "-1",
+    "\ufeff",
+]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.sampled_from(CSV_PARTS), max_size=30).map("".join), st.binary(max_size=3))
+def test_any_csv_gives_sources_or_one_project_error(text, tail):
+    only_project_errors("t.csv", b"video,text,start_seconds\n" + text.encode() + tail)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("a.mp4"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "weight", "x"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(["video", "text", "start_seconds", "end_seconds"]), json_values), max_size=3
+    )
+)
+def test_any_jsonl_rows_give_sources_or_one_project_error(rows):
+    only_project_errors("t.jsonl", jsonl(*rows).encode())
+
+
+@settings(max_examples=100)
+@given(st.binary(max_size=60), st.integers(0, 34))
+def test_any_bytes_give_sources_or_one_project_error(noise, cut):
+    good = b'{"video": "a.mp4", "text": "x"}\n'
+    only_project_errors("t.jsonl", good[:cut] + noise + good[cut:])
+    only_project_errors("t.csv", b"video,text\n" + noise)
+    only_project_errors("t.parquet", noise)
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4), st.booleans()
+)
+def test_a_mutated_parquet_gives_sources_or_one_project_error(mutations, truncate):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"video": ["a.mp4"] * 50, "text": ["x"] * 50, "start_seconds": [0.5] * 50}), sink)
+    content = bytearray(sink.getvalue().to_pybytes())
+    for place, byte in mutations:
+        content[int(place * len(content))] = byte
+    only_project_errors("t.parquet", bytes(content[: -mutations[0][1]] if truncate else content))
+
+
+@pytest.mark.parametrize("text", ["a\x1b[31m", "a\u202eb", "\r\n", "\ud800", "x" * 1000, "\u2028", "\x00"])
+def test_escaped_text_is_one_short_printable_line(text):
+    assert escaped(text).isprintable()
+    assert len(escaped(text)) < 300

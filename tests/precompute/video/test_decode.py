@@ -1,0 +1,146 @@
+"""A window is decoded from a keyframe before it where that is exact, and gives the bytes of decoding from the start."""
+
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from precompute.video import decode
+from precompute.video.probe import BadVideo, MachineFault, Probed, probe
+from tests import media
+from tests.precompute.video.test_probe import CASES, Case, clip
+
+LONG = {
+    "h264.mp4": True,
+    "h264.mkv": True,
+    "h264_gop_1.mp4": True,
+    "h264_fragments.mp4": True,
+    "h264_interlaced.mp4": True,
+    "hevc_open_gop.mp4": True,
+    "vp9.webm": True,
+    "av1.mp4": True,
+    "h264_open_gop.mp4": False,
+    "mpeg4.mp4": False,
+    "h264.ts": False,
+}
+"""Whether late windows of it need not be decoded from the start: x264 opens its only IDR picture there."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("clips")
+
+
+class Watch:
+    """How many pictures were decoded, and how often from the start."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.pictures = self.from_the_start = 0
+        check_frame, from_the_start = decode.check_frame, decode._from_the_start
+
+        def counted_frame(*arguments: Any) -> None:
+            self.pictures += 1
+            check_frame(*arguments)
+
+        def counted_start(*arguments: Any) -> Any:
+            self.from_the_start += 1
+            return from_the_start(*arguments)
+
+        patch.setattr(decode, "check_frame", counted_frame)
+        patch.setattr(decode, "_from_the_start", counted_start)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(monkeypatch)
+
+
+def check_all_windows(path: Path, found: Probed) -> None:
+    """Every window of three frames, and one with gaps and repeats, equals the whole decoded from the start."""
+    count = found.probe.num_frames
+    whole = media.decode_probed(path, found, range(count))[0]
+    for first in range(1, count):
+        indices = [index for index in (first, first, first + 1, first + 5) if index < count]
+        assert np.array_equal(media.decode_probed(path, found, indices)[0], whole[indices]), first
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_window_has_the_bytes_of_decoding_from_the_start(case: Case, folder: Path, watch: Watch) -> None:
+    path = clip(folder, case.file, **case.settings)
+    check_all_windows(path, probe(path))
+    if case.file in LONG:
+        assert (watch.from_the_start < 16) is LONG[case.file]  # the first group of 12 pictures begins there
+
+
+def test_a_variable_rate_a_turn_and_an_edit_list_keep_their_bytes(folder: Path) -> None:
+    times = [index * 33 + (index % 5) * 7 for index in range(30)]
+    source = clip(folder, "long.mp4", frames=60)
+    for path in (
+        clip(folder, "vfr.mp4", times=times),
+        clip(folder, "turned.mp4", rotation=90),
+        media.write_trimmed(folder / "trimmed.mp4", source, hidden=19),
+        media.write_trimmed(folder / "cut.mkv", source, hidden=0, first_packet=12),
+    ):
+        check_all_windows(path, probe(path))
+
+
+@pytest.mark.parametrize(("codec", "frames"), [("libx264", 600), ("libx265", 120)])
+def test_a_late_window_costs_no_more_than_an_early_one(codec: str, frames: int, folder: Path, watch: Watch) -> None:
+    path = clip(folder, f"long_{frames}.mp4", codec=codec, frames=frames)
+    found = probe(path)
+    for first in (30, frames // 2, frames - 20):
+        watch.pictures = 0
+        media.decode_probed(path, found, range(first, first + 9))
+        assert 9 <= watch.pictures <= 12 + 9
+    assert watch.from_the_start == 0
+
+
+@pytest.mark.parametrize("file", ["h264.mp4", "hevc_open_gop.mp4", "vp9.mp4", "av1.mp4"])
+def test_a_container_that_calls_every_picture_a_keyframe_is_not_believed(file: str, folder: Path) -> None:
+    settings = {case.file: case.settings for case in CASES} | {"vp9.mp4": {"codec": "libvpx-vp9"}}
+    data = clip(folder, file, **settings[file]).read_bytes()
+    assert data.count(b"stss") == 1
+    path = folder / f"lying_{file}"
+    path.write_bytes(data.replace(b"stss", b"free"))  # ISO 14496-12, 8.6.2: without it every sample is a sync sample
+    found = probe(path)
+    assert found.probe.one_to_one
+    check_all_windows(path, found)
+
+
+def test_a_picture_that_is_refreshed_bit_by_bit_is_no_place_to_begin(folder: Path, watch: Watch) -> None:
+    path = clip(folder, "refreshed.mp4", frames=60, bframes=0, options={"intra-refresh": "1"})
+    found = probe(path)
+    assert found.probe.one_to_one
+    check_all_windows(path, found)
+    assert watch.from_the_start >= 48
+
+
+def test_damage_before_a_window_does_not_matter_and_damage_within_does(folder: Path, tmp_path: Path) -> None:
+    source = clip(folder, "h264.mp4")
+    whole = media.decode_probed(source, probe(source), range(30))[0]
+    with av.open(str(source)) as reader:
+        damaged = [packet for packet in reader.demux(video=0) if packet.size][15]
+        assert damaged.pos is not None
+        place, size = damaged.pos, damaged.size
+    data = bytearray(source.read_bytes())
+    data[place + 5 : place + size] = bytes(byte ^ 0x5A for byte in data[place + 5 : place + size])
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(data)
+    found = probe(path)
+    assert np.array_equal(media.decode_probed(path, found, [25, 27])[0], whole[[25, 27]])
+    with pytest.raises(BadVideo):
+        media.decode_probed(path, found, [22])
+
+
+def test_a_disk_that_fails_after_the_seek_is_no_bad_video(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = clip(folder, "h264.mp4")
+    found = probe(path)
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(decode, "_begins_anew", fail)
+    with pytest.raises(MachineFault, match="cannot be read: Input/output error"):
+        media.decode_probed(path, found, [20])

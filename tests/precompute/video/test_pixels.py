@@ -1,0 +1,90 @@
+"""From decoded frames to what the VAE eats."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from precompute.video.pixels import crop_offset, scaled_size, to_clip
+from shared.model.geometry import Bucket
+
+BUCKET = Bucket(2, 16, 32)
+
+
+def frames(height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_clip_of_the_right_size_is_only_normalized():
+    source = frames(16, 32)
+    clip = to_clip(source, BUCKET, mode="center", flip=False, crop_seed="s")
+    assert clip.shape == (3, 2, 16, 32) and clip.dtype == torch.float32
+    assert torch.equal(clip, ((source.float() - 127.5) / 127.5).permute(3, 0, 1, 2))
+    assert clip.min() >= -1 and clip.max() <= 1
+
+
+def test_flip_mirrors_left_and_right():
+    plain, mirrored = (to_clip(frames(16, 32), BUCKET, mode="center", flip=f, crop_seed="s") for f in (False, True))
+    assert torch.equal(mirrored, plain.flip(3)) and not torch.equal(mirrored, plain)
+
+
+def test_center_takes_the_middle_and_random_is_drawn_by_its_seed_only():
+    source = frames(32, 32)
+    middle = to_clip(source, BUCKET, mode="center", flip=False, crop_seed="s")
+    assert torch.equal(middle, to_clip(source[:, 8:24], BUCKET, mode="center", flip=False, crop_seed="s"))
+    drawn = {seed: crop_offset(32, 32, BUCKET, "random", seed) for seed in map(str, range(50))}
+    assert drawn == {seed: crop_offset(32, 32, BUCKET, "random", seed) for seed in drawn}
+    assert {left for _, left in drawn.values()} == {0} and len({top for top, _ in drawn.values()}) > 8
+    assert {crop_offset(32, 32, BUCKET, "random", str(number))[0] for number in range(500)} == set(range(17))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "mode", "scaled", "place"),
+    [
+        (40, 48, "center", (27, 32), (5, 0)),
+        (24, 53, "center", (16, 35), (0, 1)),
+        (10, 20, "center", (16, 32), (0, 0)),
+        (20, 90, "letterbox", (7, 32), (4, 0)),
+        (32, 50, "letterbox", (16, 25), (0, 3)),
+    ],
+)
+def test_a_resize_is_pillows_antialiased_bicubic_to_the_nearest_size_set_in_the_middle(
+    height, width, mode, scaled, place
+):
+    source = frames(height, width)
+    planes = source.permute(0, 3, 1, 2).reshape(-1, height, width).float().numpy()
+    resized = [Image.fromarray(plane).resize(scaled[::-1], Image.Resampling.BICUBIC) for plane in planes]
+    whole = (torch.from_numpy(np.stack(resized)).reshape(2, 3, *scaled).transpose(0, 1) - 127.5) / 127.5
+    clip = to_clip(source, BUCKET, mode=mode, flip=False, crop_seed="")
+    (top, left), (tall, wide) = place, (min(scaled[0], 16), min(scaled[1], 32))
+    if mode == "letterbox":
+        torch.testing.assert_close(clip[..., top : top + tall, left : left + wide], whole, rtol=0, atol=1e-4)
+        assert int((clip == -1).sum()) >= 6 * (16 * 32 - tall * wide)
+    else:
+        torch.testing.assert_close(clip, whole[..., top : top + tall, left : left + wide], rtol=0, atol=1e-4)
+
+
+def test_a_letterboxed_line_keeps_one_pixel():
+    assert scaled_size(2000, 1, BUCKET, "letterbox") == (16, 1)
+    assert scaled_size(1, 2000, BUCKET, "letterbox") == (1, 32)
+
+
+def test_letterbox_keeps_the_whole_picture_between_black_bars():
+    clip = to_clip(
+        torch.full((2, 16, 16, 3), 255, dtype=torch.uint8), BUCKET, mode="letterbox", flip=False, crop_seed=""
+    )
+    assert (clip[..., :8] == -1).all() and (clip[..., 24:] == -1).all()
+    torch.testing.assert_close(clip[..., 8:24], torch.ones(3, 2, 16, 16))
+
+
+@pytest.mark.parametrize("mode", ["center", "random", "letterbox"])
+@given(height=st.integers(1, 2000), width=st.integers(1, 2000))
+def test_the_scaled_size_covers_the_bucket_or_fits_into_it(mode, height, width):
+    tall, wide = scaled_size(height, width, BUCKET, mode)
+    assert tall == 16 or wide == 32
+    if mode == "letterbox":
+        assert tall <= 16 and wide <= 32
+    else:
+        assert tall >= 16 and wide >= 32

@@ -1,0 +1,376 @@
+"""Time stamps and settings -> windows: tables, and an oracle that looks at one frame after the other."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+from statistics import median_low
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from precompute.video.timeline import STAMP_SLACK_US
+from precompute.video.windows import Skipped, Window, bucket_warnings, cut_windows, window_starts
+from shared.config import Data
+from shared.model.geometry import Bucket
+
+BASE = {"name": "test", "instance_data_root": ".", "fps": 0, "frame_buckets": [9, 17], "resolution_buckets": [[64, 96]]}
+
+
+def make_data(**changes: object) -> Data:
+    return Data.model_validate(BASE | changes)
+
+
+def steady(num_frames: int, fps: float, start_us: int = 0, unit_us: int = 1) -> list[int]:
+    """Stamps of a constant rate, rounded to multiples of `unit_us` as a container would."""
+    step = 1_000_000 / Fraction(str(fps))
+    return [start_us + round(k * step / unit_us) * unit_us for k in range(num_frames)]
+
+
+def cut(
+    stamps: Sequence[int], source_height: int = 64, source_width: int = 96, *, start=None, end=None, **changes
+) -> list[Window]:
+    windows = cut_windows(
+        stamps, source_height, source_width, make_data(**changes), start_seconds=start, end_seconds=end
+    )
+    assert isinstance(windows, list), windows
+    return windows
+
+
+def reason(
+    stamps: Sequence[int], source_height: int = 64, source_width: int = 96, *, start=None, end=None, **changes
+) -> str:
+    skipped = cut_windows(
+        stamps, source_height, source_width, make_data(**changes), start_seconds=start, end_seconds=end
+    )
+    assert isinstance(skipped, Skipped), skipped
+    return skipped.reason
+
+
+def test_without_fps_the_window_is_the_first_source_frames():
+    stamps = steady(20, 24)
+    [window] = cut(stamps)
+    assert window == Window(tuple(range(17)), tuple(stamps[:17]), Bucket(17, 64, 96), flip=False)
+
+
+@pytest.mark.parametrize(
+    ("source_fps", "fps", "expected"),
+    [
+        (16, 8, (0, 2, 4, 6, 8, 10, 12, 14, 16)),
+        (24, 8, (0, 3, 6, 9, 12, 15, 18, 21, 24)),
+        (12, 8, (0, 1, 3, 4, 6, 7, 9, 10, 12)),
+        (8, 8, (0, 1, 2, 3, 4, 5, 6, 7, 8)),
+        (4, 8, (0, 0, 1, 1, 2, 2, 3, 3, 4)),
+        (10, 8, (0, 1, 2, 3, 5, 6, 7, 8, 10)),
+        (25, 10, (0, 2, 5, 7, 10, 12, 15, 17, 20)),
+    ],
+)
+def test_fps_picks_the_frame_displayed_at_each_output_time(source_fps, fps, expected):
+    [window] = cut(steady(100, source_fps), fps=fps, frame_buckets=[9])
+    assert window.indices == expected
+
+
+@pytest.mark.parametrize("unit_us", [1, 1000])
+@pytest.mark.parametrize("start_us", [0, 41_667, 83_000])
+@pytest.mark.parametrize("fps", [8, 15, 23.976, 24, 25, 29.97, 30, 50, 59.94, 60])
+def test_the_sources_own_fps_gives_every_frame_once_though_stamps_are_rounded(fps, start_us, unit_us):
+    windows = cut(steady(90, fps, start_us, unit_us), fps=fps, frame_buckets=[90], max_num_frames=200)
+    assert windows[0].indices == tuple(range(90))
+    stamps = steady(90, fps, start_us, unit_us)
+    assert reason(stamps, fps=fps, frame_buckets=[91], max_num_frames=200).startswith("too short: 90 frames at ")
+
+
+@pytest.mark.parametrize("fps", [23.976, 24, 29.97, 30, 59.94, 60])
+def test_stamps_that_are_cut_to_whole_milliseconds_twice_still_give_every_frame_once(fps):
+    """As a muxer that rounds down leaves them, and a second one with a clock of its own."""
+    stamps = [(stamp + 2_400) // 1000 * 1000 for stamp in steady(90, fps, 400, 1)]
+    stamps = [stamp // 1001 * 1001 for stamp in stamps]
+    assert cut(stamps, fps=fps, frame_buckets=[90], max_num_frames=200)[0].indices == tuple(range(90))
+
+
+@pytest.mark.parametrize("unit_us", [1, 1000])
+@pytest.mark.parametrize(("source_fps", "fps"), [(24, 8), (24, 12), (30, 15), (30, 10), (60, 24), (59.94, 29.97)])
+def test_a_divisor_of_the_source_fps_gives_even_steps_though_stamps_are_rounded(source_fps, fps, unit_us):
+    [window] = cut(steady(300, source_fps, unit_us=unit_us), fps=fps, frame_buckets=[49])
+    assert window.indices == tuple(int(k * Fraction(source_fps) / Fraction(fps)) for k in range(49))
+
+
+def test_a_long_held_frame_is_repeated_and_a_burst_is_thinned():
+    stamps = [0, 1_000_000, 1_010_000, 1_020_000, 1_500_000, 2_000_000]
+    [window] = cut(stamps, fps=4, frame_buckets=[9])
+    assert window.indices == (0, 0, 0, 0, 1, 3, 4, 4, 5)
+    assert window.timestamps_us == tuple(stamps[index] for index in window.indices)
+
+
+def test_fps_is_the_decimal_number_that_was_written():
+    stamps = [k * 10_000_000 + STAMP_SLACK_US * (k > 0) for k in range(9)]
+    assert cut(stamps, fps=0.1)[0].indices == tuple(range(9))
+
+
+def test_the_last_frame_is_displayed_for_one_median_interval():
+    assert len(cut(steady(8, 8), fps=16, frame_buckets=[16])[0].indices) == 16
+    assert reason(steady(8, 8), fps=16, frame_buckets=[17]) == (
+        "too short: 16 frames at 16 fps, the smallest bucket is 17"
+    )
+
+
+def displayed_frames(stamps: Sequence[int], first: int, stop: int, fps: float, end_us: int | None) -> list[int]:
+    """The rule of `lay_out`, read out one output frame at a time."""
+    interval = median_low(b - a for a, b in pairwise(stamps))
+    slack = min(STAMP_SLACK_US, interval // 2)
+    until = stamps[stop - 1] + interval if end_us is None else min(stamps[stop - 1] + interval, end_us)
+    frames: list[int] = []
+    while not frames or stamps[first] + len(frames) * 1_000_000 / Fraction(str(fps)) < until - slack:
+        time = stamps[first] + len(frames) * 1_000_000 / Fraction(str(fps))
+        frames.append([i for i in range(first, stop) if stamps[i] - slack <= time][-1])
+    return frames
+
+
+@st.composite
+def variable_rate(draw: st.DrawFn) -> list[int]:
+    intervals = draw(st.lists(st.integers(1, 400_000), min_size=8, max_size=40))
+    stamps = [draw(st.integers(-2_000_000, 2_000_000))]
+    for interval in intervals:
+        stamps.append(stamps[-1] + interval)
+    return stamps
+
+
+@settings(max_examples=100)
+@given(
+    variable_rate(),
+    st.sampled_from([0.5, 1, 7.5, 8, 23.976, 30]),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.none() | st.floats(0, 10),
+)
+def test_every_frame_of_a_variable_rate_video_is_the_one_displayed_at_its_time(stamps, fps, skip_start, skip_end, end):
+    settings_ = {"fps": fps, "frame_buckets": [3], "windows_per_clip": 10_000, "window_placement": "consecutive"}
+    data = make_data(**settings_, skip_frames_start=skip_start, skip_frames_end=skip_end)
+    windows = cut_windows(stamps, 64, 96, data, end_seconds=end)
+    slack = min(STAMP_SLACK_US, median_low(b - a for a, b in pairwise(stamps)) // 2)
+    end_us = None if end is None else stamps[0] + round(Fraction(str(end)) * 1_000_000)
+    kept = [
+        index for index in range(skip_start, len(stamps) - skip_end) if end_us is None or stamps[index] < end_us - slack
+    ]
+    if not kept:
+        assert isinstance(windows, Skipped)
+        return
+    shown = displayed_frames(stamps, kept[0], kept[-1] + 1, fps, end_us)
+    expected = [tuple(shown[start : start + 3]) for start in range(0, len(shown) - 2, 3)]
+    if not expected:
+        assert isinstance(windows, Skipped)
+        assert windows.reason.startswith(f"too short: {len(shown)} frame")
+        return
+    assert isinstance(windows, list)
+    assert [window.indices for window in windows] == list(dict.fromkeys(expected))
+
+
+@settings(max_examples=100)
+@given(
+    variable_rate(),
+    st.sampled_from([0, 1, 8, 24, 29.97]),
+    st.integers(1, 20),
+    st.sampled_from(["even", "consecutive"]),
+    st.booleans(),
+)
+def test_windows_are_in_range_ascending_distinct_and_as_long_as_their_bucket(stamps, fps, count, placement, flip):
+    data = make_data(
+        fps=fps, windows_per_clip=count, window_placement=placement, random_flip=flip, frame_buckets=[1, 5, 9]
+    )
+    windows = cut_windows(stamps, 64, 96, data)
+    assert isinstance(windows, list)
+    assert 1 <= len(windows) <= count * (1 + flip)
+    assert len({(window.indices, window.flip) for window in windows}) == len(windows)
+    assert [window.flip for window in windows] == [False, True] * (len(windows) // 2) if flip else True
+    for window in windows:
+        assert len(window.indices) == window.bucket.frames
+        assert list(window.indices) == sorted(window.indices)
+        assert all(0 <= index < len(stamps) for index in window.indices)
+        assert window.timestamps_us == tuple(stamps[index] for index in window.indices)
+    if placement == "consecutive" and not fps:
+        indices = [index for window in windows[:: 1 + flip] for index in window.indices]
+        assert indices == list(range(len(indices)))
+
+
+@given(st.integers(1, 60), st.integers(0, 500), st.integers(1, 40), st.booleans())
+def test_window_starts_fit_and_keep_apart_when_there_is_room(frames, more, windows, consecutive):
+    num_frames = frames + more
+    starts = window_starts(num_frames, frames, windows, consecutive)
+    gaps = [b - a for a, b in pairwise(starts)]
+    assert starts[0] == 0
+    assert starts[-1] + frames <= num_frames
+    assert 1 <= len(starts) <= windows
+    if consecutive:
+        assert all(gap == frames for gap in gaps)
+        assert len(starts) == min(windows, num_frames // frames)
+        return
+    assert all(2 * gap >= frames for gap in gaps)
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    assert len(starts) == 1 or starts[-1] + frames == num_frames
+    if windows * frames <= num_frames:
+        assert len(starts) == windows
+        assert all(gap >= frames for gap in gaps)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "windows", "consecutive", "expected"),
+    [
+        (100, 1, False, [0]),
+        (100, 1, True, [0]),
+        (100, 3, False, [0, 45, 91]),
+        (100, 3, True, [0, 9, 18]),
+        (9, 5, False, [0]),
+        (13, 5, False, [0]),
+        (14, 5, False, [0, 5]),
+        (18, 2, False, [0, 9]),
+        (17, 5, True, [0]),
+        (18, 5, True, [0, 9]),
+    ],
+)
+def test_window_starts_table(num_frames, windows, consecutive, expected):
+    assert window_starts(num_frames, 9, windows, consecutive) == expected
+
+
+def test_skipped_frames_come_off_both_ends_before_anything_else():
+    [window] = cut(steady(20, 8), skip_frames_start=4, skip_frames_end=5, frame_buckets=[9, 11, 12])
+    assert window.indices == tuple(range(4, 15))
+
+
+def test_start_and_end_seconds_count_from_the_first_frame():
+    stamps = steady(40, 10, start_us=700_000)
+    [window] = cut(stamps, start=1, end=2, frame_buckets=[9, 10, 11])
+    assert window.indices == tuple(range(10, 20))
+    [window] = cut(stamps, start=1, skip_frames_start=3, frame_buckets=[9])
+    assert window.indices[0] == 10
+    [window] = cut(stamps, end=2, skip_frames_start=3, frame_buckets=[9, 17])
+    assert window.indices == tuple(range(3, 20))
+
+
+def test_end_seconds_also_end_the_display_of_a_held_frame():
+    stamps = [0, 1_000_000, 2_000_000]
+    assert len(cut(stamps, fps=10, end=1.5, frame_buckets=[15])[0].indices) == 15
+    assert reason(stamps, fps=10, end=1.5, frame_buckets=[16]).startswith("too short: 15 frames")
+
+
+@pytest.mark.parametrize("unit_us", [1, 1000])
+@pytest.mark.parametrize("frame", range(1, 30))
+def test_a_start_given_as_frame_over_fps_begins_with_that_frame(frame, unit_us):
+    stamps = steady(60, 24, unit_us=unit_us)
+    assert cut(stamps, start=frame / 24, frame_buckets=[9])[0].indices[0] == frame
+    assert cut(stamps, end=(frame + 9) / 24, frame_buckets=[frame + 9])[0].indices[-1] == frame + 8
+    beyond = reason(stamps, end=(frame + 9) / 24, frame_buckets=[frame + 10])
+    assert beyond == f"too short: {frame + 9} frames, the smallest bucket is {frame + 10}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"stamps": []}, "no frames"),
+        ({"stamps": steady(9, 8), "source_height": 0}, "no pixels: 0x96"),
+        ({"stamps": steady(9, 8), "source_width": 0}, "no pixels: 64x0"),
+        ({"stamps": [0, 10, 5]}, "time stamps go back: at frame 2"),
+        ({"stamps": steady(5, 8)}, "too short: 5 frames, the smallest bucket is 9"),
+        ({"stamps": [0]}, "too short: 1 frame, the smallest bucket is 9"),
+        ({"stamps": steady(10, 16), "fps": 8}, "too short: 5 frames at 8 fps, the smallest bucket is 9"),
+        (
+            {"stamps": steady(9, 8), "skip_frames_start": 5, "skip_frames_end": 4},
+            "no frames left: 9 in the video, skip_frames_start = 5, skip_frames_end = 4",
+        ),
+        ({"stamps": steady(16, 8), "start": 3.5}, "no frames in its time: 3.5 s to the end, in a video of 2.00 s"),
+        ({"stamps": steady(16, 8), "start": 3, "end": 5}, "no frames in its time: 3 s to 5 s, in a video of 2.00 s"),
+        (
+            {"stamps": steady(9, 8), "source_height": 120, "source_width": 160, "resolution_buckets": [[480, 720]]},
+            "too few pixels: 120x160 for 480x720",
+        ),
+    ],
+)
+def test_a_video_that_gives_no_clip_says_why(arguments, expected):
+    assert reason(**arguments) == expected
+
+
+def test_enlarging_to_exactly_twice_the_size_is_allowed():
+    cut(steady(9, 8), 32, 48)
+    assert reason(steady(9, 8), 32, 47).startswith("too few pixels")
+    assert reason(steady(9, 8), 31, 48).startswith("too few pixels")
+
+
+def test_letterbox_only_needs_one_side_to_fill_the_bucket():
+    assert reason(steady(9, 8), 20, 96) == "too few pixels: 20x96 for 64x96"
+    cut(steady(9, 8), 20, 96, video_reshape_mode="letterbox")
+    assert reason(steady(9, 8), 20, 40, video_reshape_mode="letterbox").startswith("too few pixels")
+
+
+def test_the_resolution_bucket_is_the_nearest_in_aspect_ratio():
+    buckets = [[64, 96], [96, 64], [80, 80]]
+    sizes = [(640, 960), (1920, 1080), (500, 512)]
+    chosen = [cut(steady(9, 8), *size, resolution_buckets=buckets)[0].bucket for size in sizes]
+    assert chosen == [Bucket(9, 64, 96), Bucket(9, 96, 64), Bucket(9, 80, 80)]
+    assert cut(steady(9, 8), 640, 960, height=96, width=64)[0].bucket == Bucket(9, 96, 64)
+
+
+def test_aspect_ratios_are_compared_by_their_quotient_and_the_larger_bucket_wins_a_tie():
+    assert cut(steady(9, 8), 320, 320, resolution_buckets=[[80, 160], [304, 160]])[0].bucket == Bucket(9, 304, 160)
+    for buckets in ([[64, 96], [128, 192]], [[128, 192], [64, 96]]):
+        assert cut(steady(9, 8), 640, 960, resolution_buckets=buckets)[0].bucket == Bucket(9, 128, 192)
+
+
+def test_a_bucket_that_would_enlarge_the_source_too_much_is_not_in_the_running():
+    buckets = [[480, 720], [240, 352]]
+    assert cut(steady(9, 8), 200, 300, resolution_buckets=buckets)[0].bucket == Bucket(9, 240, 352)
+    assert cut(steady(9, 8), 240, 360, resolution_buckets=buckets)[0].bucket == Bucket(9, 480, 720)
+    assert reason(steady(9, 8), 100, 150, resolution_buckets=buckets) == "too few pixels: 100x150 for 240x352"
+
+
+def test_one_frame_is_a_clip_only_when_the_buckets_have_one():
+    assert cut([40], frame_buckets=[1, 9])[0] == Window((0,), (40,), Bucket(1, 64, 96), flip=False)
+    assert cut([40], frame_buckets=[1, 9], fps=8)[0].indices == (0,)
+    assert reason([40], frame_buckets=[9], fps=8).startswith("too short: 1 frame at 8 fps")
+
+
+def test_windows_inside_one_held_frame_are_stored_once():
+    stamps = [*steady(9, 8), 60_000_000]
+    windows = cut(stamps, fps=8, windows_per_clip=40, window_placement="consecutive", frame_buckets=[9])
+    assert [window.indices for window in windows] == [tuple(range(9)), (8,) * 9]
+
+
+def test_equal_time_stamps_are_legal():
+    assert cut([0, 0, 0, 0], fps=8, frame_buckets=[1])[0].indices == (3,)
+    assert cut([0, 0, 0, 0], frame_buckets=[4])[0].indices == (0, 1, 2, 3)
+
+
+def test_hours_at_a_high_rate_cost_no_time():
+    stamps = steady(20_000, 60)
+    windows = cut([*stamps[:-1], 10**15], fps=1000, windows_per_clip=3, frame_buckets=[9])
+    assert windows[0].indices[0] == 0
+    assert windows[-1].indices[-1] == len(stamps) - 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fps": 8},
+        {"skip_frames_start": 1},
+        {"skip_frames_end": 15},
+        {"max_num_frames": 16},
+        {"windows_per_clip": 2},
+        {"windows_per_clip": 2, "window_placement": "consecutive"},
+        {"frame_buckets": [9, 21]},
+        {"height": 48, "width": 96},
+        {"resolution_buckets": [[64, 96], [64, 80]]},
+        {"random_flip": True},
+    ],
+    ids=str,
+)
+def test_every_setting_changes_the_windows(change):
+    stamps = steady(30, 24)
+    others = [{"windows_per_clip": 2}] if "window_placement" in change else [{}]
+    assert all(cut(stamps, 64, 80, **change) != cut(stamps, 64, 80, **other) for other in others)
+
+
+def test_buckets_with_a_big_first_chunk_are_named_once_with_their_figure():
+    lines = bucket_warnings(make_data(frame_buckets=[1, 8, 9, 16, 17, 13, 13, 47, 49, 61], max_num_frames=49))
+    assert lines == [
+        "frame bucket 13: the VAE's first chunk has 13 frames instead of 9, which costs memory; 9 would not",
+        "frame bucket 47: the VAE's first chunk has 15 frames instead of 9, which costs memory; 41 would not",
+    ]
+    assert bucket_warnings(make_data(frame_buckets=[9, 17, 25, 33, 41, 49])) == []

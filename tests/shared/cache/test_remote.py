@@ -1,0 +1,318 @@
+"""A cache behind fsspec: in memory, and over the S3 protocol from a server on loopback, uploads cut off included."""
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shared.cache.collection import SampleReader, collection_for, shards, write_recipe
+from shared.cache.shard import Sample, pack_shard, write_shard
+from shared.cache.storage import Storage, open_storage
+from shared.cache.verify import verify
+from shared.cache.view import read_view
+from shared.errors import CacheError, UsageError
+from shared.fingerprint import key_of
+from tests.corpus import config_for, run, stored_files, write_corpus
+from tests.tiny import save_pipeline
+
+RECIPE = {"kind": "latents", "test": "remote"}
+COLLECTION = collection_for("latents", RECIPE)
+FOLDER = f"{COLLECTION.folder}/5x16x32"
+
+
+def make_samples(count: int = 2, seed: int = 0) -> list[Sample]:
+    return [
+        Sample(key_of([seed, number]), {"moments": torch.full((8, 500), float(seed + number))}, {"number": number})
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Storage]:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    yield open_storage("memory://bucket/cache", local_folder=tmp_path / "local")
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+class Relay:
+    """A loopback port in front of `target`; while `cutting`, connections end after that many bytes sent upstream."""
+
+    def __init__(self, target: int) -> None:
+        self.cutting: int | None = None
+        self.cuts = 0
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._target))
+            threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, upstream: bool) -> None:
+        total = 0
+        try:
+            while data := source.recv(2048):
+                total += len(data)
+                if upstream and self.cutting is not None and total > self.cutting:
+                    self.cuts += 1
+                    break
+                sink.sendall(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+            end.close()
+
+
+@pytest.fixture
+def relay(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Relay]:
+    relay = Relay(server)
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{relay.port}",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield relay
+    relay.close()
+
+
+@pytest.fixture
+def bucket(relay: Relay) -> Iterator[Any]:
+    """An empty bucket, as s3fs sees it."""
+    import s3fs
+
+    filesystem = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    name = f"bucket-{relay.port}"
+    filesystem.mkdir(name)
+    yield name
+
+
+def fill(storage: Storage, count: int = 2) -> list[Sample]:
+    write_recipe(storage, COLLECTION, RECIPE)
+    made = []
+    for seed in range(count):
+        made += make_samples(seed=10 * seed)
+        write_shard(storage, FOLDER, made[-2:])
+    return made
+
+
+def check(storage: Storage, samples: list[Sample]) -> None:
+    reader = SampleReader(storage, COLLECTION)
+    for sample in samples:
+        assert torch.equal(reader.read(sample.key)["moments"], sample.tensors["moments"])
+        reader.read(sample.key)
+
+
+def test_what_is_stored_in_memory_is_read_back(memory):
+    samples = fill(memory)
+    check(memory, samples)
+    assert memory.names("latents", "/recipe.json") == [f"{COLLECTION.folder}/recipe.json"]
+    assert memory.names("nowhere", ".json") == [] and memory.size("nowhere") is None and not memory.exists("nowhere")
+    assert str(memory) == "memory://bucket/cache"
+
+
+def test_the_first_writer_wins_there_too(memory):
+    assert memory.publish("a.json", b"first")
+    assert not memory.publish("a.json", b"second")
+    assert memory.read("a.json", limit_bytes=10) == b"first"
+    assert memory.publish("a.json", b"third", replace=True)
+    assert memory.read("a.json", limit_bytes=10) == b"third"
+
+
+def test_what_is_wrong_is_said_with_the_objects_name(memory):
+    with pytest.raises(CacheError, match=r"^memory://bucket/cache/gone\.json: cannot be read"):
+        memory.read("gone.json", limit_bytes=10)
+    memory.publish("big.json", b"x" * 11)
+    with pytest.raises(CacheError, match=r"^memory://bucket/cache/big\.json: larger than 10 bytes"):
+        memory.read("big.json", limit_bytes=10)
+    with pytest.raises(CacheError, match=r"gone\.tar: cannot be fetched"):
+        memory.path("gone.tar")
+
+
+def test_damage_is_found_and_set_aside(memory, tmp_path):
+    samples = fill(memory)
+    check(memory, samples)
+    tar = next(name for name, _ in shards(memory, "latents"))
+    content = bytearray(memory.read(tar, limit_bytes=10**6))
+    content[1500] ^= 1
+    memory.publish(tar, bytes(content), replace=True)
+    fresh = open_storage("memory://bucket/cache", local_folder=tmp_path / "fresh")
+    checked, damaged = verify(fresh, repair=True)
+    assert checked == 2 and len(damaged) == 1 and tar in damaged[0]
+    assert len(list(shards(fresh, "latents"))) == 1 and fresh.exists(f"{tar}.damaged")
+
+
+def test_a_torn_upload_has_no_receipt_and_is_made_whole(memory):
+    samples = make_samples()
+    content, receipt = pack_shard(samples)
+    memory.publish(f"{FOLDER}/{receipt.shard}.tar", content[:1000])
+    assert list(shards(memory, "latents")) == []
+    assert write_shard(memory, FOLDER, samples)[0] == receipt
+    check(memory, samples)
+
+
+def test_local_copies_stay_within_their_bound_and_are_fetched_once(tmp_path):
+    size = len(pack_shard(make_samples())[0])
+    local = tmp_path / "local"
+    storage = open_storage("memory://bucket/bounded", local_cache_gib=2.5 * size / 2**30, local_folder=local)
+    samples = fill(storage, count=5)
+    check(storage, samples)
+    copies = sorted(local.glob("*.tar"))
+    assert len(copies) == 2 and sum(path.stat().st_size for path in copies) <= 2.5 * size
+    newest = max(copies, key=lambda path: path.stat().st_mtime_ns)
+    inode = newest.stat().st_ino
+    check(storage, samples[-2:])
+    assert newest.stat().st_ino == inode
+    check(storage, samples)
+
+
+def test_what_a_killed_process_was_fetching_does_not_stay_for_ever(tmp_path):
+    local = tmp_path / "local"
+    storage = open_storage("memory://bucket/abandoned", local_folder=local)
+    samples = fill(storage, count=1)
+    local.mkdir()
+    abandoned, under_way = local / ".tmp-0123456789abcdef", local / ".tmp-fedcba9876543210"
+    for path in (abandoned, under_way):
+        path.write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
+    check(storage, samples)
+    assert not abandoned.exists() and under_way.exists()
+
+
+def test_the_copy_used_last_is_the_last_to_go(tmp_path):
+    storage = open_storage("memory://bucket/recent", local_cache_gib=250 / 2**30, local_folder=tmp_path / "local")
+    for name in ("a.tar", "b.tar", "c.tar"):
+        storage.publish(name, name.encode() * 20)
+    first, second = storage.path("a.tar"), storage.path("b.tar")
+    os.utime(first, (1, 1))
+    os.utime(second, (2, 2))
+    assert storage.path("a.tar") == first
+    third = storage.path("c.tar")
+    assert first.is_file() and third.is_file() and not second.exists()
+
+
+def test_a_part_is_read_alone_and_has_to_be_whole(memory):
+    memory.publish("a.tar", b"0123456789")
+    assert memory.read_part("a.tar", 3, 4) == b"3456"
+    assert memory.read_part("a.tar", 3, 7) == b"3456789"
+    with pytest.raises(CacheError, match=r"^memory://bucket/cache/a\.tar: ends before byte 11$"):
+        memory.read_part("a.tar", 3, 8)
+
+
+def test_a_fetch_that_fails_leaves_nothing_behind(memory, tmp_path, monkeypatch):
+    memory.publish("a.tar", b"0123456789")
+
+    def torn(_: object, path: str) -> None:
+        Path(path).write_bytes(b"0123")
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(memory._filesystem, "get_file", torn)
+    with pytest.raises(CacheError, match=r"a\.tar: cannot be fetched \(connection lost\)"):
+        memory.path("a.tar")
+    assert list((tmp_path / "local").iterdir()) == []
+
+
+def test_where_a_driver_cannot_refuse_to_overwrite_the_first_writer_still_wins(memory, monkeypatch):
+    pipe = memory._filesystem.pipe_file
+
+    def only_overwrites(path: str, content: bytes, mode: str = "overwrite") -> None:
+        if mode == "create":
+            raise NotImplementedError
+        pipe(path, content)
+
+    monkeypatch.setattr(memory._filesystem, "pipe_file", only_overwrites)
+    assert memory.publish("a.json", b"first") and not memory.publish("a.json", b"second")
+    assert memory.read("a.json", limit_bytes=10) == b"first"
+
+
+def test_a_shard_made_anew_is_fetched_anew(memory):
+    [first] = (sample for sample in make_samples(1))
+    receipt, _ = write_shard(memory, FOLDER, [first])
+    tar = f"{FOLDER}/{receipt.shard}.tar"
+    before = memory.path(tar)
+    assert memory.path(tar) == before
+    memory.publish(tar, b"other bytes", replace=True)
+    assert memory.path(tar) != before and memory.path(tar).read_bytes() == b"other bytes"
+
+
+def test_a_missing_driver_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # another test may have used it
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UsageError, match=r"no driver for s3:// is installed: pip install 'precog\[s3\]'"):
+        open_storage("s3://bucket/cache")
+
+
+def test_s3_gives_back_what_was_stored_and_the_first_writer_wins(bucket, tmp_path):
+    storage = open_storage(f"s3://{bucket}/cache", local_folder=tmp_path)
+    samples = fill(storage)
+    check(storage, samples)
+    assert storage.publish("a.json", b"first") and not storage.publish("a.json", b"second")
+    assert storage.read("a.json", limit_bytes=10) == b"first"
+    assert storage.names("nowhere", ".json") == [] and not storage.exists("nowhere")
+    storage.set_aside("a.json")
+    assert storage.exists("a.json.damaged") and not storage.exists("a.json")
+
+
+def test_an_upload_that_is_cut_off_leaves_no_shard_and_is_repeated(bucket, relay, tmp_path):
+    samples = make_samples()
+    content, receipt = pack_shard(samples)
+    storage = open_storage(f"s3://{bucket}/cache", local_folder=tmp_path)
+    relay.cutting = len(content) // 2
+    with pytest.raises(CacheError, match=rf"^s3://{bucket}/cache/{FOLDER}/{receipt.shard}\.tar: cannot be written"):
+        write_shard(storage, FOLDER, samples)
+    assert relay.cuts > 0
+    relay.cutting = None
+    assert storage.names("latents", "") == []
+    assert write_shard(storage, FOLDER, samples)[0] == receipt
+    check(storage, samples)
+
+
+def test_one_lost_connection_is_repeated_without_a_word(bucket, relay, tmp_path):
+    samples = make_samples()
+    storage = open_storage(f"s3://{bucket}/cache", local_folder=tmp_path)
+    relay.cutting = 5000
+    healer = threading.Timer(0.05, lambda: setattr(relay, "cutting", None))
+    healer.start()
+    write_shard(storage, FOLDER, samples)
+    healer.join()
+    check(storage, samples)
+
+
+def test_stage_1_into_s3_gives_the_bytes_that_it_gives_on_a_disk(bucket, tmp_path):
+    pipeline, root = save_pipeline("2b", tmp_path / "2b"), write_corpus(tmp_path / "clips", 3)
+    url = f"s3://{bucket}/cache"
+    run(config_for(pipeline, root, tmp_path / "disk"))
+    assert run(config_for(pipeline, root, url)).latents.made == 3
+    assert run(config_for(pipeline, root, url)).latents.made == 0
+    storage = open_storage(url, local_folder=tmp_path / "local")
+    on_disk = stored_files(tmp_path / "disk")
+    names = [name for folder in ("latents", "prompts", "datasets") for name in storage.names(folder, "")]
+    assert {name: storage.read(name, limit_bytes=10**7) for name in names} == on_disk
+    view = read_view(storage, "corpus")
+    reader = SampleReader(storage, view.latents)
+    assert [reader.read(row.latent_key)["moments"].shape for row in view.rows] == [(32, 2, 2, 4)] * 3

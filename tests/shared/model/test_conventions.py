@@ -1,0 +1,207 @@
+"""Conventions are read from configs; what contradicts itself is refused in one line."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXTransformer3DModel,
+)
+
+from shared.errors import UsageError
+from shared.model.conventions import (
+    SCHEDULER_DEFAULTS,
+    TRANSFORMER_DEFAULTS,
+    VAE_DEFAULTS,
+    Conventions,
+    read_conventions,
+    refusal,
+    without_learned_positions,
+)
+from shared.model.geometry import Bucket
+
+ROPE = {"use_rotary_positional_embeddings": True}
+V1_5 = ROPE | {"patch_size_t": 2, "patch_bias": False, "sample_height": 300, "sample_width": 300, "sample_frames": 81}
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "2b": {"num_attention_heads": 30},
+    "5b": ROPE,
+    "5b-i2v": ROPE | {"in_channels": 32, "use_learned_positional_embeddings": True},
+    "1.5-5b": V1_5,
+    "1.5-5b-i2v": V1_5 | {"in_channels": 32, "ofs_embed_dim": 512},
+}
+"""What the five published transformer configs say where it matters; the rest are defaults."""
+
+
+def configs(variant: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    small, newer = variant == "2b", variant.startswith("1.5")
+    vae = {"scaling_factor": 1.15258426 if small else 0.7, "invert_scale_latents": newer}
+    scheduler = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "snr_shift_scale": 3.0 if small else 1.0,
+    }
+    return TRANSFORMERS[variant], vae, scheduler
+
+
+def conventions_of(variant: str) -> Conventions:
+    return read_conventions(*configs(variant))
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "expected"),
+    [
+        (
+            "2b",
+            "CogVideoX 1.0 T2V, sincos positions",
+            {"positions": "sincos", "scaling_factor": 1.15258426, "snr_shift_scale": 3.0, "text_length_fixed": True},
+        ),
+        (
+            "5b",
+            "CogVideoX 1.0 T2V, RoPE positions",
+            {"positions": "rope_crop", "scaling_factor": 0.7, "snr_shift_scale": 1.0, "text_length_fixed": False},
+        ),
+        (
+            "5b-i2v",
+            "CogVideoX 1.0 I2V, RoPE + learned positions",
+            {
+                "positions": "rope_crop_learned",
+                "image_to_video": True,
+                "in_channels": 32,
+                "image_scaling_factor": 0.7,
+                "text_length_fixed": True,
+                "ofs": None,
+            },
+        ),
+        (
+            "1.5-5b",
+            "CogVideoX 1.5 T2V, sliced RoPE positions",
+            {"positions": "rope_slice", "patch_size_t": 2, "image_to_video": False, "text_length_fixed": False},
+        ),
+        (
+            "1.5-5b-i2v",
+            "CogVideoX 1.5 I2V, sliced RoPE positions",
+            {"positions": "rope_slice", "ofs": 2.0, "scaling_factor": 0.7, "image_scaling_factor": 1 / 0.7},
+        ),
+    ],
+)
+def test_each_published_config_gives_its_conventions(variant: str, name: str, expected: dict[str, Any]) -> None:
+    conventions = conventions_of(variant)
+    assert conventions.name == name
+    assert {key: getattr(conventions, key) for key in expected} == expected
+    assert conventions.text_length == 226
+    assert conventions.out_channels == 16
+    assert conventions.zero_terminal_snr
+
+
+@pytest.mark.parametrize(
+    ("defaults", "classes"),
+    [
+        (TRANSFORMER_DEFAULTS, [CogVideoXTransformer3DModel]),
+        (VAE_DEFAULTS, [AutoencoderKLCogVideoX]),
+        (SCHEDULER_DEFAULTS, [CogVideoXDDIMScheduler, CogVideoXDPMScheduler]),
+    ],
+)
+def test_a_key_left_out_means_what_diffusers_means(defaults: dict[str, Any], classes: list[type]) -> None:
+    for kind in classes:
+        parameters = inspect.signature(kind.__init__).parameters
+        assert dict(defaults) == {name: parameters[name].default for name in defaults}
+
+
+@pytest.mark.parametrize(
+    ("variant", "part", "change", "message"),
+    [
+        ("5b", 0, {"in_channels": 24}, "takes 24 channels.*expected 16 .* or 32"),
+        ("5b", 1, {"latent_channels": 8}, "returns 16 channels, the VAE makes 8"),
+        ("5b", 0, {"out_channels": 32}, "returns 32 channels"),
+        ("5b", 0, {"ofs_embed_dim": 512}, "ofs embedding but takes no image"),
+        ("5b", 0, {"temporal_compression_ratio": 8}, "compresses time 4 times, the transformer expects 8"),
+        ("5b", 1, {"block_out_channels": [8, 8, 8]}, "4x4x4, CogVideoX 4x8x8"),
+        ("5b", 0, {"sample_height": 61}, "not whole patches"),
+        ("2b", 0, {"use_learned_positional_embeddings": True}, "learned positions without"),
+        ("2b", 0, {"patch_size_t": 2}, "patch_size_t without"),
+        ("1.5-5b", 0, {"use_learned_positional_embeddings": True}, "patch_size_t with"),
+        ("5b", 2, {"prediction_type": "epsilon"}, "predicts 'epsilon'"),
+        ("5b", 1, {"scaling_factor": 0.0}, "scaling_factor is 0.0"),
+        ("5b", 0, {"in_channels": "16"}, "in_channels is '16'"),
+        ("5b", 0, {"use_rotary_positional_embeddings": 1}, "use_rotary_positional_embeddings is 1"),
+        ("5b", 0, {"patch_size": None}, "patch_size is None"),
+        ("5b", 0, {"patch_size": 0}, "patch_size"),
+    ],
+)
+def test_contradicting_configs_are_refused(variant: str, part: int, change: dict[str, Any], message: str) -> None:
+    parts = list(configs(variant))
+    parts[part] = parts[part] | change
+    with pytest.raises(UsageError, match=message) as caught:
+        read_conventions(*parts)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_scheduler_that_names_no_prediction_type_is_refused() -> None:
+    transformer, vae, _ = configs("5b")
+    with pytest.raises(UsageError, match="epsilon"):
+        read_conventions(transformer, vae, {})
+
+
+@pytest.mark.parametrize(
+    ("variant", "bucket", "message"),
+    [
+        ("2b", "49x480x720", None),
+        ("2b", "33x256x384", None),
+        ("5b", "1x480x720", None),
+        ("5b", "13x768x1360", None),
+        ("5b", "16x480x720", r"frames have to be 4k\+1"),
+        ("5b", "49x480x728", "multiples of 16"),
+        ("5b", "49x484x720", "multiples of 16"),
+        ("5b-i2v", "49x480x720", None),
+        ("5b-i2v", "33x480x720", "learned position table .* covers only 49x480x720"),
+        ("5b-i2v", "49x512x768", "drop_learned_positions"),
+        ("1.5-5b", "81x768x1360", None),
+        ("1.5-5b", "77x768x1360", None),
+        ("1.5-5b", "81x2400x2400", None),
+        ("1.5-5b", "81x768x2416", "grid of this checkpoint ends at 2400x2400"),
+    ],
+)
+def test_buckets_that_cannot_be_trained_are_refused_with_the_reason(
+    variant: str, bucket: str, message: str | None
+) -> None:
+    reason = refusal(conventions_of(variant), Bucket.parse(bucket))
+    if message is None:
+        assert reason is None
+    else:
+        assert reason is not None
+        assert reason.startswith(bucket)
+        assert re.search(message, reason)
+
+
+def test_an_older_1_5_checkpoint_has_a_smaller_grid() -> None:
+    transformer, vae, scheduler = configs("1.5-5b")
+    conventions = read_conventions(transformer | {"sample_height": 96, "sample_width": 170}, vae, scheduler)
+    assert refusal(conventions, Bucket(81, 768, 1360)) is None
+    assert refusal(conventions, Bucket(81, 1360, 768)) is not None
+
+
+def test_dropping_the_learned_table_frees_shape_and_text_length() -> None:
+    conventions = conventions_of("5b-i2v")
+    freed = without_learned_positions(conventions)
+    assert freed == read_conventions(*configs("5b-i2v"), drop_learned_positions=True)
+    assert freed == dataclasses.replace(conventions, positions="rope_crop", text_length_fixed=False)
+    assert conventions.fixed_bucket == Bucket(49, 480, 720)
+    assert freed.fixed_bucket is None
+    assert refusal(freed, Bucket(33, 256, 384)) is None
+
+
+def test_there_is_no_learned_table_to_drop_elsewhere() -> None:
+    with pytest.raises(UsageError, match="no learned table"):
+        read_conventions(*configs("5b"), drop_learned_positions=True)
+
+
+def test_reading_conventions_loads_no_heavy_library() -> None:
+    code = "import sys, shared.variants; print(sorted({'torch', 'diffusers', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,240 @@
+"""The parts of a checkpoint on disk: what is found, what it is, and what a person reads where it is not."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from safetensors.torch import save_file
+
+from shared.config import Model
+from shared.errors import UsageError
+from shared.model.pretrained import (
+    present_folder,
+    present_part,
+    pretrained_folder,
+    pretrained_part,
+    read_config,
+    weight_files,
+)
+from tests.tiny import build_text_encoder, build_transformer
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def checkpoint(root: Path, dtype: torch.dtype = torch.float32, part: str = "transformer") -> Path:
+    """A folder with one part of two tensors; the part's folder."""
+    folder = root / part
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"_diffusers_version": "0.0", "patch_size": 2}), "utf-8")
+    save_file({"big": torch.ones(64, dtype=dtype), "small": torch.ones(2)}, folder / WEIGHTS)
+    return folder
+
+
+def local(root: Path, variant: str | None = None) -> Model:
+    return Model(pretrained_model_name_or_path=str(root), variant=variant)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")], ids=str
+)
+def test_published_precision_is_that_of_most_weights(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path, dtype)
+    assert pretrained_part(local(tmp_path), "transformer").dtype() == name
+
+
+def test_settings_leave_out_versions_and_places(tmp_path: Path) -> None:
+    checkpoint(tmp_path)
+    part = pretrained_part(local(tmp_path), "transformer")
+    assert part.config == {"_diffusers_version": "0.0", "patch_size": 2}
+    assert part.settings == {"patch_size": 2}
+
+
+def test_sharded_weights_are_found_through_their_index_and_load(tmp_path: Path) -> None:
+    transformer = build_transformer("5b")
+    folder = tmp_path / "transformer"
+    transformer.save_pretrained(folder, max_shard_size="100KB")
+    part = pretrained_part(local(tmp_path), "transformer")
+    assert len(part.weights) > 2
+    assert set(part.weights) == set(folder.glob("*.safetensors"))
+    assert part.dtype() == "fp32"
+    loaded = CogVideoXTransformer3DModel.from_pretrained(str(part.folder), use_safetensors=True)
+    expected = transformer.state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in loaded.state_dict().items())
+
+
+def test_missing_shard_is_named(tmp_path: Path) -> None:
+    build_transformer("5b").save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
+    gone = sorted((tmp_path / "transformer").glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(UsageError, match=f"names weight files that are not there: {gone.name}"):
+        pretrained_part(local(tmp_path), "transformer")
+
+
+@pytest.mark.parametrize(
+    ("index", "reason"),
+    [
+        ({"weight_map": {"a": "../../secret.safetensors"}}, "not there: ../../secret.safetensors"),
+        ({"weight_map": {"a": "/etc/hostname"}}, "not there: /etc/hostname"),
+        ({"weight_map": {}}, "not there: none"),
+        ({"weight_map": ["a"]}, "not an index"),
+        ({"weight_map": {"a": 1}}, "not an index"),
+        ({}, "not an index"),
+        ([], "not a JSON object"),
+    ],
+    ids=str,
+)
+def test_index_that_leaves_its_folder_or_is_none_is_refused(index: object, reason: str, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    (folder / WEIGHTS).rename(tmp_path / "secret.safetensors")
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(UsageError, match=reason):
+        pretrained_part(local(tmp_path), "transformer")
+
+
+def test_variant_files_are_chosen_by_name_single_or_sharded(tmp_path: Path) -> None:
+    transformer = build_transformer("2b")
+    folder = tmp_path / "transformer"
+    transformer.save_pretrained(folder)
+    transformer.to(torch.float16).save_pretrained(folder, variant="fp16")
+    assert pretrained_part(local(tmp_path), "transformer").dtype() == "fp32"
+    part = pretrained_part(local(tmp_path, "fp16"), "transformer")
+    assert [path.name for path in part.weights] == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert (part.variant, part.dtype()) == ("fp16", "fp16")
+
+    sharded = tmp_path / "sharded" / "transformer"
+    transformer.save_pretrained(sharded, variant="fp16", max_shard_size="50KB")
+    assert len(pretrained_part(local(sharded.parent, "fp16"), "transformer").weights) > 1
+    with pytest.raises(UsageError, match="no safetensors weights; "):
+        pretrained_part(local(sharded.parent), "transformer")
+    with pytest.raises(UsageError, match="no safetensors weights of variant 'bf16'"):
+        pretrained_part(local(sharded.parent, "bf16"), "transformer")
+
+
+def test_text_encoder_falls_back_to_plain_files_because_variants_leave_it_out(tmp_path: Path) -> None:
+    build_text_encoder().save_pretrained(tmp_path / "text_encoder")
+    part = pretrained_part(local(tmp_path, "fp16"), "text_encoder")
+    assert part.variant is None
+    assert [path.name for path in part.weights] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.pt", "weights.ckpt", "weights.pth"])
+def test_pickled_weights_are_named_and_refused(name: str, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    (folder / WEIGHTS).rename(folder / name)
+    with pytest.raises(UsageError, match=rf"only pickled weights \({name}\), which are never loaded"):
+        pretrained_part(local(tmp_path), "transformer")
+    assert present_part(local(tmp_path), "transformer") is None
+
+
+def test_missing_part_is_named(tmp_path: Path) -> None:
+    checkpoint(tmp_path)
+    with pytest.raises(UsageError, match="has no vae/ folder"):
+        pretrained_folder(local(tmp_path), "vae")
+    assert present_folder(local(tmp_path), "vae") is None
+    with pytest.raises(UsageError, match="neither a local folder nor a hub model within reach"):
+        pretrained_folder(local(tmp_path / "not" / "there" / "at all"), "vae")
+
+
+def test_torn_or_foreign_weights_are_refused_by_name(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path) / WEIGHTS
+    whole = file.read_bytes()
+    save_file({"a": torch.ones(4, dtype=torch.int8)}, tmp_path / "int8.safetensors")
+    whole_header = int.from_bytes(whole[:8], "little") + 8
+    for content in (whole[:-1], whole[:whole_header], whole[:20], whole[:4], b"", b"\xff" * 64, b"{}" * 40):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match=f"{WEIGHTS}: not a whole safetensors file"):
+            pretrained_part(local(tmp_path), "transformer").dtype()
+    shutil.copy(tmp_path / "int8.safetensors", file)
+    with pytest.raises(UsageError, match="weights are I8; expected"):
+        pretrained_part(local(tmp_path), "transformer").dtype()
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe"], ids=repr)
+def test_config_that_is_no_json_object_is_named(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"config\.json: "):
+        read_config(path)
+
+
+def test_marks_change_with_the_files_and_hashes_with_their_bytes(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path) / WEIGHTS
+    part = pretrained_part(local(tmp_path), "transformer")
+    marks, hashes = part.marks, part.sha256()
+    assert hashes == [hashlib.sha256(file.read_bytes()).hexdigest()]
+    assert marks == ((file.stat().st_size, file.stat().st_mtime_ns),)
+    os.utime(file, ns=(1, 1))
+    assert part.marks == ((file.stat().st_size, 1),)
+    assert part.sha256() == hashes
+
+
+def hub_cache(folder: Path, part: Path) -> Path:
+    """The hub's cache layout: snapshots of links to blobs, weights named by their sha256, text files by a git hash."""
+    repository = folder / "models--someone--tiny-cogvideox"
+    snapshot = repository / "snapshots" / COMMIT / part.name
+    blobs = repository / "blobs"
+    for path in (snapshot, blobs, repository / "refs"):
+        path.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(COMMIT, "utf-8")
+    for file in part.iterdir():
+        content = file.read_bytes()
+        kind = hashlib.sha256 if file.suffix == ".safetensors" else hashlib.sha1
+        blob = blobs / kind(content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
+
+
+def test_hub_snapshot_is_found_without_a_network_and_hashed_by_name(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path / "hub", checkpoint(tmp_path / "source"))
+    model = Model(pretrained_model_name_or_path="someone/tiny-cogvideox", model_cache_dir=tmp_path / "hub")
+    part = present_part(model, "transformer")
+    assert part is not None
+    assert part.folder == snapshot
+    assert part.dtype() == "fp32"
+    blob = (snapshot / WEIGHTS).resolve()
+    blob.write_bytes(b"not what its name says")  # so a hash that equals the name was not computed
+    assert part.sha256() == [blob.name]
+    assert present_part(model, "vae") is None, "not downloaded"
+    other = model.model_copy(update={"revision": "v2"})
+    assert present_part(other, "transformer") is None, "another revision"
+    pinned = model.model_copy(update={"revision": COMMIT})
+    assert present_part(pinned, "transformer") is not None
+
+
+def test_run_without_a_network_takes_the_hub_snapshot_that_is_there(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path / "hub", checkpoint(tmp_path / "source"))
+    code = (
+        "import sys; from pathlib import Path; from shared.config import Model\n"
+        "from shared.errors import UsageError; from shared.pretrained import pretrained_part\n"
+        "model = Model(pretrained_model_name_or_path='someone/tiny-cogvideox', model_cache_dir=Path(sys.argv[1]))\n"
+        "print(pretrained_part(model, 'transformer').folder)\n"
+        "try: pretrained_part(model, 'vae')\n"
+        "except UsageError as error: print(error)\n"
+        "try: pretrained_part(model.model_copy(update={'revision': 'v2'}), 'transformer')\n"
+        "except UsageError as error: print(error)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "hub")],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    folder, no_vae, no_revision = result.stdout.splitlines()
+    assert folder == str(snapshot)
+    assert no_vae.endswith("has no vae/ folder")
+    assert "neither a local folder nor a hub model within reach" in no_revision
+
+
+def test_weight_files_of_an_empty_folder_are_none(tmp_path: Path) -> None:
+    assert weight_files(tmp_path, None) == ()

@@ -1,0 +1,126 @@
+"""Another number of processes changes nothing but the rounding: the same clips, noise and timesteps, in one order."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared.config import Config, save_config
+from tests.train import processes
+from train.checkpoint.files import load_checkpoint
+from train.metrics import read_metrics
+
+Settings = Callable[..., Config]
+LOSS_TOLERANCE = 1e-6
+NUM_STEPS = 20
+VALUES: dict[str, Any] = {
+    "max_train_steps": NUM_STEPS,
+    "global_batch_size": 5,
+    "checkpointing_steps": 1,
+    "max_tokens_per_pack": 100,
+    "learning_rate": 1e-3,
+    "max_grad_norm": 1e-3,
+    "caption_dropout": 0.2,
+    "timestep_sampling": "stratified",
+    "log_clips": True,
+}
+
+
+@pytest.fixture(scope="module")
+def straight(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Twenty steps in one process."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    config = experiment.model_copy(
+        update={"train": experiment.train.model_copy(update=VALUES | {"output_dir": folder})}
+    )
+    assert processes.run(config) == [0], processes.log(config)
+    return config
+
+
+def assert_same_run(config: Config, straight: Config) -> None:
+    lines, expected = (read_metrics(run.train.output_dir) for run in (config, straight))
+    for name in ("step", "clips", "timesteps", "tokens", "samples", "lr"):
+        assert [line[name] for line in lines] == [line[name] for line in expected], name
+    for line, other in zip(lines, expected, strict=True):
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert line["grad_norm"] > VALUES["max_grad_norm"], "so that clipping acts"
+    losses = [(line["loss"], other["loss"]) for line, other in zip(lines, expected, strict=True)]
+    assert max(abs(ours - theirs) for ours, theirs in losses) <= LOSS_TOLERANCE
+    left, right = (
+        load_file(run.train.output_dir / "export" / "pytorch_lora_weights.safetensors") for run in (config, straight)
+    )
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], rtol=0, atol=1e-4)
+
+
+def test_one_two_four_and_one_processes_make_one_run(straight: Config, settings: Settings) -> None:
+    config = settings(**VALUES)
+    assert processes.run(config, world_size=2, killed_in_step=8) == [-signal.SIGKILL] * 2
+    assert load_checkpoint(config.train.output_dir / "checkpoint-000007").step == 7
+    assert processes.run(config, world_size=4, killed_in_step=7) == [-signal.SIGKILL] * 4
+    assert load_checkpoint(config.train.output_dir / "checkpoint-000013").step == 13
+    assert processes.run(config) == [0], processes.log(config)
+    assert_same_run(config, straight)
+
+
+def test_two_processes_repeat_themselves_to_the_last_bit(settings: Settings) -> None:
+    """Straight, and killed and resumed, with more processes than clips in the last pack."""
+    exports = []
+    for name, killed_in_step in (("straight", None), ("parts", 3)):
+        config = settings(name, **VALUES | {"max_train_steps": 5})
+        if killed_in_step is not None:
+            processes.run(config, world_size=2, killed_in_step=killed_in_step)
+        assert processes.run(config, world_size=2) == [0, 0], processes.log(config)
+        exports.append((config.train.output_dir / "export" / "pytorch_lora_weights.safetensors").read_bytes())
+    left, right = (
+        load_checkpoint(settings(name).train.output_dir / "checkpoint-000005") for name in ("straight", "parts")
+    )
+    for file in left.tensors:
+        assert all(torch.equal(tensor, right.tensors[file][name]) for name, tensor in left.tensors[file].items())
+
+
+def test_a_rank_without_clips_takes_part(straight: Config, settings: Settings) -> None:
+    values = VALUES | {"global_batch_size": 1, "max_train_steps": 2}
+    alone, together = settings("alone", **values), settings("together", **values)
+    assert processes.run(alone) == [0]
+    assert processes.run(together, world_size=2) == [0, 0], processes.log(together)
+    assert_same_run(together, alone)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(settings: Settings) -> None:
+    config = settings(**VALUES | {"max_train_steps": 20_000, "checkpointing_steps": 20_000, "nccl_timeout": 20})
+    children = processes.start(config, world_size=2)
+    processes.wait_until(lambda: len(read_metrics(config.train.output_dir)) >= 2)
+    assert children[1].pid is not None
+    os.kill(children[1].pid, signal.SIGTERM)
+    assert processes.finish(children, others_follow=False) == [75, 75], processes.log(config)
+    done = len(read_metrics(config.train.output_dir))
+    assert load_checkpoint(config.train.output_dir / f"checkpoint-{done:06}").step == done
+
+
+@pytest.mark.faults
+def test_the_launcher_of_torch_makes_the_same_run(settings: Settings, tmp_path: Path) -> None:
+    """`torchrun --nproc-per-node 2 -m precog train`, SIGTERM to the launcher, and the rest in one process."""
+    values = VALUES | {"max_train_steps": 20_000, "checkpointing_steps": 20_000}
+    save_config(settings(**values), tmp_path / "config.toml")
+    folder = settings().train.output_dir
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = subprocess.Popen([*torchrun, "-m", "precog", "train", str(tmp_path / "config.toml")], env=environment)
+    processes.wait_until(lambda: len(read_metrics(folder)) >= 3)
+    launcher.terminate()
+    launcher.wait(60)
+    done = len(read_metrics(folder))
+    assert load_checkpoint(folder / f"checkpoint-{done:06}").step == done
+    values |= {"max_train_steps": done + 2}
+    onwards, straight = settings(**values), settings("straight", **values)
+    assert processes.run(onwards) == [0], processes.log(onwards)
+    assert processes.run(straight) == [0]
+    assert_same_run(onwards, straight)

@@ -1,0 +1,623 @@
+"""Checkpoints: what is saved comes back bit for bit, and neither damage nor an interruption is ever silent."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shared.errors import CacheError, PrecogError
+from shared.fingerprint import canonical_json
+from train.checkpoint.files import (
+    COMMIT,
+    PROCESS_START_SECONDS,
+    STATE,
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+
+FILES = [COMMIT, STATE, "adapter.safetensors", "optimizer.safetensors"]
+Group = dict[str, dict[str, Tensor]]
+
+
+def content(step: int, variant: int = 0) -> tuple[Group, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1000 * variant + step)
+    groups = {
+        "adapter": {f"block.{index}.lora_A": torch.randn(3, 5, generator=generator) for index in range(4)},
+        "optimizer": {"exp_avg": torch.randn(7, generator=generator), "step": torch.tensor(float(step))},
+    }
+    return groups, {"losses": [0.1 + 0.2, 5e-324, -0.0, 1e300], "position": 2**53 + step, "view": "æ—✓", "none": None}
+
+
+def save(run: Path, step: int, variant: int = 0) -> Path:
+    return save_checkpoint(run, step, *content(step, variant))
+
+
+def is_content(found: Checkpoint, step: int, variant: int = 0) -> bool:
+    groups, state = content(step, variant)
+    return found.step == step and found.state == state and same_bits(found.tensors, groups)
+
+
+def same_bits(left: Mapping[str, Mapping[str, Tensor]], right: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    def raw(groups: Mapping[str, Mapping[str, Tensor]]) -> Any:
+        return {
+            (file, name): (tensor.dtype, tensor.shape, tensor.contiguous().flatten().view(torch.uint8).tolist())
+            for file, group in groups.items()
+            for name, tensor in group.items()
+        }
+
+    return bool(raw(left) == raw(right))
+
+
+def silence(line: str) -> None:
+    raise AssertionError(f"reported: {line}")
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir() if not path.name.startswith(".tmp-"))
+
+
+def temporaries(run: Path) -> list[Path]:
+    return list(run.glob(".tmp-*"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+# What is saved comes back
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(run: Path) -> None:
+    groups = {
+        "adapter": {
+            "nan": torch.tensor([float("nan"), -0.0, float("inf"), 1e-45]),
+            "bf16": torch.randn(4, 3).to(torch.bfloat16),
+            "float64": torch.randn(2, 2, dtype=torch.float64),
+            "transposed": torch.arange(6.0).reshape(2, 3).T,
+            "scalar": torch.tensor(7, dtype=torch.int64),
+            "empty": torch.zeros(0, 4),
+            "parameter": torch.nn.Parameter(torch.randn(3)),
+        },
+        "optimizer": {},
+    }
+    state: dict[str, Any] = {
+        "float": 0.1 + 0.2,
+        "tiny": 5e-324,
+        "nested": {"list": [1, None, True, "æ—✓\n"]},
+        "large": 2**63,
+    }
+    path = save_checkpoint(run, 20, groups, state)
+    assert path == run / "checkpoint-000020"
+    found = load_checkpoint(path)
+    assert (found.path, found.step, found.state) == (path, 20, state)
+    assert same_bits(found.tensors, groups)
+    assert temporaries(run) == []
+
+
+def test_equal_content_gives_equal_bytes(run: Path, tmp_path: Path) -> None:
+    first, second = save(run, 20), save(tmp_path / "other", 20)
+    assert [(first / name).read_bytes() for name in FILES] == [(second / name).read_bytes() for name in FILES]
+
+
+def test_loaded_tensors_do_not_change_with_the_file(run: Path) -> None:
+    path = save(run, 20)
+    found = load_checkpoint(path)
+    (path / "adapter.safetensors").write_bytes(bytes(1000))
+    assert is_content(found, 20)
+
+
+def test_saving_the_same_again_leaves_the_checkpoint_alone(run: Path) -> None:
+    path = save(run, 20)
+    before = path.stat().st_ino
+    assert save(run, 20) == path
+    assert path.stat().st_ino == before
+    assert (names(run), temporaries(run)) == ([path.name], [])
+
+
+def test_another_content_of_the_same_step_takes_its_place(run: Path) -> None:
+    save(run, 20)
+    assert is_content(load_checkpoint(save(run, 20, variant=1)), 20, variant=1)
+    assert (names(run), temporaries(run)) == (["checkpoint-000020"], [])
+
+
+def test_a_checkpoint_goes_before_the_one_that_it_is_replacing(run: Path) -> None:
+    """As a kill between its rename and the last deletion leaves them."""
+    save(run, 20, variant=1)
+    save(run / "elsewhere", 20).rename(run / "checkpoint-000020.old")
+    found = latest_checkpoint(run, report=silence)
+    assert found is not None and is_content(found, 20, variant=1)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(run: Path, name: str) -> None:
+    path = save(run, 20)
+    (path / name).write_bytes(b"")
+    assert is_content(load_checkpoint(save(run, 20)), 20)
+    assert (names(run), temporaries(run)) == ([path.name], [])
+
+
+# Damage
+
+
+def latest_after_damage(run: Path, file: str) -> None:
+    """The newest is refused in one line that names folder and file, and the one before it is used."""
+    lines: list[str] = []
+    found = latest_checkpoint(run, report=lines.append)
+    assert found is not None
+    assert is_content(found, 10)
+    (line,) = lines
+    assert str(run / "checkpoint-000020") in line
+    assert f" {file}: " in line
+    assert "going on from checkpoint-000010" in line
+    assert "\n" not in line
+
+
+def flip_bits(run: Path, file: str, flips: int) -> None:
+    save(run, 10)
+    path = save(run, 20) / file
+    whole = path.read_bytes()
+    for position in random.Random(file).sample(range(8 * len(whole)), min(flips, 8 * len(whole))):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        latest_after_damage(run, file)
+    path.write_bytes(whole)
+    found = latest_checkpoint(run, report=silence)
+    assert found is not None
+    assert found.step == 20
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_flipped_bit_in_any_file_is_refused(run: Path, file: str) -> None:
+    flip_bits(run, file, 50)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("file", FILES)
+def test_a_flipped_bit_in_any_file_is_refused_500_times(run: Path, file: str) -> None:
+    flip_bits(run, file, 500)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_truncated_or_longer_file_is_refused(run: Path, file: str) -> None:
+    save(run, 10)
+    path = save(run, 20) / file
+    whole = path.read_bytes()
+    lengths = {0, 1, 7, 8, 9, len(whole) - 1, *random.Random(file).sample(range(len(whole)), 20)}
+    for damaged in [*(whole[:length] for length in lengths), whole + b"\n", whole + bytes(512), whole + whole]:
+        path.write_bytes(damaged)
+        latest_after_damage(run, file)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("kind", ["missing", "folder", "link", "pipe", "older", "other file"])
+def test_a_missing_or_replaced_file_is_refused(run: Path, file: str, kind: str) -> None:
+    older = save(run, 10)
+    path = save(run, 20) / file
+    whole = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        (run / "elsewhere").write_bytes(whole)
+        path.symlink_to(run / "elsewhere")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "older":
+        shutil.copy(older / file, path)
+    elif kind == "other file":
+        shutil.copy(path.with_name(FILES[FILES.index(file) - 1]), path)
+    latest_after_damage(run, file)
+
+
+def test_a_renamed_checkpoint_is_refused(run: Path) -> None:
+    save(run, 10).rename(run / "checkpoint-000030")
+    with pytest.raises(CacheError, match=r"COMMIT\.json: is of step 10"):
+        load_checkpoint(run / "checkpoint-000030")
+
+
+def test_all_damaged_is_an_error_that_names_each_and_never_a_new_start(run: Path) -> None:
+    (save(run, 10) / COMMIT).unlink()
+    (save(run, 20) / "adapter.safetensors").write_bytes(b"")
+    with pytest.raises(CacheError) as caught:
+        latest_checkpoint(run, report=silence)
+    line = str(caught.value)
+    for part in ("checkpoint-000010", "COMMIT.json: No such file", "checkpoint-000020", "adapter.safetensors: 0 bytes"):
+        assert part in line
+    assert "\n" not in line
+
+
+def test_two_damaged_ones_are_both_reported(run: Path) -> None:
+    for step in (10, 20, 30):
+        save(run, step)
+    (run / "checkpoint-000020" / STATE).unlink()
+    shutil.rmtree(run / "checkpoint-000030")
+    (run / "checkpoint-000030").mkdir()
+    lines: list[str] = []
+    found = latest_checkpoint(run, report=lines.append)
+    assert found is not None
+    assert found.step == 10
+    assert len(lines) == 2
+
+
+def forge(path: Path, contents: dict[str, bytes], **changes: Any) -> None:
+    """A checkpoint whose hashes are right and whose content is not."""
+    path.mkdir(parents=True)
+    files: dict[str, Any] = {}
+    for name, data in contents.items():
+        (path / name).write_bytes(data)
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    commit: dict[str, Any] = {"files": files, "format": 1, "step": 20, **changes}
+    own_hash = hashlib.sha256(canonical_json(commit)).hexdigest()
+    (path / COMMIT).write_bytes(canonical_json({**commit, "sha256": own_hash}))
+
+
+HEADER = (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("contents", "changes", "line"),
+    [
+        ({STATE: b"[1]"}, {}, "not a JSON object"),
+        ({STATE: b"{"}, {}, "not valid JSON"),
+        ({STATE: b"[" * 100_000}, {}, "not valid JSON"),
+        ({STATE: b" " * (16 * 2**20 + 1)}, {}, "more than 16777216"),
+        ({"adapter.safetensors": b""}, {}, "lists other files"),
+        ({STATE: b"{}", "a.safetensors": b""}, {}, "not valid safetensors"),
+        ({STATE: b"{}", "a.safetensors": (2**40).to_bytes(8, "little")}, {}, "a header of 1099511627776 bytes"),
+        ({STATE: b"{}", "a.safetensors": (2**23).to_bytes(8, "little") + b" " * 2**23}, {}, "a header of 8388608"),
+        ({STATE: b"{}", "a.safetensors": (60).to_bytes(8, "little") + HEADER[0]}, {}, "not valid safetensors"),
+        ({STATE: b"{}", "a.pkl": b"cos\nsystem\n."}, {}, "lists other files"),
+        ({STATE: b"{}"}, {"format": 2}, "format 2, where this version reads 1"),
+        ({STATE: b"{}"}, {"step": 30}, "is of step 30"),
+        ({STATE: b"{}"}, {"step": "20"}, "does not match"),
+        ({STATE: b"{}"}, {"files": [STATE]}, "does not match"),
+        ({STATE: b"{}"}, {"files": {"../a.safetensors": {"bytes": 1, "sha256": ""}}}, "lists other files"),
+        ({STATE: b"{}"}, {"files": {STATE: {"bytes": "2", "sha256": ""}}}, "does not match"),
+        ({STATE: b"{}"}, {"files": {STATE: {"bytes": 10**30, "sha256": ""}}}, "2 bytes instead of 1000"),
+        ({STATE: b"{}"}, {"files": {STATE: {"bytes": 2, "sha256": "", "more": 1}}}, "does not match"),
+    ],
+)
+def test_a_forged_checkpoint_is_refused_before_it_is_parsed(
+    run: Path, contents: dict[str, bytes], changes: dict[str, Any], line: str
+) -> None:
+    forge(run / "checkpoint-000020", contents, **changes)
+    with pytest.raises(CacheError, match=line):
+        load_checkpoint(run / "checkpoint-000020")
+
+
+def test_the_forgery_itself_is_sound(run: Path) -> None:
+    forge(
+        run / "checkpoint-000020",
+        {STATE: b"{}", "a.safetensors": len(HEADER[0]).to_bytes(8, "little") + b"".join(HEADER)},
+    )
+    assert load_checkpoint(run / "checkpoint-000020").tensors["a"]["a"].tolist() == [0]
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=8), inner), max_leaves=8
+)
+commits = st.fixed_dictionaries(
+    {}, optional={"files": values, "format": st.just(1) | values, "step": values, "sha256": values}
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(commits.map(lambda commit: json.dumps(commit).encode()) | st.binary(max_size=64))
+def test_any_commit_file_is_read_or_refused_in_one_line(run: Path, data: bytes) -> None:
+    path = run / "checkpoint-000020"
+    path.mkdir(parents=True, exist_ok=True)
+    (path / COMMIT).write_bytes(data)
+    with pytest.raises(CacheError) as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+# Interruptions
+
+
+class Halves:
+    """A file that lets a failure come between two halves of a write."""
+
+    def __init__(self, file: Any, effect: Callable[[], None]) -> None:
+        self.file, self.effect = file, effect
+
+    def __enter__(self) -> "Halves":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        self.effect()
+        self.file.write(data[len(data) // 2 :])
+
+
+@contextmanager
+def at_effect(number: int, act: Callable[[], None], deletes: bool) -> Iterator[Callable[[], int]]:
+    """Call `act` before the `number`-th change of the file system, writes split in two; yields the count so far."""
+    seen = count(1)
+    last = 0
+
+    def effect() -> None:
+        nonlocal last
+        last = next(seen)
+        if last == number:
+            act()
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **keywords: Any) -> Any:
+            effect()
+            return call(*args, **keywords)
+
+        return wrapper
+
+    def opened(file: Any, mode: str = "r", *args: Any, **keywords: Any) -> Any:
+        if "x" not in mode:
+            return plain_open(file, mode, *args, **keywords)
+        effect()
+        return Halves(plain_open(file, mode, *args, **keywords), effect)
+
+    plain_open = io.open
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("mkdir", "rename", "fsync", *(("unlink", "rmdir") if deletes else ())):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        patch.setattr(io, "open", opened)
+        yield lambda: last
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a forked process that SIGKILLs itself at its `number`-th effect; False if it ended before that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the child starts no threads and never returns
+        child = os.fork()
+    if child == 0:
+        try:
+            with at_effect(number, lambda: os.kill(os.getpid(), signal.SIGKILL), deletes=True):
+                work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
+    return status != 0
+
+
+def before_first(run: Path) -> None:
+    run.mkdir()
+
+
+def before_third(run: Path) -> None:
+    save(run, 10)
+    save(run, 20)
+
+
+def before_replacing_the_only_one(run: Path) -> None:
+    save(run, 30, variant=1)
+
+
+def before_replacing_a_damaged_one(run: Path) -> None:
+    save(run, 20)
+    (save(run, 30) / STATE).write_bytes(b"")
+
+
+def before_replacing_after_a_crash(run: Path) -> None:
+    save(run, 30, variant=2).rename(run / "checkpoint-000030.old")
+    save(run, 30, variant=1)
+
+
+CASES: dict[str, tuple[Callable[[Path], None], list[tuple[int, int]], int]] = {
+    # preparation, the (step, variant) that may be found beside the new one, effects at least
+    "first": (before_first, [], 12),
+    "third and prune": (before_third, [(20, 0)], 12),
+    "another of the step": (before_replacing_the_only_one, [(30, 1)], 12),
+    "a damaged one": (before_replacing_a_damaged_one, [(20, 0)], 12),
+    "after a crash": (before_replacing_after_a_crash, [(30, 1)], 12),
+}
+
+
+@pytest.mark.parametrize(("case", "keep"), [*((case, 2) for case in CASES), ("third and prune", 3)])
+def test_a_kill_at_any_effect_of_save_and_prune_leaves_a_whole_checkpoint(tmp_path: Path, case: str, keep: int) -> None:
+    prepare, found_before, effects = CASES[case]
+    prepared, folder = tmp_path / "prepared", tmp_path / "run"
+    prepare(prepared)
+
+    def work() -> None:
+        prune_checkpoints(folder, keep, save(folder, 30))
+
+    for number in count(1):
+        shutil.copytree(prepared, folder)
+        killed = killed_at(number, work)
+        found = latest_checkpoint(folder, report=silence if case != "a damaged one" else lambda _: None)
+        if found is None:
+            assert case == "first"
+        else:
+            assert any(is_content(found, *one) for one in [(30, 0), *found_before])
+        if not killed:
+            break
+        work()  # the same command again
+        again = latest_checkpoint(folder, report=silence)
+        assert again is not None
+        assert is_content(again, 30)
+        assert not [name for name in names(folder) if name.endswith(".old")]
+        shutil.rmtree(folder)
+    assert number > effects
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_full_or_failing_disk_at_any_effect_keeps_the_old_ones_and_leaves_nothing_behind(
+    tmp_path: Path, code: int
+) -> None:
+    def fail() -> None:
+        raise OSError(code, os.strerror(code))
+
+    before_third(tmp_path / "prepared")
+    for number in count(1):
+        run = tmp_path / str(number)
+        shutil.copytree(tmp_path / "prepared", run)
+        with at_effect(number, fail, deletes=False) as effects, suppress(PrecogError):
+            save(run, 30)
+        assert temporaries(run) == []
+        assert is_content(load_checkpoint(run / "checkpoint-000010"), 10)
+        assert is_content(load_checkpoint(run / "checkpoint-000020"), 20)
+        found = latest_checkpoint(run, report=silence)
+        assert found is not None
+        assert is_content(found, 20) or is_content(found, 30)
+        if effects() < number:
+            assert is_content(found, 30)
+            break
+    assert number > 12
+
+
+def test_a_full_disk_is_one_line_that_says_what_is_left(run: Path) -> None:
+    save(run, 10)
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with at_effect(4, fail, deletes=False), pytest.raises(PrecogError) as caught:
+        save(run, 20)
+    assert str(caught.value) == (
+        f"{run}/checkpoint-000020: cannot be saved (No space left on device); the checkpoints before it are kept"
+    )
+
+
+def test_an_interrupt_from_the_keyboard_leaves_nothing_behind(run: Path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with at_effect(6, interrupt, deletes=False), pytest.raises(KeyboardInterrupt):
+        save(run, 20)
+    assert list(run.iterdir()) == []
+
+
+def test_every_file_and_the_folders_are_synced_before_and_after_the_rename(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        order.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    def rename(source: Path, target: Path) -> None:
+        order.append(f"rename to {target.name}")
+        plain_rename(source, target)
+
+    plain_rename = os.rename
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    save(run, 20)
+    temporary = order[4]
+    assert temporary.startswith(".tmp-")
+    assert sorted(order[:3]) == sorted(FILES[1:])
+    assert order[3:6] == [COMMIT, temporary, "rename to checkpoint-000020"]
+    assert set(order[6:]) == {"run"}
+
+
+# Retention
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [40, 50]), (2, [40, 50]), (3, [30, 40, 50]), (9, [10, 20, 30, 40, 50])])
+def test_pruning_keeps_the_newest_and_never_fewer_than_two(run: Path, keep: int, left: list[int]) -> None:
+    for step in (10, 20, 30, 40, 50):
+        saved = save(run, step)
+    prune_checkpoints(run, keep, saved)
+    assert names(run) == [f"checkpoint-{step:06d}" for step in left]
+    assert temporaries(run) == []
+
+
+def test_pruning_counts_only_intact_checkpoints(run: Path) -> None:
+    for step in (10, 20, 30, 40):
+        saved = save(run, step)
+    (run / "checkpoint-000040" / "adapter.safetensors").unlink()
+    (run / "checkpoint-000020" / STATE).write_bytes(b"{}")
+    prune_checkpoints(run, 2, saved)
+    assert names(run) == [f"checkpoint-{step:06d}" for step in (10, 20, 30, 40)]
+    prune_checkpoints(run, 2, save(run, 50))
+    assert names(run) == [f"checkpoint-{step:06d}" for step in (30, 40, 50)]
+
+
+def test_the_checkpoint_just_saved_stays_whatever_there_is_beyond_it(run: Path) -> None:
+    for step in (60, 80, 40):
+        save(run, step)
+    prune_checkpoints(run, 2, save(run, 50))
+    assert names(run) == [f"checkpoint-{step:06d}" for step in (50, 60, 80)]
+
+
+def test_steps_are_ordered_as_numbers(run: Path) -> None:
+    for step in (999_999, 1_000_000, 10_000_000):
+        saved = save(run, step)
+    prune_checkpoints(run, 2, saved)
+    assert names(run) == ["checkpoint-10000000", "checkpoint-1000000"][::-1]
+
+
+def test_only_temporary_folders_older_than_this_process_are_swept(run: Path) -> None:
+    saved = save(run, 10)
+    young, old = run / ".tmp-young", run / ".tmp-old"
+    for folder in (young, old):
+        folder.mkdir()
+        (folder / "adapter.safetensors").write_bytes(b"half")
+    os.utime(old, (0, PROCESS_START_SECONDS - 1))
+    prune_checkpoints(run, 2, saved)
+    assert temporaries(run) == [young]
+    assert (young / "adapter.safetensors").read_bytes() == b"half"
+
+
+def test_other_files_of_the_run_are_left_alone(run: Path) -> None:
+    for name in ("checkpoint-best", "checkpoint-20", "xcheckpoint-000001", "metrics.jsonl"):
+        (run / name).mkdir(parents=True)
+    for step in (10, 20, 30):
+        saved = save(run, step)
+    prune_checkpoints(run, 2, saved)
+    assert names(run) == sorted(
+        [
+            "checkpoint-000020",
+            "checkpoint-000030",
+            "checkpoint-best",
+            "checkpoint-20",
+            "xcheckpoint-000001",
+            "metrics.jsonl",
+        ]
+    )
+
+
+def test_what_cannot_be_deleted_is_logged_and_does_not_stop_the_run(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (10, 20, 30):
+        saved = save(run, step)
+
+    def fail() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with at_effect(1, fail, deletes=False):
+        prune_checkpoints(run, 2, saved)
+    assert "checkpoint-000010: cannot be deleted" in caplog.text
+    prune_checkpoints(run, 2, saved)
+    assert names(run) == ["checkpoint-000020", "checkpoint-000030"]

@@ -1,0 +1,330 @@
+"""What the engine's levels weigh, counted on the meta device at the published sizes, and the choice between them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared.config import Config, Memory, Sample, Train
+from shared.errors import UsageError
+from shared.model.conventions import Conventions, read_conventions
+from shared.model.geometry import Bucket, video_tokens
+from shared.model.quantize import Storage
+from shared.signals import StopSignal
+from tests.experiments import fill_cache, write_experiment
+from tests.tiny import build_transformer, scheduler_config, transformer_config, vae_config
+from train.loop import train as train_run
+from train.memory import choice as memory
+from train.memory.choice import (
+    GIB,
+    PREFERENCE,
+    Prediction,
+    candidates,
+    choose_plan,
+    largest_pack,
+    predict_peak,
+    preview_bucket,
+)
+from train.memory.tally import Tally
+from train.transformer.engine import Activations, Plan, open_engine
+from train.transformer.host_memory import host_empty
+
+SMALL = Bucket(49, 480, 720)
+LARGE = Bucket(81, 768, 1360)
+LEAN = Plan("attention_output", offload_activations=True, stream_weights=3, modulation_table=True)
+RESIDENT = replace(LEAN, stream_weights=0)
+
+
+def published(variant: str) -> dict[str, Any]:
+    """The sizes of the real checkpoints."""
+    config = transformer_config(variant, text_length=224 if variant.startswith("1.5") else 226)
+    config |= {"attention_head_dim": 64, "time_embed_dim": 512, "text_embed_dim": 4096}
+    config |= {"num_attention_heads": 30, "num_layers": 30} if variant == "2b" else {}
+    config |= {"num_attention_heads": 48, "num_layers": 42} if variant != "2b" else {}
+    if not variant.startswith("1.5"):
+        config |= {"sample_height": 60, "sample_width": 90, "sample_frames": 49}
+    return config
+
+
+def predicted(variant: str, plan: Plan, bucket: Bucket = SMALL, lora_rank: int = 64, **changes: Any) -> Prediction:
+    config = published(variant) | changes
+    conventions = read_conventions(config, vae_config(variant), scheduler_config(variant))
+    train = Train(output_dir="unused", lora_rank=lora_rank, lora_alpha=lora_rank)
+    return predict_peak(config, conventions, train, plan, [bucket], torch.bfloat16)
+
+
+def conventions_of(variant: str) -> Conventions:
+    return read_conventions(published(variant), vae_config(variant), scheduler_config(variant))
+
+
+@pytest.mark.parametrize(
+    ("variant", "bucket", "activations", "units"),
+    [
+        ("5b", SMALL, "block_input", 1),
+        ("5b", SMALL, "attention_output", 2),
+        ("5b", SMALL, "full", 10),
+        pytest.param("2b", SMALL, "block_input", 1, marks=pytest.mark.faults),
+        pytest.param("2b", SMALL, "attention_output", 2, marks=pytest.mark.faults),
+        pytest.param("2b", SMALL, "full", 10, marks=pytest.mark.faults),
+        pytest.param("1.5-5b", LARGE, "block_input", 1, marks=pytest.mark.faults),
+        pytest.param("1.5-5b", LARGE, "attention_output", 2, marks=pytest.mark.faults),
+        pytest.param("1.5-5b", LARGE, "full", 10, marks=pytest.mark.faults),
+    ],
+)
+def test_a_block_keeps_what_the_formula_says_and_no_more(
+    variant: str, bucket: Bucket, activations: Activations, units: int
+) -> None:
+    config, conventions = published(variant), conventions_of(variant)
+    tokens = conventions.text_length + video_tokens(bucket, 2, conventions.patch_size_t)
+    unit = 2 * tokens * config["num_attention_heads"] * 64
+    plan = Plan(activations, modulation_table=True)
+    few, more = (predicted(variant, plan, bucket, num_layers=layers).kept for layers in (2, 4))
+    assert (more - few) / 2 == pytest.approx(units * unit, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("variant", "bucket", "plan", "limit_gib"),
+    [
+        ("5b", SMALL, LEAN, 5.0),
+        ("5b", SMALL, replace(RESIDENT, base_precision="int8"), 8.5),
+        ("5b", SMALL, RESIDENT, 13.0),
+        ("2b", SMALL, LEAN, 2.6),
+        ("1.5-5b", LARGE, LEAN, 8.5),
+    ],
+    ids=["5b-lean", "5b-int8", "5b-resident", "2b-lean", "1.5-5b-lean"],
+)
+def test_peaks_at_the_published_sizes(variant: str, bucket: Bucket, plan: Plan, limit_gib: float) -> None:
+    found = predicted(variant, plan, bucket)
+    assert 0.5 * limit_gib < found.peak / GIB < limit_gib
+
+
+def test_prediction_continues_shallow_models_to_the_depth_that_running_them_all_gives() -> None:
+    for plan in (LEAN, Plan("full")):
+        deep = predicted("2b", plan, Bucket(9, 256, 256), num_layers=6)
+        by_hand = memory._run_on_meta(
+            published("2b") | {"num_layers": 6},
+            conventions_of("2b"),
+            Train(output_dir="unused", lora_rank=64, lora_alpha=64),
+            plan,
+            [Bucket(9, 256, 256)],
+            torch.bfloat16,
+        )
+        assert deep.peak == pytest.approx(by_hand.peak, rel=0.002)
+        assert deep.kept == pytest.approx(by_hand.kept, rel=0.002)
+
+
+def test_an_adapter_weight_costs_itself_its_gradient_and_two_moments_in_fp32() -> None:
+    small, large = (predicted("5b", LEAN, Bucket(9, 256, 256), rank, num_layers=4).loaded for rank in (32, 64))
+    more_weights = 4 * 4 * 32 * 2 * 3072
+    assert large - small == pytest.approx(4 * 4 * more_weights, rel=1e-3)
+
+
+@pytest.mark.parametrize(("storage", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4.5)])
+def test_a_quantized_base_weighs_what_its_bits_say(storage: Storage, bits: float) -> None:
+    """On its way through a product, and lean, too: without bitsandbytes, on the meta device."""
+    plans = (RESIDENT, replace(RESIDENT, base_precision=storage), replace(LEAN, base_precision=storage))
+    wide, small, lean = (predicted("5b", plan, Bucket(9, 256, 256), num_layers=4) for plan in plans)
+    of_a_block = 12 * 3072**2
+    assert (wide.loaded - small.loaded) / 4 == pytest.approx(of_a_block * (16 - bits) / 8, rel=0.01)
+    assert small.loaded - lean.loaded == pytest.approx(of_a_block * bits / 8, rel=0.01), "three of four are resident"
+    assert small.peak < wide.peak
+
+
+def test_each_leaner_plan_needs_less() -> None:
+    peaks = [predicted("5b", plan, Bucket(9, 480, 720)).peak for plan in PREFERENCE]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
+
+
+def test_tally_counts_what_is_live_once_and_no_host_buffer() -> None:
+    with Tally() as tally:
+        first = torch.empty(1000, dtype=torch.uint8, device="meta")
+        view = first[10:]
+        host = host_empty(5000, torch.device("meta"))
+        host[:1000].copy_(first)
+        second = first + 1
+        del first
+        assert tally.num_bytes == 2048, "the view keeps its storage"
+        del view
+        assert tally.num_bytes == 1024
+        third = second + 1
+        assert (tally.num_bytes, tally.peak_bytes) == (2048, 2048)
+        del second, third
+        assert (tally.num_bytes, tally.peak_bytes) == (0, 2048)
+
+
+def config_of(memory_fields: dict[str, Any], **train: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"pretrained_model_name_or_path": "unused"},
+            "data": {"name": "unused", "instance_data_root": "unused"},
+            "precompute": {"cache": "unused"},
+            "train": {"output_dir": "unused", "lora_rank": 4} | train,
+            "memory": memory_fields,
+        }
+    )
+
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("fields", "train", "expected"),
+    [
+        ({}, {}, list(PREFERENCE)),
+        ({"activations": "block_input"}, {}, {"block_input"}),
+        ({}, {"gradient_checkpointing": True}, {"block_input"}),
+        ({"stream_weights": 4}, {}, {"full", "attention_output"}),
+        ({"offload_activations": True, "activations": "full"}, {}, {"full"}),
+        ({"activations": "full"}, {}, {"full"}),
+    ],
+)
+def test_fields_that_are_set_stay_and_auto_fills_the_rest(fields: Any, train: Any, expected: Any) -> None:
+    plans = candidates(config_of({"compile": False} | fields, **train), CUDA, table_possible=True)
+    if isinstance(expected, list):
+        assert plans == expected
+    assert isinstance(expected, list) or {plan.activations for plan in plans} == expected
+    assert all(getattr(plan, name) == value for plan in plans for name, value in fields.items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "train", "table_possible", "message"),
+    [
+        ({"activations": "full"}, {"gradient_checkpointing": True}, True, "means memory.activations = 'block_input'"),
+        ({"modulation_table": True}, {}, False, "adapters on the layers"),
+        ({"stream_weights": 2}, {"transformer_engine": "reference"}, True, "with 'reference' leave it out"),
+        ({"base_precision": "int8"}, {"use_dora": True}, True, "use_dora"),
+        ({"compile": True}, {"transformer_engine": "reference"}, True, "compile = true acts on"),
+    ],
+)
+def test_contradictions_are_refused(fields: Any, train: Any, table_possible: bool, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        candidates(config_of(fields, **train), CUDA, table_possible=table_possible)
+
+
+def test_no_plan_has_a_table_where_adapters_make_the_modulation() -> None:
+    plans = candidates(config_of({}), CUDA, table_possible=False)
+    assert plans and not any(plan.modulation_table for plan in plans)
+    assert len(set(plans)) == len(plans)
+
+
+def test_compile_and_attention_reach_the_engine() -> None:
+    assert not any(plan.compile for plan in candidates(config_of({}), CPU, table_possible=True)), "auto, on a CPU"
+    for compiled in (True, False):
+        (plan, *_) = candidates(config_of({"compile": compiled, "attention": "math"}), CPU, table_possible=True)
+        engine = open_engine(build_transformer("5b", lora_rank=4), plan, CPU)
+        assert (engine.fused is not None) == compiled and engine.attention == "math"
+    config = config_of({"attention": "flash"}, transformer_engine="reference")
+    assert [plan.attention for plan in candidates(config, CPU, table_possible=True)] == ["flash"]
+
+
+def test_auto_takes_the_fastest_plan_that_fits_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformer = build_transformer("5b", lora_rank=4)
+    conventions = read_conventions(transformer_config("5b"), vae_config("5b"), scheduler_config("5b"))
+    config, bucket = config_of({}), Bucket(9, 64, 96)
+    sizes = [
+        predict_peak(transformer.config, conventions, config.train, plan, [bucket], torch.float32).peak
+        for plan in (Plan("full"), Plan("attention_output"))
+    ]
+    enough = [int(size * memory.RESERVED_PER_ALLOCATED) for size in sizes]
+    assert enough[1] < enough[0]
+    said = [f"{size / GIB:.2f} GiB" for size in enough]
+    chosen, told = [], []
+    for free in (*enough, 0):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        chosen.append(choose_plan(config, transformer, conventions, [bucket], CPU))
+        told.append(capsys.readouterr().err.strip())
+    assert [plan.activations for plan in chosen] == ["full", "attention_output", "block_input"]
+    fits = f"for {bucket}, {{}} free on cpu"
+    monkeypatch.setattr(memory, "free_bytes", lambda device: sizes[0])
+    plan = choose_plan(config, transformer, conventions, [bucket], CPU)
+    assert plan.activations != "full", "the allocator reserves more than is allocated"
+    assert told[0] == f"memory: activations full (predicted {said[0]} {fits.format(said[0])})"
+    assert told[1] == (
+        f"memory: activations attention_output (predicted {said[1]} {fits.format(said[1])}; "
+        f"activations full would take {said[0]})"
+    )
+    assert told[2].startswith("memory: activations block_input (predicted ")
+    assert told[2].endswith(
+        f"{fits.format('0.00 GiB')}; this may not fit, and is the leanest that [memory] leaves; "
+        f"activations attention_output would take {said[1]})"
+    )
+
+
+def test_every_process_takes_the_plan_that_fits_the_fullest_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer = build_transformer("5b", lora_rank=4)
+    conventions = read_conventions(transformer_config("5b"), vae_config("5b"), scheduler_config("5b"))
+    for frees in ([0, 2**50], [2**50, 0]):
+        monkeypatch.setattr(memory, "gather", lambda own, frees=frees: frees)
+        plan = choose_plan(config_of({}), transformer, conventions, [Bucket(9, 64, 96)], CPU)
+        assert plan.activations == "block_input"
+
+
+def test_a_preview_larger_than_the_clips_counts_where_previews_are_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformer = build_transformer("5b", lora_rank=4)
+    conventions = read_conventions(transformer_config("5b"), vae_config("5b"), scheduler_config("5b"))
+    clip, large = Bucket(9, 64, 96), Bucket(49, 160, 240)
+    sample = {"num_frames": large.frames, "height": large.height, "width": large.width}
+    with_previews, without = (
+        config_of({}, preview_steps=steps).model_copy(update={"sample": Sample.model_validate(sample)})
+        for steps in (5, 0)
+    )
+    assert preview_bucket(with_previews, conventions) == large and preview_bucket(without, conventions) is None
+    i2v = read_conventions(transformer_config("5b-i2v"), vae_config("5b-i2v"), scheduler_config("5b-i2v"))
+    assert preview_bucket(with_previews, i2v) is None, "its previews have the clips' sizes"
+
+    def predict_with(preview: Bucket | None, *pack: Bucket) -> Prediction:
+        settings = with_previews.train
+        return predict_peak(
+            transformer.config, conventions, settings, Plan("full"), pack, torch.float32, preview=preview
+        )
+
+    found = predict_with(large, clip)
+    assert predict_with(None, clip) == replace(found, preview=0)
+    assert found.preview > found.peak, "inference on the large one takes more than training on the small one"
+    assert found.preview < 0.8 * predict_with(None, large).peak, "and less than training on it"
+    small = predict_with(clip, large)
+    assert small.preview < small.peak == small.needed == predict_with(None, large).peak
+    free = int(found.peak * memory.RESERVED_PER_ALLOCATED)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    assert choose_plan(without, transformer, conventions, [clip], CPU).activations == "full"
+    assert "full (predicted" in capsys.readouterr().err
+    assert choose_plan(with_previews, transformer, conventions, [clip], CPU).activations != "full"
+    assert f"for a preview of {large}" in capsys.readouterr().err
+
+
+def test_largest_pack_is_as_many_of_the_largest_clip_as_the_budget_holds() -> None:
+    conventions = conventions_of("5b")
+    buckets = [Bucket(9, 64, 96), SMALL]
+    tokens = 226 + 13 * 30 * 45
+    for budget, batch, count in [(1, 8, 1), (2 * tokens, 8, 2), (2 * tokens - 1, 8, 1), (9 * tokens, 4, 4)]:
+        train = Train(output_dir="unused", max_tokens_per_pack=budget, global_batch_size=batch)
+        assert largest_pack(train, conventions, buckets) == [SMALL] * count
+
+
+def test_a_lean_run_and_a_full_run_train_the_same_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_experiment("1.5-5b", tmp_path, max_train_steps=2, lora_rank=4, lora_alpha=4, validation_steps=2)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"held_out_clips": 1})})
+    fill_cache(config)
+    lean = Memory(activations="attention_output", offload_activations=True, stream_weights=2, modulation_table=True)
+    arms = {"full": Memory(), "lean": lean, "int8": Memory(base_precision="int8", activations="block_input")}
+    adapters, held_out = {}, {}
+    for name, fields in arms.items():
+        settings = config.train.model_copy(update={"output_dir": tmp_path / name})
+        with StopSignal() as stop:
+            train_run(config.model_copy(update={"memory": fields, "train": settings}), stop)
+        adapters[name] = load_file(tmp_path / name / "export" / "pytorch_lora_weights.safetensors")
+        held_out[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["held_out_loss"]
+    assert "activations full" in (told := capsys.readouterr().err) and "cosine of the adapter's gradient" in told
+    assert adapters["full"].keys() == adapters["lean"].keys() == adapters["int8"].keys()
+    assert held_out["lean"] == pytest.approx(held_out["full"], rel=1e-4)
+    assert held_out["int8"] == pytest.approx(held_out["full"], rel=1e-2) and held_out["int8"] != held_out["full"]
+    worst = max(float((adapters["lean"][key] - value).abs().max()) for key, value in adapters["full"].items())
+    assert worst < 1e-5

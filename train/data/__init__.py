@@ -1,0 +1,1 @@
+"""Which clips when, and their examples."""

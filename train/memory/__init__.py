@@ -1,0 +1,1 @@
+"""What a setting costs on the card, and the choice of a plan."""

@@ -1,0 +1,1 @@
+"""The frozen transformer with its adapter: forward over packs, memory levels, streaming."""
