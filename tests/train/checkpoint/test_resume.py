@@ -20,7 +20,7 @@ from shared.signals import StopSignal
 from tests import tiny
 from tests.experiments import fill_cache, write_experiment
 from tests.train import processes
-from tests.train.checkpoint.test_files import STATE, content, is_content, names, save, silence
+from tests.train.saved import STATE, content, is_content, names, save, silence
 from train.checkpoint.files import load_checkpoint, save_checkpoint
 from train.checkpoint.resume import BRANCH, abandon_newer, branch_of, find_checkpoint
 from train.loop import train
