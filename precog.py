@@ -83,7 +83,7 @@ def plan_command(
 
 def main() -> None:
     """Run the `precog` script."""
-    sys.exit(app())
+    sys.exit(app(prog_name="precog"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from shared.errors import Preempted, PrecogError
+from shared.errors import PrecogError, Preempted
 from shared.launcher import rank
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)

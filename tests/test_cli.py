@@ -54,7 +54,7 @@ def problem(result: Result) -> str:
             2,
             ["no/such-model", "neither a local folder"],
         ),
-        ("precompute", "model.pretrained_model_name_or_path=demo", 2, ["demo", "has no vae/ folder"]),
+        ("precompute", "model.pretrained_model_name_or_path=demo", 2, ["demo", "vae/ not found"]),
         ("train", 'train.lora_target_modules="to_q"', 2, ["a list such as", "quoted for the shell"]),
         ("train", "data.name=other", 4, ["datasets/other", "no such view", "precog precompute"]),
         ("sample", "sample.lora=no-such-file", 2, ["no-such-file", "no adapter here"]),
