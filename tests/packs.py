@@ -45,15 +45,16 @@ def make_clips(conventions: Conventions, dtype: torch.dtype, count: int = 5) -> 
 
 @contextmanager
 def float64_rotary(dtype: torch.dtype) -> Iterator[None]:
-    """diffusers turns queries and keys in float32 whatever their dtype; this lifts that for a float64 comparison."""
+    """Let diffusers rotate float64 queries and keys in float64, where it always uses float32."""
     original, to_float = embeddings.apply_rotary_emb, torch.Tensor.float
 
     def apply_in_own_dtype(tokens: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        torch.Tensor.float = lambda self: self
+        torch.Tensor.float = lambda self: self  # type: ignore[method-assign, assignment, return-value]
         try:
-            return original(tokens, table)
+            rotated: Tensor = original(tokens, table)
+            return rotated
         finally:
-            torch.Tensor.float = to_float
+            torch.Tensor.float = to_float  # type: ignore[method-assign]
 
     if dtype == torch.float64:
         embeddings.apply_rotary_emb = apply_in_own_dtype
@@ -66,7 +67,7 @@ def float64_rotary(dtype: torch.dtype) -> Iterator[None]:
 def run(
     transformer: CogVideoXTransformer3DModel, forward: Callable[[], list[Tensor]]
 ) -> tuple[list[Tensor], Tensor, Gradients]:
-    """Velocities, the mean over clips of their mean square error against a fixed target, every adapter's gradient."""
+    """Return velocities, the mean of their square errors against fixed targets, and the adapters' gradients."""
     transformer.zero_grad()
     velocities = forward()
     errors = []
@@ -85,7 +86,7 @@ def run(
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest error relative to the largest value."""
+    """Return the largest error relative to the largest value."""
     assert ours.shape == theirs.shape
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp_min(1e-30))
 

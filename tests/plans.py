@@ -37,7 +37,7 @@ STORAGES = ("int8", "fp8", NF4)
 
 
 def published(variant: str) -> dict[str, Any]:
-    """The sizes of the real checkpoints."""
+    """Return a transformer config with the sizes of a published checkpoint."""
     config = transformer_config(variant, text_length=224 if variant.startswith("1.5") else 226)
     config |= {"attention_head_dim": 64, "time_embed_dim": 512, "text_embed_dim": 4096}
     config |= {"num_attention_heads": 30, "num_layers": 30} if variant == "2b" else {}

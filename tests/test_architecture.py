@@ -149,7 +149,7 @@ def test_tests_use_no_private_name_of_ours() -> None:
             elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr") and len(node.args) > 1:
                 target, name = node.args[0], node.args[1]
                 if ast.unparse(target).split(".")[0] in ours and isinstance(name, ast.Constant):
-                    assert not str(name.value).startswith("_"), f"{path}:{node.lineno}: {name.value}"
+                    assert not str(name.value).startswith("_"), f"{path}:{node.lineno}: {name.value!r}"
 
 
 def test_no_test_module_imports_another() -> None:

@@ -17,7 +17,7 @@ CONFIG = str(ROOT / "configs" / "demo.toml")
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A copy of the demo's clips that a test may spoil."""
+    """Copy the demo's clips for a test to change."""
     shutil.copytree(ROOT / "demo" / "clips", tmp_path / "clips")
     return tmp_path / "clips"
 
@@ -34,7 +34,7 @@ def precog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Res
 
 
 def problem(result: Result) -> str:
-    """The last line on standard error, which is the only one about the fault."""
+    """Return the only line on standard error about the fault."""
     lines = [line for line in result.stderr.splitlines() if line.startswith("precog: ")]
     assert len(lines) == 1, result.stderr
     assert "Traceback" not in result.stderr

@@ -11,7 +11,7 @@ from tests import media
 
 @dataclass(frozen=True)
 class Case:
-    """A clip to write; `decord` says whether decord is exact on it, `tick` is the container's clock in microseconds."""
+    """A clip to write; `decord`: decord is exact on it; `tick`: the container's clock in microseconds."""
 
     file: str
     decord: bool
@@ -66,7 +66,7 @@ CASES = [
 
 
 def clip(folder: Path, file: str, **settings: Any) -> Path:
-    """The clip `file`, written once per test module."""
+    """Return the clip `file`, written once per folder."""
     path = folder / file
     return path if path.exists() else media.write_clip(path, **settings)
 

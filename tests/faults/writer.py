@@ -29,7 +29,7 @@ SKIPPED = key_of(7)
 
 
 def work(root: Path, part: Part = Part()) -> None:  # noqa: B008
-    """Stage 1 without its encoders."""
+    """Run stage 1 without its encoders."""
     storage = LocalStorage(str(root))
     write_recipe(storage, COLLECTION, RECIPE)
 
@@ -44,7 +44,7 @@ def work(root: Path, part: Part = Part()) -> None:  # noqa: B008
 
 
 def in_child(body: Callable[[], None]) -> int:
-    """The process id of a fork that runs `body` and ends without Python's clean-up."""
+    """Fork, run `body` and exit without Python's clean-up; return the process id."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -56,5 +56,5 @@ def in_child(body: Callable[[], None]) -> int:
 
 
 def ended(child: int) -> int:
-    """Exit code, negative for a signal."""
+    """Wait for a child and return its exit code, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

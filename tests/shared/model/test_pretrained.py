@@ -1,4 +1,4 @@
-"""The parts of a checkpoint on disk: what is found, what it is, and what a person reads where it is not."""
+"""Components of a checkpoint on disk: found, described, or refused in one line."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def checkpoint(root: Path, dtype: torch.dtype = torch.float32, part: str = "transformer") -> Path:
-    """A folder with one part of two tensors; the part's folder."""
+    """Write a component of two tensors; return its folder."""
     folder = root / part
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"_diffusers_version": "0.0", "patch_size": 2}), "utf-8")
@@ -177,7 +177,7 @@ def test_marks_change_with_the_files_and_hashes_with_their_bytes(tmp_path: Path)
 
 
 def hub_cache(folder: Path, part: Path) -> Path:
-    """The hub's cache layout: snapshots of links to blobs, weights named by their sha256, text files by a git hash."""
+    """Write the hub's cache layout: a snapshot of links to blobs, named by sha256 or git hash; return it."""
     repository = folder / "models--someone--tiny-cogvideox"
     snapshot = repository / "snapshots" / COMMIT / part.name
     blobs = repository / "blobs"
