@@ -11,8 +11,6 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 from rich import progress
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from shared.errors import PrecogError, Preempted
 from shared.launcher import rank
@@ -27,19 +25,11 @@ def say(message: str) -> None:
 
 
 def table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
-    """Print a two-column table on rank 0."""
-    if rank() != 0:
-        return
-    if not console.is_terminal:
-        say(title)
-        width = max((len(name) for name, _ in rows), default=0) + 2
-        for name, value in rows:
-            say(f"  {name:<{width}}{value}")
-        return
-    grid = Table(title=title, show_header=False, title_justify="left")
+    """Print a title and two aligned columns on rank 0."""
+    say(title)
+    width = max((len(name) for name, _ in rows), default=0) + 2
     for name, value in rows:
-        grid.add_row(escape(name), escape(str(value)))
-    console.print(grid)
+        say(f"  {name:<{width}}{value}")
 
 
 class Progress:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from precog import app
+from precog import __version__, app
+from shared.config import load_config
 from tests.media import write_clip
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,20 @@ def problem(result: Result) -> str:
     assert len(lines) == 1, result.stderr
     assert "Traceback" not in result.stderr
     return lines[0]
+
+
+def test_the_version_and_the_resolved_config_are_printed(tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"precog {__version__}\n"
+    result = CliRunner().invoke(app, ["config", CONFIG, "train.lora_rank=5"])
+    (tmp_path / "config.toml").write_text(result.stdout, "utf-8")
+    assert load_config(tmp_path / "config.toml") == load_config(Path(CONFIG), ["train.lora_rank=5"])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_command_completes_itself(shell: str) -> None:
+    environment = {"_PRECOG_COMPLETE": f"complete_{shell}", "COMP_WORDS": "precog pre", "COMP_CWORD": "1"}
+    environment |= {"_TYPER_COMPLETE_ARGS": "precog pre", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    assert "precompute" in CliRunner().invoke(app, [], prog_name="precog", env=environment).stdout
 
 
 @pytest.mark.parametrize(

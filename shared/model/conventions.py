@@ -222,41 +222,25 @@ def _read_positions(transformer: RawConfig) -> Positions:
 
 def _check(transformer: RawConfig, vae: RawConfig, scheduler: RawConfig) -> None:
     """Raise `UsageError` for configs that contradict each other or `shared.model.geometry`."""
-    channels, given = vae["latent_channels"], transformer["in_channels"]
-    temporal, spatial = vae["temporal_compression_ratio"], 2 ** (len(vae["block_out_channels"]) - 1)
+    channels, given, returned = vae["latent_channels"], transformer["in_channels"], transformer["out_channels"]
+    temporal, ratio = vae["temporal_compression_ratio"], transformer["temporal_compression_ratio"]
+    factors = temporal, 2 ** (len(vae["block_out_channels"]) - 1)
     height, width, patch = (transformer[name] for name in ("sample_height", "sample_width", "patch_size"))
-    rules = [
+    kind = scheduler["prediction_type"]
+    for holds, problem in (
+        (given in (channels, 2 * channels), f"in_channels: expected {channels} or (I2V) {2 * channels}, got {given}"),
+        (returned == channels, f"out_channels: expected the VAE's {channels}, got {returned}"),
+        (not transformer["ofs_embed_dim"] or given != channels, "ofs_embed_dim: needs an image condition"),
+        (ratio == temporal, f"temporal_compression_ratio: expected the VAE's {temporal}, got {ratio}"),
         (
-            given in (channels, 2 * channels),
-            f"in_channels: expected {channels} (text-to-video) or {2 * channels} (image-to-video), got {given}",
-        ),
-        (
-            transformer["out_channels"] == channels,
-            f"out_channels: expected the VAE's {channels}, got {transformer['out_channels']}",
-        ),
-        (
-            not transformer["ofs_embed_dim"] or given != channels,
-            "ofs_embed_dim: an ofs embedding needs an image condition",
-        ),
-        (
-            transformer["temporal_compression_ratio"] == temporal,
-            f"temporal_compression_ratio: expected the VAE's {temporal}, "
-            f"got {transformer['temporal_compression_ratio']}",
-        ),
-        (
-            (temporal, spatial) == (TEMPORAL_FACTOR, SPATIAL_FACTOR),
-            f"VAE: expected compression {TEMPORAL_FACTOR}x{SPATIAL_FACTOR}x{SPATIAL_FACTOR}, "
-            f"got {temporal}x{spatial}x{spatial}",
+            factors == (TEMPORAL_FACTOR, SPATIAL_FACTOR),
+            f"VAE: expected compression 4x8x8, got {factors} in time, space",
         ),
         (
             height % patch == width % patch == 0,
-            f"sample_height, sample_width: {height}x{width} latents must be multiples of patch_size = {patch}",
+            f"sample size: {height}x{width} must be multiples of patch_size {patch}",
         ),
-        (
-            scheduler["prediction_type"] == "v_prediction",
-            f"scheduler prediction_type: expected 'v_prediction', got {scheduler['prediction_type']!r}",
-        ),
-    ]
-    for holds, problem in rules:
+        (kind == "v_prediction", f"scheduler prediction_type: expected 'v_prediction', got {kind!r}"),
+    ):
         if not holds:
             raise UsageError(f"{problem}; choose a CogVideoX checkpoint")

@@ -67,7 +67,8 @@ def pretrained_folder(model: Model, name: str, *, download: bool = True) -> Path
     """
     root = Path(model.pretrained_model_name_or_path)
     if not root.is_dir():
-        root = _fetch(model, name, local_files_only=not download)
+        patterns = (f"{name}/*{suffix}" for suffix in (".json", ".safetensors", ".model"))
+        root = _fetch(model, *patterns, local_files_only=not download)
     folder = root / name
     if not folder.is_dir():
         raise UsageError(f"model.pretrained_model_name_or_path = {str(root)!r}: {name}/ not found; {LAYOUT}")
@@ -78,7 +79,7 @@ def pretrained_config(model: Model, name: str) -> dict[str, Any]:
     """Read the config of a component, fetched alone from the hub. Raises `UsageError` if the file is not found."""
     file = f"{name}/{'scheduler_config.json' if name == 'scheduler' else 'config.json'}"
     root = Path(model.pretrained_model_name_or_path)
-    path = root / file if root.is_dir() else _fetch_file(model, file)
+    path = (root if root.is_dir() else _fetch(model, file)) / file
     if not path.is_file():
         raise UsageError(f"model.pretrained_model_name_or_path = {str(root)!r}: {file} not found; {LAYOUT}")
     return read_config(path)
@@ -187,8 +188,8 @@ def _element_counts(path: Path) -> Counter[str]:
     return elements
 
 
-def _fetch(model: Model, name: str, *, local_files_only: bool) -> Path:
-    """Download a component of a hub repository, or find it on this machine; return the root of the snapshot."""
+def _fetch(model: Model, *patterns: str, local_files_only: bool = False) -> Path:
+    """Download files of a hub repository, or find them on this machine; return the root of the snapshot."""
     from huggingface_hub import snapshot_download
 
     with _hub(model):
@@ -196,19 +197,10 @@ def _fetch(model: Model, name: str, *, local_files_only: bool) -> Path:
             model.pretrained_model_name_or_path,
             revision=model.revision,
             cache_dir=model.model_cache_dir,
-            allow_patterns=[f"{name}/*.json", f"{name}/*.safetensors", f"{name}/*.model"],
+            allow_patterns=list(patterns),
             local_files_only=local_files_only,
         )
     return Path(root)
-
-
-def _fetch_file(model: Model, file: str) -> Path:
-    """Download a file of a hub repository, or find it on this machine."""
-    from huggingface_hub import hf_hub_download
-
-    with _hub(model):
-        repository, revision = model.pretrained_model_name_or_path, model.revision
-        return Path(hf_hub_download(repository, file, revision=revision, cache_dir=model.model_cache_dir))
 
 
 def _element_counts_on_hub(model: Model, name: str) -> Counter[str]:
