@@ -1,7 +1,9 @@
-"""Wrong input on purpose: one clear line, the right exit code, nothing lost."""
+"""The command line: wrong input is one clear line with the right exit code."""
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +42,18 @@ def problem(result: Result) -> str:
     assert len(lines) == 1, result.stderr
     assert "Traceback" not in result.stderr
     return lines[0]
+
+
+def test_a_wrong_key_is_refused_before_torch_is_imported() -> None:
+    code = (
+        "import sys; from precog import app; from typer.testing import CliRunner\n"
+        "for command in ('precompute', 'train', 'sample', 'decode', 'plan', 'config', 'sweep --grid train.seed=1'):\n"
+        f"    found = CliRunner().invoke(app, [*command.split(), {CONFIG!r}, 'train.lora_rnk=8'])\n"
+        "    assert found.exit_code == 2 and 'did you mean train.lora_rank' in found.stderr, found.stderr\n"
+        "    assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules), command\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_version_and_the_resolved_config_are_printed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every config in configs/ loads, comes back unchanged, and fits the checkpoint it is for."""
+"""Every config in configs/ loads, is saved unchanged, and fits its checkpoint."""
 
 import re
 from pathlib import Path

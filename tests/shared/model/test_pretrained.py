@@ -118,7 +118,7 @@ def test_variant_files_are_chosen_by_name_single_or_sharded(tmp_path: Path) -> N
         pretrained_part(local(sharded.parent, "bf16"), "transformer")
 
 
-def test_text_encoder_falls_back_to_plain_files_because_variants_leave_it_out(tmp_path: Path) -> None:
+def test_text_encoder_of_a_variant_falls_back_to_plain_files(tmp_path: Path) -> None:
     build_text_encoder().save_pretrained(tmp_path / "text_encoder")
     part = pretrained_part(local(tmp_path, "fp16"), "text_encoder")
     assert part.variant is None
