@@ -29,9 +29,7 @@ app.add_typer(cache_app, name="cache")
 def plan_command(
     config: ConfigFile,
     overrides: Overrides = None,
-    card: Annotated[
-        str, typer.Option(help="Also what training takes on this GPU: h100, a100, 4090, or its memory in GiB.")
-    ] = "",
+    card: Annotated[str, typer.Option(help="Also estimate training on this GPU, such as 4090, h100 or 24GiB.")] = "",
     calibrate: Annotated[bool, typer.Option(help="Encode two clips and a batch of prompts to estimate hours.")] = False,
     json_output: JsonOutput = False,
 ) -> None:
@@ -47,18 +45,20 @@ def plan_command(
     if not card:
         planned = show_plan(settings, calibrated=calibrate) | {"train": None}
     else:
+        from dataclasses import asdict
+
         from shared.errors import DataError
-        from train.memory.outlook import find_card, foresee, show
+        from train.memory.cost import find_card, show_cost, training_cost
 
         gpu = find_card(card)
         try:
             planned = show_plan(settings, calibrated=calibrate)
-        except DataError:  # what training takes is worth knowing before there are clips
-            show(foresee(settings, gpu))
+        except DataError:  # the cost of training is worth knowing before there are clips
+            show_cost(training_cost(settings, gpu))
             raise
-        outlook = foresee(settings, gpu)
-        show(outlook)
-        planned["train"] = outlook.as_json()
+        cost = training_cost(settings, gpu)
+        show_cost(cost)
+        planned["train"] = asdict(cost)
     if json_output:
         print(json.dumps(planned))  # noqa: T201
 

@@ -135,7 +135,7 @@ def test_without_a_tracker_nothing_is_written_for_one(cached: Config, tmp_path: 
 def test_a_tracker_that_is_not_installed_is_refused_in_one_line(
     tracker: str, cached: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = rf"report_to = '{tracker}' package"
+    line = rf"report_to = '{tracker}': package {tracker} not found; run `pip install -e '\.\[{tracker}\]'`"
     train(changed(cached, tmp_path / "run", max_train_steps=2), StopSignal())
     monkeypatch.setattr("shared.extras.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=line):
@@ -152,6 +152,6 @@ def test_wandb_without_a_login_is_refused_before_the_first_step(
         wandb.delenv(name, raising=False)
     wandb.setenv("HOME", str(tmp_path))
     config = changed(cached, tmp_path / "run", report_to="wandb")
-    with pytest.raises(UsageError, match=r"report_to = 'wandb': No API key .*; log in with `wandb login`, or set"):
+    with pytest.raises(UsageError, match=r"report_to = 'wandb': No API key .*; run `wandb login` or set"):
         train(config, StopSignal())
     assert not read_metrics(config.train.output_dir)
