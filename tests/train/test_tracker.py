@@ -53,7 +53,7 @@ def test_tensorboard_shows_metrics_and_previews_under_the_projects_name(
     config = changed(cached, tmp_path / "run", report_to="tensorboard")
     train(config, StopSignal())
     decode(config)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     events = EventAccumulator(str(config.train.output_dir / "rabbits"))
     events.Reload()
