@@ -90,17 +90,17 @@ def test_a_wrong_grid_is_refused_before_anything_starts(
 def test_a_sweep_ranks_by_held_out_loss_and_skips_finished_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    runs = plan_sweep(path, [], ["train.learning_rate=1e-1,1e-3"])
+    runs = plan_sweep(path, [], ["train.learning_rate=1e-3,1e-1"])
     rows = run_sweep(path, runs, 2, StopSignal())
     assert_table(runs[0].folder.parent, 4)
     assert [(row["run"], row["status"]) for row in rows] == [
-        ("learning_rate=0.001", "finished"),
         ("learning_rate=0.1", "finished"),
+        ("learning_rate=0.001", "finished"),
     ]
     marks = [(run.folder / "log.txt").stat().st_mtime_ns for run in runs]
     assert run_sweep(path, runs, 1, StopSignal()) == rows
     assert [(run.folder / "log.txt").stat().st_mtime_ns for run in runs] == marks, "nothing ran again"
-    (again, _) = plan_sweep(path, ["train.max_train_steps=5"], ["train.learning_rate=1e-1,1e-3"])
+    (again, _) = plan_sweep(path, ["train.max_train_steps=5"], ["train.learning_rate=1e-3,1e-1"])
     assert not is_finished(again.config, current_view(again.config).hash), "another config is another run"
 
 

@@ -1,4 +1,4 @@
-"""The trackers get the metrics of every step while training, and the previews when they are decoded."""
+"""Tests that trackers get the metrics of every step, and the previews when they are decoded."""
 
 import struct
 import warnings
@@ -40,7 +40,7 @@ def changed(config: Config, folder: Path, **values: Any) -> Config:
 
 @pytest.fixture
 def quiet() -> Iterator[None]:
-    """The trackers use what is deprecated."""
+    """Ignore the trackers' deprecation warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -49,7 +49,6 @@ def quiet() -> Iterator[None]:
 def test_tensorboard_shows_metrics_and_previews_under_the_projects_name(
     cached: Config, tmp_path: Path, quiet: None
 ) -> None:
-    pytest.importorskip("tensorboard")
     config = changed(cached, tmp_path / "run", report_to="tensorboard")
     train(config, StopSignal())
     decode(config)
@@ -71,24 +70,27 @@ def test_tensorboard_shows_metrics_and_previews_under_the_projects_name(
 
 @pytest.fixture
 def wandb(quiet: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """wandb as a fresh process has it: it reads the environment once."""
-    module = pytest.importorskip("wandb")
+    """Reset wandb as in a new process: it reads the environment once."""
+    import wandb as library
+
     monkeypatch.setenv("WANDB_SILENT", "true")
-    module.teardown()
+    library.teardown()
     yield monkeypatch
-    module.teardown()
+    library.teardown()
 
 
 @pytest.mark.faults  # it starts wandb's own process twice
 def test_wandb_keeps_metrics_and_previews_offline_as_one_run(
     cached: Config, tmp_path: Path, wandb: pytest.MonkeyPatch
 ) -> None:
+    import wandb as library
+
     wandb.setenv("WANDB_MODE", "offline")
     config = changed(cached, tmp_path / "run", report_to="wandb")
     train(config, StopSignal())
     written = decode(config)
 
-    pytest.importorskip("wandb").teardown()  # its process writes when it likes, and has written all when it has ended
+    library.teardown()  # its process has written everything when it ends
     folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
     assert len(folders) == 2, "of training and of decoding"
     assert {folder.name.rpartition("-")[2] for folder in folders} == {wandb_options(config.train)["id"]}, "one run"
@@ -105,7 +107,10 @@ def test_wandb_keeps_metrics_and_previews_offline_as_one_run(
 
 
 def wandb_history(path: Path) -> list[dict[str, str]]:
-    """What was logged, name -> JSON: protobuf records in LevelDB's log format, in blocks of 32 KiB, after 7 bytes."""
+    """Read the logged values, name -> JSON.
+
+    The file has protobuf records in LevelDB's log format, in blocks of 32 KiB, after 7 bytes.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, position, record, history = path.read_bytes(), 7, b"", []
