@@ -132,7 +132,7 @@ class Stage:
                     velocities = predict_reference(self.model, self.clips, self.conventions)
             losses = [clip_loss(*pair) for pair in zip(velocities, self.targets, strict=True)]
             loss = torch.stack(losses).mean()
-            loss.backward()
+            torch.autograd.backward(loss)
         return loss.detach()
 
     def _release(self) -> None:

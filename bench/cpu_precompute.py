@@ -106,7 +106,8 @@ def as_markdown(found: dict[str, Any]) -> str:
     memory = ", ".join(f"{size / 2**20:.0f} MiB with {count} clips" for count, size in found["peak_bytes"].items())
     lines = [
         f"Stage 1 on the CPU with the tiny VAE: {overlap['clips']} clips of {overlap['source']} (height, width, "
-        f"frames) to {overlap['bucket']}; one encoder thread, one decoder; medians of {overlap['rounds']} rounds, seconds.\n",
+        f"frames) to {overlap['bucket']}; one encoder thread, one decoder; median seconds of "
+        f"{overlap['rounds']} rounds.\n",
         record.table([*overlap["median_seconds"]], [[*overlap["median_seconds"].values()]]),
         f"Peak host memory of a whole run, without its decoders: {memory}.\n",
         record.describe(found["circumstances"]),

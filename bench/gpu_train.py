@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def compare_arms(case: Case, transformer_config: dict[str, Any], device: torch.d
         return float(losses[-1]), torch.cat([value.flatten().double().cpu() for value in gradients]), seconds
 
     for name in case.arms:
-        result, failure = attempt(lambda name=name: two_passes(ARMS[name]))
+        result, failure = attempt(partial(two_passes, ARMS[name]))
         if failure:
             found[name] = {"failure": failure}
             continue
@@ -163,7 +164,7 @@ def run_case(
         for name in case.arms if index % 2 == 0 else reversed(case.arms):
             mine = samples[name]
             if not mine.failure and time.monotonic() + mine.visit_seconds <= deadline:
-                _, mine.failure = attempt(lambda name=name, mine=mine: visit(stage, ARMS[name], mine, steps=2))
+                _, mine.failure = attempt(partial(visit, stage, ARMS[name], mine, steps=2))
     flops = model_flops(stage.conventions, transformer_config, case.bucket, case.lora_rank)
     result: dict[str, Any] = {
         "variant": case.variant,
@@ -235,8 +236,8 @@ def soak(stage: Stage, num_steps: int, deadline: float) -> dict[str, Any]:
 
 def model_flops(conventions: Conventions, transformer_config: dict[str, Any], bucket: Bucket, lora_rank: int) -> float:
     """Return the FLOPs of a step, recomputation left out; the numerator of MFU."""
-    tokens, depth = tokens_of(conventions, bucket), transformer_config["num_layers"]
-    width = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
+    tokens, depth = tokens_of(conventions, bucket), int(transformer_config["num_layers"])
+    width = int(transformer_config["num_attention_heads"]) * int(transformer_config["attention_head_dim"])
     adapter = 4 * 2 * width * lora_rank  # on query, key, value and output
     return depth * block_flops(width, tokens, adapter, "full")
 

@@ -1,6 +1,7 @@
 """Transformers of the published sizes with random weights, built where they are used; nothing is downloaded."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def build(
         patches.pos_embedding = patches._get_positional_embeddings(
             patches.sample_height, patches.sample_width, patches.sample_frames, device=device
         )
-    add_adapter(transformer, Train(output_dir="unused", lora_rank=lora_rank, lora_alpha=lora_rank))
+    add_adapter(transformer, Train(output_dir=Path("unused"), lora_rank=lora_rank, lora_alpha=lora_rank))
     for name, value in transformer.named_parameters():
         if "lora_B" in name:
             value.data.normal_(0, 0.02, generator=generator)

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ def circumstances(device_type: str = "cpu") -> dict[str, Any]:
     from precompute.provenance import environment
 
     found = environment(torch.device(device_type))
+    versions = found["versions"]
+    assert isinstance(versions, Mapping)
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return {
         "device": found["device"],
@@ -30,7 +32,7 @@ def circumstances(device_type: str = "cpu") -> dict[str, Any]:
         "processor": ", ".join(sorted({line.partition(":")[2].strip() for line in lines if "model name" in line})),
         "cores": os.cpu_count(),
         "load_at_start": round(os.getloadavg()[0], 2),
-        "versions": {**found["versions"], "peft": version("peft")},
+        "versions": {**dict(versions), "peft": version("peft")},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
     }

@@ -3,14 +3,14 @@
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.nn.attention import restore_flash_attention_impl
 from torch.nn.functional import scaled_dot_product_attention
 
 from shared.errors import UsageError
-from train.transformer.attention import KERNELS, Backend, choose_backend, pinned
+from train.transformer.attention import Backend, choose_backend, pinned
 
 Clock = Callable[[Callable[[], Any]], float]
 """Returns the median seconds of an action."""
@@ -22,12 +22,12 @@ def timed(action: Callable[[], Any], device: torch.device) -> float:
         started = time.perf_counter()
         action()
         return time.perf_counter() - started
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     action()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return float(start.elapsed_time(end)) / 1000
 
 
 def measure_roofline(
@@ -45,9 +45,9 @@ def measure_roofline(
     result: dict[str, Any] = {"matmul_tflops": _matmul_tflops(device, side, seconds)}
     result |= _copies(device, copied_bytes, seconds)
     result["attention"] = {}
-    for kernel in KERNELS:
-        if kernel != "math":  # math keeps all scores
-            result["attention"][kernel] = _attention(kernel, device, tokens, heads, seconds)
+    kernels: list[Backend] = [kernel for kernel in get_args(Backend) if kernel not in ("auto", "math")]
+    for kernel in kernels:  # math keeps all scores
+        result["attention"][kernel] = _attention(kernel, device, tokens, heads, seconds)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return result
