@@ -142,7 +142,10 @@ def run_sweep(path: Path, runs: Sequence[SweepRun], jobs: int, stop: StopSignal)
                 terminated.add(name)
     rows = [read_row(run, futures[run.name].result() if run.name in futures else "finished") for run in runs]
     rows.sort(key=_rank)
-    write_csv(rows, runs[0].folder.parent / CSV_NAME)
+    with replacing(runs[0].folder.parent / CSV_NAME) as temporary, temporary.open("w", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     stop.check(f"{sum(row['status'] == 'finished' for row in rows)} of {len(rows)} runs are finished")
     return rows
 
@@ -193,14 +196,6 @@ def read_row(run: SweepRun, status: str) -> Row:
         "loss": smoothed(lines)[-1] if lines else None,
         "seconds": round(sum(line["seconds"] for line in lines), 3),
     }
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write one line per run, in the order of `rows`."""
-    with replacing(path) as pending, pending.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def show_rows(rows: Sequence[Row], path: Path) -> None:
