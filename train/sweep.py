@@ -22,7 +22,7 @@ from shared.cache.collection import read_recipe
 from shared.cache.settings import stale_settings
 from shared.cache.storage import open_storage, replacing
 from shared.cache.view import View, read_view
-from shared.config import Config, dump_config, load_config
+from shared.config import Config, dump_config, fields_shaping, load_config
 from shared.errors import CacheError, DataError, Preempted, UsageError
 from shared.model.pretrained import present_part
 from shared.signals import StopSignal
@@ -32,8 +32,9 @@ from train.metrics import read_metrics, smoothed
 
 CSV_NAME = "sweep.csv"
 TABLES = ("model", "train", "memory")
-"""Tables that a grid may vary. The other tables decide the clips, noise and timesteps, which all runs must share."""
+"""Tables that a grid may vary, but for fields that shape the cache: all runs must share clips, noise and timesteps."""
 POLL_SECONDS = 0.2
+"""Longest time until a signal is passed on to the children."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,8 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
         values = [value.strip() for value in raw.split(",")]
     if not separator or not table or not name or not values or not all(values):
         raise UsageError(f"--grid {text!r}: expected table.field=value,value; write train.learning_rate=1e-4,3e-4")
-    if table not in TABLES or field == "train.output_dir":
+    shared = fields_shaping("clips", "buckets", "view", "latents", "image_latents", "prompts")
+    if table not in TABLES or field in ("train.output_dir", *shared):
         raise UsageError(f"--grid {field}: must be a field of {', '.join(TABLES)}, and not train.output_dir")
     return field, values
 
@@ -104,6 +106,8 @@ def run_sweep(path: Path, runs: Sequence[SweepRun], jobs: int, stop: StopSignal)
     the config, and `Preempted` after a signal, once every child has saved a checkpoint.
     """
     view_hash = current_view(runs[0].config).hash
+    folder = runs[0].folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
     pending = [run for run in runs if not is_finished(run.config, view_hash)]
     devices: SimpleQueue[str | None] = SimpleQueue()
     for device in itertools.islice(itertools.cycle(visible_devices() or [None]), jobs):
@@ -113,19 +117,21 @@ def run_sweep(path: Path, runs: Sequence[SweepRun], jobs: int, stop: StopSignal)
     def train_in_child(run: SweepRun) -> str:
         if stop.requested:
             return "stopped"
+        run.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "precog", "train", str(path), *run.overrides]
         device = devices.get()
         environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-        command = [sys.executable, "-m", "precog", "train", str(path), *run.overrides]
-        run.folder.mkdir(parents=True, exist_ok=True)
         console.say(f"{run.name}: started")
-        with (run.folder / "log.txt").open("ab") as log:
-            # its own session, so that Ctrl-C reaches the child only once, through this process
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+        try:
+            with (run.folder / "log.txt").open("ab") as log:
+                # its own session, so that Ctrl-C reaches the child only once, through this process
+                child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+                )
             children[run.name] = child
             code = child.wait()
-        devices.put(device)
+        finally:
+            devices.put(device)
         ends = {0: "finished", Preempted.exit_code: "stopped", -signal.SIGTERM: "stopped"}
         status = ends.get(code, f"exit code {code}, see log.txt")
         console.say(f"{run.name}: {status}")
@@ -142,7 +148,7 @@ def run_sweep(path: Path, runs: Sequence[SweepRun], jobs: int, stop: StopSignal)
                 terminated.add(name)
     rows = [read_row(run, futures[run.name].result() if run.name in futures else "finished") for run in runs]
     rows.sort(key=_rank)
-    with replacing(runs[0].folder.parent / CSV_NAME) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replacing(folder / CSV_NAME) as temporary, temporary.open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
