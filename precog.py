@@ -47,8 +47,9 @@ def plan_command(
     else:
         from dataclasses import asdict
 
+        from shared.cards import find_card
         from shared.errors import DataError
-        from train.memory.cost import find_card, show_cost, training_cost
+        from train.memory.cost import show_cost, training_cost
 
         gpu = find_card(card)
         try:

@@ -4,8 +4,6 @@ Memory is simulated. Time is the exact number of FLOPs, over the card's publishe
 and from host memory, optimizer and data loading are not counted.
 """
 
-import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,6 +14,7 @@ from diffusers import CogVideoXTransformer3DModel
 from shared import console
 from shared.cache.storage import open_storage
 from shared.cache.view import read_view
+from shared.cards import Card
 from shared.config import Config
 from shared.device import DTYPES
 from shared.errors import CacheError, UsageError
@@ -49,41 +48,6 @@ LAUNCH_BOUND_SECONDS = 0.1
 """Below this, a step takes longer to launch its kernels than to run them, and the estimate says nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A GPU."""
-
-    name: str
-    gib: float
-    """Memory that CUDA reports; with ECC less than the data sheet's."""
-    tflops: float = 0.0
-    """Published dense bf16 rate with fp32 accumulation; 0 where only the memory is known."""
-
-
-CARDS = {
-    "3060": Card("RTX 3060", 11.8, 25.5),
-    "3070": Card("RTX 3070", 7.8, 40.6),
-    "3080": Card("RTX 3080", 9.8, 59.5),
-    "3090": Card("RTX 3090", 23.7, 71.0),
-    "4060": Card("RTX 4060", 7.8, 30.2),
-    "4070": Card("RTX 4070", 11.7, 58.3),
-    "4080": Card("RTX 4080", 15.7, 97.5),
-    "4090": Card("RTX 4090", 23.6, 165.2),
-    "5070": Card("RTX 5070", 11.6, 61.7),
-    "5080": Card("RTX 5080", 15.5, 112.6),
-    "5090": Card("RTX 5090", 31.4, 209.5),
-    "l4": Card("L4", 22.0, 121.0),
-    "l40s": Card("L40S", 44.4, 362.0),
-    "a10": Card("A10", 22.1, 125.0),
-    "a100": Card("A100 80 GB", 79.2, 312.0),
-    "h100": Card("H100 SXM", 79.2, 989.4),
-    "h200": Card("H200 SXM", 139.8, 989.4),
-    "rtx6000": Card("RTX 6000 Ada", 47.4, 364.2),
-}
-"""Rates: NVIDIA's GA102, Ada and RTX Blackwell whitepapers (3060 and 4060 by number of SMs and clock), and the data
-sheets of L4, L40S, A10, A100 and H100, all without sparsity."""
-
-
 Range = tuple[float, float]
 
 
@@ -111,19 +75,6 @@ class TrainingCost:
     plans: list[PlanCost]
     takes: str | None
     """The plan that memory = "auto" would take."""
-
-
-def find_card(text: str) -> Card:
-    """Return a card by its name, or one with the memory in `24GiB`; raises `UsageError`."""
-    key = re.sub(r"nvidia|geforce|[\s_-]", "", text.lower())
-    key = key if key in CARDS else key.removeprefix("rtx")
-    if key in CARDS:
-        return CARDS[key]
-    if (match := re.fullmatch(r"(\d{1,4}(?:\.\d+)?)gib", key)) and float(match[1]):
-        return Card(f"{float(match[1]):g} GiB", float(match[1]))
-    near = difflib.get_close_matches(key, CARDS, 1, 0.4)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(CARDS)};"
-    raise UsageError(f"--card {text!r}: unknown card; {hint} write another card's memory as 24GiB")
 
 
 def training_cost(config: Config, card: Card) -> TrainingCost:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from bench.models import PUBLISHED
 from precog import app
+from shared.cards import CARDS, find_card
 from shared.config import Config, save_config
 from shared.errors import UsageError
 from tests.experiments import fill_cache, write_experiment
@@ -19,12 +20,10 @@ from tests.tiny import build_transformer, transformer_config
 from tests.train.transformer.test_forward import conventions_of, make_clips
 from train.memory.choice import PREFERENCE
 from train.memory.cost import (
-    CARDS,
     CONTEXT_GIB,
     EFFICIENCY,
     SECONDS_BAND,
     block_flops,
-    find_card,
     training_cost,
 )
 from train.transformer.engine import Activations, Plan, open_engine
