@@ -7,7 +7,7 @@ from typing import Any
 
 from shared.errors import CacheError
 from shared.fingerprint import Json, key_of, sha256_file
-from shared.model.pretrained import FileMark, Component
+from shared.model.pretrained import Component, FileMark
 from shared.run_folder import adapter_file
 from train.run import Run
 
