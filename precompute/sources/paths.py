@@ -7,13 +7,6 @@ from pathlib import Path, PurePosixPath
 from shared.errors import DataError, UsageError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 _MAX_SHOWN = 200
 
 
@@ -63,5 +56,7 @@ def resolve_inside(root: Path, name: str) -> Path:
     except RuntimeError:  # raised by Python 3.11 and 3.12 for links in a circle
         raise DataError(f"{shown} is a link that leads to itself") from None
     if not stat.S_ISREG(mode):
-        raise DataError(f"{shown} is {_KINDS.get(stat.S_IFMT(mode), 'not a regular file')}, not a file")
+        raise DataError(
+            f"{shown} is {'a folder' if stat.S_ISDIR(mode) else 'a device, socket or named pipe'}, not a file"
+        )
     return path

@@ -18,7 +18,6 @@ from shared.errors import DataError
 
 MAX_TEXT_FILE_BYTES = 1 << 30
 MAX_JSON_LINE_BYTES = 1 << 20
-TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
 VIDEO_SUFFIXES = {".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 """Suffixes of the files that count as videos in a folder; probing finds out which of them decode."""
 
@@ -129,9 +128,7 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
     """Yield the rows of `datasets.load_dataset`, which runs no code of the data set; raise `DataError`."""
     path = expanded(name)
     folder = path.resolve() if path.is_dir() else None
-    if folder is not None:
-        _refuse_video_folder(folder)
-    elif path.exists() or not _HUB_NAME.fullmatch(name) or _is_reader(name):
+    if folder is None and (path.exists() or not _HUB_NAME.fullmatch(name) or _is_reader(name)):
         raise DataError(
             f"dataset_name '{escaped(name)}': expected a .csv, .jsonl or .parquet file, a folder or a hub name"
         )
@@ -161,20 +158,6 @@ def _is_reader(name: str) -> bool:
     return name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}") is not None
 
 
-def _refuse_video_folder(folder: Path) -> None:
-    """Raise `DataError` for a folder with videos: `datasets` ignores a table in it and asks for `file_name`."""
-    names, _ = find_files(folder)
-    video = next((name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES), None)
-    if video is None:
-        return
-    tables = [name for name in names if Path(name).suffix.lower() in TABLE_SUFFIXES]
-    hint = f"set dataset_name to the table, '{escaped(str(folder / tables[0]))}'" if tables else "name a table instead"
-    raise DataError(
-        f"dataset_name '{escaped(str(folder))}' is a folder that holds videos too ('{escaped(video)}'), which "
-        f"`datasets` does not read by column names; {hint}"
-    )
-
-
 def _row(values: Mapping[str, object], data: Data, where: str) -> Row:
     start, end = values.get("start_seconds"), values.get("end_seconds")
     return Row(where, values[data.video_column], values[data.caption_column], start, end)
@@ -185,7 +168,7 @@ def _choose_columns(names: Sequence[str], data: Data, table: str) -> list[str]:
     for needed in (data.caption_column, data.video_column):
         if needed not in names:
             nearest = sorted(names, key=lambda name: -difflib.SequenceMatcher(None, needed, name).ratio())
-            raise DataError(f"{table} has no column '{escaped(needed)}'; expected one of {listed(nearest)}")
+            raise DataError(f"{table} has no column '{escaped(needed)}'; there are {listed(nearest)}")
     chosen = {data.caption_column, data.video_column, "start_seconds", "end_seconds"}
     for name in chosen:
         if names.count(name) > 1:

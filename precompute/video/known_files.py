@@ -21,6 +21,9 @@ from shared.console import say
 
 FILE = "files.sqlite"
 MAX_FILES = 1_000_000
+LOCKED_SECONDS = 30.0
+UNUSABLE = tuple(f"SQLITE_{name}" for name in ("BUSY", "CANTOPEN", "FULL", "IOERR", "LOCKED", "PERM", "READONLY"))
+"""SQLite's names of the errors that do not mean damage."""
 READER = f"2 av {version('av')}"
 """Names the facts that `probe` finds and the way it finds them; a change of either needs another name."""
 
@@ -71,7 +74,7 @@ class KnownFiles:
 
     def _connect(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(self._path, timeout=30)
+        database = sqlite3.connect(self._path, timeout=LOCKED_SECONDS)
         database.execute("CREATE TABLE IF NOT EXISTS files (mark TEXT PRIMARY KEY, content BLOB)")
         return database
 
@@ -79,10 +82,10 @@ class KnownFiles:
     def _warning_on_failure(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
             say(f"warning: precompute.remember_files: {self._path}: {error}; files are read again")
             self._database = None
-            if type(error) is sqlite3.DatabaseError:  # damaged; a subclass means locked, full or not writable
+            if not isinstance(error, OSError) and not getattr(error, "sqlite_errorname", "").startswith(UNUSABLE):
                 self._path.unlink(missing_ok=True)
                 self._database = self._connect()
 

@@ -19,8 +19,9 @@ from precompute.video.child import Decoded, DecodeJob
 from precompute.video.decode import Requested
 from precompute.video.pool import DecodePool
 from precompute.video.probe import Probed, probe
+from shared.signals import SIGNALS
 from tests import media
-from tests.processes import decoders, wait_until
+from tests.processes import decoders, readers, wait_until
 
 ROOT = Path(__file__).parents[3]
 
@@ -67,18 +68,9 @@ def probe_while_killed(pool: DecodePool, endless: Path, number: signal.Signals, 
 
     def kill() -> None:
         for _ in range(times):
-            wait_until(lambda: bool(readers()))
-            killed.append(readers()[0].pid)
+            wait_until(lambda: any(child.pid not in killed for child in readers(endless)))
+            killed.append(next(child.pid for child in readers(endless) if child.pid not in killed))
             os.kill(killed[-1], number)
-
-    def readers() -> list[psutil.Process]:
-        return [child for child in decoders() if child.pid not in killed and str(endless) in map(str, files(child))]
-
-    def files(child: psutil.Process) -> list[Path]:
-        try:
-            return [Path(entry.path) for entry in child.open_files()]
-        except psutil.Error:
-            return []
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -153,10 +145,19 @@ def test_memory_is_limited(shared_pool: DecodePool, good: DecodeJob) -> None:
 
 def test_data_called_invalid_where_memory_ends_count_as_a_lack_of_memory(tmp_path: Path) -> None:
     job = job_for(media.write_clip(tmp_path / "large.mp4", frames=20, height=1088, width=1920), (0, 10))
-    for memory_gib in (0.02, 0.03, 0.04):
+    for memory_gib in (0.02, 0.04):
         with DecodePool(workers=1, deadline_seconds=30, memory_gib=memory_gib) as pool:
             (reason,) = reasons(list(pool.decode_all([job])))
         assert reason.startswith(f"needs more than {memory_gib:g} GiB")
+
+
+def test_processes_ignore_the_signals_that_the_parent_answers(shared_pool: DecodePool, good: DecodeJob) -> None:
+    list(shared_pool.decode_all([good]))
+    before = decoders()
+    for number in SIGNALS:
+        os.kill(before[0].pid, number)
+        assert reasons(list(shared_pool.decode_all([good]))) == ["pyav"]
+    assert decoders() == before
 
 
 def test_a_process_maps_the_decoder_and_not_torch(shared_pool: DecodePool, good: DecodeJob) -> None:
