@@ -142,13 +142,12 @@ def show_plan(config: "Config") -> dict[str, Any]:
     from shared.errors import DataError
 
     with raise_on_signal("nothing was written"):
-        from precompute.assignments import Part
         from precompute.estimate import estimate
         from precompute.run import decode_pool
         from precompute.stage import open_stage
 
         with decode_pool(config) as pool:
-            found = estimate(open_stage(config, Part()), pool)
+            found = estimate(open_stage(config), pool)
     changes, unused = Counter(reason for _, reason in found.changed), found.orphaned
     unused_text = f"{unused['latents']} latents, {unused['prompts']} prompts, {bytes_text(unused['bytes'])}"
     table(

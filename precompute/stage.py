@@ -22,7 +22,7 @@ class Stage:
     """Source -> why the machine could not read it; nothing of this is stored, and the run ends with an error."""
 
 
-def open_stage(config: Config, part: Part) -> Stage:
+def open_stage(config: Config, part: Part = Part()) -> Stage:  # noqa: B008
     """Find the cache and the encoders; raises `UsageError` naming what is missing."""
     storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
     return Stage(config, storage, find_encoders(config), part, Report())
