@@ -38,7 +38,7 @@ def command(*arguments: str, code: int = 0) -> Result:
     return result
 
 
-def test_plan_and_precompute_print_json_of_the_same_shape_and_name_skips(config: str, tmp_path: Path) -> None:
+def test_plan_and_precompute_print_the_same_json_and_name_skips(config: str, tmp_path: Path) -> None:
     (tmp_path / "clips" / "000.mp4").write_bytes(b"no video either")
     plan = command("plan", config, "--json")
     assert not (tmp_path / "cache").exists()
@@ -78,7 +78,7 @@ def test_captions_that_are_cut_short_are_listed_each_once(config: str, tmp_path:
     assert re.search(r"captions cut short +2\n", result.stderr)
 
 
-def test_skipped_clips_are_tried_again_when_asked_and_that_is_said_once(config: str) -> None:
+def test_skipped_clips_are_retried_when_asked_and_the_hint_says_so(config: str) -> None:
     hint = "precompute.retry_skipped=true tries the skipped clips again."
     nothing = "Nothing was encoded: everything but the skipped clips is stored already."
     first, second, retried = (

@@ -143,7 +143,7 @@ def test_memory_is_limited(shared_pool: DecodePool, good: DecodeJob) -> None:
     assert reasons(outcomes) == ["pyav", "needs more than 0.5 GiB", "pyav"]
 
 
-def test_data_called_invalid_where_memory_ends_count_as_a_lack_of_memory(tmp_path: Path) -> None:
+def test_data_called_invalid_where_memory_ends_lack_memory(tmp_path: Path) -> None:
     job = job_for(media.write_clip(tmp_path / "large.mp4", frames=20, height=1088, width=1920), (0, 10))
     for memory_gib in (0.02, 0.04):
         with DecodePool(workers=1, deadline_seconds=30, memory_gib=memory_gib) as pool:
@@ -234,10 +234,11 @@ PARENT = """
 import os, signal, sys
 from pathlib import Path
 from precompute.video.pool import DecodePool
-from tests.processes import decoders
-with DecodePool(workers=2, deadline_seconds=0.9, memory_gib=1) as pool:
-    stuck = pool.probe_all([Path(sys.argv[1]), *[Path(sys.argv[2])] * 3])
+from tests.processes import decoders, readers, wait_until
+with DecodePool(workers=2, deadline_seconds=100, memory_gib=1) as pool:
+    stuck = pool.probe_all([Path(sys.argv[1]), *[Path(sys.argv[2])] * 4])
     next(stuck)
+    wait_until(lambda: len(readers(Path(sys.argv[2]))) == 2)
     print(*[child.pid for child in decoders()], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -250,7 +251,7 @@ def test_processes_do_not_outlive_a_killed_parent(endless: Path, good: DecodeJob
     numbers = [int(number) for number in done.stdout.split()]
     assert len(numbers) == 2
     children = [psutil.Process(number) for number in numbers if psutil.pid_exists(number)]
-    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert psutil.wait_procs(children, timeout=5)[1] == []
 
 
 def test_many_jobs_and_frames_do_not_fill_the_memory_of_a_process(tmp_path: Path, good: DecodeJob) -> None:
