@@ -10,7 +10,7 @@ from shared.errors import Preempted
 from shared.launcher import rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-AGAIN_SECONDS = 5.0
+AGAIN_SECONDS = 3.0
 """An exception in a destructor or a callback is lost, so a stop is raised again until the work has been left."""
 
 
