@@ -16,7 +16,7 @@ from shared.model.quantize import QuantizedLinear, Storage
 from tests.tiny import add_lora, build_pipeline, build_transformer
 from tests.train.memory.test_choice import config_of
 from tests.train.transformer.test_forward import conventions_of, largest_difference, make_clip, make_clips, run
-from train.data.dataset import Example
+from train.data.example import Example
 from train.export import export_adapter
 from train.memory.choice import choose_plan
 from train.memory.fidelity import adapter_gradient, open_quantized_engine
