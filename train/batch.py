@@ -1,6 +1,6 @@
 """The clips of one optimizer step, read one step ahead."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ def read_batch(run: Run, step: int) -> Batch:
     return Batch(packs, sum(tokens), sum(map(len, ranks)), clips, timesteps)
 
 
-def prefetch_batches(run: Run, first_step: int) -> Iterator[Batch]:
+def prefetch_batches(run: Run, first_step: int) -> Generator[Batch, None, None]:
     """Yield the batches from `first_step` to the end of the run; the next one is read while one is in use."""
     with ThreadPoolExecutor(1) as reader:
         upcoming = [reader.submit(read_batch, run, first_step)] if first_step < run.num_steps else []

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from shared import console
 from shared.cache.storage import open_storage
@@ -107,7 +108,7 @@ def take_step(run: Run, state: TrainState, batches: Iterator[Batch], metrics: Me
     learning_rate = state.learning_rate
     state.update()
     if metrics is not None:
-        line = {
+        line: dict[str, Any] = {
             "step": state.step,
             "loss": result.loss,
             "lr": learning_rate,

@@ -24,8 +24,8 @@ EMA_DECAY = 0.98
 """Decay of the smoothed loss per optimizer step: about the last 50 steps."""
 RECENT_STEPS = 50
 """Steps whose mean time, with evaluations, previews and saves between them, gives the time left."""
-CURVE_POINTS = 2000
-"""Points of each curve of loss.png at most."""
+MIN_CURVE_STEPS, MAX_CURVE_POINTS = 10, 2000
+"""A shorter run has no loss.png; a longer one's curves are thinned to so many points."""
 
 
 class Metrics:
@@ -118,13 +118,14 @@ def smoothed(lines: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def finish_metrics(run: Path, export: Path) -> None:
-    """Draw loss.png and print the run's table; only the export's path if the metrics are missing."""
+    """Draw loss.png if the run has ten steps, and print its table; only the export if the metrics are missing."""
     lines = read_metrics(run)
     if not lines:
         console.table("Trained", [("adapter", export)])
         return
     smooth = smoothed(lines)
-    draw_curve(lines, smooth, run / CURVE)
+    if len(lines) >= MIN_CURVE_STEPS:
+        draw_curve(lines, smooth, run / CURVE)
     seconds = sum(line["seconds"] for line in lines)
     waited = sum(line["data_wait_seconds"] for line in lines)
     held_out, base = _first(lines[::-1], "held_out_loss"), _first(lines, "base_held_out_loss")
@@ -136,7 +137,7 @@ def finish_metrics(run: Path, export: Path) -> None:
         ("clips per second", f"{sum(line['samples'] for line in lines) / seconds:.2f}"),
         ("waiting for data", f"{waited / seconds:.2%} of {_duration(seconds)}"),
         ("peak memory", console.bytes_text(max(line["peak_memory_bytes"] for line in lines))),
-        ("loss curve", run / CURVE),
+        ("loss curve", run / CURVE if len(lines) >= MIN_CURVE_STEPS else f"drawn from {MIN_CURVE_STEPS} steps on"),
         ("adapter", export),
     ]
     console.table("Trained", rows)
@@ -146,7 +147,7 @@ def draw_curve(lines: Sequence[dict[str, Any]], smooth: Sequence[float], path: P
     """Plot the loss of each step, the EMA loss and the held-out losses over the optimizer steps as a PNG."""
     import altair
 
-    every = math.ceil(len(lines) / CURVE_POINTS)
+    every = math.ceil(len(lines) / MAX_CURVE_POINTS)
     values = [{"step": line["step"], "loss": line["loss"], "curve": "each step"} for line in lines[::every]]
     averages = list(zip(lines, smooth, strict=True))[::every]
     values += [{"step": line["step"], "loss": average, "curve": "EMA loss"} for line, average in averages]

@@ -35,8 +35,8 @@ def read_schedule(scheduler: Mapping[str, Any]) -> NoiseSchedule:
     name = scheduler.get("_class_name", "")
     if name not in ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"):
         raise UsageError(
-            f"scheduler_config.json: expected _class_name CogVideoXDDIMScheduler or CogVideoXDPMScheduler, got {name!r}; "
-            "use a CogVideoX checkpoint"
+            f"scheduler_config.json: expected _class_name CogVideoXDDIMScheduler or CogVideoXDPMScheduler, "
+            f"got {name!r}; use a CogVideoX checkpoint"
         )
     config = {key: value for key, value in scheduler.items() if not key.startswith("_")}
     return schedule_from(getattr(diffusers, name)(**config).alphas_cumprod)

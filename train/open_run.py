@@ -1,4 +1,4 @@
-"""Open a run: processes, view, conventions, data, model. Each check that can refuse the run comes as early as it can."""
+"""Open a run: processes, view, conventions, data, model; most checks come before the weights are loaded."""
 
 import os
 from datetime import timedelta

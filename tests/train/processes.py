@@ -87,7 +87,7 @@ def start(
 
 
 def finish(children: list[BaseProcess], *, others_follow: bool = True) -> list[int | None]:
-    """Return exit codes, negative for signals. With `others_follow`, one that fails has the others killed, as by a launcher."""
+    """Return exit codes, negative for signals; with `others_follow`, a failure kills the rest, as a launcher does."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while any(child.is_alive() for child in children):
         dead = any(child.exitcode is not None and child.exitcode != 0 for child in children)

@@ -26,7 +26,7 @@ from train.checkpoint.files import load_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
 from train.metrics import read_metrics
-from train.run import open_run
+from train.open_run import open_run
 
 VARYING = ("seconds", "data_wait_seconds", "peak_memory_bytes")
 Held = Callable[..., Config]
@@ -112,15 +112,15 @@ def test_each_rank_takes_its_clips_and_a_bad_one_ends_all_with_one_line(held: He
     assert load_checkpoint(config.train.output_dir / "checkpoint-000001").step == 1, "saved before"
 
 
-@pytest.mark.parametrize(("number", "step"), [(2, 2), (5, 2), (7, 4)])
+@pytest.mark.parametrize(("step", "poll"), [(2, 2), (2, 5), (4, 1)])
 def test_a_signal_in_an_evaluation_is_heard_after_a_clip_and_the_resumed_run_is_the_straight_one(
-    number: int, step: int, held: Held
+    step: int, poll: int, held: Held
 ) -> None:
     values = {"max_train_steps": 4, "validation_steps": 2, "checkpointing_steps": 3}
     straight, config = held("straight", **values), held(**values)
     train(straight, StopSignal())
     with pytest.raises(Preempted, match=f"checkpoint saved at step {step} of 4"):
-        train(config, processes.Stopping(number, by_step=False))
+        train(config, processes.StopAt(config.train.output_dir, step, poll))
     assert [line["step"] for line in losses(config) if "held_out_loss" in line] == [2][: step // 4]
     train(config, StopSignal())
     assert losses(config) == losses(straight)

@@ -72,7 +72,7 @@ def same_run(left: Config, right: Config) -> bool:
 
 def test_a_killed_and_resumed_run_repeats_the_straight_run(straight: Config, settings: Settings) -> None:
     config = settings(**VALUES)
-    assert processes.run(config, killed_in_step=6) == [-signal.SIGKILL]
+    assert processes.run(config, killed_after_step=5) == [-signal.SIGKILL]
     assert read_metrics(config.train.output_dir)[-1]["step"] == 5
     assert processes.run(config) == [0], processes.log(config)
     assert same_run(config, straight)
@@ -135,9 +135,9 @@ def test_a_signal_saves_and_exits_75(number: int, straight: Config, settings: Se
     assert processes.finish([child]) == [75]
     done = len(_lines(config))
     assert load_checkpoint(config.train.output_dir / f"checkpoint-{done:06}").step == done
-    assert "the same command goes on from here" in processes.log(config)
+    assert "the same command resumes" in processes.log(config)
     assert processes.run(config) == [0]
-    assert f"going on from {config.train.output_dir}/checkpoint-{done:06}" in processes.log(config)
+    assert f"resuming from {config.train.output_dir}/checkpoint-{done:06}" in processes.log(config)
     assert same_run(config, straight)
 
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from train.curve import SIZE, draw_curve, ticks
 
 from shared.config import Config
 from shared.errors import DataError
 from shared.signals import StopSignal
-from train.curve import SIZE, draw_curve, ticks
 from train.loop import train
 from train.metrics import EMA_DECAY, Metrics, finish_metrics, read_metrics, smoothed
 

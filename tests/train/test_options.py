@@ -22,8 +22,8 @@ from train.checkpoint.files import load_checkpoint
 from train.extras import averaged
 from train.loop import train
 from train.metrics import read_metrics
+from train.open_run import open_run
 from train.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
-from train.run import open_run
 from train.state import Learner, swapped
 
 Settings = Callable[..., Config]
@@ -125,7 +125,7 @@ def test_the_export_does_in_diffusers_what_was_trained(kind: dict[str, Any], set
 def loss_of(transformer: CogVideoXTransformer3DModel, config: Config) -> float:
     """The held-out loss of any transformer."""
     from train.evaluate import held_out_loss
-    from train.run import open_run
+    from train.open_run import open_run
 
     run = open_run(config)
     return held_out_loss(replace(run, transformer=transformer), stopped=lambda: False)

@@ -23,8 +23,9 @@ from tests.media import write_clip
 from tests.train import processes
 from train.loop import train
 from train.metrics import read_metrics
+from train.open_run import open_run
 from train.preview import denoise, open_previews
-from train.run import Run, open_run
+from train.run import Run
 
 NEGATIVE = "a white bird"
 SAMPLE = Sample(
@@ -225,7 +226,7 @@ def test_a_signal_in_a_preview_ends_the_run_resumable_and_the_next_start_makes_w
     straight, cut = changed(small, tmp_path / "straight"), changed(small, tmp_path / "cut")
     train(straight, StopSignal())
     with pytest.raises(Preempted, match="checkpoint saved at step 2 of"):
-        train(cut, processes.Stopping(1, by_step=False))
+        train(cut, processes.StopAt(cut.train.output_dir, 2))
     train(cut, StopSignal())
 
     def made(config: Config) -> dict[str, bytes]:

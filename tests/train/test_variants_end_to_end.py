@@ -23,7 +23,8 @@ from train.data.order import Draw
 from train.evaluate import QUANTILES, held_out_loss
 from train.loop import train
 from train.metrics import read_metrics
-from train.run import Run, open_run
+from train.open_run import open_run
+from train.run import Run
 from train.transformer.load import load_adapter_weights
 
 LORA = {

@@ -83,7 +83,8 @@ def save_checkpoint(
         sync_folder(run)
     except OSError as error:
         raise PrecogError(
-            f"{final}: cannot be saved ({error.strerror or error}); older checkpoints are kept, free the disk and resume"
+            f"{final}: cannot be saved ({error.strerror or error}); "
+            "older checkpoints are kept, free the disk and resume"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

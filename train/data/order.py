@@ -131,7 +131,7 @@ def _best_fit(descending: Sequence[int], tokens: Sequence[int], max_tokens_per_p
 
 @lru_cache(maxsize=2)  # a batch spans the end of an epoch
 def _epoch_rows(view_hash: str, seed: int, num_rows: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Return the epoch's permutation by sorting raw Philox words; `Generator.permutation` may differ in numpy versions."""
+    """Sort raw Philox words into the epoch's permutation; `Generator.permutation` may change with numpy's version."""
     words = generator("order", view_hash, seed, epoch).bit_generator.random_raw(num_rows)
     return np.argsort(words, kind="stable")
 

@@ -62,9 +62,9 @@ def assert_same_run(config: Config, straight: Config) -> None:
 
 def test_one_two_four_and_one_processes_make_one_run(straight: Config, settings: Settings) -> None:
     config = settings(**VALUES)
-    assert processes.run(config, world_size=2, killed_in_step=8) == [-signal.SIGKILL] * 2
+    assert processes.run(config, world_size=2, killed_after_step=7)[0] == -signal.SIGKILL
     assert load_checkpoint(config.train.output_dir / "checkpoint-000007").step == 7
-    assert processes.run(config, world_size=4, killed_in_step=7) == [-signal.SIGKILL] * 4
+    assert processes.run(config, world_size=4, killed_after_step=13)[0] == -signal.SIGKILL
     assert load_checkpoint(config.train.output_dir / "checkpoint-000013").step == 13
     assert processes.run(config) == [0], processes.log(config)
     assert_same_run(config, straight)
@@ -73,10 +73,10 @@ def test_one_two_four_and_one_processes_make_one_run(straight: Config, settings:
 def test_two_processes_repeat_themselves_to_the_last_bit(settings: Settings) -> None:
     """Straight, and killed and resumed, with more processes than clips in the last pack."""
     exports = []
-    for name, killed_in_step in (("straight", None), ("parts", 3)):
+    for name, killed_after_step in (("straight", None), ("parts", 2)):
         config = settings(name, **VALUES | {"max_train_steps": 5})
-        if killed_in_step is not None:
-            processes.run(config, world_size=2, killed_in_step=killed_in_step)
+        if killed_after_step is not None:
+            processes.run(config, world_size=2, killed_after_step=killed_after_step)
         assert processes.run(config, world_size=2) == [0, 0], processes.log(config)
         exports.append((config.train.output_dir / "export" / "pytorch_lora_weights.safetensors").read_bytes())
     left, right = (

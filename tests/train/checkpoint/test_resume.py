@@ -108,7 +108,7 @@ def test_a_named_start_repeats_the_steps_once_newer_ones_are_moved(settings: Set
     for step in (4, 6):
         (folder / f"checkpoint-00000{step}").rename(tmp_path / f"checkpoint-00000{step}")
     with pytest.raises(Preempted, match="checkpoint saved at step 3 of 6"):
-        train(named, processes.StopAt(folder, 2))
+        train(named, processes.StopAt(folder, 2, poll=2))
     train(settings(**values), StopSignal())
     assert [line["step"] for line in read_metrics(folder)] == list(range(1, 7))
     again = load_file(folder / "export" / "pytorch_lora_weights.safetensors")
