@@ -153,7 +153,7 @@ def draw_curve(lines: Sequence[dict[str, Any]], smooth: Sequence[float], path: P
     values += [{"step": line["step"], "loss": average, "curve": "EMA loss"} for line, average in averages]
     for field, curve in (("held_out_loss", "held out"), ("base_held_out_loss", "held out, without the adapter")):
         values += [{"step": line["step"], "loss": line[field], "curve": curve} for line in lines if field in line]
-    chart = altair.Chart(altair.Data(values=values), width=900, height=450).mark_line(point=len(values) < 200)
+    chart = altair.Chart(altair.InlineData(values=values), width=900, height=450).mark_line(point=len(values) < 200)
     loss = altair.Y("loss:Q", title="velocity loss").scale(zero=False)
     chart = chart.encode(x=altair.X("step:Q", title="optimizer step"), y=loss, color=altair.Color("curve:N", title=""))
     with replacing(path) as pending:

@@ -248,7 +248,7 @@ def test_what_cannot_be_previewed_is_refused_before_the_first_step(small: Config
         refusal({"validation_prompts": ()}, {})
     with pytest.raises(UsageError, match=r"preview_steps = 2: sample.num_frames, height and width: 8x.*4k\+1"):
         refusal({}, {"num_frames": 8})
-    with pytest.raises(CacheError, match="prompt 'unheard of' is not in it; run `precog precompute`"):
+    with pytest.raises(CacheError, match="prompt 'unheard of' not found; run `precog precompute`"):
         refusal({"validation_prompts": ("unheard of",)}, {})
     missing = config.model_copy(update={"data": config.data.model_copy(update={"validation_prompts": ("unheard of",)})})
     with pytest.raises(CacheError):

@@ -23,7 +23,7 @@ from train.checkpoint.files import (
 )
 from train.checkpoint.identity import Base, base_key, differences, identify_base, identity_of, refuse_another_run
 from train.distributed import all_gather, broadcast, on_all_ranks, on_rank_0, rank_and_world_size
-from train.export import BASE_KEY, CONFIG_KEY, VIEW_KEY, config_key, read_provenance
+from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, read_provenance
 from train.run import Run
 
 BASE, IDENTITY = "base", "identity"
@@ -84,14 +84,20 @@ def find_checkpoint(folder: Path, request: str) -> Checkpoint | None:
 
 
 def is_finished(config: Config, view_hash: str) -> bool:
-    """Check that the run folder has the export of this config, view and base model."""
-    folder = config.train.output_dir
-    found = read_provenance(folder)
+    """Check that the run folder has the export of this config, view and base model, and no checkpoint of another step.
+
+    A run that was sent back to an older checkpoint is not finished; one whose checkpoints were deleted is.
+    """
+    folder, known = config.train.output_dir, None
+    found, paths = read_provenance(folder), newest_first(folder)
     if (found.get(CONFIG_KEY), found.get(VIEW_KEY)) != (config_key(config), view_hash):
         return False
-    transformer, known = present_part(config.model, "transformer"), None
-    with suppress(CacheError, IndexError):
-        known = load_state(newest_first(folder)[0]).get(BASE)
+    if paths:
+        if found.get(STEPS_KEY) != str(step_of(paths[0])):
+            return False
+        with suppress(CacheError):
+            known = load_state(paths[0]).get(BASE)
+    transformer = present_part(config.model, "transformer")
     return transformer is not None and found.get(BASE_KEY) == base_key(transformer, identify_base(transformer, known))
 
 

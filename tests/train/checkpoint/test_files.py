@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from shared.errors import CacheError, PrecogError
 from shared.fingerprint import canonical_json
-from tests.train.checkpoint.checkpoints import FILES, is_content, names, same_bits, save, silence
+from tests.train.saved import FILES, is_content, names, same_bits, save, silence
 from train.checkpoint.files import (
     COMMIT,
     PROCESS_START_SECONDS,

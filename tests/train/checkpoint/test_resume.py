@@ -20,7 +20,7 @@ from shared.signals import StopSignal
 from tests import tiny
 from tests.experiments import fill_cache, write_experiment
 from tests.train import processes
-from tests.train.checkpoint.checkpoints import content, is_content, save
+from tests.train.saved import content, is_content, save
 from train.checkpoint.files import STATE, load_checkpoint, save_checkpoint
 from train.checkpoint.resume import find_checkpoint
 from train.loop import train

@@ -23,7 +23,8 @@ from shared.fingerprint import key_of
 from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import Bucket, latent_shape
 from tests import tiny
-from train.data.dataset import Dataset, Example, posterior_draw
+from train.data.dataset import Dataset, posterior_draw
+from train.data.example import Example
 from train.data.order import Draw, global_batch
 from train.objective import NoiseSchedule, min_snr_weight, read_schedule, schedule_from
 
@@ -78,7 +79,7 @@ def test_captions_come_as_often_as_their_weights_say(tmp_path: Path) -> None:
     assert drawn != captions(dataset(tmp_path, seed=7))
 
 
-def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(tmp_path: Path) -> None:
+def test_dropped_captions_change_nothing_else(tmp_path: Path) -> None:
     dropping, always = dataset(tmp_path, caption_dropout=0.3), dataset(tmp_path)
     drawn, kept = captions(dropping), captions(always)
     assert drawn.count(0) / len(drawn) == pytest.approx(0.3, abs=0.06)
@@ -99,7 +100,7 @@ def test_image_conditions_are_dropped_as_often_as_asked(tmp_path: Path) -> None:
     assert drawn.count(0.0) / len(drawn) == pytest.approx(0.3, abs=0.08)
 
 
-def test_each_epoch_takes_one_of_the_noised_images_and_never_the_clean_one(tmp_path: Path) -> None:
+def test_each_epoch_draws_one_of_the_noised_images(tmp_path: Path) -> None:
     data = dataset(tmp_path, "5b-i2v", noised_image_dropout=0)
     first = [float(example(data, epoch).model_input.latents[0, 16, 0, 0]) for epoch in range(60)]
     scale = conventions_of("5b-i2v").image_scaling_factor
@@ -107,14 +108,14 @@ def test_each_epoch_takes_one_of_the_noised_images_and_never_the_clean_one(tmp_p
     assert seen == {1, 2}
 
 
-def test_every_epoch_has_other_noise_and_the_same_epoch_the_same(tmp_path: Path) -> None:
+def test_noise_depends_on_the_epoch(tmp_path: Path) -> None:
     data = dataset(tmp_path)
     first, again, second = (example(data, epoch) for epoch in (0, 0, 1))
     assert torch.equal(first.target, again.target)
     assert not torch.equal(first.target, second.target)
 
 
-def test_every_draw_is_named_by_what_it_is_for_and_by_seed_epoch_and_clip(
+def test_every_draw_is_keyed_by_kind_seed_epoch_and_clip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: list[tuple[str | int, ...]] = []
@@ -140,7 +141,7 @@ def test_uniform_timesteps_cover_the_schedule(tmp_path: Path) -> None:
     assert float(drawn.float().mean()) == pytest.approx(499.5, abs=15)
 
 
-def test_stratified_timesteps_have_one_clip_in_each_part_of_the_schedule(tmp_path: Path) -> None:
+def test_stratified_timesteps_cover_every_part(tmp_path: Path) -> None:
     data = dataset(tmp_path, timestep_sampling="stratified", seed=1)
     drawn = timesteps(data, 8, 500)
     assert torch.equal(drawn.div(125, rounding_mode="floor").sort().values, torch.arange(8).expand(500, 8))
@@ -166,7 +167,7 @@ def test_min_snr_weights_are_the_published_ones(tmp_path: Path) -> None:
     assert weighted.to(torch.device("cpu"), torch.bfloat16).weight == expected
 
 
-def test_a_held_out_example_depends_on_clip_and_timestep_alone(tmp_path: Path) -> None:
+def test_a_held_out_example_depends_on_clip_and_timestep(tmp_path: Path) -> None:
     one, other = (
         dataset(tmp_path, seed=1, caption_dropout=1.0).fixed_example(0, 500),
         dataset(tmp_path).fixed_example(0, 500),
@@ -176,7 +177,7 @@ def test_a_held_out_example_depends_on_clip_and_timestep_alone(tmp_path: Path) -
     assert not torch.equal(one.target, dataset(tmp_path).fixed_example(0, 501).target)
 
 
-def test_a_held_out_example_has_the_first_caption_and_the_clean_image(tmp_path: Path) -> None:
+def test_a_held_out_example_has_first_caption_and_clean_image(tmp_path: Path) -> None:
     data = dataset(tmp_path, "5b-i2v", noised_image_dropout=1.0)
     shown = data.fixed_example(0, 500).model_input
     image = torch.full((16, *shown.latents.shape[2:]), 10 * conventions_of("5b-i2v").image_scaling_factor)
@@ -185,7 +186,7 @@ def test_a_held_out_example_has_the_first_caption_and_the_clean_image(tmp_path: 
     assert (data.first_frame_moments(0)[:16] == 10).all()
 
 
-def test_a_sample_is_compared_with_its_receipt_once_and_never_copied(
+def test_a_sample_is_verified_once_and_never_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared: list[str] = []
@@ -254,7 +255,7 @@ def remote(tmp_path: Path) -> Iterator[Callable[..., Dataset]]:
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
-def test_latents_are_drawn_from_the_posterior_as_diffusers_has_it() -> None:
+def test_latents_are_drawn_as_diffusers_draws_them() -> None:
     mean, logvar = seeding.normal((2, 4, 3, 2, 2), "moments") * torch.tensor([1.0, 20.0]).view(2, 1, 1, 1, 1)
     moments = torch.cat([mean, logvar])
     posterior = DiagonalGaussianDistribution(moments[None])
@@ -263,7 +264,7 @@ def test_latents_are_drawn_from_the_posterior_as_diffusers_has_it() -> None:
     torch.testing.assert_close(posterior_draw(moments, "a", 1), expected, rtol=1e-6, atol=0)
 
 
-def test_every_clip_epoch_and_seed_has_latents_and_noise_of_its_own(remote: Callable[..., Dataset]) -> None:
+def test_clip_epoch_and_seed_have_their_own_draws(remote: Callable[..., Dataset]) -> None:
     """The moments are those of a standard normal; latents and noise follow from what the network sees and its target.
 
     Sorted, because numbers used twice may stand in another order.
@@ -303,7 +304,7 @@ def downloads_of_an_epoch(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> Cou
 
 
 @pytest.mark.parametrize(("room", "size"), [(2, 1), (5, 3), (13, 3)])
-def test_each_shard_is_fetched_once_per_epoch_however_little_room_there_is(
+def test_each_shard_is_fetched_once_per_epoch(
     room: int, size: int, remote: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With room for thirteen, the prompts' shards (the space of six) are kept whole beside the latents'."""
@@ -315,7 +316,7 @@ def test_each_shard_is_fetched_once_per_epoch_however_little_room_there_is(
     assert fetched["prompts"] == (NUM_SHARDS // 2 if room == 13 else 0)
 
 
-def test_shuffling_all_shards_at_once_would_fetch_one_for_nearly_every_clip(
+def test_shuffling_all_shards_fetches_one_for_most_clips(
     remote: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = remote(2, shuffle_shards="all")
@@ -323,7 +324,7 @@ def test_shuffling_all_shards_at_once_would_fetch_one_for_nearly_every_clip(
     assert downloads_of_an_epoch(data, monkeypatch)["latents"] > 0.8 * NUM_SHARDS * PER_SHARD
 
 
-def test_where_all_copies_fit_all_shards_are_shuffled_at_once(
+def test_all_shards_are_shuffled_where_they_fit(
     remote: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = remote(1000)
@@ -393,7 +394,7 @@ def test_the_order_in_the_table_changes_no_example(experiment: Config, settings:
         assert torch.equal(left.target, right.target)
 
 
-def test_samples_of_other_shapes_than_clip_and_transformer_take_are_refused_by_name(
+def test_samples_of_other_shapes_are_refused_by_name(
     experiment: Config, settings: Settings
 ) -> None:
     storage = open_storage(experiment.precompute.cache, local_cache_gib=1)
@@ -401,9 +402,9 @@ def test_samples_of_other_shapes_than_clip_and_transformer_take_are_refused_by_n
     turned = replace(view, rows=tuple(replace(row, height=row.width, width=row.height) for row in view.rows))
     schedule = read_schedule(tiny.scheduler_config("2b"))
     for table, taken, line in (
-        (turned, conventions, r"moments of shape \(32, .*\), expected \(32, "),
-        (view, replace(conventions, image_to_video=True), "no image moments; this cache was made for text-to-video"),
-        (view, replace(conventions, text_length=20), r"prompt embedding of shape \(16, 32\), the transformer takes"),
+        (turned, conventions, r"expected moments \(32, .*\), got \(32, "),
+        (view, replace(conventions, image_to_video=True), "the cache was made for text-to-video"),
+        (view, replace(conventions, text_length=20), r"expected prompt_embeds \(20, 32\), got \(16, 32\)"),
     ):
         with pytest.raises(CacheError, match=rf"\.mp4 at \d+\.\d\d s: {line}"):
             Dataset(storage, table, "train", taken, schedule, settings().train)
