@@ -38,6 +38,7 @@ def train_command(
             train(settings, stop)
             return
     import json
+    from dataclasses import asdict
 
     from train.dry_run import dry_run as measure
     from train.dry_run import show
@@ -45,7 +46,7 @@ def train_command(
     result = measure(settings)
     show(result)
     if json_output:
-        print(json.dumps(result.as_json()))  # noqa: T201
+        print(json.dumps(asdict(result)))  # noqa: T201
 
 
 @app.command("sweep")

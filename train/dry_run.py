@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -18,32 +18,31 @@ from train.run import Run
 from train.state import TrainState
 from train.step import require_finite, step_gradients
 
-STEPS = 3
+NUM_STEPS = 3
 """Steps of each batch; the first one warms up and is not timed."""
-SEARCHED_STEPS = 2000
-"""Steps of the run among which the largest and the typical batch are sought, at most one epoch."""
+MAX_SEARCHED_STEPS = 2000
+"""Steps among which the largest and the typical batch are searched, within one epoch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One batch of the run, as it was trained."""
+class MeasuredBatch:
+    """Time and memory of one batch of the run."""
 
-    step: int
-    """Optimizer step (from 1) whose batch it is."""
     tokens: int
     """Text and video tokens of the global batch."""
     largest_pack_tokens: int
+    """Tokens of its largest pack on any rank."""
     seconds: float
     """Median seconds per optimizer step, without reading."""
     read_seconds: float
     """Seconds to read the batch; a run reads while it trains."""
     peak_memory_bytes: int
-    """Most memory this process has held so far: allocated by torch on a GPU, resident on a CPU."""
+    """Most memory of this process so far: allocated by torch on a GPU, resident on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """The result of a dry run, for the machine with this number of processes."""
+    """Result of a dry run with this number of processes."""
 
     device: str
     attention: str
@@ -51,89 +50,76 @@ class DryRun:
     """Step of the checkpoint that a run would resume; 0 at the beginning."""
     num_steps: int
     """Steps at the end of the run."""
-    largest: Measured
-    typical: Measured
+    largest: MeasuredBatch
+    typical: MeasuredBatch
     hours: float
     """Hours of training steps left, without evaluations, previews and saves."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the result for `--json`."""
-        return asdict(self)
-
 
 def dry_run(config: Config) -> DryRun:
-    """Measure three steps of the largest and of a typical batch; the run folder is neither written nor locked.
+    """Measure a few steps of the largest and of a typical batch; the run folder is neither written nor locked.
 
-    Raises what the run itself would raise: `UsageError`, `DataError`, `CacheError`, `NonFiniteError`.
+    Raises every `PrecogError` that a run raises before or in its first steps.
     """
     run = open_run(config)
     if config.train.preview_steps:
         open_previews(run)
-    state = TrainState(run)
-    start = find_start(run)
+    state, start = TrainState(run), find_start(run)
     if start.checkpoint is not None:
         state.resume(start.checkpoint)
     announce(run)
     first = state.step
-    typical, largest = choose_steps(run)
-    found = {step: measure_step(run, state, step) for step in dict.fromkeys((largest, typical))}
-    left = run.num_steps - first
-    hours = left * max(found[typical].seconds, found[typical].read_seconds) / 3600
-    return DryRun(
-        str(run.accelerator.device), run.engine.attention, first, run.num_steps, found[largest], found[typical], hours
+    sizes = batch_sizes(run)
+    largest, typical = (
+        measure_batch(run, state, *size)
+        for size in (max(sizes, key=lambda size: size[2]), sorted(sizes, key=lambda size: size[1])[len(sizes) // 2])
     )
+    hours = (run.num_steps - first) * max(typical.seconds, typical.read_seconds) / 3600
+    return DryRun(str(run.accelerator.device), run.engine.attention, first, run.num_steps, largest, typical, hours)
 
 
-def choose_steps(run: Run) -> tuple[int, int]:
-    """Return the steps (from 0) with the median of tokens and with the largest pack of any rank."""
+def batch_sizes(run: Run) -> list[tuple[int, int, int]]:
+    """Return (step from 0, tokens of the batch, tokens of its largest pack) of the first epoch's steps."""
     per_epoch = -(-len(run.dataset.rows) // run.config.train.global_batch_size)
     sizes = []
-    for step in range(min(run.num_steps, per_epoch, SEARCHED_STEPS)):
+    for step in range(min(run.num_steps, per_epoch, MAX_SEARCHED_STEPS)):
         _, tokens, ranks = plan_batch(run, step)
-        pack = max(sum(tokens[index] for index in pack) for packs in ranks for pack in packs)
-        sizes.append((sum(tokens), pack, step))
-    typical = sorted(sizes)[len(sizes) // 2]
-    largest = max(sizes, key=lambda size: (size[1], size[0]))
-    return typical[2], largest[2]
+        packs = [sum(tokens[index] for index in pack) for rank in ranks for pack in rank]
+        sizes.append((step, sum(tokens), max(packs)))
+    return sizes
 
 
-def measure_step(run: Run, state: TrainState, step: int) -> Measured:
+def measure_batch(run: Run, state: TrainState, step: int, tokens: int, largest_pack_tokens: int) -> MeasuredBatch:
     """Train the batch of `step` (from 0) a few times; raises `NonFiniteError` as a run does."""
-    device, seconds = run.accelerator.device, []
-    began = time.perf_counter()
+    train, device = run.config.train, run.accelerator.device
+    times = [time.perf_counter()]
     batch = read_batch(run, step)
-    read_seconds = time.perf_counter() - began
-    for _ in range(STEPS):
-        began = time.perf_counter()
+    times.append(time.perf_counter())
+    for _ in range(NUM_STEPS):
         losses, result = step_gradients(
-            run.transformer,
-            batch.packs,
-            run.conventions,
-            run.config.train,
-            run.engine,
-            run.accelerator,
-            stopping=False,
+            run.transformer, batch.packs, run.conventions, train, run.engine, run.accelerator, stopping=False
         )
         require_finite(result, batch.packs, losses)
         state.update()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    _, tokens, ranks = plan_batch(run, step)
-    pack = max(sum(tokens[index] for index in pack) for packs in ranks for pack in packs)
-    median = statistics.median(seconds[1:])
-    return Measured(step + 1, sum(tokens), pack, median, read_seconds, peak_memory_bytes(device))
+        times.append(time.perf_counter())
+    read_seconds, _, *seconds = (end - begin for begin, end in pairwise(times))
+    return MeasuredBatch(
+        tokens, largest_pack_tokens, statistics.median(seconds), read_seconds, peak_memory_bytes(device)
+    )
 
 
 def show(result: DryRun) -> None:
     """Print the result as a table."""
-
-    def words(measured: Measured) -> str:
-        memory = console.bytes_text(measured.peak_memory_bytes)
-        pack = f"{measured.tokens} tokens, largest pack {measured.largest_pack_tokens}"
-        return f"{measured.seconds:.3g} s a step, {memory} peak, {measured.read_seconds:.2g} s to read ({pack})"
-
-    rows = [("largest batch", words(result.largest)), ("typical batch", words(result.typical))]
+    rows = [
+        (
+            name,
+            f"{batch.seconds:.3g} s a step, {console.bytes_text(batch.peak_memory_bytes)} peak, "
+            f"{batch.read_seconds:.2g} s to read, {batch.tokens} tokens, largest pack {batch.largest_pack_tokens}",
+        )
+        for name, batch in (("largest batch", result.largest), ("typical batch", result.typical))
+    ]
     rows.append(("steps left", f"{result.num_steps - result.resumes_at_step} of {result.num_steps}"))
     rows.append(("time left", f"{result.hours:.3g} hours on {result.device}, without evaluations and previews"))
     console.table("Dry run: nothing is refused, nothing was written", rows)

@@ -38,32 +38,24 @@ Stopped = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class FirstFrame:
-    """The first image of a clip."""
-
-    clip: str
-    """Source and start of the clip."""
-    moments: Tensor
-    """[2C,1,H,W] of the image's posterior, unscaled, on the CPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class PreviewPrompt:
     """A validation prompt and the size of its preview."""
 
     text: str
     prompt_embeds: Tensor
     """[L,D] on the CPU."""
     bucket: Bucket
-    first_frame: FirstFrame | None
-    """Image-to-video only."""
+    first_frame_of: str | None
+    """Label of the clip whose first frame the preview begins with; image-to-video only."""
+    first_frame_moments: Tensor | None
+    """[2C,1,H,W] of that frame's posterior, unscaled, on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Previews:
     """The prompts of a run's previews."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[PreviewPrompt, ...]
     negative_prompt_embeds: Tensor
     """[L,D] on the CPU."""
 
@@ -86,20 +78,20 @@ def open_previews(run: Run) -> Previews:
     reader = SampleReader(storage, run.view.prompts, {keys[text] for text in wanted}, whole_up_to_bytes=0)
     *embeds, negative = (reader.read(keys[text])["prompt_embeds"] for text in wanted)
     prompts = [
-        Prompt(text, prompt_embeds, *_size_and_first_frame(run, number))
+        PreviewPrompt(text, prompt_embeds, *_size_and_first_frame(run, number))
         for number, (text, prompt_embeds) in enumerate(zip(config.data.validation_prompts, embeds, strict=True))
     ]
     return Previews(tuple(prompts), negative)
 
 
-def _size_and_first_frame(run: Run, number: int) -> tuple[Bucket, FirstFrame | None]:
+def _size_and_first_frame(run: Run, number: int) -> tuple[Bucket, str | None, Tensor | None]:
     """Return the size in [sample], or for image-to-video size and frame of clip `number` modulo the clips."""
     if not run.conventions.image_to_video:
-        return _bucket(run.config.sample), None
+        return _bucket(run.config.sample), None, None
     dataset = run.held_out if run.held_out.rows else run.dataset
     number %= len(dataset.rows)
     row = dataset.rows[number]
-    return row.bucket, FirstFrame(clip_label(row), dataset.first_frame_moments(number))
+    return row.bucket, clip_label(row), dataset.first_frame_moments(number)
 
 
 def write_preview(run: Run, previews: Previews, number: int, step: int, stopped: Stopped) -> None:
@@ -111,7 +103,7 @@ def write_preview(run: Run, previews: Previews, number: int, step: int, stopped:
     about = {
         "prompt": prompt.text,
         "negative_prompt": run.config.data.negative_prompt,
-        "first_frame_of": None if prompt.first_frame is None else prompt.first_frame.clip,
+        "first_frame_of": prompt.first_frame_of,
         "step": step,
         "num_frames": prompt.bucket.frames,
         "height": prompt.bucket.height,
@@ -130,7 +122,7 @@ def write_preview(run: Run, previews: Previews, number: int, step: int, stopped:
 
 
 @torch.no_grad()
-def denoise(run: Run, prompt: Prompt, negative_prompt_embeds: Tensor, stopped: Stopped) -> Tensor | None:
+def denoise(run: Run, prompt: PreviewPrompt, negative_prompt_embeds: Tensor, stopped: Stopped) -> Tensor | None:
     """Return latents [F,C,H,W] of a prompt on the CPU, scaled, without padding; None if `stopped` was true.
 
     The conditional and the unconditional forward run one after the other, to hold activations of one clip only.
@@ -144,8 +136,8 @@ def denoise(run: Run, prompt: Prompt, negative_prompt_embeds: Tensor, stopped: S
     padding = padding_frames(frames, run.conventions.patch_size_t)
     shape = (frames + padding, channels, height, width)
     condition = torch.zeros(shape[0], 0, height, width, device=device, dtype=dtype)  # no channels without an image
-    if prompt.first_frame is not None:  # the pipeline draws the image before the noise
-        image = _draw(prompt.first_frame.moments, generator).transpose(0, 1)
+    if prompt.first_frame_moments is not None:  # the pipeline draws the image before the noise
+        image = _draw(prompt.first_frame_moments, generator).transpose(0, 1)
         condition = image_condition(image.to(device, dtype), frames, run.conventions)
     latents: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     latents = latents * scheduler.init_noise_sigma

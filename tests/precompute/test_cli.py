@@ -44,7 +44,7 @@ def test_plan_and_precompute_end_with_one_json_line_of_the_same_shape(config, tm
 
 def test_of_the_processes_of_a_launcher_one_prints_the_json_line(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for action in ("plan", "precompute", "doctor"):
+    for action in ("plan", "precompute"):
         for rank, lines in (("1", 0), ("0", 1)):
             monkeypatch.setenv("RANK", rank)
             assert command(action, config, "--json")[1].count("\n") == lines, (action, rank)
