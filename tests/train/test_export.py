@@ -67,9 +67,7 @@ def test_the_file_carries_weights_settings_and_origin(
     assert metadata["precog_view"] == "abc"
 
 
-def test_a_file_that_differs_is_never_put_in_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_differs_is_never_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def save_rounded(tensors: dict[str, torch.Tensor], *rest: object) -> None:
         save_file({name: tensor.bfloat16().float() for name, tensor in tensors.items()}, *rest)
 

@@ -255,9 +255,7 @@ def test_resume_from_none_refuses_a_begun_run(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize(("every", "expected"), [(0, [5]), (2, [2, 4, 5])])
-def test_held_out_losses_are_taken_when_due(
-    every: int, expected: list[int], settings: Settings
-) -> None:
+def test_held_out_losses_are_taken_when_due(every: int, expected: list[int], settings: Settings) -> None:
     config = settings(max_train_steps=5, validation_steps=every)
     train(config, StopSignal())
     lines = read_metrics(config.train.output_dir)

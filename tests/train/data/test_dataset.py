@@ -115,9 +115,7 @@ def test_noise_depends_on_the_epoch(tmp_path: Path) -> None:
     assert not torch.equal(first.target, second.target)
 
 
-def test_every_draw_is_keyed_by_kind_seed_epoch_and_clip(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_draw_is_keyed_by_kind_seed_epoch_and_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[tuple[str | int, ...]] = []
     generator = seeding.generator
     monkeypatch.setattr(seeding, "generator", lambda *parts: (names.append(parts), generator(*parts))[1])
@@ -186,9 +184,7 @@ def test_a_held_out_example_has_first_caption_and_clean_image(tmp_path: Path) ->
     assert (data.first_frame_moments(0)[:16] == 10).all()
 
 
-def test_a_sample_is_verified_once_and_never_copied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sample_is_verified_once_and_never_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[str] = []
     data = dataset(tmp_path)
     hash_of = MappedShard.payload_sha256
@@ -394,9 +390,7 @@ def test_the_order_in_the_table_changes_no_example(experiment: Config, settings:
         assert torch.equal(left.target, right.target)
 
 
-def test_samples_of_other_shapes_are_refused_by_name(
-    experiment: Config, settings: Settings
-) -> None:
+def test_samples_of_other_shapes_are_refused_by_name(experiment: Config, settings: Settings) -> None:
     storage = open_storage(experiment.precompute.cache, local_cache_gib=1)
     view, conventions = read_view(storage, "clips"), conventions_of("2b")
     turned = replace(view, rows=tuple(replace(row, height=row.width, width=row.height) for row in view.rows))

@@ -209,9 +209,7 @@ def test_a_view_without_clips_is_refused_before_training() -> None:
 
 @quick
 @given(st.lists(st.integers(1, 20_000), max_size=64), worlds, st.integers(1, 60_000))
-def test_packs_hold_every_clip_once_and_ranks_are_balanced(
-    tokens: list[int], world_size: int, budget: int
-) -> None:
+def test_packs_hold_every_clip_once_and_ranks_are_balanced(tokens: list[int], world_size: int, budget: int) -> None:
     shares = divide(tokens, WIDTH, world_size, budget)
     assert len(shares) == world_size
     packs = [pack for share in shares for pack in share]
