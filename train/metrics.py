@@ -1,10 +1,10 @@
 """`metrics.jsonl`, one object per optimizer step, and the same in one fixed-width line for people."""
 
 import json
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from shared.tracker import starting_tracker, wandb_options
 from train.checkpoint.files import sync_file
 
 FILE_NAME, CURVE = "metrics.jsonl", "loss.png"
-NUMBERS = ("step", "loss", "samples", "seconds", "data_wait_seconds", "peak_memory_bytes")
+NUMBERS = ("step", "loss", "ema_loss", "samples", "seconds", "data_wait_seconds", "peak_memory_bytes")
 """Numbers of every line that are read again."""
 EMA_DECAY = 0.98
 """Decay of the smoothed loss per optimizer step: about the last 50 steps."""
@@ -50,7 +50,7 @@ class Metrics:
 
     def write(self, line: dict[str, Any]) -> dict[str, Any]:
         """Append and print one step; return the line as written, with its `ema_loss`."""
-        line = {"step": line["step"], "loss": line["loss"], "ema_loss": self._average.add(line["loss"]), **line}
+        line = line | {"ema_loss": self._average.add(line["loss"])}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         console.say(self._row(line))
@@ -90,7 +90,7 @@ class Metrics:
             f"{line['step']:>5}/{self._num_steps:<5} {line['loss']:>9.5f} {line['ema_loss']:>9.5f} "
             f"{line['lr']:>9.2e} {line['grad_norm']:>9.4f} {line['samples'] / seconds:>8.2f} "
             f"{line['tokens'] / seconds:>9.0f} {line['data_wait_seconds'] / seconds:>6.1%} "
-            f"{console.bytes_text(line['peak_memory_bytes']):>10} {_duration(left):>8}"
+            f"{console.bytes_text(line['peak_memory_bytes']):>10} {timedelta(seconds=int(left))!s:>8}"
         )
 
 
@@ -101,8 +101,7 @@ class EmaLoss:
     """
 
     def __init__(self) -> None:
-        self._sum = 0.0
-        self._weight = 0.0
+        self._sum = self._weight = 0.0
 
     def add(self, loss: float) -> float:
         """Add one step's loss and return the average."""
@@ -111,31 +110,23 @@ class EmaLoss:
         return self._sum / self._weight
 
 
-def smoothed(lines: Sequence[dict[str, Any]]) -> list[float]:
-    """Return the EMA loss after each step."""
-    average = EmaLoss()
-    return [average.add(line["loss"]) for line in lines]
-
-
 def finish_metrics(run: Path, export: Path) -> None:
     """Draw loss.png if the run has ten steps, and print its table; only the export if the metrics are missing."""
     lines = read_metrics(run)
     if not lines:
         console.table("Trained", [("adapter", export)])
         return
-    smooth = smoothed(lines)
     if len(lines) >= MIN_CURVE_STEPS:
-        draw_curve(lines, smooth, run / CURVE)
-    seconds = sum(line["seconds"] for line in lines)
-    waited = sum(line["data_wait_seconds"] for line in lines)
+        draw_curve(lines, run / CURVE)
+    seconds, waited = (sum(line[name] for line in lines) for name in ("seconds", "data_wait_seconds"))
     held_out, base = _first(lines[::-1], "held_out_loss"), _first(lines, "base_held_out_loss")
     rows: list[tuple[str, Any]] = [
         ("steps", lines[-1]["step"]),
-        ("EMA loss", f"{smooth[0]:.5f} -> {smooth[-1]:.5f}"),
+        ("EMA loss", f"{lines[0]['ema_loss']:.5f} -> {lines[-1]['ema_loss']:.5f}"),
         ("held-out loss", "no clips held out" if held_out is None else f"{held_out:.5f}"),
         ("without the adapter", "-" if base is None else f"{base:.5f}"),
         ("clips per second", f"{sum(line['samples'] for line in lines) / seconds:.2f}"),
-        ("waiting for data", f"{waited / seconds:.2%} of {_duration(seconds)}"),
+        ("waiting for data", f"{waited / seconds:.2%} of {timedelta(seconds=int(seconds))}"),
         ("peak memory", console.bytes_text(max(line["peak_memory_bytes"] for line in lines))),
         ("loss curve", run / CURVE if len(lines) >= MIN_CURVE_STEPS else f"drawn from {MIN_CURVE_STEPS} steps on"),
         ("adapter", export),
@@ -143,18 +134,16 @@ def finish_metrics(run: Path, export: Path) -> None:
     console.table("Trained", rows)
 
 
-def draw_curve(lines: Sequence[dict[str, Any]], smooth: Sequence[float], path: Path) -> None:
-    """Plot the loss of each step, the EMA loss and the held-out losses over the optimizer steps as a PNG."""
+def draw_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plot the losses of metrics.jsonl over the optimizer steps as a PNG."""
     import altair
 
-    every = math.ceil(len(lines) / MAX_CURVE_POINTS)
-    values = [{"step": line["step"], "loss": line["loss"], "curve": "each step"} for line in lines[::every]]
-    averages = list(zip(lines, smooth, strict=True))[::every]
-    values += [{"step": line["step"], "loss": average, "curve": "EMA loss"} for line, average in averages]
-    for field, curve in (("held_out_loss", "held out"), ("base_held_out_loss", "held out, without the adapter")):
-        values += [{"step": line["step"], "loss": line[field], "curve": curve} for line in lines if field in line]
-    chart = altair.Chart(altair.InlineData(values=values), width=900, height=450).mark_line(point=len(values) < 200)
-    loss = altair.Y("loss:Q", title="velocity loss").scale(zero=False)
+    curves, every = ["loss", "ema_loss", "held_out_loss", "base_held_out_loss"], -(-len(lines) // MAX_CURVE_POINTS)
+    shown = [line for line in lines if line["step"] % every == 0 or "held_out_loss" in line]
+    values = [{name: line[name] for name in ("step", *curves) if name in line} for line in shown]
+    chart = altair.Chart(altair.InlineData(values=values), width=900, height=450).mark_line(point=len(shown) < 100)
+    chart = chart.transform_fold(curves, as_=["curve", "value"]).transform_filter("isValid(datum.value)")
+    loss = altair.Y("value:Q", title="velocity loss").scale(zero=False)
     chart = chart.encode(x=altair.X("step:Q", title="optimizer step"), y=loss, color=altair.Color("curve:N", title=""))
     with replacing(path) as pending:
         chart.save(str(pending), format="png")
@@ -197,9 +186,3 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         if not isinstance(step, dict) or not all(isinstance(step.get(name), int | float) for name in NUMBERS):
             raise DataError(f"{path} line {number}: not a step of a run; move the file away to resume")
     return steps
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

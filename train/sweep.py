@@ -29,7 +29,7 @@ from shared.model.pretrained import FileMark, Part, present_part
 from shared.signals import StopSignal
 from train.checkpoint.identity import Base, base_key, identify_base
 from train.export import BASE_KEY, CONFIG_KEY, VIEW_KEY, config_key, read_provenance
-from train.metrics import read_metrics, smoothed
+from train.metrics import read_metrics
 
 CSV_NAME = "sweep.csv"
 TABLES = ("model", "train")
@@ -214,7 +214,7 @@ def outcome_of(run: SweepRun, code: int | None, view_hash: str) -> Outcome:
         lines[-1]["step"] if lines else 0,
         next((line["held_out_loss"] for line in reversed(lines) if "held_out_loss" in line), None),
         next((line["base_held_out_loss"] for line in lines if "base_held_out_loss" in line), None),
-        smoothed(lines)[-1] if lines else None,
+        lines[-1]["ema_loss"] if lines else None,
         sum(line["seconds"] for line in lines),
     )
 
