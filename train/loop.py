@@ -231,13 +231,13 @@ def claimed(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"{where}: cannot be made ({error.strerror}); choose another folder") from None
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"{where}: another process is training in this folder; wait for it, or choose another folder"
-            raise UsageError(message) from None
-        except OSError:
-            logger.warning("%s: the file system has no locks; start only one process in this folder", folder)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(f"{where}: another process is training in this folder; choose another folder") from None
+    except OSError:
+        logger.warning("%s: the file system has no locks; start only one process in this folder", folder)
+    try:
         yield
     finally:
         os.close(descriptor)

@@ -1,7 +1,7 @@
 """The trained state of a run: adapter, optimizer, average of the weights, step."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ class TrainState:
         self._parameters = run.parameters
         self._optimizer = build_optimizer(self._parameters, self._train)
         self._learning_rate_factor = learning_rate_factor(self._train, run.num_steps)
-        self._average = start_average(self._parameters) if self._train.ema_decay else {}
+        averaged = self._parameters if self._train.ema_decay else []
+        self._average = {name: parameter.detach().clone() for name, parameter in averaged}
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Restore a checkpoint bit for bit.
@@ -79,14 +80,15 @@ class TrainState:
         if self._average:
             update_average(self._average, self._parameters, self._train.ema_decay, self.step)
 
-    def evaluated(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
         """Give the adapter the weights to evaluate, preview and export, within the context: the average, if any."""
-        return swapped(self._parameters, self._average) if self._average else nullcontext()
-
-
-def start_average(parameters: Named) -> dict[str, Tensor]:
-    """Return the average before the first step, a copy of the weights."""
-    return {name: parameter.detach().clone() for name, parameter in parameters}
+        trained = {name: parameter.detach().clone() for name, parameter in self._parameters} if self._average else {}
+        _copy(self._average, self._parameters)
+        try:
+            yield
+        finally:
+            _copy(trained, self._parameters)
 
 
 @torch.no_grad()
@@ -101,18 +103,8 @@ def update_average(average: Mapping[str, Tensor], parameters: Named, decay: floa
         average[name].lerp_(parameter, 1 - decay)
 
 
-@contextmanager
-def swapped(parameters: Named, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Replace the parameters by `weights` within the context, and restore them bit for bit."""
-    trained = {name: parameter.detach().clone() for name, parameter in parameters}
-    _copy(parameters, weights)
-    try:
-        yield
-    finally:
-        _copy(parameters, trained)
-
-
 @torch.no_grad()
-def _copy(parameters: Named, weights: Mapping[str, Tensor]) -> None:
+def _copy(weights: Mapping[str, Tensor], parameters: Named) -> None:
     for name, parameter in parameters:
-        parameter.copy_(weights[name])
+        if name in weights:
+            parameter.copy_(weights[name])

@@ -20,16 +20,8 @@ FIELDS = {"step", "loss", "ema_loss", "lr", "grad_norm", "samples", "tokens", "p
 
 
 def line(step: int, loss: float = 1.0, **more: Any) -> dict[str, Any]:
-    values = {"lr": 1e-3, "grad_norm": 0.1, "samples": 2, "tokens": 100, "packs": 1, "seconds": 0.5}
-    return {
-        "step": step,
-        "loss": loss,
-        **values,
-        "ema_loss": loss,
-        "data_wait_seconds": 0.0,
-        "peak_memory_bytes": 2**20,
-        **more,
-    }
+    values = {"ema_loss": loss, "lr": 1e-3, "grad_norm": 0.1, "samples": 2, "tokens": 100, "packs": 1, "seconds": 0.5}
+    return {"step": step, "loss": loss, **values, "data_wait_seconds": 0.0, "peak_memory_bytes": 2**20, **more}
 
 
 def smoothed(losses: list[float]) -> list[float]:

@@ -33,6 +33,8 @@ MAX_HEADER_BYTES = 4 * 2**20
 """Limit of a safetensors header, some 30,000 tensors. The library itself reads 100 MB, which takes minutes."""
 NAME = re.compile(r"checkpoint-([0-9]{6,12})")
 PROCESS_START_SECONDS = time.time()
+Seal = dict[str, Any]
+"""A file's entry in COMMIT.json: {"bytes": size, "sha256": hash}."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +49,6 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _Seal:
-    """One file's entry in COMMIT.json."""
-
-    bytes: int
-    sha256: str
-
-
 def save_checkpoint(
     run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Json]
 ) -> Path:
@@ -65,12 +59,12 @@ def save_checkpoint(
     """
     final = run / f"checkpoint-{step:06d}"
     temporary = run / f"{TEMPORARY}{secrets.token_hex(8)}"
-    contents = {STATE: canonical_json(state)}
-    assert len(contents[STATE]) <= MAX_JSON_BYTES, "too large to be read again"
+    state_bytes = canonical_json(state)
+    assert len(state_bytes) <= MAX_JSON_BYTES, "too large to be read again"
     try:
         run.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        seals = {STATE: _write_file(temporary / STATE, contents[STATE])}
+        seals = {STATE: _write_file(temporary / STATE, state_bytes)}
         for name, group in sorted(tensors.items()):
             assert _is_file_name(f"{name}.safetensors"), name
             data = save({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()})
@@ -180,22 +174,22 @@ def _delete(path: Path) -> None:
         logger.warning("%s: cannot be deleted (%s)", path, error)
 
 
-def _write_file(path: Path, data: bytes) -> _Seal:
+def _write_file(path: Path, data: bytes) -> Seal:
+    """Write and flush a new file; return its seal."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return _Seal(len(data), hashlib.sha256(data).hexdigest())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _commit_bytes(step: int, seals: Mapping[str, _Seal]) -> bytes:
-    """Return COMMIT.json, which ends with the hash of its other entries."""
-    files: dict[str, Json] = {name: {"bytes": seal.bytes, "sha256": seal.sha256} for name, seal in seals.items()}
-    commit: dict[str, Json] = {"format": FORMAT, "step": step, "files": files}
+def _commit_bytes(step: int, seals: Mapping[str, Seal]) -> bytes:
+    """Return COMMIT.json, which holds the hash of its other entries."""
+    commit: dict[str, Json] = {"format": FORMAT, "step": step, "files": dict(seals)}
     return canonical_json({**commit, "sha256": hashlib.sha256(canonical_json(commit)).hexdigest()})
 
 
-def _read_commit(path: Path) -> tuple[int, dict[str, _Seal]]:
+def _read_commit(path: Path) -> tuple[int, dict[str, Seal]]:
     """Read step and files of a COMMIT.json; it must be byte for byte what `_commit_bytes` writes."""
     file = path / COMMIT
     data = _read_bytes(file, MAX_JSON_BYTES)
@@ -203,9 +197,10 @@ def _read_commit(path: Path) -> tuple[int, dict[str, _Seal]]:
     if commit.get("format") != FORMAT:
         raise _damage(file, f"expected format {FORMAT}, got {commit.get('format')!r}")
     try:
-        step, seals = commit["step"], {name: _Seal(**entry) for name, entry in commit["files"].items()}
-        typed = all(type(seal.bytes) is int and type(seal.sha256) is str for seal in seals.values())
-        valid = typed and type(step) is int and _commit_bytes(step, seals) == data
+        step, seals = commit["step"], commit["files"]
+        kinds = [{key: type(value) for key, value in seal.items()} for seal in seals.values()]
+        typed = type(step) is int and all(kind == {"bytes": int, "sha256": str} for kind in kinds)
+        valid = typed and _commit_bytes(step, seals) == data
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         valid = False
     if not valid:
@@ -227,11 +222,12 @@ def _is_valid(path: Path) -> bool:
     return True
 
 
-def _read_file(file: Path, seal: _Seal) -> bytes:
-    data = _read_bytes(file, MAX_JSON_BYTES if file.name == STATE else seal.bytes)
-    if len(data) != seal.bytes:
-        raise _damage(file, f"expected {seal.bytes} bytes, got {len(data)}")
-    if hashlib.sha256(data).hexdigest() != seal.sha256:
+def _read_file(file: Path, seal: Seal) -> bytes:
+    """Read a file of a checkpoint; its size and sha256 must be those of its seal."""
+    data = _read_bytes(file, MAX_JSON_BYTES if file.name == STATE else seal["bytes"])
+    if len(data) != seal["bytes"]:
+        raise _damage(file, f"expected {seal['bytes']} bytes, got {len(data)}")
+    if hashlib.sha256(data).hexdigest() != seal["sha256"]:
         raise _damage(file, f"its sha256 is not the one in {COMMIT}")
     return data
 

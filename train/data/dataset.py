@@ -116,8 +116,10 @@ class Dataset:
         row, train = self.rows[draw.row], self._train
         where = (train.seed, draw.epoch, row.latent_key)
         samples = self._read(self._latents, row.latent_key, row)
-        latents = self._draw_latents(samples["moments"], "posterior", *where)
-        condition = self._draw_image(samples["image_moments"], len(latents), *where) if self._is_i2v else None
+        latents = self._scaled(posterior_draw(samples["moments"], "posterior", *where))
+        condition = None
+        if self._conventions.image_to_video:
+            condition = self._draw_image(samples["image_moments"], len(latents), *where)
         noise = seeding.normal(tuple(latents.shape), "noise", *where)
         embeds = self._draw_prompt(row, *where)
         example = self._example(row, str(draw.epoch), latents, noise, timestep, embeds, condition)
@@ -131,7 +133,7 @@ class Dataset:
         samples = self._read(self._latents, clip.latent_key, clip)
         latents = self._scaled(samples["moments"].float().chunk(2)[0])
         condition = None
-        if self._is_i2v:
+        if self._conventions.image_to_video:
             mean = samples["image_moments"][0].float().chunk(2)[0]
             condition = image_condition(mean.transpose(0, 1), len(latents), self._conventions)
         noise = seeding.normal(tuple(latents.shape), "held-out", clip.latent_key, timestep)
@@ -149,10 +151,6 @@ class Dataset:
             return reader.read(key)
         except CacheError as error:
             raise CacheError(f"{clip_label(row)}: {error}") from None
-
-    @property
-    def _is_i2v(self) -> bool:
-        return self._conventions.image_to_video
 
     def _example(
         self,
@@ -174,9 +172,6 @@ class Dataset:
     def _scaled(self, unscaled: Tensor) -> Tensor:
         """Scale [C,F,H,W] to latents [F,C,H,W], padded in front where the checkpoint needs it."""
         return pad_front(unscaled.transpose(0, 1) * self._conventions.scaling_factor, self._conventions)
-
-    def _draw_latents(self, moments: Tensor, *where: str | int) -> Tensor:
-        return self._scaled(posterior_draw(moments, *where))
 
     def _draw_image(self, image_moments: Tensor, num_frames: int, *where: str | int) -> Tensor:
         """Turn [1+K,2C,1,H,W] into the condition [F,C,H,W] of one noised image (the clean one if K = 0), or zeros."""
