@@ -24,7 +24,7 @@ EMA_DECAY = 0.98
 """Decay of the smoothed loss per optimizer step: about the last 50 steps."""
 RECENT_STEPS = 50
 """Steps whose mean time, with evaluations, previews and saves between them, gives the time left."""
-MIN_CURVE_STEPS, MAX_CURVE_POINTS = 10, 2000
+MIN_CURVE_STEPS, MAX_CURVE_POINTS = 20, 2000
 """A shorter run has no loss.png; a longer one's curves are thinned to so many points."""
 
 
@@ -111,7 +111,7 @@ class EmaLoss:
 
 
 def finish_metrics(run: Path, export: Path) -> None:
-    """Draw loss.png if the run has ten steps, and print its table; only the export if the metrics are missing."""
+    """Draw loss.png if the run has 20 steps, and print its table; only the export if the metrics are missing."""
     lines = read_metrics(run)
     if not lines:
         console.table("Trained", [("adapter", export)])

@@ -67,13 +67,13 @@ def example(data: Dataset, epoch: int) -> Example:
     return data.example(draw, *data.timesteps([draw], 0))
 
 
-def captions(data: Dataset, epochs: int = 400) -> list[int]:
+def captions(data: Dataset, epochs: int = 200) -> list[int]:
     return [int(example(data, epoch).model_input.prompt_embeds[0, 0]) for epoch in range(epochs)]
 
 
 def test_captions_come_as_often_as_their_weights_say(tmp_path: Path) -> None:
     drawn = captions(dataset(tmp_path))
-    assert drawn.count(2) / len(drawn) == pytest.approx(0.75, abs=0.06)
+    assert drawn.count(2) / len(drawn) == pytest.approx(0.75, abs=0.08)
     assert drawn.count(0) == drawn.count(3) == 0
     assert drawn == captions(dataset(tmp_path))
     assert drawn != captions(dataset(tmp_path, seed=7))
@@ -82,7 +82,7 @@ def test_captions_come_as_often_as_their_weights_say(tmp_path: Path) -> None:
 def test_dropped_captions_change_nothing_else(tmp_path: Path) -> None:
     dropping, always = dataset(tmp_path, caption_dropout=0.3), dataset(tmp_path)
     drawn, kept = captions(dropping), captions(always)
-    assert drawn.count(0) / len(drawn) == pytest.approx(0.3, abs=0.06)
+    assert drawn.count(0) / len(drawn) == pytest.approx(0.3, abs=0.08)
     assert all(caption in (0, other) for caption, other in zip(drawn, kept, strict=True))
     left, right = example(dropping, 0), example(always, 0)
     assert torch.equal(left.model_input.latents, right.model_input.latents)

@@ -16,7 +16,7 @@ GOLDEN = [(0, 0), (0, 3), (0, 4), (0, 2), (0, 1), (1, 2), (1, 3), (1, 0), (1, 1)
 WINDOWED = [6, 7, 4, 3, 2, 5, 0, 1]
 worlds = st.integers(1, 64)
 batch_sizes = st.integers(1, 64)
-quick = settings(max_examples=60)
+quick = settings(max_examples=30)
 
 
 def mixed_tokens(count: int, seed: int) -> list[int]:
