@@ -68,8 +68,8 @@ def test_the_file_carries_weights_settings_and_origin(
 
 
 def test_a_file_that_differs_is_never_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_rounded(tensors: dict[str, torch.Tensor], *rest: object) -> None:
-        save_file({name: tensor.bfloat16().float() for name, tensor in tensors.items()}, *rest)
+    def save_rounded(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file({name: tensor.bfloat16().float() for name, tensor in tensors.items()}, path, metadata)
 
     train, transformer = Train(output_dir=tmp_path, lora_rank=4, lora_alpha=10), tiny.build_transformer("2b")
     add_adapter(transformer, train)

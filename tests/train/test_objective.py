@@ -29,7 +29,7 @@ SCHEDULERS = {"DDIM, snr_shift 3 (2B)": "2b", "DPM, snr_shift 1 (5B)": "5b"}
 logger = logging.getLogger(__name__)
 
 
-@pytest.fixture(params=SCHEDULERS.values(), ids=SCHEDULERS.keys())
+@pytest.fixture(params=list(SCHEDULERS.values()), ids=list(SCHEDULERS))
 def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -41,7 +41,8 @@ def abar_by_hand(config: dict[str, Any]) -> Tensor:
     abar = abar / (config["snr_shift_scale"] + (1 - config["snr_shift_scale"]) * abar)
     root = abar.sqrt()
     first, last = root[0].clone(), root[-1].clone()
-    return ((root - last) * first / (first - last)).square()
+    result: Tensor = ((root - last) * first / (first - last)).square()
+    return result
 
 
 def test_schedule_is_the_checkpoints_own(variant: str) -> None:

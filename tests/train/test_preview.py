@@ -48,9 +48,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return cached("2b", tmp_path_factory.mktemp("small"))
 
 
-def cached(variant: str, folder: Path, **data: Any) -> Config:
+def cached(variant: str, folder: Path, held_out_clips: int = 0) -> Config:
     config = experiments.write_experiment(variant, folder, max_train_steps=4, preview_steps=2, lora_rank=4)
-    values = {"negative_prompt": NEGATIVE, "validation_prompts": experiments.CAPTIONS, **data}
+    values = {"negative_prompt": NEGATIVE, "validation_prompts": experiments.CAPTIONS, "held_out_clips": held_out_clips}
     data = config.data.model_copy(update=values)
     config = config.model_copy(update={"data": data, "sample": SAMPLE})
     experiments.fill_cache(config)

@@ -67,7 +67,9 @@ def train_to_its_end(config: Config) -> None:
 
 
 def held_in_loss(run: Run) -> float:
-    return held_out_loss(replace(run, held_out=run.dataset), stopped=lambda: False)
+    loss = held_out_loss(replace(run, held_out=run.dataset), stopped=lambda: False)
+    assert loss is not None
+    return loss
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -118,7 +119,12 @@ def test_noise_depends_on_the_epoch(tmp_path: Path) -> None:
 def test_every_draw_is_keyed_by_kind_seed_epoch_and_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[tuple[str | int, ...]] = []
     generator = seeding.generator
-    monkeypatch.setattr(seeding, "generator", lambda *parts: (names.append(parts), generator(*parts))[1])
+
+    def recorded(*parts: str | int) -> np.random.Generator:
+        names.append(parts)
+        return generator(*parts)
+
+    monkeypatch.setattr(seeding, "generator", recorded)
     one = example(dataset(tmp_path, "5b-i2v", seed=3), epoch=5)
     assert {name[1:] for name in names} == {(3, 5, key_of("clip"))}
     kinds = {name[0] for name in names}
@@ -188,9 +194,12 @@ def test_a_sample_is_verified_once_and_never_copied(tmp_path: Path, monkeypatch:
     compared: list[str] = []
     data = dataset(tmp_path)
     hash_of = MappedShard.payload_sha256
-    monkeypatch.setattr(
-        MappedShard, "payload_sha256", lambda shard, place: (compared.append(place.key), hash_of(shard, place))[1]
-    )
+
+    def recorded(shard: MappedShard, place: Any) -> Any:
+        compared.append(place.key)
+        return hash_of(shard, place)
+
+    monkeypatch.setattr(MappedShard, "payload_sha256", recorded)
     for epoch in range(3):
         example(data, epoch)
     assert compared.count(key_of("clip")) == 1
@@ -203,9 +212,14 @@ def test_a_sample_is_verified_once_and_never_copied(tmp_path: Path, monkeypatch:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_an_example_goes_to_the_gpu_through_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, pinned = example(dataset(tmp_path), 0), []
-    pin = torch.Tensor.pin_memory
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(pin(tensor)), pinned[-1])[1])
+    here, pin = example(dataset(tmp_path), 0), torch.Tensor.pin_memory
+    pinned: list[torch.Tensor] = []
+
+    def recorded(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(pin(tensor))
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", recorded)
     there = here.to(torch.device("cuda"), torch.bfloat16)
     assert [tensor.is_pinned() for tensor in pinned] == [True] * 4
     assert torch.equal(there.model_input.latents.cpu(), here.model_input.latents.to(torch.bfloat16))
@@ -238,7 +252,7 @@ def remote(tmp_path: Path) -> Iterator[Callable[..., Dataset]]:
         chosen = [*texts[number : number + 2 * PER_SHARD], *([key_of("")] if number == 0 else [])]
         write_shard(storage, prompts.folder, [Sample(key, {"prompt_embeds": embeds}, {}) for key in chosen])
 
-    def make(room: float, split: str = "train", **values: Any) -> Dataset:
+    def make(room: float, split: Literal["train", "held_out"] = "train", **values: Any) -> Dataset:
         storage = open_storage(
             "memory://data/cache", local_cache_gib=room * shard_bytes / 2**30, local_folder=tmp_path / "copies"
         )
