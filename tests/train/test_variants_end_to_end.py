@@ -163,7 +163,7 @@ def test_learned_table_refuses_other_shapes_and_can_be_dropped(tmp_path: Path) -
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
-def test_view_carries_the_recipe_that_stage_2_reads_instead_of_the_vae(experiments: dict[str, Trained]) -> None:
+def test_the_view_names_the_recipe_with_the_config_of_the_vae(experiments: dict[str, Trained]) -> None:
     for variant, trained in experiments.items():
         view = trained.run.view
         recipe = Path(trained.config.precompute.cache) / view.latents.folder / "recipe.json"
