@@ -74,6 +74,7 @@ def dry_run(config: Config) -> DryRun:
         measure_batch(run, state, *size)
         for size in (max(sizes, key=lambda size: size[2]), sorted(sizes, key=lambda size: size[1])[len(sizes) // 2])
     )
+    run.accelerator.end_training()
     hours = (run.num_steps - first) * max(typical.seconds, typical.read_seconds) / 3600
     return DryRun(str(run.accelerator.device), run.engine.attention, first, run.num_steps, largest, typical, hours)
 

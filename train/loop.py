@@ -45,10 +45,11 @@ def train(config: Config, stop: StopSignal) -> None:
     `Preempted` after a signal, with a checkpoint saved. A rank that cannot read a sample ends with the sample's name
     before the step; the other ranks wait until the launcher (torchrun, accelerate) ends them.
     """
-    start_processes(config.train)
+    accelerator = start_processes(config.train)
     if broadcast(on_rank_0(lambda: _is_finished(config))):
         folder = config.train.output_dir
         console.say(f"{folder}: the run is finished; remove {folder / EXPORT} to export again")
+        accelerator.end_training()
         return
     run = open_run(config)
     with claimed(config.train.output_dir) if run.accelerator.is_main_process else nullcontext():
