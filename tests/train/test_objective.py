@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from torch import Tensor
 
 from shared import seeding
@@ -21,7 +20,7 @@ from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import Bucket, latent_shape
 from tests.tiny import TEXT_LENGTH, TEXT_WIDTH, build_scheduler, scheduler_config, transformer_config, vae_config
 from train.data.dataset import Dataset
-from train.objective import NoiseSchedule, add_noise, clip_loss, read_schedule, schedule_from, velocity
+from train.objective import NoiseSchedule, add_noise, clip_loss, read_schedule, velocity
 
 TIMESTEPS = [*range(0, 999, 9), 999]
 BUCKET = Bucket(9, 64, 96)
@@ -153,12 +152,3 @@ def bf16_dataset(variant: str, folder: Path) -> tuple[Dataset, Tensor, Conventio
         moments,
         conventions,
     )
-
-
-def test_schedule_from_abar_is_rooted_in_float64() -> None:
-    for kind in (CogVideoXDDIMScheduler, CogVideoXDPMScheduler):
-        scheduler = kind(rescale_betas_zero_snr=True, snr_shift_scale=1.0)
-        abar = scheduler.alphas_cumprod
-        schedule = schedule_from(abar)
-        exact = (1 - abar.double()).sqrt()
-        torch.testing.assert_close(schedule.noise.double(), exact, rtol=2**-24, atol=0)

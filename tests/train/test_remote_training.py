@@ -127,17 +127,6 @@ def test_an_epoch_fetches_each_shard_once_and_not_one_per_clip(
     assert downloads.total() > 1.5 * len(holding)
 
 
-def test_room_for_five_shards_mixes_three_and_fetches_each_once(
-    local: Config, url: str, tmp_path: Path, downloads: Counter[str]
-) -> None:
-    config = changed(local, tmp_path / "run", url, 5, max_train_steps=NUM_CLIPS)
-    train(config, StopSignal())
-    assert max(downloads.values()) <= 2, "two epochs"
-    keys = clips_of(config)
-    assert sorted(keys[:NUM_CLIPS]) == sorted(keys[NUM_CLIPS:])
-    assert keys[:NUM_CLIPS] != keys[NUM_CLIPS:]
-
-
 def test_a_folder_with_the_same_window_makes_the_same_run(local: Config, url: str, tmp_path: Path) -> None:
     remote = changed(local, tmp_path / "remote", url, 5)
     folder = changed(local, tmp_path / "folder", local.precompute.cache, 5, shuffle_shards=3)
