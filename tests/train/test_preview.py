@@ -244,7 +244,7 @@ def test_an_impossible_preview_is_refused_at_the_start(small: Config, tmp_path: 
 
 def test_decode_names_what_it_cannot_read(small: Config, tmp_path: Path) -> None:
     config = changed(small, tmp_path)
-    with pytest.raises(UsageError, match=r"no previews here; set train\.preview_steps"):
+    with pytest.raises(UsageError, match=r"no previews found; set train\.preview_steps"):
         decode(config)
     step = config.train.output_dir / "previews" / "step-000002"
     step.mkdir(parents=True)
