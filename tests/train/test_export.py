@@ -17,7 +17,7 @@ from train.transformer.load import adapter_weights, add_adapter
 
 @pytest.fixture
 def exported(tmp_path: Path) -> tuple[Path, torch.Tensor, dict[str, torch.Tensor]]:
-    """A trained-looking adapter with alpha / rank = 2.5, its file, and the transformer's output with it."""
+    """Return the file of an adapter with alpha / rank = 2.5, the transformer's output with it, and its weights."""
     train = Train(output_dir=tmp_path, lora_rank=4, lora_alpha=10)
     transformer = tiny.build_transformer("2b")
     add_adapter(transformer, train)

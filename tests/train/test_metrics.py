@@ -11,9 +11,10 @@ from PIL import Image
 
 from shared.config import Config
 from shared.errors import DataError
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
 from train.loop import train
-from train.metrics import EMA_DECAY, MIN_CURVE_STEPS, EmaLoss, Metrics, draw_curve, finish_metrics, read_metrics
+from train.metrics import EMA_DECAY, MIN_CURVE_STEPS, EmaLoss, Metrics, draw_curve, finish_metrics
 
 Settings = Callable[..., Config]
 FIELDS = {"step", "loss", "ema_loss", "lr", "grad_norm", "samples", "tokens", "packs", "seconds", "data_wait_seconds"}

@@ -105,8 +105,10 @@ def test_scheduler_of_another_family_is_refused() -> None:
 
 
 def test_a_perfect_network_has_no_loss_in_bf16(variant: str, tmp_path: Path) -> None:
-    """From a bf16 cache through our data set and its cast to bf16, a network that answers the true velocity in bf16
-    is left with the rounding of its own answer; the usual bf16 arithmetic shows it as much as 0.03."""
+    """Check that bf16 leaves only the rounding of the network's own answer.
+
+    The usual bf16 arithmetic shows as much as 0.03 for the same network.
+    """
     dataset, moments, conventions = bf16_dataset(variant, tmp_path)
     abar = build_scheduler(variant).alphas_cumprod.double()
     latents = moments.chunk(2)[0].double().transpose(0, 1) * conventions.scaling_factor
@@ -124,7 +126,7 @@ def test_a_perfect_network_has_no_loss_in_bf16(variant: str, tmp_path: Path) -> 
 
 
 def usual_loss(truth: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor, variant: str) -> float:
-    """What trainers show that hand bf16 latents to the scheduler: x0 by `get_velocity`, weighted by 1 / (1 - abar)."""
+    """Return the loss of trainers with bf16 latents: x0 by `get_velocity`, weighted by 1 / (1 - abar)."""
     scheduler = build_scheduler(variant)
     narrow, narrow_noise = latents[None].bfloat16(), noise[None].bfloat16()
     noisy = scheduler.add_noise(narrow, narrow_noise, timestep)
@@ -134,7 +136,7 @@ def usual_loss(truth: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor, 
 
 
 def bf16_dataset(variant: str, folder: Path) -> tuple[Dataset, Tensor, Conventions]:
-    """A view of one clip in a real cache, its moments [2C,F,H,W] in bf16, and the conventions."""
+    """Return a data set of one clip in a real cache, its moments [2C,F,H,W] in bf16, and the conventions."""
     storage = LocalStorage(str(folder))
     latents, prompts = Collection("latents", key_of("latents")), Collection("prompts", key_of("prompts"))
     channels, *size = latent_shape(BUCKET)

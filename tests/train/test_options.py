@@ -16,12 +16,12 @@ from torch import nn
 
 from shared.config import Config, Train
 from shared.errors import UsageError
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
 from tests.train.fields import FIELDS
 from train.checkpoint.files import load_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
-from train.metrics import read_metrics
 from train.open_run import open_run
 from train.optimizer import build_optimizer, set_learning_rate
 from train.state import TrainState
@@ -108,7 +108,7 @@ def resumed(config: Config, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def plain(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The export of the experiment as it is."""
+    """Return the export of the experiment as it is."""
     folder = tmp_path_factory.mktemp("plain")
     return export(
         experiment.model_copy(update={"train": experiment.train.model_copy(update={"output_dir": folder / "run"})})
@@ -142,7 +142,7 @@ def test_the_export_does_in_diffusers_what_was_trained(kind: dict[str, Any], set
 
 
 def loss_of(transformer: CogVideoXTransformer3DModel, config: Config) -> float:
-    """The held-out loss of any transformer."""
+    """Return the held-out loss of any transformer."""
     loss = held_out_loss(replace(open_run(config), transformer=transformer), stopped=lambda: False)
     assert loss is not None
     return loss

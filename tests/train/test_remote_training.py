@@ -14,10 +14,10 @@ from shared.cache.storage import open_storage
 from shared.cache.view import read_view
 from shared.config import Config
 from shared.errors import CacheError
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
 from tests import corpus, tiny
 from train.loop import train
-from train.metrics import read_metrics
 
 NUM_CLIPS, PER_SHARD = 24, 4
 SETTINGS = {
@@ -34,7 +34,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A cache in a folder, of clips to train on alone in seven shards and of one held out."""
+    """Fill a cache in a folder: clips to train on in seven shards, and one held out."""
     folder = tmp_path_factory.mktemp("remote")
     config = corpus.config_for(
         tiny.save_pipeline("2b", folder / "tiny"),
@@ -50,7 +50,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def url(local: Config, server: int) -> Iterator[str]:
-    """The same cache in a bucket."""
+    """Upload the same cache into a bucket."""
     import s3fs
 
     with pytest.MonkeyPatch.context() as environment:
@@ -69,7 +69,7 @@ def url(local: Config, server: int) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of shards go below the test's own folder."""
+    """Keep copies of shards below the test's own folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "copies"))
 
 

@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_of_the_step_is_replaced(run: Path, name: str) -> N
 
 
 def latest_after_damage(run: Path, file: str) -> None:
-    """The newest is refused in one line that names folder and file, and the one before it is used."""
+    """Check that the newest is refused in one line that names the file, and the one before it is used."""
     lines: list[str] = []
     assert is_content(latest_checkpoint(run, report=lines.append), 10)
     (line,) = lines
@@ -169,7 +169,7 @@ def test_all_damaged_is_an_error_that_names_each(run: Path) -> None:
 
 
 def forge(path: Path, contents: dict[str, bytes], **changes: Any) -> None:
-    """A checkpoint whose hashes are right and whose content is not."""
+    """Write a checkpoint with right hashes and wrong content."""
     path.mkdir(parents=True)
     files: dict[str, Any] = {}
     for name, data in contents.items():
