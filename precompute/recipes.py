@@ -6,17 +6,16 @@ Everything that changes a stored byte is in a recipe or a key; names, paths, tim
 from dataclasses import dataclass
 from pathlib import Path
 
+from precompute.clip import Clip
 from precompute.encoders import INT8, vae_precision
-from precompute.sources.rows import Source
 from precompute.video import pixels
-from precompute.video.probe import Probe
 from precompute.video.windows import Window
 from shared.config import Config
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of, sha256_files
 from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import ENCODE_CHUNK_FRAMES
-from shared.model.pretrained import Part, pretrained_config, pretrained_folder, pretrained_part
+from shared.model.pretrained import Component, pretrained_config, pretrained_folder, pretrained_part
 
 TOKENIZER_FILES = (
     "spiece.model",
@@ -28,21 +27,11 @@ TOKENIZER_FILES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
-    """A window of a source with its captions, named by its key."""
-
-    source: Source
-    probe: Probe
-    window: Window
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
 class Encoders:
     """What stage 1 encodes with: the parts on disk, not loaded yet."""
 
-    vae: Part
-    text_encoder: Part
+    vae: Component
+    text_encoder: Component
     tokenizer: Path
     conventions: Conventions
 

@@ -24,10 +24,8 @@ from shared.cache.storage import open_storage, replacing
 from shared.cache.view import View, read_view
 from shared.config import Config, dump_config, fields_shaping, load_config
 from shared.errors import CacheError, DataError, Preempted, UsageError
-from shared.model.pretrained import present_part
 from shared.signals import StopSignal
-from train.checkpoint.identity import base_key, identify_base
-from train.export import BASE_KEY, CONFIG_KEY, VIEW_KEY, config_key, read_provenance
+from train.checkpoint.resume import is_finished
 from train.metrics import read_metrics
 
 CSV_NAME = "sweep.csv"
@@ -175,15 +173,6 @@ def current_view(config: Config) -> View:
     return view
 
 
-def is_finished(config: Config, view_hash: str) -> bool:
-    """Check that the run folder has the export of this config, view and base model."""
-    found = read_provenance(config.train.output_dir)
-    if (found.get(CONFIG_KEY), found.get(VIEW_KEY)) != (config_key(config), view_hash):
-        return False
-    transformer = present_part(config.model, "transformer")
-    return transformer is not None and found.get(BASE_KEY) == base_key(transformer, identify_base(transformer, None))
-
-
 def read_row(run: SweepRun, status: str) -> Row:
     """Read the run's metrics; `loss` is the EMA loss of the last step."""
     try:
@@ -199,7 +188,7 @@ def read_row(run: SweepRun, status: str) -> Row:
         "base_held_out_loss": next(
             (line["base_held_out_loss"] for line in lines if "base_held_out_loss" in line), None
         ),
-        "loss": lines[-1].get("ema_loss") if lines else None,
+        "loss": lines[-1]["ema_loss"] if lines else None,
         "seconds": round(sum(line["seconds"] for line in lines), 3),
     }
 

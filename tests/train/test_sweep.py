@@ -18,9 +18,10 @@ from shared.errors import CacheError, UsageError
 from shared.fingerprint import key_of
 from shared.signals import StopSignal
 from tests import tiny
+from train.checkpoint.resume import is_finished
 from train.loop import train
 from train.metrics import read_metrics
-from train.sweep import CSV_NAME, current_view, is_finished, parse_axis, plan_sweep, run_sweep
+from train.sweep import CSV_NAME, current_view, parse_axis, plan_sweep, run_sweep
 
 Settings = Callable[..., Config]
 ROOT = Path(__file__).parents[2]
@@ -180,8 +181,7 @@ def test_an_interrupted_sweep_saves_its_runs_and_goes_on(path: Path, settings: S
     _, shown = second.communicate(timeout=120)
     assert second.returncode == 0, shown
     assert_table(folder, last)
-    log = (folder / names[0] / "log.txt").read_text(encoding="utf-8")
-    assert f"checkpoint-{done[names[0]]:06} at step" in log, "resumed"
+    assert "resuming from" in (folder / names[0] / "log.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.faults
