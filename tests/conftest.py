@@ -60,7 +60,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Precompute seven clips to train on and one held out, of mixed frame counts, for a sincos transformer."""
+    """Seven clips to train on, one held out, of mixed frame counts; a sincos transformer of 64 channels."""
     from precompute.assignments import Part
     from precompute.run import precompute
 

@@ -1,4 +1,4 @@
-"""An experiment in a folder: two bar-coded clips with captions, a tiny pipeline of any variant, and its config."""
+"""A whole experiment in a folder: two bar-coded clips with captions, a tiny pipeline of any variant, and its config."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from tests.tiny import save_pipeline
 
 CAPTIONS = ("a grey rabbit yawns", "a white bird glides")
 FRAMES, HEIGHT, WIDTH = 9, 64, 96
-"""The size of the tiny learned position table."""
+"""What the tiny learned position table covers."""
 
 
 def write_experiment(variant: str, folder: Path, **train: object) -> Config:
-    """Write clips and pipeline into `folder`, without a cache; `train` are fields of [train]."""
+    """Clips in `clips/`, the pipeline in `model/`, nothing precomputed; `train` are fields of [train]."""
     clips = folder / "clips"
     if not clips.exists():
         clips.mkdir(parents=True)
@@ -43,6 +43,6 @@ def write_experiment(variant: str, folder: Path, **train: object) -> Config:
 
 
 def fill_cache(config: Config) -> None:
-    """Run stage 1."""
+    """Stage 1, as `precog precompute` runs it."""
     with StopSignal() as stop:
         precompute(config, Part(), stop)

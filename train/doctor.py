@@ -18,7 +18,7 @@ from shared.config import Config
 from shared.errors import CacheError, PrecogError, UsageError
 from shared.model.conventions import Conventions, read_conventions, refusal
 from shared.model.geometry import Bucket, latent_shape, padding_frames
-from shared.model.pretrained import Component, present_folder, pretrained_config, pretrained_part
+from shared.model.pretrained import Part, present_folder, pretrained_config, pretrained_part
 from train.data.dataset import Dataset, name
 from train.objective import NoiseSchedule, read_schedule
 
@@ -134,7 +134,7 @@ def _describe(conventions: Conventions) -> Iterator[tuple[str, str]]:
     yield "schedule", f"velocity, snr_shift_scale {conventions.snr_shift_scale:g}, {terminal}"
 
 
-def _check_precision(config: Config, transformer: Component, diagnosis: Diagnosis) -> None:
+def _check_precision(config: Config, transformer: Part, diagnosis: Diagnosis) -> None:
     published, asked = transformer.dtype(), config.train.mixed_precision
     used = published if asked == "auto" else asked
     diagnosis.facts.append(("precision", f"published in {published}, trained in {used}"))

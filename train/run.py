@@ -19,7 +19,7 @@ from shared.config import Config, Train
 from shared.device import choose_device
 from shared.errors import UsageError
 from shared.model.conventions import Conventions, read_conventions, refusal
-from shared.model.pretrained import Component, pretrained_config, pretrained_part
+from shared.model.pretrained import Part, pretrained_config, pretrained_part
 from shared.tracker import require_tracker
 from train.data.dataset import Dataset
 from train.data.order import Windows, num_train_steps
@@ -44,7 +44,7 @@ class Run:
     windows: Windows | None
     """Of the training clips' order."""
     held_out: Dataset
-    base: Component
+    base: Part
     """The transformer's files."""
     transformer: CogVideoXTransformer3DModel
     engine: Engine

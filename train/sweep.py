@@ -25,7 +25,7 @@ from shared.cache.storage import open_storage, replacing
 from shared.cache.view import View, read_view
 from shared.config import Config, dump_config, load_config
 from shared.errors import CacheError, DataError, PrecogError, Preempted, UsageError
-from shared.model.pretrained import FileMark, Component, present_part
+from shared.model.pretrained import FileMark, Part, present_part
 from shared.signals import StopSignal
 from train.checkpoint.identity import Base, base_key, identify_base
 from train.export import BASE_KEY, CONFIG_KEY, VIEW_KEY, config_key, read_provenance
@@ -196,7 +196,7 @@ def is_finished(run: SweepRun, view_hash: str) -> bool:
 
 
 @lru_cache
-def _base_of(transformer: Component, _marks: tuple[FileMark, ...]) -> Base:
+def _base_of(transformer: Part, _marks: tuple[FileMark, ...]) -> Base:
     """Reads local weights whole, once for all runs."""
     return identify_base(transformer, None)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from shared.errors import CacheError
 from shared.fingerprint import Json, key_of, sha256_file
-from shared.model.pretrained import FileMark, Component
+from shared.model.pretrained import FileMark, Part
 from shared.run_folder import adapter_file
 from train.run import Run
 
@@ -49,7 +49,7 @@ class Base:
         return {"sha256": self.sha256, "marks": [list(mark) for mark in self.marks]}
 
 
-def identify_base(transformer: Component, known: Mapping[str, Any] | None) -> Base:
+def identify_base(transformer: Part, known: Mapping[str, Any] | None) -> Base:
     """As `known` from a checkpoint, if the files have its sizes and times; else they are read and hashed.
 
     The name of a file from the hub is its hash, so that those are not read either way.
@@ -60,7 +60,7 @@ def identify_base(transformer: Component, known: Mapping[str, Any] | None) -> Ba
     return Base(key_of(transformer.sha256()), marks)
 
 
-def base_key(transformer: Component, base: Base) -> str:
+def base_key(transformer: Part, base: Base) -> str:
     """Names weights and config, for the header of an export."""
     return key_of({"weights": base.sha256, "config": transformer.settings})
 

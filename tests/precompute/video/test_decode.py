@@ -10,7 +10,7 @@ import pytest
 from precompute.video import decode
 from precompute.video.probe import BadVideo, MachineFault, Probed, probe
 from tests import media
-from tests.videos import CASES, Case, clip
+from tests.precompute.video.test_probe import CASES, Case, clip
 
 LONG = {
     "h264.mp4": True,

@@ -21,7 +21,15 @@ from precompute.video.decode import Requested
 from precompute.video.pool import DecodePool
 from precompute.video.probe import BadVideo, MachineFault, Probed, probe
 from tests import media
-from tests.videos import Sleeps
+
+
+@dataclass(frozen=True)
+class Sleeps(DecodeJob):
+    seconds: float = 1e6
+
+    def run(self) -> Decoded:
+        time.sleep(self.seconds)
+        return super().run()
 
 
 @dataclass(frozen=True)
@@ -289,7 +297,7 @@ import multiprocessing, os, signal, sys
 from pathlib import Path
 from precompute.video.pool import DecodePool
 from precompute.video.probe import probe
-from tests.videos import Sleeps
+from tests.precompute.test_pool import Sleeps
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])

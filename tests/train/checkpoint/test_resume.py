@@ -20,8 +20,8 @@ from shared.signals import StopSignal
 from tests import tiny
 from tests.experiments import fill_cache, write_experiment
 from tests.train import processes
-from tests.train.saved import content, is_content, names, save, silence
-from train.checkpoint.files import STATE, load_checkpoint, save_checkpoint
+from tests.train.checkpoint.test_files import STATE, content, is_content, names, save, silence
+from train.checkpoint.files import load_checkpoint, save_checkpoint
 from train.checkpoint.resume import BRANCH, abandon_newer, branch_of, find_checkpoint
 from train.loop import train
 from train.metrics import read_metrics

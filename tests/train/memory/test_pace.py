@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench.cpu_memory import Flops
-from tests.packs import conventions_of, make_clips
 from tests.tiny import build_transformer
+from tests.train.transformer.test_forward import conventions_of, make_clips
 from train.memory.pace import CARDS, Shape, Work, block_work, kept_bytes, pack_seconds
 from train.transformer.engine import Activations, Plan, open_engine
 from train.transformer.forward import predict
