@@ -49,9 +49,7 @@ def config_command(config: ConfigFile, overrides: Overrides = None) -> None:
 def plan_command(
     config: ConfigFile,
     overrides: Overrides = None,
-    card: Annotated[
-        str, typer.Option(help="Also what training takes on this GPU: h100, a100, 4090, or its memory in GiB.")
-    ] = "",
+    card: Annotated[str, typer.Option(help="Also estimate training on this GPU, such as 4090, h100 or 24GiB.")] = "",
     json_output: JsonOutput = False,
 ) -> None:
     """Show what `precompute` would do, and with --card what `train` would take; write nothing."""
@@ -59,24 +57,27 @@ def plan_command(
 
     from shared.config import load_config
     from shared.console import quiet_libraries
-    from shared.errors import DataError
 
     settings = load_config(config, overrides)
     if not card:
         planned = show_plan(settings, calibrated=False) | {"train": None}
     else:
-        quiet_libraries()
-        from train.memory.outlook import find_card, foresee, show
+        from dataclasses import asdict
 
+        from shared.cards import find_card
+        from shared.errors import DataError
+        from train.memory.cost import show_cost, training_cost
+
+        quiet_libraries()
         gpu = find_card(card)
         try:
             planned = show_plan(settings, calibrated=False)
-        except DataError:  # the outlook for training is useful before there are clips
-            show(foresee(settings, gpu))
+        except DataError:  # the cost of training is worth knowing before there are clips
+            show_cost(training_cost(settings, gpu))
             raise
-        outlook = foresee(settings, gpu)
-        show(outlook)
-        planned["train"] = outlook.as_json()
+        cost = training_cost(settings, gpu)
+        show_cost(cost)
+        planned["train"] = asdict(cost)
     if json_output:
         typer.echo(json.dumps(planned))
 

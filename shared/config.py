@@ -242,11 +242,11 @@ class Train(Table):
     lr_power: Annotated[float, Field(gt=0), FREE] = 1.0
     """Power of polynomial."""
     optimizer: Annotated[
-        Literal["adam", "adamw", "adamw8bit", "prodigy", "schedulefree"],
+        Literal["adam", "adamw", "adamw8bit", "prodigy"],
         FIXED_BY_RUN,
         Replaces(("use_8bit_adam",), "adamw8bit"),
     ] = "adamw"
-    """adam adds weight decay to the gradient (L2), the others decay the weights; the last three are optional extras."""
+    """adam adds weight decay to the gradient (L2), the others decay the weights; the last two are optional extras."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.9
     """Decay of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.95
@@ -328,13 +328,6 @@ class Train(Table):
         given = [name for name in changed if getattr(self, name) != type(self).model_fields[name].default]
         if given and self.optimizer != "prodigy":
             raise ValueError(f"{given[0]} needs optimizer = 'prodigy'")
-        if self.optimizer == "schedulefree":
-            if self.lr_scheduler not in ("constant", "constant_with_warmup"):
-                raise ValueError(f"optimizer = 'schedulefree' takes the place of lr_scheduler = {self.lr_scheduler!r}")
-            if self.ema_decay:
-                raise ValueError("optimizer = 'schedulefree' averages the weights itself: ema_decay has to be 0")
-            if not self.adam_beta1:
-                raise ValueError("optimizer = 'schedulefree' divides by adam_beta1, which is 0")
         return self
 
 

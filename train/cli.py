@@ -33,19 +33,28 @@ def sweep_command(
     grid: Annotated[
         list[str] | None, typer.Option(help="table.field=value,value ...; several make all combinations.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, dealt out over the GPUs.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, assigned to the GPUs in turn.")] = 1,
+    json_output: JsonOutput = False,
 ) -> None:
-    """Train one LoRA per combination of settings, all from one cache; the same command resumes."""
-    from shared.errors import UsageError
+    """Train one LoRA per combination of settings on one cache; the same command resumes."""
+    import json
+
+    from shared.errors import PrecogError, UsageError
     from shared.signals import StopSignal
-    from train.sweep import CSV_NAME, plan_sweep, run_sweep, show_outcomes
+    from train.sweep import CSV_NAME, plan_sweep, run_sweep, show_rows
 
     if not grid:
-        raise UsageError("nothing to vary: add --grid table.field=value,value")
+        raise UsageError("--grid: not found; add --grid table.field=value,value")
     runs = plan_sweep(config, overrides or [], grid)
     with StopSignal() as stop:
-        outcomes = run_sweep(config, runs, jobs, stop)
-    show_outcomes(outcomes, runs[0].folder.parent / CSV_NAME)
+        rows = run_sweep(config, runs, jobs, stop)
+    path = runs[0].folder.parent / CSV_NAME
+    show_rows(rows, path)
+    if json_output:
+        print(json.dumps({"csv": str(path), "runs": rows}))  # noqa: T201
+    if failed := [run.folder for run in runs for row in rows if row["run"] == run.name and row["status"] != "finished"]:
+        log = failed[0] / "log.txt"
+        raise PrecogError(f"{len(failed)} of {len(runs)} runs failed; read {log}, then run the same command again")
 
 
 @app.command("doctor")

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from shared.errors import UsageError
 from train.checkpoint.files import Checkpoint
-from train.extras import averaged
 from train.optimizer import (
     build_optimizer,
     learning_rate_factor,
@@ -69,8 +68,7 @@ class Learner:
 
     def evaluated(self) -> AbstractContextManager[None]:
         """Inside, the adapter holds the weights to evaluate, preview and export: an average, if the run has one."""
-        weights = self._average or averaged(self._optimizer)
-        return swapped(self._parameters, weights) if weights else nullcontext()
+        return swapped(self._parameters, self._average) if self._average else nullcontext()
 
 
 def start_average(parameters: Named) -> dict[str, Tensor]:

@@ -257,7 +257,7 @@ def test_what_cannot_be_previewed_is_refused_before_the_first_step(small: Config
 
 def test_decode_names_what_it_cannot_read(small: Config, tmp_path: Path) -> None:
     config = changed(small, tmp_path)
-    with pytest.raises(UsageError, match=r"no previews here; set train\.preview_steps"):
+    with pytest.raises(UsageError, match=r"no previews found; set train\.preview_steps"):
         decode(config)
     step = config.train.output_dir / "previews" / "step-000002"
     step.mkdir(parents=True)

@@ -362,7 +362,6 @@ def test_weights_of_known_size_and_time_are_not_read_again(begun: Config, monkey
 
 @pytest.mark.parametrize("field", ["adam_beta1", "adam_beta2", "adam_epsilon"])
 def test_another_adam_is_another_run(field: str, settings: Settings) -> None:
-    """A schedule-free average is taken back out of the weights with the beta that they were mixed by."""
     train(settings(max_train_steps=1), StopSignal())
     with pytest.raises(CacheError, match=f"another run .train.{field} was"):
         train(settings(max_train_steps=2, **{field: 0.5}), StopSignal())
