@@ -60,7 +60,7 @@ def plan_command(
 
     settings = load_config(config, overrides)
     if not card:
-        planned = show_plan(settings, calibrated=False) | {"train": None}
+        planned = show_plan(settings) | {"train": None}
     else:
         from dataclasses import asdict
 
@@ -71,7 +71,7 @@ def plan_command(
         quiet_libraries()
         gpu = find_card(card)
         try:
-            planned = show_plan(settings, calibrated=False)
+            planned = show_plan(settings)
         except DataError:  # the cost of training is worth knowing before there are clips
             show_cost(training_cost(settings, gpu))
             raise

@@ -48,13 +48,11 @@ def make_config(root: Path, cache: Path, bucket: tuple[int, int, int], fps: int)
 
 def one_run(root: Path) -> dict[str, float]:
     """Return the seconds of the VAE pass, from the first decode to the last shard, and of its parts."""
-    from precompute.assignments import Part
     from precompute.run import precompute
-    from shared.signals import StopSignal
 
     with tempfile.TemporaryDirectory() as scratch:
         config = make_config(root, Path(scratch) / "cache", BUCKET, fps=1)
-        report = precompute(config, Part(), StopSignal())
+        report = precompute(config)
     seconds = report.seconds
     parts = {"decode": seconds["decode"], "encode": seconds["encode_latents"], "write": seconds["write"]}
     overlap = {"pass": seconds["video_pass"], "waited for decode": seconds["wait_for_decode"]}
@@ -89,14 +87,12 @@ def measure_memory(count: int) -> int:
     """Encode `count` clips in this process and return its peak resident bytes."""
     import resource
 
-    from precompute.assignments import Part
     from precompute.run import precompute
-    from shared.signals import StopSignal
 
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "clips"
         write_corpus(root, count, 96, 160, 33)
-        precompute(make_config(root, Path(scratch) / "cache", (9, 32, 48), fps=3), Part(), StopSignal())
+        precompute(make_config(root, Path(scratch) / "cache", (9, 32, 48), fps=3))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

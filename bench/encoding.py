@@ -13,7 +13,6 @@ from transformers import T5Config, T5EncoderModel
 
 from bench.media import write_corpus
 from precompute import encoders
-from precompute.assignments import Part
 from precompute.discover import survey
 from precompute.latents import encode_latents
 from precompute.prompts import encode_prompts
@@ -23,7 +22,6 @@ from precompute.stage import open_stage
 from shared.config import Config
 from shared.fingerprint import sha256_file
 from shared.model.geometry import Bucket
-from shared.signals import StopSignal
 
 ROOT = Path(__file__).parents[1]
 VAE: dict[str, Any] = {
@@ -132,7 +130,7 @@ def one_pass(scene: Scene, clips: Path, kind: str, settings: dict[str, Any]) -> 
     """Run the pass over "clips" or "prompts" into a temporary cache."""
     with tempfile.TemporaryDirectory() as cache:
         config = config_for(scene, clips, Path(cache), settings)
-        stage = open_stage(config, Part(), StopSignal())
+        stage = open_stage(config)
         with decode_pool(config) as pool:
             wanted = survey(stage, pool)
             if kind == "clips":

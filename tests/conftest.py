@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from shared.config import Config, Data, Model, Precompute, Train
-from shared.signals import StopSignal
 from tests import tiny
 
 CLIPS = Path(__file__).parents[1] / "demo" / "clips"
@@ -60,8 +59,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Seven clips to train on, one held out, of mixed frame counts; a sincos transformer of 64 channels."""
-    from precompute.assignments import Part
+    """Precompute seven clips to train on and one held out, of mixed frame counts, for a sincos transformer."""
     from precompute.run import precompute
 
     folder = tmp_path_factory.mktemp("experiment")
@@ -90,7 +88,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Config:
             device="cpu",
         ),
     )
-    precompute(config, Part(0, 1), StopSignal())
+    precompute(config)
     return config
 
 
