@@ -306,7 +306,7 @@ class Train(Table):
     resume_from_checkpoint: Annotated[Name, FREE] = "latest"
     """"latest", a checkpoint's name in the run folder, or "none" to refuse a run folder that has checkpoints.
 
-    A name begins a branch: newer checkpoints move to abandoned-1/, and the same command goes on with the branch."""
+    A name must be the newest checkpoint: move newer ones out of the run folder first."""
     validation_steps: Annotated[Count, FREE] = 0
     """Optimizer steps between held-out losses, which are taken at the end in any case; 0 is only at the end."""
     preview_steps: Annotated[Count, FREE, Replaces(("validation_epochs", "num_validation_videos"))] = 0

@@ -47,7 +47,8 @@ def imports(path: Path, *, lazy: bool = True) -> Iterator[str]:
     waiting: list[ast.AST] = [tree(path)]
     while waiting:
         node = waiting.pop()
-        if lazy or not (isinstance(node, ast.FunctionDef) or ast.unparse(node).startswith("if TYPE_CHECKING:")):
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if lazy or not (for_types or isinstance(node, ast.FunctionDef)):
             waiting += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -28,7 +28,7 @@ from shared.model.pretrained import present_part
 from shared.signals import StopSignal
 from train.checkpoint.identity import base_key, identify_base
 from train.export import BASE_KEY, CONFIG_KEY, VIEW_KEY, config_key, read_provenance
-from train.metrics import read_metrics, smoothed
+from train.metrics import read_metrics
 
 CSV_NAME = "sweep.csv"
 TABLES = ("model", "train", "memory")
@@ -199,7 +199,7 @@ def read_row(run: SweepRun, status: str) -> Row:
         "base_held_out_loss": next(
             (line["base_held_out_loss"] for line in lines if "base_held_out_loss" in line), None
         ),
-        "loss": smoothed(lines)[-1] if lines else None,
+        "loss": lines[-1]["ema_loss"] if lines else None,
         "seconds": round(sum(line["seconds"] for line in lines), 3),
     }
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shared.config import Train
 from shared.errors import CacheError, UsageError
+from tests.train.fields import FIELDS
 from train.optimizer import (
     build_optimizer,
     learning_rate_factor,
@@ -60,21 +61,6 @@ def weights_after(values: Train, steps: int = NUM_STEPS) -> list[Tensor]:
 
 def equal(left: list[Tensor], right: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-# Each field of [train] that this module reads, the settings it matters under, and another value.
-FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
-    "optimizer": ({"adam_weight_decay": 0.1}, "adam"),
-    "learning_rate": ({}, 2e-4),
-    "lr_scheduler": ({}, "linear"),
-    "lr_warmup_steps": ({"lr_scheduler": "cosine"}, 5),
-    "lr_num_cycles": ({"lr_scheduler": "cosine_with_restarts"}, 3),
-    "lr_power": ({"lr_scheduler": "polynomial"}, 2.0),
-    "adam_beta1": ({}, 0.5),
-    "adam_beta2": ({}, 0.5),
-    "adam_epsilon": ({}, 1e-3),
-    "adam_weight_decay": ({}, 0.1),
-}
 
 
 @pytest.mark.parametrize("field", FIELDS)

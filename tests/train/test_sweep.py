@@ -180,7 +180,7 @@ def test_an_interrupted_sweep_saves_its_runs_and_goes_on(path: Path, settings: S
     _, shown = second.communicate(timeout=120)
     assert second.returncode == 0, shown
     assert_table(folder, last)
-    assert "going on from" in (folder / names[0] / "log.txt").read_text(encoding="utf-8")
+    assert "resuming from" in (folder / names[0] / "log.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.faults
