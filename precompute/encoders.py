@@ -10,7 +10,7 @@ from torch import nn
 from shared.device import DTYPES
 from shared.errors import UsageError
 from shared.model.geometry import ENCODE_CHUNK_FRAMES
-from shared.model.pretrained import Component
+from shared.model.pretrained import Part
 from shared.model.quantize import QuantizedLinear
 
 INT8 = "int8-2"
@@ -19,7 +19,7 @@ TEXTS_PER_BLOCK = 250
 """Texts that are tokenized at once where only the number of tokens matters; one of 150 words takes 0.2 MB."""
 
 
-def vae_precision(requested: str, part: Component) -> str:
+def vae_precision(requested: str, part: Part) -> str:
     """`auto` is the published one, fp16 raised to fp32: fp16 encoding gives NaN on some clips (CogVideo#343)."""
     if requested != "auto":
         return requested
@@ -49,7 +49,7 @@ class VaeEncoder:
 
     def __init__(
         self,
-        part: Component,
+        part: Part,
         precision: str,
         device: torch.device,
         *,
@@ -126,7 +126,7 @@ class TextEncoder:
 
     def __init__(
         self,
-        part: Component,
+        part: Part,
         tokenizer: Any,
         precision: str,
         device: torch.device,

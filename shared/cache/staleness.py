@@ -11,7 +11,7 @@ from shared.cache.view import View
 from shared.config import Config
 from shared.errors import CacheError
 from shared.fingerprint import sha256_file
-from shared.model.pretrained import Component, present_folder, present_part
+from shared.model.pretrained import Part, present_folder, present_part
 
 Recipe = dict[str, Any]
 NAMES = {"vae": "VAE", "text_encoder": "T5"}
@@ -47,7 +47,7 @@ def other_encoders(config: Config, view: View, latents: Recipe, prompts: Recipe)
             yield f"view {view.name}: the cache was made with another tokenizer than {tokenizer}: {name} differs"
 
 
-def _difference(part: Component, recipe: Recipe, marks: tuple[tuple[int, int], ...]) -> str | None:
+def _difference(part: Part, recipe: Recipe, marks: tuple[tuple[int, int], ...]) -> str | None:
     """What differs, and what to do; None if nothing does."""
     advice = "run `precog precompute` with this config, or train with the checkpoint that made the cache"
     theirs, ours = recipe["config"], part.settings

@@ -21,7 +21,7 @@ from shared.fingerprint import key_of
 from shared.model.geometry import Bucket
 from tests.corpus import config_for, run, stored_files, write_corpus
 from tests.faults.disk import EMPTY, Log, State, crash_states, crashed, insecure
-from tests.faults.writer import COLLECTION, SAMPLES, SKIPPED, work
+from tests.faults.test_writer import COLLECTION, SAMPLES, SKIPPED, work
 from tests.tiny import save_pipeline
 
 PROMPTS = collection_for("prompts", {"kind": "prompts", "test": "writer"})

@@ -19,7 +19,7 @@ from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
 from shared.config import Config, save_config
 from tests.corpus import config_for, run, stored_files, write_corpus
-from tests.faults.writer import ended, in_child
+from tests.faults.test_writer import ended, in_child
 from tests.tiny import save_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -4,25 +4,37 @@ Real processes, real files: a child forked from here plans and writes shards as 
 another one comes and finishes. The end is compared with an undisturbed cache, file by file.
 """
 
+import contextlib
 import os
 import random
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from precompute.assignments import Part
+from precompute.assignments import Part, PlannedShard, make_missing
+from shared.cache.collection import collection_for, write_recipe
+from shared.cache.shard import Sample, write_shard
 from shared.cache.storage import TEMPORARY, LocalStorage
 from shared.cache.verify import verify
 from shared.errors import CacheError
+from shared.fingerprint import key_of
 from tests.corpus import stored_files
-from tests.faults.writer import ended, in_child, work
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+RECIPE = {"kind": "latents", "test": "writer"}
+COLLECTION = collection_for("latents", RECIPE)
+SAMPLES = {
+    key_of(number): Sample(key_of(number), {"moments": torch.full((4, 100), float(number))}, {"number": number})
+    for number in range(10)
+}
+SKIPPED = key_of(7)
 
 _before_effect: Callable[[], None] | None = None
 
@@ -34,6 +46,38 @@ def _hear(event: str, arguments: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(_hear)
+
+
+def work(root: Path, part: Part = Part()) -> None:  # noqa: B008
+    """Stage 1 without its encoders."""
+    storage = LocalStorage(str(root))
+    write_recipe(storage, COLLECTION, RECIPE)
+
+    def make(todo: Iterator[PlannedShard], _total: int) -> None:
+        for shard in todo:
+            samples = [SAMPLES[key] for key in shard.keys if key != SKIPPED]
+            skipped = {SKIPPED: "broken"} if SKIPPED in shard.keys else {}
+            write_shard(storage, shard.folder, samples, skipped, shard.attempt)
+
+    folders = {key: f"{COLLECTION.folder}/{'9x32x48' if int(key, 16) % 2 else '17x32x48'}" for key in SAMPLES}
+    make_missing(storage, COLLECTION, folders, make, part, keys_per_shard=2, keys_per_batch=1)
+
+
+def in_child(body: Callable[[], None]) -> int:
+    """The process id of a fork that runs `body` and ends without Python's clean-up."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            body()
+            code = 0
+        os._exit(code)
+    return child
+
+
+def ended(child: int) -> int:
+    """Exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def killed_at(root: Path, number: int, part: Part = Part()) -> int:  # noqa: B008

@@ -16,7 +16,7 @@ from precompute.encoders import TextEncoder, VaeEncoder, _Compiled, load_tokeniz
 from precompute.latents import conditioning_images
 from shared.config import Model
 from shared.errors import UsageError
-from shared.model.pretrained import Component, pretrained_part
+from shared.model.pretrained import Part, pretrained_part
 from shared.model.quantize import QuantizedLinear
 from tests.tiny import TEXT_LENGTH
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def vae(pipeline: Path) -> Component:
+def vae(pipeline: Path) -> Part:
     return pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "vae")
 
 
@@ -38,7 +38,7 @@ def clips(count: int, frames: int = 9, height: int = 32, width: int = 48) -> tor
     return torch.randn(count, 3, frames, height, width, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
 
 
-def encoder(part: Component, *, tiling: bool = False, slicing: bool = False, precision: str = "fp32") -> VaeEncoder:
+def encoder(part: Part, *, tiling: bool = False, slicing: bool = False, precision: str = "fp32") -> VaeEncoder:
     return VaeEncoder(part, precision, CPU, tiling=tiling, slicing=slicing)
 
 
@@ -145,7 +145,7 @@ def test_fp32_on_the_gpu_is_fp32(vae):
 def test_half_precision_is_raised_when_nothing_is_asked(vae, monkeypatch):
     assert [vae_precision(asked, vae) for asked in ("auto", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
     for own, used in (("fp16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32")):
-        monkeypatch.setattr(Component, "dtype", lambda _, own=own: own)
+        monkeypatch.setattr(Part, "dtype", lambda _, own=own: own)
         assert vae_precision("auto", vae) == used
 
 
@@ -219,7 +219,7 @@ def test_t5_in_eight_bits_keeps_what_half_precision_cannot_hold(pipeline, tmp_pa
     for name in tensors:
         tensors[name] *= 1e5 if "DenseReluDense.wo" in name else 10 if "DenseReluDense.wi_1" in name else 1
     save_file(tensors, weights, {"format": "pt"})
-    part = Component(tmp_path / "text_encoder", None, (weights,))
+    part = Part(tmp_path / "text_encoder", None, (weights,))
     tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
     texts = ["a grey rabbit yawns", ""]
     exact = TextEncoder(part, tokenizer, "fp32", CPU, TEXT_LENGTH)
