@@ -32,7 +32,6 @@ def plan_command(
     card: Annotated[
         str, typer.Option(help="Also what training takes on this GPU: h100, a100, 4090, or its memory in GiB.")
     ] = "",
-    calibrate: Annotated[bool, typer.Option(help="Encode two clips and a batch of prompts to estimate hours.")] = False,
     json_output: JsonOutput = False,
 ) -> None:
     """Say what `precompute` would do, and with --card what `train` would take; nothing is written."""
@@ -42,17 +41,17 @@ def plan_command(
     from shared.console import quiet_libraries
 
     settings = load_config(config, overrides)
-    if calibrate or card:
+    if card:
         quiet_libraries()
     if not card:
-        planned = show_plan(settings, calibrated=calibrate) | {"train": None}
+        planned = show_plan(settings) | {"train": None}
     else:
         from shared.errors import DataError
         from train.memory.outlook import find_card, foresee, show
 
         gpu = find_card(card)
         try:
-            planned = show_plan(settings, calibrated=calibrate)
+            planned = show_plan(settings)
         except DataError:  # what training takes is worth knowing before there are clips
             show(foresee(settings, gpu))
             raise

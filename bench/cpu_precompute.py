@@ -75,22 +75,20 @@ def decode_in_turn(pool: Any, jobs: Iterator[Any]) -> Iterator[Any]:
 def one_run(root: Path, bucket: tuple[int, int, int], *, overlapped: bool) -> dict[str, float]:
     """Seconds of the VAE pass, from its first decode to its last shard."""
     from precompute import latents
-    from precompute.assignments import Part
     from precompute.run import precompute
     from precompute.video.pool import DecodePool
-    from shared.signals import StopSignal
 
     with tempfile.TemporaryDirectory() as scratch:
         config = make_config(root, Path(scratch) / "cache", bucket, fps=1)
         if overlapped:
-            report = precompute(config, Part(), StopSignal())
+            report = precompute(config)
         else:
             with (
                 patch.object(latents, "ahead", in_turn),
                 patch.object(latents, "ThreadPoolExecutor", InTurn),
                 patch.object(DecodePool, "decode_all", decode_in_turn),
             ):
-                report = precompute(config, Part(), StopSignal())
+                report = precompute(config)
     seconds = report.seconds
     return {
         "pass": seconds["video_pass"],
@@ -141,14 +139,12 @@ def measure_memory(count: int) -> int:
     """The same of this process."""
     import resource
 
-    from precompute.assignments import Part
     from precompute.run import precompute
-    from shared.signals import StopSignal
 
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "clips"
         write_corpus(root, count, 96, 160, 33)
-        precompute(make_config(root, Path(scratch) / "cache", (9, 32, 48), fps=3), Part(), StopSignal())
+        precompute(make_config(root, Path(scratch) / "cache", (9, 32, 48), fps=3))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

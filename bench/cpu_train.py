@@ -261,10 +261,9 @@ def prepare(size: Size, config: Config) -> dict[str, int]:
     }
     pipeline = CogVideoXPipeline(tokenizer=tokenizer, scheduler=tiny.build_scheduler("2b"), **parts)
     pipeline.save_pretrained(config.model.pretrained_model_name_or_path, safe_serialization=True)
-    from precompute.assignments import Part
     from precompute.run import precompute
 
-    precompute(config, Part(), StopSignal())
+    precompute(config)
     return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
 
 

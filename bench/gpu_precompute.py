@@ -34,7 +34,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "compiled": ("clips", {"compile_vae": True}),
     "two at a time": ("clips", {"vae_batch_size": 2}),
     "T5": ("prompts", {}),
-    "T5 in int8": ("prompts", {"text_quantization": "int8"}),
+    "T5 offloaded": ("prompts", {"text_offload": True}),
 }
 """Arm -> the pass that it times, and its fields of [precompute]."""
 

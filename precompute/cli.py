@@ -10,15 +10,11 @@ from shared.command import ConfigFile, JsonOutput, Overrides, exits
 
 if TYPE_CHECKING:
     from precompute.assignments import Part
-    from precompute.calibrate import Calibration
     from precompute.estimate import Estimate
     from precompute.report import Report
     from shared.cache.storage import Storage
     from shared.config import Config, Precompute
-    from shared.signals import StopSignal
 
-PATIENCE_SECONDS = 8.0
-"""From a signal to the end of the process, at most; ten are promised. What is killed here loses one shard at most."""
 MAX_LISTED = 20
 """Clips that are listed; --json and the view have all."""
 
@@ -43,17 +39,17 @@ def precompute_command(
     import json
 
     from shared.config import load_config
-    from shared.signals import StopSignal
+    from shared.signals import raise_on_signal
 
-    with StopSignal(patience_seconds=PATIENCE_SECONDS) as stop:  # first, as loading the libraries alone takes seconds
+    with raise_on_signal("finished shards are stored"):
         settings = load_config(config, overrides)
-        report = _run(settings, part, engine, stop)
+        report = _run(settings, part, engine)
     _show(report, settings.precompute)
     if json_output:
         print(json.dumps(report.as_json()))  # noqa: T201
 
 
-def _run(config: "Config", part: str, engine: str, stop: "StopSignal") -> "Report":
+def _run(config: "Config", part: str, engine: str) -> "Report":
     from precompute.assignments import Part
     from precompute.ray_engine import precompute_with_ray
     from precompute.run import precompute
@@ -69,7 +65,7 @@ def _run(config: "Config", part: str, engine: str, stop: "StopSignal") -> "Repor
     if engine == "ray":
         return precompute_with_ray(config)
     choose_device(config.precompute.device)  # refused now if it is not there, not once all files have been probed
-    return precompute(config, share, stop)
+    return precompute(config, share)
 
 
 def _share(part: str) -> "Part":
@@ -142,16 +138,15 @@ def _list(lines: Iterable[str]) -> None:
         say(f"... and {len(every) - MAX_LISTED} more")
 
 
-def show_plan(config: "Config", *, calibrated: bool) -> dict[str, Any]:
+def show_plan(config: "Config") -> dict[str, Any]:
     """Stage 1's half of `precog plan`: what `precompute` would do; nothing is written. The object of `--json`."""
-    from precompute.assignments import Part
     from precompute.estimate import estimate
     from precompute.run import decode_pool
     from precompute.stage import open_stage
-    from shared.signals import StopSignal
+    from shared.signals import raise_on_signal
 
-    with StopSignal(patience_seconds=PATIENCE_SECONDS) as stop, decode_pool(config) as pool:
-        found = estimate(open_stage(config, Part(), stop), pool, calibrated=calibrated)
+    with raise_on_signal("nothing was written"), decode_pool(config) as pool:
+        found = estimate(open_stage(config), pool)
     _show_plan(found, config.precompute.cache)
     return found.as_json()
 
@@ -162,7 +157,7 @@ def _show_plan(found: "Estimate", cache: str) -> None:
     from shared.console import bytes_text, say, table
 
     reasons = Counter(reason for _, reason in found.changed)
-    orphaned, measured = found.orphaned, found.calibration
+    orphaned = found.orphaned
     table(
         f"Plan for cache {cache}",
         [
@@ -181,16 +176,11 @@ def _show_plan(found: "Estimate", cache: str) -> None:
                 "used by no data set",
                 f"{orphaned['latents']} latents, {orphaned['prompts']} prompts, {bytes_text(orphaned['bytes'])}",
             ),
-            *([("hours, one worker", _hours_text(measured))] if measured else []),
         ],
     )
     for line in found.warnings:
         say(f"warning: {line}")
     _list(f"skipped {source}: {reason}" for source, reason in found.skipped)
-
-
-def _hours_text(measured: "Calibration") -> str:
-    return f"{measured.hours:.2g} (an estimate from {measured.clips} clips and {measured.prompts} prompts)"
 
 
 @cache_app.command("ls")
@@ -204,7 +194,7 @@ def cache_ls(cache: CacheName = "cache") -> None:
     storage = _open_cache(cache)
     for collection in collections(storage):
         recipe = read_recipe(storage, collection)
-        found = list(shards(storage, collection.folder))
+        found = shards(storage, collection.folder)
         folders: dict[str, int] = {}
         for tar, receipt in found:
             bucket = tar.split("/")[2] if tar.count("/") == 3 else ""
@@ -237,7 +227,7 @@ def _open_cache(cache: str, **options: Any) -> "Storage":
     from shared.errors import UsageError
 
     storage = open_storage(cache, **options)
-    if not any(storage.names(folder, ".json") for folder in ("latents", "prompts", "datasets")):
+    if not any(storage.files(folder) for folder in ("latents", "prompts", "datasets")):
         raise UsageError(f"{cache}: no cache is there; give the folder or URL of precompute.cache")
     return storage
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from precompute import recipes
+from precompute.clip import Clip, Skipped
 from precompute.prefetch import ahead
 from precompute.prompts import wanted_texts
-from precompute.recipes import Clip
 from precompute.sources.rows import Source, read_sources
 from precompute.stage import Stage
 from precompute.video.known_files import Remembered
 from precompute.video.pool import DecodePool
 from precompute.video.probe import BadVideo, MachineFault, Probed
-from precompute.video.windows import Skipped, cut_windows
+from precompute.video.windows import cut_windows
 from shared import console
 from shared.cache.collection import Collection, collection_for
 from shared.errors import CacheError, UsageError
@@ -27,7 +27,7 @@ class Survey:
     """Everything that is known before a model is loaded."""
 
     clips: list[Clip]
-    left_out: list[tuple[Source, str]]
+    left_out: list[tuple[Source, Skipped]]
     """Sources that give no clip, and why."""
     texts: dict[str, str]
     """Prompt key -> text."""
@@ -59,26 +59,23 @@ def survey(stage: Stage, pool: DecodePool) -> Survey:
 
 def cut_clips(
     stage: Stage, sources: Sequence[Source], pool: DecodePool, recipe: str
-) -> tuple[list[Clip], list[tuple[Source, str]]]:
-    """Probe every source and cut its windows; sources that give none come back with the reason.
-
-    Those that cannot be read now are in `stage.faults`.
-    """
+) -> tuple[list[Clip], list[tuple[Source, Skipped]]]:
+    """Probe every source and cut its windows; sources that give none come back with the reason."""
     places: dict[Path, list[int]] = {}
     for place, source in enumerate(sources):
         places.setdefault(source.path, []).append(place)
     clips: dict[int, list[Clip]] = {}
-    left_out: dict[int, str] = {}
+    left_out: dict[int, Skipped] = {}
     for path, outcome in _probes(stage, list(places), pool):
         for place in places[path]:
-            if isinstance(outcome, MachineFault):
-                stage.faults[sources[place].name] = outcome.reason
+            if isinstance(outcome, BadVideo | MachineFault):
+                left_out[place] = Skipped(outcome.reason, isinstance(outcome, BadVideo))
                 continue
-            found = outcome if isinstance(outcome, BadVideo) else _cut(stage, sources[place], outcome, recipe)
+            found = _cut(stage, sources[place], outcome, recipe)
             if isinstance(found, list):
                 clips[place] = found
             else:
-                left_out[place] = found.reason
+                left_out[place] = found
     return (
         [clip for place in sorted(clips) for clip in clips[place]],
         [(sources[place], left_out[place]) for place in sorted(left_out)],
@@ -107,7 +104,7 @@ def _probes(
     """What each file holds, in order; a file that is remembered is not read."""
     memory = Remembered() if stage.config.precompute.remember_files else None
     marks = {path: mark for path in paths if memory and (mark := memory.mark(path))}
-    fresh = ahead(pool.probe_all([path for path in paths if path not in marks]), 64, stage.check)
+    fresh = ahead(pool.probe_all([path for path in paths if path not in marks]), 64)
     try:
         with console.Progress("probing", len(paths)) as bar:
             for path in paths:

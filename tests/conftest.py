@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from shared.config import Config, Data, Model, Precompute, Train
-from shared.signals import StopSignal
 from tests import tiny
 
 CLIPS = Path(__file__).parents[1] / "demo" / "clips"
@@ -66,7 +65,6 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Seven clips to train on, one held out, of mixed frame counts; a sincos transformer of 64 channels."""
-    from precompute.assignments import Part
     from precompute.run import precompute
 
     folder = tmp_path_factory.mktemp("experiment")
@@ -95,7 +93,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Config:
             device="cpu",
         ),
     )
-    precompute(config, Part(0, 1), StopSignal())
+    precompute(config)
     return config
 
 

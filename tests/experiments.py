@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from precompute.assignments import Part
 from precompute.run import precompute
 from shared.config import Config, Data, Model, Precompute, Train
-from shared.signals import StopSignal
 from tests.media import write_clip
 from tests.tiny import save_pipeline
 
@@ -44,5 +42,4 @@ def write_experiment(variant: str, folder: Path, **train: object) -> Config:
 
 def fill_cache(config: Config) -> None:
     """Stage 1, as `precog precompute` runs it."""
-    with StopSignal() as stop:
-        precompute(config, Part(), stop)
+    precompute(config)

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from shared.cache.storage import replacing
+from shared.atomic_files import replacing
 
 FILE_NAME = "loss.png"
 SIZE = (960, 540)

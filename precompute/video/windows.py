@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from precompute.clip import Skipped
 from precompute.video.timeline import lay_out
 from shared.config import Data
 from shared.model.geometry import ENCODE_CHUNK_FRAMES, Bucket, choose_frames, choose_resolution, first_chunk_frames
@@ -22,13 +23,6 @@ class Window:
     """Time stamps of these frames in the source."""
     bucket: Bucket
     flip: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """Why a video gives no clip."""
-
-    reason: str
 
 
 def cut_windows(

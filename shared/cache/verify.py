@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from shared.cache.collection import KINDS, Collection, read_recipe, receipt_names
 from shared.cache.shard import MappedShard, read_receipt
@@ -35,7 +36,7 @@ def verify(storage: Storage, *, repair: bool) -> tuple[int, list[str]]:
     return checked, damaged
 
 
-def _checks(storage: Storage) -> Iterator[tuple[str, "partial[object]"]]:
+def _checks(storage: Storage) -> Iterator[tuple[str, "partial[Any]"]]:
     """Yield the name of each file with a check that raises if it is damaged."""
     for kind in KINDS:
         files = storage.files(kind)

@@ -12,12 +12,10 @@ from transformers import T5Config, T5EncoderModel
 
 from bench import encoding
 from bench.gpu_precompute import SETTINGS
-from precompute.assignments import Part
 from precompute.discover import survey
 from precompute.run import decode_pool
 from precompute.stage import open_stage
 from shared.model.geometry import Bucket
-from shared.signals import StopSignal
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]
@@ -52,7 +50,7 @@ def test_the_published_sizes_can_be_built_and_their_clips_are_not_refused(tmp_pa
     scene = encoding.Scene(tmp_path / "pipeline", clips, None, bucket, torch.device("cpu"))
     config = encoding.config_for(scene, clips, tmp_path / "cache", {})
     with decode_pool(config) as pool:
-        wanted = survey(open_stage(config, Part(), StopSignal()), pool)
+        wanted = survey(open_stage(config), pool)
     assert [clip.window.bucket for clip in wanted.clips] == [bucket] and wanted.left_out == []
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from shared.cache.settings import PRECOMPUTE_FIELDS
 
 from precompute import calibrate, recipes
 from precompute.assignments import Part
@@ -16,7 +17,6 @@ from precompute.run import decode_pool
 from precompute.sources.rows import read_sources
 from precompute.stage import open_stage
 from shared.cache.collection import collection_for, write_recipe
-from shared.cache.settings import PRECOMPUTE_FIELDS
 from shared.cache.shard import write_shard
 from shared.cache.storage import LocalStorage
 from shared.cache.view import read_view

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from precompute.assignments import Part
 from precompute.run import precompute
 from shared.cache.collection import shards
 from shared.cache.storage import open_storage
@@ -42,7 +41,7 @@ def three_held_out(experiment: Config, tmp_path_factory: pytest.TempPathFactory)
             "precompute": experiment.precompute.model_copy(update={"cache": str(folder / "cache")}),
         }
     )
-    precompute(config, Part(), StopSignal())
+    precompute(config)
     return config
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared import console
-from shared.cache.storage import sync_folder
+from shared.atomic_files import sync_folder
 from shared.errors import CacheError, PrecogError, UsageError
 from shared.fingerprint import Json
 from train.checkpoint.files import Checkpoint, commit_of, latest_checkpoint, load_checkpoint, newest_first, step_of
