@@ -14,7 +14,7 @@ from shared.cache.collection import Collection, shards
 from shared.cache.shard import shard_name
 from shared.cache.storage import VERIFY, Storage
 from shared.cache.verify import read_assignment
-from shared.errors import CacheError
+from shared.errors import CacheError, one_line
 from shared.fingerprint import key_of, sealed
 
 MAX_GENERATIONS = 100
@@ -129,7 +129,7 @@ def assigned_shards(storage: Storage, wanted: Wanted, generation: int) -> list[P
         if any(wanted.folders.get(key) != shard.folder for shard in planned for key in shard.keys):
             raise ValueError("a key has another bucket")
     except ValueError as error:
-        raise CacheError(f"{storage}/{name}: damaged ({error}); {VERIFY}") from None
+        raise CacheError(f"{storage}/{name}: damaged ({one_line(error)}); {VERIFY}") from None
     return planned
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from shared.atomic_files import TEMPORARY
 from shared.cache.storage import user_folder
-from shared.errors import CacheError, UsageError
+from shared.errors import CacheError, UsageError, one_line
 from shared.fingerprint import key_of
 
 UNSUITABLE = ("http", "https", "data", "zip", "tar", "filecache", "simplecache", "blockcache", "cached", "reference")
@@ -138,8 +138,7 @@ class RemoteStorage:
         except CacheError:
             raise
         except Exception as error:  # drivers raise whatever the libraries below them raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CacheError(f"{self}/{name}: {what} ({reason}); run the same command again") from error
+            raise CacheError(f"{self}/{name}: {what} ({one_line(error)}); run the same command again") from error
 
     def _make_room(self, size: int) -> None:
         """Delete the least recently used copies until `size` fits; a mapped copy stays readable."""

@@ -22,7 +22,7 @@ from pydantic import Field, TypeAdapter
 from safetensors.torch import save as safetensors_bytes
 
 from shared.cache.storage import VERIFY, Storage, open_file
-from shared.errors import CacheError
+from shared.errors import CacheError, one_line
 from shared.fingerprint import KEY_LENGTH, Json, canonical_json, is_key, key_of, sealed, unsealed
 
 RECEIPT_BYTES = 16 * 2**20
@@ -199,8 +199,7 @@ def parse_receipt(content: bytes, where: str) -> Receipt:
         for place in receipt.samples:
             _check_place(place, receipt.size)
     except ValueError as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:3])
-        raise CacheError(f"{where}: damaged receipt ({reason}); {VERIFY}") from None
+        raise CacheError(f"{where}: damaged receipt ({one_line(error)}); {VERIFY}") from None
     return receipt
 
 

@@ -9,7 +9,7 @@ from shared.cache.collection import KINDS, Collection, read_recipe, receipt_name
 from shared.cache.shard import MappedShard, read_receipt
 from shared.cache.storage import VERIFY, Storage
 from shared.cache.view import read_view, view_names
-from shared.errors import CacheError, Preempted
+from shared.errors import CacheError, Preempted, one_line
 from shared.fingerprint import unsealed
 
 ASSIGNMENT_BYTES = 256 * 2**20
@@ -29,7 +29,7 @@ def verify(storage: Storage, *, repair: bool) -> tuple[int, list[str]]:
         except Preempted:
             raise
         except Exception as error:
-            line = str(error) if isinstance(error, CacheError) else f"{storage}/{name}: {type(error).__name__}: {error}"
+            line = str(error) if isinstance(error, CacheError) else f"{storage}/{name}: {one_line(error)}"
             damaged.append(line.partition(f"; {VERIFY}")[0])
             if repair:
                 _set_aside(storage, name)

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from shared.cache.collection import Collection
 from shared.cache.storage import Storage
-from shared.errors import CacheError
+from shared.errors import CacheError, one_line
 from shared.fingerprint import Json, key_of, sealed, unsealed
 from shared.model.geometry import Bucket
 from shared.model.pretrained import FileMark
@@ -140,8 +140,9 @@ def read_view(storage: Storage, name: str) -> View:
         if view.name != name:
             raise ValueError(f"it is the view {view.name}")
     except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CacheError(f"{where}: damaged view ({reason}); run `precog precompute` with its config again") from None
+        raise CacheError(
+            f"{where}: damaged view ({one_line(error)}); run `precog precompute` with its config again"
+        ) from None
     return view
 
 
