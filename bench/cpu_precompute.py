@@ -60,16 +60,12 @@ class InTurn(Executor):
         return future
 
 
-def in_turn(items: Iterator[Any], *_: object) -> Iterator[Any]:
-    return items
-
-
-def decode_in_turn(pool: Any, jobs: Iterator[Any]) -> Iterator[Any]:
+def decode_in_turn(pool: Any, jobs: Iterator[Any], ahead: int = 0) -> Iterator[Any]:
     """One clip asked for, decoded and handed over before the next is asked for."""
     from precompute.video.pool import DecodePool
 
     for job in jobs:
-        yield from DecodePool._run(pool, [job])
+        yield from DecodePool._run(pool, [job], 0)
 
 
 def one_run(root: Path, bucket: tuple[int, int, int], *, overlapped: bool) -> dict[str, float]:
@@ -84,7 +80,6 @@ def one_run(root: Path, bucket: tuple[int, int, int], *, overlapped: bool) -> di
             report = precompute(config)
         else:
             with (
-                patch.object(latents, "ahead", in_turn),
                 patch.object(latents, "ThreadPoolExecutor", InTurn),
                 patch.object(DecodePool, "decode_all", decode_in_turn),
             ):

@@ -4,10 +4,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 
@@ -15,13 +13,11 @@ from precompute import provenance, recipes
 from precompute.assignments import Inventory, PlannedShard, Wanted, shards_to_make, unmade
 from precompute.clip import Clip, Skipped
 from precompute.encoders import VaeEncoder, vae_precision
-from precompute.prefetch import ahead
 from precompute.report import Tally, Timer
 from precompute.stage import PassResult, Stage
 from precompute.video.child import Decoded, DecodeJob
 from precompute.video.pixels import to_clip
 from precompute.video.pool import DecodePool
-from precompute.video.probe import BadVideo
 from shared import console, seeding
 from shared.cache.shard import Sample, write_shard
 from shared.cache.storage import Storage
@@ -30,8 +26,8 @@ from shared.errors import UsageError
 from shared.fingerprint import Json
 from shared.model.geometry import Bucket, latent_shape
 
-MAX_DECODED = 2
-"""Batches in memory that wait for the encoder."""
+DECODED_BATCHES = 2
+"""Batches that are decoded ahead of the encoder."""
 MAX_WRITING = 2
 """Shards in memory that wait for the disk."""
 
@@ -130,24 +126,22 @@ def _encode_shards(
     bar: console.Progress,
 ) -> Iterator[EncodedShard]:
     """Yield each shard when its last batch is encoded."""
-    encoded: EncodedShard | None = None
-    with closing(ahead(_decode_batches(stage, shards, clips, pool), MAX_DECODED)) as batches:
-        for shard, outcomes in timer.waiting("wait_for_decode", batches):
-            encoded = encoded or EncodedShard(shard, [], {}, {})
-            decoded = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Decoded)}
-            skips = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Skipped)}
-            encoded.skipped.update({key: skip.reason for key, skip in skips.items() if skip.permanent})
-            encoded.failed.update({key: skip for key, skip in skips.items() if not skip.permanent})
-            with timer.measure("encode_latents"):
-                for sample in encode_clips(stage, clips, decoded, encoder):
-                    if all(torch.isfinite(tensor).all() for tensor in sample.tensors.values()):
-                        encoded.samples.append(sample)
-                    else:
-                        encoded.skipped[sample.key] = "non-finite latents; set precompute.vae_dtype = 'fp32'"
-            bar.advance(len(outcomes))
-            if shard.keys[-1] in outcomes:
-                yield encoded
-                encoded = None
+    samples, skipped, failed = list[Sample](), dict[str, str](), dict[str, Skipped]()
+    for shard, outcomes in timer.waiting("wait_for_decode", _decode_batches(stage, shards, clips, pool)):
+        decoded = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Decoded)}
+        skips = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Skipped)}
+        skipped |= {key: skip.reason for key, skip in skips.items() if skip.permanent}
+        failed |= {key: skip for key, skip in skips.items() if not skip.permanent}
+        with timer.measure("encode_latents"):
+            for sample in encode_clips(stage, clips, decoded, encoder):
+                if all(torch.isfinite(tensor).all() for tensor in sample.tensors.values()):
+                    samples.append(sample)
+                else:
+                    skipped[sample.key] = "non-finite latents; set precompute.vae_dtype = 'fp32'"
+        bar.advance(len(outcomes))
+        if shard.keys[-1] in outcomes:
+            yield EncodedShard(shard, samples, skipped, failed)
+            samples, skipped, failed = [], {}, {}
 
 
 def _decode_batches(
@@ -162,14 +156,10 @@ def _decode_batches(
                 planned.append((shard, batch))
                 yield from (decode_job(stage, clips[key]) for key in batch)
 
-    outcomes = map(_skips, pool.decode_all(jobs()))
+    outcomes = pool.decode_all(jobs(), ahead=DECODED_BATCHES * stage.config.precompute.vae_batch_size)
     for first in outcomes:
         shard, batch = planned.popleft()
         yield shard, dict(zip(batch, [first, *islice(outcomes, len(batch) - 1)], strict=True))
-
-
-def _skips(outcome: Any) -> "Decoded | Skipped":
-    return outcome if isinstance(outcome, Decoded) else Skipped(outcome.reason, isinstance(outcome, BadVideo))
 
 
 def encode_clips(

@@ -12,7 +12,8 @@ import pytest
 from precompute.assignments import Part
 from precompute.report import Report
 from precompute.run import precompute
-from shared.cache.storage import TEMPORARY, LocalStorage
+from shared.atomic_files import TEMPORARY
+from shared.cache.storage import LocalStorage
 from shared.config import Config
 
 FRAMES, SIDE = 5, 32
