@@ -1,4 +1,4 @@
-"""What a disk may hold after the power has failed: a record of effects, and the states that a crash leaves of them.
+"""Disk states after a power loss: a record of effects, and the states that a crash may leave.
 
 A crash keeps a prefix of the effects, of which all that no fsync had secured may be missing: a new file's bytes are
 there, lost, zeroed or cut in half, and names that were added or removed are old or new, in any combination. This is a
@@ -62,7 +62,7 @@ EMPTY = State()
 class Log:
     """Records what happens below `root`, while entered; `ignored` fsyncs are not done ("fsync", "fsync folder")."""
 
-    heard: "Log | None" = None
+    active: "Log | None" = None
 
     def __init__(self, root: Path, ignored: tuple[str, ...] = ()) -> None:
         self.root, self.ignored = root, ignored
@@ -71,12 +71,12 @@ class Log:
         """Of every file that was made, by its first name, once it has another one or is removed."""
 
     def __enter__(self) -> "Log":
-        Log.heard = self
+        Log.active = self
         self._fsync, os.fsync = os.fsync, self.fsync
         return self
 
     def __exit__(self, *_: object) -> None:
-        Log.heard = None
+        Log.active = None
         os.fsync = self._fsync
 
     def fsync(self, descriptor: int) -> None:
@@ -85,7 +85,7 @@ class Log:
         if path.is_relative_to(self.root) and kind not in self.ignored:
             self._add(kind, path)
 
-    def hear(self, event: str, arguments: tuple[object, ...]) -> None:
+    def notice(self, event: str, arguments: tuple[object, ...]) -> None:
         """Audit events come before the effect, and for what will fail too."""
         if event == "open" and str(arguments[1])[:1] in ("x", "w"):
             self._add("create", Path(str(arguments[0])))
@@ -109,12 +109,12 @@ class Log:
         self.effects.append(Effect(kind, name, str(target.relative_to(self.root)) if target else ""))
 
 
-def _hear(event: str, arguments: tuple[object, ...]) -> None:
-    if Log.heard is not None:
-        Log.heard.hear(event, arguments)
+def _notice(event: str, arguments: tuple[object, ...]) -> None:
+    if Log.active is not None:
+        Log.active.notice(event, arguments)
 
 
-sys.addaudithook(_hear)
+sys.addaudithook(_notice)
 
 
 def crashed(log: Log, count: int, lost: set[int], damages: dict[str, int], before: State = EMPTY) -> State:
