@@ -72,9 +72,9 @@ class VaeEncoder:
                 if isinstance(module, nn.Conv3d):
                     module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self._layout = torch.channels_last_3d if channels_last else torch.contiguous_format
-        self._vae = vae.eval().requires_grad_(False).to(device)
+        self.vae = vae.eval().requires_grad_(False).to(device)
         if compiled:
-            self._vae.encoder = _Compiled(self._vae.encoder)
+            self.vae.encoder = CompiledModule(self.vae.encoder)
         self._dtype = DTYPES[precision]
         self.device = device
 
@@ -87,7 +87,7 @@ class VaeEncoder:
         """
         try:
             pixels = clips.to(self.device, self._dtype, memory_format=self._layout)
-            moments: torch.Tensor = self._vae.encode(pixels).latent_dist.parameters
+            moments: torch.Tensor = self.vae.encode(pixels).latent_dist.parameters
             return moments.contiguous().cpu()
         except torch.cuda.OutOfMemoryError:
             if len(clips) == 1:
@@ -97,7 +97,7 @@ class VaeEncoder:
         return torch.cat([self.encode(clips[:half]), self.encode(clips[half:])])
 
 
-class _Compiled(nn.Module):
+class CompiledModule(nn.Module):
     """A module under torch.compile, which compiles at the first call of a shape; `UsageError` if that fails."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -141,9 +141,9 @@ class TextEncoder:
         if offload:
             from accelerate import cpu_offload
 
-            self._model = cpu_offload(model, execution_device=device)
+            self.model = cpu_offload(model, execution_device=device)
         else:
-            self._model = model.to(device)
+            self.model = model.to(device)
         self._tokenizer = tokenizer
         self._dtype = DTYPES[precision]
         self._text_length = text_length
@@ -161,7 +161,7 @@ class TextEncoder:
             add_special_tokens=True,
             return_tensors="pt",
         ).input_ids
-        embeds: torch.Tensor = self._model(ids.to(self.device))[0]
+        embeds: torch.Tensor = self.model(ids.to(self.device))[0]
         return embeds.to(self._dtype).cpu()
 
 
