@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 DAMAGES: tuple[Callable[[bytes], bytes], ...] = (
     lambda content: content,
@@ -79,7 +80,7 @@ class Log:
         Log.active = None
         os.fsync = self._fsync
 
-    def fsync(self, descriptor: int) -> None:
+    def fsync(self, descriptor: Any) -> None:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         kind = "fsync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync"
         if path.is_relative_to(self.root) and kind not in self.ignored:

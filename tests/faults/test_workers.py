@@ -50,7 +50,7 @@ def undisturbed(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> F
 
 
 def start(config: Config, part: Part) -> int:
-    return in_child(lambda: run(config, part) and None)
+    return in_child(partial(run, config, part))
 
 
 def check_same(cache: Path, undisturbed: Files) -> None:

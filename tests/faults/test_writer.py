@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def trial(root: Path, draws: random.Random, undisturbed: Files) -> int:
     children = []
     for index in range(count):
         part = Part(index, count)
-        children.append(in_child(lambda part=part: work(root, part)))
+        children.append(in_child(partial(work, root, part)))
         time.sleep(draws.random() * 0.01)
         if draws.random() < 0.7:
             time.sleep(draws.random() * 0.02)
@@ -127,7 +128,7 @@ def test_full_disk_at_any_write_is_one_error(tmp_path: Path, undisturbed: Files)
 def test_workers_together_make_nothing_twice(tmp_path: Path, undisturbed: Files) -> None:
     """Each key in one receipt, whoever came when."""
     parts = [Part(index, 3) for index in range(3)]
-    children = [in_child(lambda part=part: work(tmp_path, part)) for part in parts]
+    children = [in_child(partial(work, tmp_path, part)) for part in parts]
     assert [ended(child) for child in children] == [0, 0, 0]
     assert stored_files(tmp_path) == undisturbed
     assert len(list((tmp_path / "assignments").iterdir())) == 1

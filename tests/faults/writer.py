@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def work(root: Path, part: Part = Part()) -> None:  # noqa: B008
         shards, inventory = shards_to_make(storage, wanted, inventory, part)
 
 
-def in_child(body: Callable[[], None]) -> int:
+def in_child(body: Callable[[], object]) -> int:
     """Return the process id of a fork that runs `body` and ends without Python's clean-up."""
     child = os.fork()
     if child == 0:
@@ -83,7 +84,7 @@ def killed_at(root: Path, number: int, part: Part = Part()) -> int:  # noqa: B00
 
         fsync = os.fsync
 
-        def counted_fsync(descriptor: int) -> None:
+        def counted_fsync(descriptor: Any) -> None:
             count()
             fsync(descriptor)
 

@@ -20,6 +20,7 @@ from shared.model.pretrained import Part, pretrained_part
 from tests.tiny import TEXT_LENGTH
 
 CPU = torch.device("cpu")
+CONVOLUTIONS: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +98,11 @@ def test_moments_have_the_precision_of_the_recipe(vae: Part) -> None:
 
 
 def fp32_switches() -> tuple[str, str]:
-    return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    return CONVOLUTIONS.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
 
 def set_fp32_switches(convolutions: str, products: str) -> None:
-    torch.backends.cudnn.conv.fp32_precision = convolutions
+    CONVOLUTIONS.fp32_precision = convolutions
     torch.backends.cuda.matmul.fp32_precision = products
 
 

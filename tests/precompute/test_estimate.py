@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -162,7 +163,7 @@ def test_every_field_in_a_recipe_is_named_when_it_changes(pipeline: Path, tmp_pa
     storage, found = LocalStorage(str(tmp_path / "cache")), recipes.find_encoders(config)
     i2v = replace(found, conventions=replace(found.conventions, image_to_video=True))
     makers = {"latents": recipes.latents_recipe, "prompts": recipes.prompts_recipe}
-    values = {"vae_dtype": "bf16", "text_dtype": "fp16", "noised_image_count": 1}
+    values: dict[str, Any] = {"vae_dtype": "bf16", "text_dtype": "fp16", "noised_image_count": 1}
     for kind, make in makers.items():
         before = make(config, i2v)
         old = collection_for(kind, before)
@@ -182,7 +183,8 @@ def test_shards_too_large_to_read_are_refused(pipeline: Path, tmp_path: Path, mo
     root, cache = write_corpus(tmp_path / "clips", 6), tmp_path / "cache"
     monkeypatch.setattr("precompute.estimate.MAX_SHARD_BYTES", 40_000)
     for change in ({"clips_per_shard": 6}, {"prompts_per_shard": 6}):
-        config = config_for(pipeline, root, cache, **({"clips_per_shard": 1, "prompts_per_shard": 1} | change))
+        settings: dict[str, Any] = {"clips_per_shard": 1, "prompts_per_shard": 1} | change
+        config = config_for(pipeline, root, cache, **settings)
         for attempt in (look, run):
             with pytest.raises(UsageError, match=rf"precompute.{next(iter(change))} = 6: 6 of .*; set it to \d"):
                 attempt(config)

@@ -16,7 +16,7 @@ from precompute.report import Report
 from precompute.sources.rows import read_sources
 from precompute.stage import PassResult
 from shared.cache.collection import SampleReader, receipt_names, shards
-from shared.cache.shard import Receipt, Sample
+from shared.cache.shard import Receipt, Sample, write_shard
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
 from shared.cache.view import read_view
@@ -56,7 +56,7 @@ def small(tmp_path: Path, pipeline: Path) -> Small:
 
 
 def test_each_change_costs_only_what_it_touches(pipeline: Path, corpus: Path, cache: Path, tmp_path: Path) -> None:
-    settings = {"clips_per_shard": 20, "vae_batch_size": 10}
+    settings: dict[str, Any] = {"clips_per_shard": 20, "vae_batch_size": 10}
     assert counts(run(config_for(pipeline, corpus, cache, **settings))) == (0, CLIPS, 0, CLIPS + 2)
 
     root = tmp_path / "moved"
@@ -341,7 +341,7 @@ def test_clip_read_by_another_worker_is_no_failure(
 ) -> None:
     root, cache, elsewhere = write_corpus(tmp_path / "clips", 3), tmp_path / "cache", tmp_path / "elsewhere"
     shutil.copytree(root, elsewhere)
-    write = latents.write_shard
+    write = write_shard
 
     def write_before_the_other(*arguments: Any) -> tuple[Receipt, int]:
         monkeypatch.undo()
