@@ -80,9 +80,9 @@ class Log:
         Log.active = None
         os.fsync = self._fsync
 
-    def fsync(self, descriptor: Any) -> None:
-        path = Path(f"/proc/self/fd/{descriptor}").readlink()
-        kind = "fsync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync"
+    def fsync(self, fd: Any) -> None:
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        kind = "fsync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "fsync"
         if path.is_relative_to(self.root) and kind not in self.ignored:
             self._add(kind, path)
 

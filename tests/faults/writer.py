@@ -84,9 +84,9 @@ def killed_at(root: Path, number: int, part: Part = Part()) -> int:  # noqa: B00
 
         fsync = os.fsync
 
-        def counted_fsync(descriptor: Any) -> None:
+        def counted_fsync(fd: Any) -> None:
             count()
-            fsync(descriptor)
+            fsync(fd)
 
         os.fsync = counted_fsync
         before_effect = count
