@@ -132,11 +132,11 @@ def one_pass(scene: Scene, clips: Path, kind: str, settings: dict[str, Any]) -> 
         stage = open_stage(config)
         with decode_pool(config) as pool:
             wanted = survey(stage, pool)
-            work = find_work(stage, wanted)
+            latents, prompts = find_work(stage, wanted)
             if kind == "clips":
-                return encode_latents(stage, work.latents, work.latents_inventory, wanted.by_key, pool)
+                return encode_latents(stage, latents, wanted.by_key, pool)
             tokenizer = encoders.load_tokenizer(str(stage.encoders.tokenizer))
-            return encode_prompts(stage, work.prompts, work.prompts_inventory, wanted.texts, tokenizer)
+            return encode_prompts(stage, prompts, wanted.texts, tokenizer)
 
 
 def measure(scene: Scene, kind: str, settings: dict[str, Any]) -> dict[str, float]:

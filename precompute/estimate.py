@@ -2,16 +2,16 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from precompute.assignments import Inventory, PlannedShard, Wanted, propose, take_inventory
+from precompute.assignments import Inventory, Wanted, propose, take_inventory
 from precompute.changes import changed_clips, recipe_changes
 from precompute.discover import Survey, survey
 from precompute.encoders import vae_precision
 from precompute.report import Tally, reasons_json
-from precompute.stage import Stage
+from precompute.stage import Stage, Work
 from precompute.video.pool import DecodePool
 from precompute.video.windows import bucket_warnings
 from shared import console
@@ -71,28 +71,13 @@ class Estimate:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The contents of both collections, and the shards to make."""
-
-    latents: Wanted
-    prompts: Wanted
-    latents_inventory: Inventory
-    prompts_inventory: Inventory
-    latents_shards: list[PlannedShard]
-    prompts_shards: list[PlannedShard]
-    sample_bytes: dict[str, int]
-    """Key -> bytes in a shard, of every clip and text, rounded up."""
-
-
 def estimate(stage: Stage, pool: DecodePool) -> Estimate:
     """Find the work of a run and compare it with the old view; nothing is written. Raises as `precompute` does."""
     started = time.perf_counter()
     wanted = survey(stage, pool)
-    work = find_work(stage, wanted)
-    clips = wanted.by_key
-    planned = {key for shard in work.latents_shards for key in shard.keys}
-    refused = {key: reason for key, (reason, _) in work.latents_inventory.skipped.items() if key not in planned}
+    latents, prompts = find_work(stage, wanted)
+    clips, planned = wanted.by_key, latents.planned
+    refused = {key: reason for key, (reason, _) in latents.inventory.skipped.items() if key not in planned}
     skipped = [(source.name, skip.reason) for source, skip in wanted.left_out if skip.permanent]
     skipped += [(clip.source.name, refused[clip.key]) for clip in wanted.clips if clip.key in refused]
     failed = sorted((source.name, skip.reason) for source, skip in wanted.left_out if not skip.permanent)
@@ -104,17 +89,14 @@ def estimate(stage: Stage, pool: DecodePool) -> Estimate:
     stored_bytes, orphaned = _count_stored(stage.storage, {*clips, *wanted.texts}, views)
     return Estimate(
         clips=sum(clip.key not in refused for clip in wanted.clips),
-        latents=Tally(len(planned), len(work.latents_inventory.stored & clips.keys())),
-        prompts=Tally(
-            sum(len(shard.keys) for shard in work.prompts_shards),
-            len(work.prompts_inventory.stored & wanted.texts.keys()),
-        ),
+        latents=latents.tally,
+        prompts=prompts.tally,
         prompts_recipe_changed=recipe_changes(stage.storage, old.prompts, wanted.prompts_recipe) if old else [],
         new=len(to_encode) - len(changed),
         changed=changed,
         orphaned=orphaned,
-        shards={"latents": len(work.latents_shards), "prompts": len(work.prompts_shards)},
-        needed_bytes=bytes_needed(work),
+        shards={"latents": len(latents.shards), "prompts": len(prompts.shards)},
+        needed_bytes=latents.bytes_needed + prompts.bytes_needed,
         stored_bytes=stored_bytes,
         free_bytes=stage.storage.free_bytes(),
         skipped=sorted(skipped),
@@ -127,12 +109,14 @@ def estimate(stage: Stage, pool: DecodePool) -> Estimate:
     )
 
 
-def find_work(stage: Stage, wanted: Survey) -> Work:
-    """Read the inventory and find the shards to make; raises `UsageError` for shards too large to be read."""
-    settings = stage.config.precompute
-    latents_inventory = take_inventory(stage.storage, wanted.latents)
-    prompts_inventory = take_inventory(stage.storage, wanted.prompts)
-    attempts = {key: attempt for key, (_, attempt) in latents_inventory.skipped.items()}
+def find_work(stage: Stage, wanted: Survey) -> tuple[Work, Work]:
+    """Read the inventories and find the work on latents and prompts.
+
+    Raises `UsageError` for shards that are too large to be read.
+    """
+    settings, sizes = stage.config.precompute, _sample_bytes(stage, wanted)
+    inventory = take_inventory(stage.storage, wanted.latents)
+    attempts = {key: attempt for key, (_, attempt) in inventory.skipped.items()}
     latents = Wanted(
         wanted.latents,
         {key: f"{wanted.latents.folder}/{clip.window.bucket}" for key, clip in wanted.by_key.items()},
@@ -146,43 +130,30 @@ def find_work(stage: Stage, wanted: Survey) -> Work:
         settings.prompts_per_shard,
         settings.text_batch_size,
     )
-    work = Work(
-        latents,
-        prompts,
-        latents_inventory,
-        prompts_inventory,
-        propose(stage.storage, latents, latents_inventory),
-        propose(stage.storage, prompts, prompts_inventory),
-        _sample_bytes(stage, wanted),
+    return (
+        _find_work(stage.storage, latents, inventory, sizes, "clips_per_shard"),
+        _find_work(stage.storage, prompts, take_inventory(stage.storage, wanted.prompts), sizes, "prompts_per_shard"),
     )
-    for name, planned in (("clips_per_shard", work.latents_shards), ("prompts_per_shard", work.prompts_shards)):
-        _refuse_large_shards(name, getattr(settings, name), planned, work)
-    return work
 
 
-def bytes_needed(work: Work) -> int:
-    """Return the bytes that the work will write, rounded up a little per sample and shard."""
-    return sum(_shard_bytes(shard, work) for shard in (*work.latents_shards, *work.prompts_shards))
-
-
-def _shard_bytes(shard: PlannedShard, work: Work) -> int:
-    return SHARD_BYTES + sum(work.sample_bytes[key] for key in shard.keys)
-
-
-def _refuse_large_shards(field: str, value: int, planned: Sequence[PlannedShard], work: Work) -> None:
-    """Raise `UsageError` before shards are assigned that no reader would accept."""
+def _find_work(storage: Storage, wanted: Wanted, inventory: Inventory, sizes: Mapping[str, int], field: str) -> Work:
+    needed = 0
+    planned = propose(storage, wanted, inventory)
     for shard in planned:
-        size, count = _shard_bytes(shard, work), len(shard.keys)
+        size, count = SHARD_BYTES + sum(sizes[key] for key in shard.keys), len(shard.keys)
         if size > MAX_SHARD_BYTES or count > SAMPLES_PER_SHARD:
             raise UsageError(
-                f"precompute.{field} = {value}: {count} of {shard.folder.rpartition('/')[2]} take "
+                f"precompute.{field} = {wanted.keys_per_shard}: {count} of {shard.folder.rpartition('/')[2]} take "
                 f"{console.bytes_text(size)}, more than the {console.bytes_text(MAX_SHARD_BYTES)} or "
                 f"{SAMPLES_PER_SHARD} samples of a shard; "
                 f"set it to {min(count * MAX_SHARD_BYTES // size, SAMPLES_PER_SHARD)}"
             )
+        needed += size
+    return Work(wanted, inventory, planned, needed)
 
 
 def _sample_bytes(stage: Stage, wanted: Survey) -> dict[str, int]:
+    """Return key -> bytes in a shard, of every clip and text, rounded up."""
     settings, conventions, vae = stage.config.precompute, stage.encoders.conventions, stage.encoders.vae
     channels, item = vae.config["latent_channels"], DTYPES[vae_precision(settings.vae_dtype, vae)].itemsize
     images = 1 + settings.noised_image_count if conventions.image_to_video else 0

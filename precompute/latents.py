@@ -10,11 +10,11 @@ from itertools import islice
 import torch
 
 from precompute import provenance, recipes
-from precompute.assignments import Inventory, PlannedShard, Wanted, shards_to_make, unmade
+from precompute.assignments import PlannedShard, shards_to_make, unmade
 from precompute.clip import Clip, Skipped
 from precompute.encoders import VaeEncoder, vae_precision
 from precompute.report import Tally, Timer
-from precompute.stage import PassResult, Stage
+from precompute.stage import PassResult, Stage, Work
 from precompute.video.child import Decoded, DecodeJob
 from precompute.video.pixels import to_clip
 from precompute.video.pool import DecodePool
@@ -44,18 +44,16 @@ class EncodedShard:
     """Key -> transient failure."""
 
 
-def encode_latents(
-    stage: Stage, wanted: Wanted, inventory: Inventory, clips: Mapping[str, Clip], pool: DecodePool
-) -> PassResult:
+def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: DecodePool) -> PassResult:
     """Encode the clips (key -> clip) that are not stored; the VAE is loaded only if there are any.
 
     Clips with a transient failure are neither stored nor skipped, unless another worker made them.
     """
-    timer, encoder = Timer(), None
+    timer, encoder, wanted = Timer(), None, work.wanted
     failed: dict[str, Skipped] = {}
     writes: list[Future[tuple[int, float]]] = []
     made = 0
-    shards, inventory = shards_to_make(stage.storage, wanted, inventory, stage.part)
+    shards, inventory = shards_to_make(stage.storage, wanted, work.inventory, stage.part)
     while shards:
         if encoder is None:
             with timer.measure("load_vae"):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from precompute import provenance, recipes
-from precompute.assignments import Inventory, Wanted, shards_to_make, unmade
+from precompute.assignments import shards_to_make, unmade
 from precompute.encoders import TextEncoder
 from precompute.report import Tally, Timer
 from precompute.sources.rows import Source
-from precompute.stage import PassResult, Stage
+from precompute.stage import PassResult, Stage, Work
 from shared import console
 from shared.cache.shard import Sample, write_shard
 from shared.config import Data
@@ -26,13 +26,11 @@ def wanted_texts(data: Data, sources: Sequence[Source], recipe: str) -> dict[str
     return {recipes.prompt_key(text, recipe): text for text in texts}
 
 
-def encode_prompts(
-    stage: Stage, wanted: Wanted, inventory: Inventory, texts: Mapping[str, str], tokenizer: Any
-) -> PassResult:
+def encode_prompts(stage: Stage, work: Work, texts: Mapping[str, str], tokenizer: Any) -> PassResult:
     """Encode the texts (key -> text) that are not stored; T5 is loaded only if there are any, and freed at the end."""
-    timer, encoder = Timer(), None
+    timer, encoder, wanted = Timer(), None, work.wanted
     made = written_bytes = 0
-    shards, inventory = shards_to_make(stage.storage, wanted, inventory, stage.part)
+    shards, inventory = shards_to_make(stage.storage, wanted, work.inventory, stage.part)
     while shards:
         if encoder is None:
             with timer.measure("load_text_encoder"):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from precompute import encoders
 from precompute.assignments import Part
 from precompute.discover import survey
-from precompute.estimate import Work, bytes_needed, find_work
+from precompute.estimate import find_work
 from precompute.latents import encode_latents
 from precompute.prompts import encode_prompts
 from precompute.report import Report, truncated_captions
@@ -39,13 +39,13 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
     with decode_pool(config) as pool:
         wanted = survey(stage, pool)
         probed = time.perf_counter()
-        work = find_work(stage, wanted)
-        _refuse_full_disk(stage, work)
+        latents_work, prompts_work = find_work(stage, wanted)
+        _refuse_full_disk(stage, latents_work.bytes_needed + prompts_work.bytes_needed)
         write_recipe(stage.storage, wanted.latents, wanted.latents_recipe)
         write_recipe(stage.storage, wanted.prompts, wanted.prompts_recipe)
         tokenizer = encoders.load_tokenizer(str(stage.encoders.tokenizer))
-        prompts = encode_prompts(stage, work.prompts, work.prompts_inventory, wanted.texts, tokenizer)
-        latents = encode_latents(stage, work.latents, work.latents_inventory, wanted.by_key, pool)
+        prompts = encode_prompts(stage, prompts_work, wanted.texts, tokenizer)
+        latents = encode_latents(stage, latents_work, wanted.by_key, pool)
         decode_seconds = pool.busy_seconds()
     failed = [(source.name, skip.reason) for source, skip in wanted.left_out if not skip.permanent]
     failed += [(wanted.by_key[key].source.name, skip.reason) for key, skip in latents.failed.items()]
@@ -107,9 +107,9 @@ def decode_pool(config: Config) -> DecodePool:
     )
 
 
-def _refuse_full_disk(stage: Stage, work: Work) -> None:
+def _refuse_full_disk(stage: Stage, needed: int) -> None:
     """Raise `CacheError` before hours are spent on a disk that cannot hold the result."""
-    needed, free = bytes_needed(work), stage.storage.free_bytes()
+    free = stage.storage.free_bytes()
     if free is not None and free < needed:
         raise CacheError(
             f"{stage.storage}: needs about {console.bytes_text(needed)}, has {console.bytes_text(free)} free; "

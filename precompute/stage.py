@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from precompute.assignments import Inventory, Part
+from precompute.assignments import Inventory, Part, PlannedShard, Wanted
 from precompute.clip import Skipped
 from precompute.recipes import Encoders, find_encoders
 from precompute.report import Tally
@@ -18,6 +18,25 @@ class Stage:
     storage: Storage
     encoders: Encoders
     part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The wanted keys of one collection, its contents, and the shards to make."""
+
+    wanted: Wanted
+    inventory: Inventory
+    shards: list[PlannedShard]
+    bytes_needed: int
+    """Size of these shards, rounded up."""
+
+    @property
+    def planned(self) -> set[str]:
+        return {key for shard in self.shards for key in shard.keys}
+
+    @property
+    def tally(self) -> Tally:
+        return Tally(len(self.planned), len(self.inventory.stored & self.wanted.folders.keys()))
 
 
 @dataclass(frozen=True, slots=True)
