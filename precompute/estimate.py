@@ -80,7 +80,6 @@ def estimate(stage: Stage, pool: DecodePool) -> Estimate:
     refused = {key: reason for key, (reason, _) in latents.inventory.skipped.items() if key not in planned}
     skipped = [(source.name, skip.reason) for source, skip in wanted.left_out if skip.permanent]
     skipped += [(clip.source.name, refused[clip.key]) for clip in wanted.clips if clip.key in refused]
-    failed = sorted((source.name, skip.reason) for source, skip in wanted.left_out if not skip.permanent)
     views, warnings = _views(stage.storage)
     old = views.pop(stage.config.data.name, None)
     to_encode = [clip for key, clip in clips.items() if key in planned]
@@ -102,7 +101,7 @@ def estimate(stage: Stage, pool: DecodePool) -> Estimate:
         skipped=sorted(skipped),
         warnings=[
             *bucket_warnings(stage.config.data),
-            *(f"{source}: {reason}; left out of this plan" for source, reason in failed),
+            *(f"{source}: {reason}; left out of this plan" for source, reason in sorted(wanted.transient.items())),
             *warnings,
         ],
         seconds=time.perf_counter() - started,

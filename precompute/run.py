@@ -1,7 +1,7 @@
 """Stage 1 from top to bottom: find the clips, encode the prompts, encode the clips, write the view."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from precompute import encoders
@@ -47,9 +47,8 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
         prompts = encode_prompts(stage, prompts_work, wanted.texts, tokenizer)
         latents = encode_latents(stage, latents_work, wanted.by_key, pool)
         decode_seconds = pool.busy_seconds()
-    failed = [(source.name, skip.reason) for source, skip in wanted.left_out if not skip.permanent]
-    failed += [(wanted.by_key[key].source.name, skip.reason) for key, skip in latents.failed.items()]
-    _refuse_failures(failed)
+    lost = {wanted.by_key[key].source.name: skip.reason for key, skip in latents.failed.items()}
+    _refuse_failures(wanted.transient | lost)
     text_length = stage.encoders.conventions.text_length
     lengths = encoders.truncated_tokens(tokenizer, list(wanted.texts.values()), text_length)
     truncated = dict(zip(wanted.texts, lengths, strict=True))
@@ -70,11 +69,11 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
     )
 
 
-def _refuse_failures(failed: Sequence[tuple[str, str]]) -> None:
+def _refuse_failures(failed: Mapping[str, str]) -> None:
     """Raise `DataError` naming the files with transient failures, which would make the view smaller."""
     if failed:
         raise DataError(
-            f"{len(set(failed))} files could not be read ({_listed(failed)}); the other clips are stored and the "
+            f"{len(failed)} files could not be read ({_listed(failed.items())}); the other clips are stored and the "
             "previous view is unchanged; run the same command again"
         )
 
