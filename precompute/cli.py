@@ -1,5 +1,7 @@
 """`precog precompute` and `precog cache`. Everything heavy is imported inside the commands."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +12,6 @@ from shared.command import ConfigFile, JsonOutput, Overrides, exits
 from shared.signals import raise_on_signal
 
 if TYPE_CHECKING:
-    from precompute.assignments import Part
     from precompute.report import Report
     from shared.cache.storage import Storage
     from shared.config import Config
@@ -54,41 +55,26 @@ def _precompute(config: "Config", part: str, engine: str) -> "Report":
 
     if engine == "ray" and (part or world_size() > 1):
         raise UsageError("--engine ray: divides the work itself; start it once, without --part and without a launcher")
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part or f"{rank() + 1}/{world_size()}")
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UsageError(f"--part {part!r}: expected a share such as 3/16, from 1/16 to 16/16")
     show_config(config)
     from precompute.assignments import Part
     from precompute.ray_engine import precompute_with_ray
     from precompute.run import precompute
     from shared.device import choose_device
 
-    share = _parse_part(part) if part else Part(rank(), world_size())
     quiet_libraries()
     if engine == "ray":
         return precompute_with_ray(config)
     choose_device(config.precompute.device)  # refused before all files are probed
-    return precompute(config, share)
-
-
-def _parse_part(part: str) -> "Part":
-    import re
-
-    from precompute.assignments import Part
-    from shared.errors import UsageError
-
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise UsageError(f"--part {part!r}: expected a share such as 3/16, from 1/16 to 16/16")
-    return Part(int(match[1]) - 1, int(match[2]))
+    return precompute(config, Part(int(match[1]) - 1, int(match[2])))
 
 
 def _show_report(report: "Report", config: "Config") -> None:
     from shared.console import bytes_text, say, table
 
-    seconds = {name: f"{value:.1f}" for name, value in report.seconds.items()}
-    waited = {
-        name: f"encoder waited {seconds.get(f'wait_for_{name}', '0.0')}, {report.waited_share(name):.0%} of its time"
-        for name in ("decode", "write")
-    }
-    video, text = (seconds.get(f"encode_{name}", "0.0") for name in ("latents", "prompts"))
+    seconds = Counter(report.seconds)
     table(
         f"Cache {config.precompute.cache}",
         [
@@ -99,10 +85,16 @@ def _show_report(report: "Report", config: "Config") -> None:
             ("captions cut short", len(report.truncated)),
             ("written", bytes_text(report.written_bytes)),
             ("clips per second", f"{report.clips_per_second:.2f}"),
-            ("seconds decoding", f"{seconds.get('decode', '0.0')} ({waited['decode']})"),
-            ("seconds encoding", f"{video} video, {text} text"),
-            ("seconds writing", f"{seconds.get('write', '0.0')} ({waited['write']})"),
-            ("seconds in total", seconds.get("total", "0.0")),
+            ("seconds encoding", f"{seconds['encode_latents']:.1f} video, {seconds['encode_prompts']:.1f} text"),
+            *(
+                (
+                    f"seconds in {name}",
+                    f"{seconds[name]:.1f} (the encoder waited {seconds[f'wait_for_{name}']:.1f}, "
+                    f"{report.waited_share(name):.0%} of its time)",
+                )
+                for name in ("decode", "write")
+            ),
+            ("seconds in total", f"{seconds['total']:.1f}"),
         ],
     )
     _list(f"cut short {cut.source}, caption {cut.caption}: its last {cut.tokens} tokens" for cut in report.truncated)
@@ -116,8 +108,6 @@ def _show_report(report: "Report", config: "Config") -> None:
 
 def _count_by_kind(skipped: Iterable[tuple[str, str]]) -> list[tuple[str, int]]:
     """Count the skipped clips per kind of reason, the part before its first colon."""
-    from collections import Counter
-
     return sorted(Counter(f"skipped: {reason.partition(':')[0]}" for _, reason in skipped).items())
 
 
@@ -136,8 +126,6 @@ def show_plan(config: "Config") -> dict[str, Any]:
 
     Raise `DataError` if every clip is skipped.
     """
-    from collections import Counter
-
     from shared.console import bytes_text, say, table
     from shared.errors import DataError
 

@@ -1,4 +1,4 @@
-"""`precog sample | decode`. Everything heavy is imported inside the command."""
+"""Commands `precog sample` and `precog decode`; heavy imports sit inside the commands."""
 
 import typer
 

@@ -10,6 +10,8 @@ from shared.errors import Preempted
 from shared.launcher import rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+AGAIN_SECONDS = 3.0
+"""An exception in a destructor or a callback is lost, so a stop is raised again until the work has been left."""
 
 
 @contextmanager
@@ -20,14 +22,15 @@ def raise_on_signal(what_is_safe: str) -> Iterator[None]:
     """
     received = False
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
+    def stop(number: int, _frame: FrameType | None) -> None:
         nonlocal received
-        if received:
+        if received and number != signal.SIGALRM:
             os._exit(Preempted.exit_code)
         received = True
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
         raise KeyboardInterrupt  # libraries catch Exception, and seldom this
 
-    previous = {number: signal.signal(number, stop) for number in SIGNALS}
+    previous = {number: signal.signal(number, stop) for number in (*SIGNALS, signal.SIGALRM)}
     try:
         yield
     except BaseException:
@@ -35,6 +38,7 @@ def raise_on_signal(what_is_safe: str) -> Iterator[None]:
             raise _preempted(what_is_safe) from None
         raise
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         _restore(previous)
 
 

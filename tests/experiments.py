@@ -1,4 +1,4 @@
-"""A whole experiment in a folder: two bar-coded clips with captions, a tiny pipeline of any variant, and its config."""
+"""An experiment in a folder: two bar-coded clips with captions, a tiny pipeline of any variant, and its config."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from tests.tiny import save_pipeline
 
 CAPTIONS = ("a grey rabbit yawns", "a white bird glides")
 FRAMES, HEIGHT, WIDTH = 9, 64, 96
-"""What the tiny learned position table covers."""
+"""The size of the tiny learned position table."""
 
 
 def write_experiment(variant: str, folder: Path, **train: object) -> Config:
-    """Clips in `clips/`, the pipeline in `model/`, nothing precomputed; `train` are fields of [train]."""
+    """Write clips and pipeline into `folder`, without a cache; `train` are fields of [train]."""
     clips = folder / "clips"
     if not clips.exists():
         clips.mkdir(parents=True)
@@ -41,5 +41,5 @@ def write_experiment(variant: str, folder: Path, **train: object) -> Config:
 
 
 def fill_cache(config: Config) -> None:
-    """Stage 1, as `precog precompute` runs it."""
+    """Run stage 1."""
     precompute(config)

@@ -21,18 +21,6 @@ def decoders(parent: int | None = None) -> list[psutil.Process]:
     return sorted(found, key=lambda child: child.pid)
 
 
-def readers(path: Path, parent: int | None = None) -> list[psutil.Process]:
-    """Return the decoding processes that have a file open."""
-    found = []
-    for child in decoders(parent):
-        try:
-            if any(entry.path == str(path) for entry in child.open_files()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
-
-
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait until the condition is true; fail after `seconds`."""
     deadline = time.monotonic() + seconds

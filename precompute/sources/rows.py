@@ -10,6 +10,7 @@ Tables may have `start_seconds` and `end_seconds`. In all but CSV a caption may 
 blank line or an empty text file is not. Rows count from 1: a CSV's header is row 1, a JSONL's row is its line.
 """
 
+import math
 import re
 import reprlib
 from collections.abc import Iterator
@@ -170,14 +171,13 @@ def _read_caption(root: Path, name: str) -> str:
 
 def _check_row(row: Row, root: Path, id_token: str) -> Source:
     """Return the checked row; raise `DataError` with the reason, without the row."""
-    name = _check_text(row.video, "the video's path")
+    name = _check_text(row.video, "the video's path").strip()
     path = resolve_inside(root, name)
     entries = row.caption if isinstance(row.caption, list) else [row.caption]
     if not entries:
         raise DataError("the list of captions is empty")
     captions = tuple(_check_caption(entry, id_token) for entry in entries)
-    start = None if row.start_seconds is None else _check_number(row.start_seconds, "start_seconds")
-    end = None if row.end_seconds is None else _check_number(row.end_seconds, "end_seconds")
+    start, end = _check_number(row.start_seconds, "start_seconds"), _check_number(row.end_seconds, "end_seconds")
     if start is not None and start < 0:
         raise DataError(f"start_seconds is {start:g}; it counts from the video's first frame")
     if end is not None and end <= (start or 0):
@@ -186,14 +186,14 @@ def _check_row(row: Row, root: Path, id_token: str) -> Source:
 
 
 def _check_caption(entry: object, id_token: str) -> Caption:
-    weight = 1.0
+    weight: float | None = None
     if isinstance(entry, dict):
         unknown = [name for name in entry if name not in ("text", "weight")]
         if unknown:
             raise DataError(f"a caption has a field '{escaped(str(unknown[0]))}'; expected 'text' and 'weight'")
-        if entry.get("weight") is not None:
-            weight = _check_number(entry["weight"], "a caption's weight")
+        weight = _check_number(entry.get("weight"), "a caption's weight")
         entry = entry.get("text")
+    weight = 1.0 if weight is None else weight
     if weight <= 0:
         raise DataError(f"a caption's weight is {weight:g}; it must be above 0")
     text = _check_text(entry, "the caption").strip()
@@ -214,9 +214,18 @@ def _check_text(value: object, name: str) -> str:
     return value
 
 
-def _check_number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{name} is {escaped(reprlib.repr(value))}, not a number")
-    if not -1e300 < value < 1e300:  # also False for NaN
+def _check_number(value: object, name: str) -> float | None:
+    """Return a number or the number in a text; None for None and for an empty field of a CSV file."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError
+        number = float(value)
+    except ValueError:
+        raise DataError(f"{name} is {escaped(reprlib.repr(value))}, not a number") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise DataError(f"{name} is not a finite number")
-    return float(value)
+    return number

@@ -1,7 +1,6 @@
 """Tables of sources: CSV, JSONL, parquet and `datasets.load_dataset`, read into unchecked rows."""
 
 import csv
-import difflib
 import importlib.util
 import io
 import json
@@ -59,22 +58,12 @@ def csv_rows(table: Path, data: Data) -> Iterator[Row | RowError]:
             elif fields and len(fields) != len(header):
                 yield RowError(where, f"expected {len(header)} fields as in the header, got {len(fields)}")
             elif fields:
-                row: dict[str, object] = dict(zip(header, fields, strict=True))
-                row[data.video_column] = str(row[data.video_column]).strip()
-                seconds = {name: _csv_number(str(row.get(name, ""))) for name in ("start_seconds", "end_seconds")}
-                yield _row({**row, **seconds}, data, f"{file} row {number}")
+                yield _row(dict(zip(header, fields, strict=True)), data, f"{file} row {number}")
     except csv.Error as error:
         reason = "a quote is opened and never closed" if "unexpected end" in str(error) else escaped(str(error))
         raise RowError(f"{file} row {number + 1} (line {line})", reason) from None
     if not header:
         raise DataError(f"{file} is empty; its first line must name the columns")
-
-
-def _csv_number(field: str) -> object:
-    try:
-        return float(field) if field.strip() else None
-    except ValueError:
-        return field
 
 
 def jsonl_rows(table: Path, data: Data) -> Iterator[Row | RowError]:
@@ -167,8 +156,7 @@ def _choose_columns(names: Sequence[str], data: Data, table: str) -> list[str]:
     """Return the columns of `names` to read; raise `DataError` where a needed one is missing or ambiguous."""
     for needed in (data.caption_column, data.video_column):
         if needed not in names:
-            nearest = sorted(names, key=lambda name: -difflib.SequenceMatcher(None, needed, name).ratio())
-            raise DataError(f"{table} has no column '{escaped(needed)}'; there are {listed(nearest)}")
+            raise DataError(f"{table} has no column '{escaped(needed)}'; there are {listed(names)}")
     chosen = {data.caption_column, data.video_column, "start_seconds", "end_seconds"}
     for name in chosen:
         if names.count(name) > 1:

@@ -2,13 +2,13 @@
 
 The process imports numpy and PyAV but never torch. A request is one JSON line on a socket. The answer is one JSON line,
 and for frames and time stamps the descriptor of a memory file with the raw bytes. The kernel frees that file with its
-last holder, so a process killed at any point leaves nothing behind.
+last holder, so a process killed at any point leaves nothing behind. It also kills the process with its parent.
 """
 
 import contextlib
+import ctypes
 import gc
 import json
-import math
 import mmap
 import os
 import resource
@@ -32,8 +32,7 @@ from precompute.video.probe import Probe, Probed, VideoError, parse_probe, probe
 START_SECONDS = 120.0
 EXIT_SECONDS = 1.0
 KILL_SECONDS = 10.0
-ORPHAN_SECONDS = 1
-"""After the deadline the parent kills first; should the parent be gone, the kernel does so this much later."""
+PR_SET_PDEATHSIG = 1
 ANSWER_BYTES = 2**20
 GIB = 2**30
 
@@ -69,7 +68,7 @@ class Child:
         command = [sys.executable, "-P", "-m", "precompute.video.child"]
         with other_end:
             self._process = subprocess.Popen(
-                [*command, str(other_end.fileno()), str(memory_gib), str(deadline_seconds)],
+                [*command, str(other_end.fileno()), str(memory_gib)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
@@ -137,16 +136,17 @@ class Child:
             self._process.wait(KILL_SECONDS)
 
 
-def serve(connection: socket.socket, memory_gib: float, deadline_seconds: float) -> None:
+def serve(connection: socket.socket, memory_gib: float) -> None:
     """Answer requests until the parent closes the connection or the memory is used up."""
     import av  # noqa: F401  (mapped before the limit is set)
 
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _limit_memory(memory_gib)
     gc.freeze()
     connection.sendall(b"{}\n")
     too_little = f"needs more than {memory_gib:g} GiB"
     for line in connection.makefile("rb"):
-        signal.alarm(math.ceil(deadline_seconds) + ORPHAN_SECONDS)
         content = None
         try:
             answer, content = _answer(json.loads(line))
@@ -159,7 +159,6 @@ def serve(connection: socket.socket, memory_gib: float, deadline_seconds: float)
         _send(connection, {**answer, "leaves": leaves}, content)
         del content
         gc.collect()  # PyAV's decoders lie in reference cycles, each with its frames
-        signal.alarm(0)
         if leaves:  # a later job must not fail for this one's memory
             return
 
@@ -216,4 +215,4 @@ def _is_nearly_used_up(memory_gib: float) -> bool:
 
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[1])) as parent, contextlib.suppress(OSError):  # the parent may be gone
-        serve(parent, float(sys.argv[2]), float(sys.argv[3]))
+        serve(parent, float(sys.argv[2]))

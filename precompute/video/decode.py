@@ -41,13 +41,10 @@ DECORD_CODECS = ("h264", "hevc", "mpeg4")
 DECORD_CONTAINERS = (*INDEXED, "avi")
 DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuv444p")
 """decord rounds the colors of other formats differently (up to 71 of 255 on 10-bit, 27 on interlaced chroma)."""
+NOT_EXACT = "decord is not exact here"
 
 Decoder = Literal["pyav", "decord"]
 Requested = Literal["auto", "pyav", "decord"]
-
-
-class _Unproven(Exception):
-    """decord disagrees with the probe; PyAV decodes instead."""
 
 
 def choose_decoder(probe: Probe, requested: Requested) -> Decoder:
@@ -55,9 +52,16 @@ def choose_decoder(probe: Probe, requested: Requested) -> Decoder:
 
     Raise `VideoError` where decord is requested and not exact. PyAV is also faster: decord converts every frame.
     """
-    reason = _reason_against_decord(probe)
+    proven = {
+        f"codec {probe.codec}": probe.codec in DECORD_CODECS,
+        f"container {probe.container}": probe.container in DECORD_CONTAINERS,
+        f"pixel format {probe.pixel_format}": probe.pixel_format in DECORD_PIXELS,
+        f"rotation {probe.rotation}": probe.rotation == 0,
+        "decord is not installed": importlib.util.find_spec("decord") is not None,
+    }
+    reason = next((name for name, exact in proven.items() if not exact), None)
     if requested == "decord" and reason:
-        raise VideoError(f"decord is not exact here: {reason}")
+        raise VideoError(f"{NOT_EXACT}: {reason}")
     return "decord" if requested == "decord" or (requested == "auto" and probe.intact and not reason) else "pyav"
 
 
@@ -81,9 +85,9 @@ def decode(
                     pass
             try:
                 return _decode_with_decord(file, path, probe, indices, times), "decord"
-            except _Unproven as error:
+            except VideoError:  # PyAV decodes where decord disagrees with the probe
                 if decoder == "decord":
-                    raise VideoError(f"decord is not exact here: {error}") from error
+                    raise
         return _decode_with_pyav(file, probe, indices, times), "pyav"
 
 
@@ -91,20 +95,19 @@ def _decode_with_pyav(file: FileIO, probe: Probe, indices: Sequence[int], times:
     if probe.one_to_one and indices[0] > 0:
         try:
             with reading():
-                return _pictures(_from_a_keyframe(file, probe, times), probe, indices)
+                return _collect(_from_a_keyframe(file, probe, times), probe, indices)
         except VideoError as error:
             if not error.permanent:
                 raise
             # decoding from the start may succeed, or gives the reason
-    return _pictures(_from_the_start(file, probe, times), probe, indices)
+    return _collect(_from_the_start(file, probe, times), probe, indices)
 
 
-def _pictures(frames: Iterable[tuple[int, "VideoFrame"]], probe: Probe, indices: Sequence[int]) -> np.ndarray:
-    """Collect the numbered `frames` of `indices`, repeated as there, to uint8 [F, H, W, 3]."""
+def _collect(pictures: Iterable[tuple[int, np.ndarray]], probe: Probe, indices: Sequence[int]) -> np.ndarray:
+    """Return the numbered pictures of `indices`, repeated as there: uint8 [F, H, W, 3]."""
     out = np.empty((len(indices), probe.height, probe.width, 3), np.uint8)
     row = 0
-    for number, frame in frames:
-        picture = _picture(frame, probe, number)
+    for number, picture in pictures:
         while row < len(indices) and number == indices[row]:
             out[row] = picture
             row += 1
@@ -112,8 +115,8 @@ def _pictures(frames: Iterable[tuple[int, "VideoFrame"]], probe: Probe, indices:
     return out
 
 
-def _from_the_start(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, "VideoFrame"]]:
-    """Yield the frames numbered in `times`; raise `VideoError` at one with another time."""
+def _from_the_start(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the pictures numbered in `times`; raise `VideoError` at one with another time."""
     decoded, last = 0, max(times)
     with demuxer(file) as (container, stream):
         for number, frame in enumerate(displayed(container, stream)):
@@ -122,14 +125,14 @@ def _from_the_start(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Ite
                 continue
             if container.format.name != "avi" and _time(frame, probe, stream) != times[number]:
                 raise VideoError(f"unreliable time stamps: frame {number} comes at another time than its packet says")
-            yield number, frame
+            yield number, _picture(frame, probe, number)
             if number == last:
                 return
     raise VideoError(f"truncated: decoded {decoded} of {probe.num_frames} frames")
 
 
-def _from_a_keyframe(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, "VideoFrame"]]:
-    """Yield the same frames of a `one_to_one` file, decoding from a keyframe at or before the first of them.
+def _from_a_keyframe(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the same pictures of a `one_to_one` file, decoding from a keyframe at or before the first of them.
 
     Raise `VideoError` where the packet found there does not start a new sequence, or a frame has another time.
     """
@@ -149,7 +152,7 @@ def _from_a_keyframe(file: FileIO, probe: Probe, times: Mapping[int, int]) -> It
                     continue
                 if now > time:
                     raise VideoError(f"unreliable time stamps: frame {number} is not where its packet says")
-                yield number, frame
+                yield number, _picture(frame, probe, number)
                 if number == last:
                     return
                 number, time = next(waiting)
@@ -215,32 +218,19 @@ def _decode_with_decord(
     try:
         reader = decord.VideoReader(str(same_file if same_file.exists() else path), ctx=decord.cpu(0), num_threads=1)
         if len(reader) != probe.num_frames:
-            raise _Unproven(f"it counts {len(reader)} frames, PyAV {probe.num_frames}")
+            raise VideoError(f"{NOT_EXACT}: it counts {len(reader)} frames, PyAV {probe.num_frames}")
         starts = reader.get_frame_timestamp(range(len(reader)))[:, 0] * 1e6
         if any(abs(starts[number] - starts[0] - time) > 1000 for number, time in times.items()):
-            raise _Unproven("its frame times differ from PyAV's")
-        out = np.empty((len(indices), probe.height, probe.width, 3), np.uint8)
-        row = 0
-        for number in range(indices[-1] + 1):
-            frame = reader.next()
-            if frame.shape != out.shape[1:]:
-                raise _Unproven(f"its frame {number} has the shape {frame.shape}")
-            while row < len(indices) and number == indices[row]:
-                out[row] = frame.asnumpy()
-                row += 1
+            raise VideoError(f"{NOT_EXACT}: its frame times differ from PyAV's")
+        return _collect(_decord_pictures(reader, probe, times), probe, indices)
     except (decord.DECORDError, RuntimeError, StopIteration) as error:
-        raise _Unproven(str(error).partition("\n")[0]) from error
-    return out
+        raise VideoError(f"{NOT_EXACT}: {str(error).partition(chr(10))[0]}") from error
 
 
-def _reason_against_decord(probe: Probe) -> str | None:
-    """Return the reason why decord is not proven exact for this file, or None."""
-    for name, value, proven in (
-        ("codec", probe.codec, DECORD_CODECS),
-        ("container", probe.container, DECORD_CONTAINERS),
-        ("pixel format", probe.pixel_format, DECORD_PIXELS),
-        ("rotation", probe.rotation, (0,)),
-    ):
-        if value not in proven:
-            return f"{name} {value}"
-    return None if importlib.util.find_spec("decord") else "decord is not installed"
+def _decord_pictures(reader: Any, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    for number in range(max(times) + 1):
+        frame = reader.next()
+        if frame.shape != (probe.height, probe.width, 3):
+            raise VideoError(f"{NOT_EXACT}: its frame {number} has the shape {frame.shape}")
+        if number in times:
+            yield number, frame.asnumpy()

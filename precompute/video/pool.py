@@ -89,9 +89,11 @@ class DecodePool:
             reusable = not child.leaves
             return outcome
         except TimeoutError:
-            return self._timed_out() if child.ready else Skipped("its decoder does not start", permanent=False)
+            if not child.ready:
+                return Skipped("its decoder does not start", permanent=False)
+            return Skipped(f"timed out after {self._deadline_seconds:g} s")
         except OSError:
-            return self._cause_of_death(child)
+            return _cause_of_death(child)
         finally:
             with self._lock:
                 self._busy_seconds += time.perf_counter() - started
@@ -116,19 +118,15 @@ class DecodePool:
             self._children.add(child)
             return child
 
-    def _timed_out(self) -> Skipped:
-        return Skipped(f"timed out after {self._deadline_seconds:g} s")
 
-    def _cause_of_death(self, child: Child) -> Skipped:
-        """Return the outcome of a job whose process died; raise `RuntimeError` if it exited before its first job."""
-        exit_code = child.exit_code()
-        if exit_code is None or exit_code >= 0:
-            if not child.ready:
-                raise RuntimeError(f"a decode process does not start (exit code {exit_code})")
-            return Skipped(f"decoder died (exit code {exit_code})")
-        killer = signal.Signals(-exit_code)
-        if killer == signal.SIGALRM:
-            return self._timed_out()
-        if killer in CRASHES:
-            return Skipped(f"decoder died ({killer.name})")
-        return Skipped(f"its decoder was killed ({killer.name})", permanent=False)
+def _cause_of_death(child: Child) -> Skipped:
+    """Return the outcome of a job whose process died; raise `RuntimeError` if it exited before its first job."""
+    exit_code = child.exit_code()
+    if exit_code is None or exit_code >= 0:
+        if not child.ready:
+            raise RuntimeError(f"a decode process does not start (exit code {exit_code})")
+        return Skipped(f"decoder died (exit code {exit_code})")
+    killer = signal.Signals(-exit_code)
+    if killer in CRASHES:
+        return Skipped(f"decoder died ({killer.name})")
+    return Skipped(f"its decoder was killed ({killer.name})", permanent=False)

@@ -119,7 +119,7 @@ sys.addaudithook(_notice)
 
 
 def crashed(log: Log, count: int, lost: set[int], damages: dict[str, int], before: State = EMPTY) -> State:
-    """The first `count` effects on top of `before`, without those `lost`, new files' bytes as `damages` says."""
+    """Return the state after `count` effects on top of `before`, without those `lost`, with new files damaged."""
     folders, files = set(before.folders), dict(before.files)
     for number, effect in enumerate(log.effects[:count]):
         if number in lost or not effect.folders <= folders:

@@ -85,7 +85,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The states are computed, so a real fsync would only cost time."""
+    """Skip real fsyncs: the states are computed."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from precog import app
 from shared.config import save_config
 from tests.corpus import config_for, write_corpus
-from tests.processes import decoders, fork_command, readers, wait_until
+from tests.processes import decoders, fork_command, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ def command(*arguments: str, code: int = 0) -> Result:
     return result
 
 
-def test_plan_and_precompute_print_json_of_the_same_shape_and_name_skips(config: str, tmp_path: Path) -> None:
+def test_plan_and_precompute_print_the_same_json_and_name_skips(config: str, tmp_path: Path) -> None:
     (tmp_path / "clips" / "000.mp4").write_bytes(b"no video either")
     plan = command("plan", config, "--json")
     assert not (tmp_path / "cache").exists()
@@ -78,7 +78,7 @@ def test_captions_that_are_cut_short_are_listed_each_once(config: str, tmp_path:
     assert re.search(r"captions cut short +2\n", result.stderr)
 
 
-def test_skipped_clips_are_tried_again_when_asked_and_that_is_said_once(config: str) -> None:
+def test_skipped_clips_are_retried_when_asked_and_the_hint_says_so(config: str) -> None:
     hint = "precompute.retry_skipped=true tries the skipped clips again."
     nothing = "Nothing was encoded: everything but the skipped clips is stored already."
     first, second, retried = (
@@ -161,20 +161,18 @@ def test_a_typo_is_refused_before_torch_is_imported(config: str) -> None:
 @pytest.mark.parametrize("phase", ["probing", "decoding", "encoding"])
 def test_a_signal_ends_the_command_with_75_one_line_and_no_process(phase: str, pipeline: Path, tmp_path: Path) -> None:
     root, cache = write_corpus(tmp_path / "clips", 12), tmp_path / "cache"
-    if phase == "probing":  # a sparse file whose hash takes minutes
-        os.truncate(root / "003.mp4", 2**38)
     save_config(config_for(pipeline, root, cache, clips_per_shard=2), tmp_path / "config.toml")
     child = fork_command(["precompute", str(tmp_path / "config.toml")], tmp_path / "errors")
     try:
         if phase == "probing":
-            wait_until(lambda: readers(root / "003.mp4", child))
-        elif phase == "decoding":  # a decoder that stops answers no more
+            wait_until(lambda: decoders(child))
+        elif phase == "decoding":
             wait_until(lambda: [path for path in cache.glob("prompts/*/*") if path.name != "recipe.json"])
-            [decoder] = decoders(child)
-            decoder.suspend()
-            time.sleep(0.5)
         else:
             wait_until(lambda: any(cache.glob("latents/*/*/*.json")))
+        if phase != "encoding":  # a decoder that hangs
+            decoders(child)[0].suspend()
+            time.sleep(0.5)
         children = psutil.Process(child).children(recursive=True)
         sent = time.monotonic()
         os.kill(child, signal.SIGTERM if phase == "decoding" else signal.SIGINT)

@@ -51,7 +51,7 @@ def test_time_stamps_are_dropped_once_windows_are_cut(stage: Stage) -> None:
     assert kept < 12 * 4096, "12 files have 0.8 MB of time stamps"
 
 
-def test_clips_come_in_the_order_of_their_sources_whatever_becomes_of_each(stage: Stage) -> None:
+def test_clips_come_in_the_order_of_their_sources(stage: Stage) -> None:
     names = ["003.mp4", "001.mp4", "003.mp4", "000.mp4", "002.mp4", "001.mp4"]
     root = stage.config.data.instance_data_root
     (root / "videos.txt").write_text("\n".join(names), "utf-8")

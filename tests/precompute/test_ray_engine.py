@@ -78,7 +78,7 @@ ray_engine.precompute_with_ray(Table(precompute=Table(decode_workers=1)))
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A cluster of two slots on the loopback."""
+    """Start a cluster of two slots on the loopback."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when Ray is imported
     import ray
 

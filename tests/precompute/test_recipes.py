@@ -57,7 +57,7 @@ def leaves(value: Json, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def changed(value: Any, path: tuple[Any, ...]) -> Any:
-    """The recipe with one value changed, its type kept where that can be."""
+    """Return the recipe with one value changed."""
     if not path:
         return [value, "changed"] if isinstance(value, dict | list | tuple | None) else f"{value} changed"
     if isinstance(value, dict):

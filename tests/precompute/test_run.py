@@ -40,7 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, corpus: Path) -> Path:
-    """A cache that holds the whole corpus."""
+    """Fill a cache with the whole corpus."""
     folder = tmp_path_factory.mktemp("run") / "cache"
     report = run(config_for(pipeline, corpus, folder, clips_per_shard=20, vae_batch_size=10))
     assert counts(report) == (CLIPS, 0, CLIPS + 2, 0)
@@ -49,7 +49,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, corpus: Path
 
 @pytest.fixture
 def small(tmp_path: Path, pipeline: Path) -> Small:
-    """Five clips and a cache that holds them."""
+    """Fill a cache with five clips."""
     root, cache = write_corpus(tmp_path / "clips", 5), tmp_path / "cache"
     run(config_for(pipeline, root, cache))
     return root, cache

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from shared import signals
 from shared.errors import Preempted
 from shared.signals import SIGNALS, StopSignal, raise_on_signal
 
@@ -35,6 +36,21 @@ def test_other_exceptions_pass_and_those_of_a_signal_do_not() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         except KeyboardInterrupt as error:  # libraries convert what their imports raise
             raise RuntimeError("import failed") from error
+
+
+def test_a_stop_that_was_lost_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(Preempted), raise_on_signal("all is stored"):
+        for attempt in range(3):
+            try:
+                if attempt == 0:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(2)
+            except KeyboardInterrupt:  # as in a destructor
+                if attempt == 2:
+                    raise
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == before
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -23,13 +23,13 @@ from tests.tiny import TEXT_LENGTH, TEXT_WIDTH, build_scheduler, scheduler_confi
 from train.data.dataset import Dataset
 from train.objective import NoiseSchedule, add_noise, clip_loss, read_schedule, schedule_from, velocity
 
-TIMESTEPS = range(1000)
+TIMESTEPS = [*range(0, 999, 9), 999]
 BUCKET = Bucket(9, 64, 96)
 SCHEDULERS = {"DDIM, snr_shift 3 (2B)": "2b", "DPM, snr_shift 1 (5B)": "5b"}
 logger = logging.getLogger(__name__)
 
 
-@pytest.fixture(params=SCHEDULERS.values(), ids=SCHEDULERS.keys())
+@pytest.fixture(params=list(SCHEDULERS.values()), ids=list(SCHEDULERS))
 def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -41,7 +41,8 @@ def abar_by_hand(config: dict[str, Any]) -> Tensor:
     abar = abar / (config["snr_shift_scale"] + (1 - config["snr_shift_scale"]) * abar)
     root = abar.sqrt()
     first, last = root[0].clone(), root[-1].clone()
-    return ((root - last) * first / (first - last)).square()
+    result: Tensor = ((root - last) * first / (first - last)).square()
+    return result
 
 
 def test_schedule_is_the_checkpoints_own(variant: str) -> None:
@@ -55,7 +56,7 @@ def test_schedule_is_the_checkpoints_own(variant: str) -> None:
     assert schedule.signal[-1] == 0 and schedule.noise[-1] == 1, "the last step is pure noise"
 
 
-def test_noisy_latents_and_velocity_equal_the_schedulers_own_in_float64(variant: str) -> None:
+def test_noise_and_velocity_equal_the_schedulers_in_float64(variant: str) -> None:
     scheduler = build_scheduler(variant)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     abar = scheduler.alphas_cumprod
@@ -89,7 +90,7 @@ def test_weighted_x0_loss_is_the_velocity_loss(variant: str) -> None:
     assert torch.equal(velocity(latents, noise, last, schedule), -latents), "at abar = 0 the target is -x0, weight 1"
 
 
-def test_loss_is_the_mean_square_in_fp32_whatever_the_prediction() -> None:
+def test_loss_is_the_mean_square_in_fp32() -> None:
     target = seeding.normal((3, 16, 4, 4), "target")
     prediction = (target + 0.25).bfloat16()
     expected = (prediction.double() - target.double()).square().mean()
@@ -100,11 +101,11 @@ def test_loss_is_the_mean_square_in_fp32_whatever_the_prediction() -> None:
 
 
 def test_scheduler_of_another_family_is_refused() -> None:
-    with pytest.raises(UsageError, match="expected a CogVideoX DDIM or DPM scheduler"):
+    with pytest.raises(UsageError, match="expected _class_name CogVideoXDDIMScheduler or"):
         read_schedule(scheduler_config("2b") | {"_class_name": "FlowMatchEulerDiscreteScheduler"})
 
 
-def test_perfect_network_has_no_loss_at_any_timestep_in_bf16(variant: str, tmp_path: Path) -> None:
+def test_a_perfect_network_has_no_loss_in_bf16(variant: str, tmp_path: Path) -> None:
     """From a bf16 cache through our data set and its cast to bf16, a network that answers the true velocity in bf16
     is left with the rounding of its own answer; the usual bf16 arithmetic shows it as much as 0.03."""
     dataset, moments, conventions = bf16_dataset(variant, tmp_path)

@@ -127,7 +127,7 @@ def test_an_epoch_fetches_each_shard_once_and_not_one_per_clip(
     assert downloads.total() > 1.5 * len(holding)
 
 
-def test_copies_with_room_for_five_shards_mix_three_and_fetch_each_once(
+def test_room_for_five_shards_mixes_three_and_fetches_each_once(
     local: Config, url: str, tmp_path: Path, downloads: Counter[str]
 ) -> None:
     config = changed(local, tmp_path / "run", url, 5, max_train_steps=NUM_CLIPS)

@@ -94,7 +94,7 @@ def test_a_late_window_costs_no_more_than_an_early_one(codec: str, frames: int, 
 
 
 @pytest.mark.parametrize("file", ["h264.mp4", "hevc_open_gop.mp4", "vp9.mp4", "av1.mp4"])
-def test_a_container_that_calls_every_picture_a_keyframe_is_not_believed(file: str, folder: Path) -> None:
+def test_false_keyframes_of_a_container_are_not_decoded_from(file: str, folder: Path) -> None:
     source = media.clip(folder, file, codec="libvpx-vp9") if file == "vp9.mp4" else media.write_case(folder, file)
     data = source.read_bytes()
     assert data.count(b"stss") == 1
@@ -113,7 +113,7 @@ def test_a_picture_that_is_refreshed_bit_by_bit_is_no_place_to_begin(folder: Pat
     assert watch.from_the_start >= 48
 
 
-def test_damage_before_a_window_does_not_matter_and_damage_within_does(folder: Path, tmp_path: Path) -> None:
+def test_damage_matters_within_a_window_and_not_before_it(folder: Path, tmp_path: Path) -> None:
     source = media.clip(folder, "h264.mp4")
     whole = media.decode_probed(source, probe(source), range(30))[0]
     with av.open(str(source)) as reader:

@@ -1,5 +1,6 @@
 """Processes that hang, crash, starve or are killed cost one clip; good clips come in order and nothing is left over."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -7,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from precompute.video.pool import DecodePool
 from precompute.video.probe import Probed, probe
 from shared.signals import SIGNALS
 from tests import media
-from tests.processes import decoders, readers, wait_until
+from tests.processes import decoders, wait_until
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,15 +37,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Probed]:
 @pytest.fixture(scope="module")
 def good(clip: tuple[Path, Probed]) -> DecodeJob:
     return job_for(clip[0], (0, 9, 17))
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sparse file whose hash takes minutes."""
-    path = tmp_path_factory.mktemp("endless") / "endless.mp4"
-    with path.open("wb") as file:
-        file.truncate(2**38)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +55,17 @@ def reasons(outcomes: list[Decoded | Skipped]) -> list[str]:
     return [outcome.decoder if isinstance(outcome, Decoded) else outcome.reason for outcome in outcomes]
 
 
-def probe_while_killed(pool: DecodePool, endless: Path, number: signal.Signals, times: int) -> list[Probed | Skipped]:
-    """Probe the endless file; `times` processes that read it get the signal."""
-    killed: list[int] = []
+def suspend(pool: DecodePool, good: DecodeJob) -> list[psutil.Process]:
+    """Start the processes of a pool and suspend them, as a decoder that hangs; no job can end before its deadline."""
+    list(pool.decode_all([good] * 4))
+    for child in decoders():
+        child.suspend()
+    return decoders()
 
-    def kill() -> None:
-        for _ in range(times):
-            wait_until(lambda: any(child.pid not in killed for child in readers(endless)))
-            killed.append(next(child.pid for child in readers(endless) if child.pid not in killed))
-            os.kill(killed[-1], number)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    outcomes = list(pool.probe_all([endless]))
-    killer.join()
-    return outcomes
+def later(action: Callable[[], object]) -> None:
+    """Call the action when a job that starts now has reached its process."""
+    threading.Timer(0.5, action).start()
 
 
 def test_outcomes_come_in_order_and_equal_decoding_here(shared_pool: DecodePool, clip: tuple[Path, Probed]) -> None:
@@ -109,23 +98,36 @@ def test_a_name_that_is_not_utf_8_reaches_the_process(shared_pool: DecodePool, c
     assert isinstance(outcome, Probed) and outcome.timestamps_us == clip[1].timestamps_us
 
 
-def test_a_job_that_never_ends_ends_at_its_deadline(shared_pool: DecodePool, endless: Path, good: DecodeJob) -> None:
+def test_a_job_that_never_ends_ends_at_its_deadline(shared_pool: DecodePool, good: DecodeJob) -> None:
+    suspend(shared_pool, good)
     begin, busy = time.monotonic(), shared_pool.busy_seconds()
-    assert list(shared_pool.probe_all([endless])) == [Skipped("timed out after 1.5 s")]
+    outcomes = list(shared_pool.decode_all([good, good]))
+    assert outcomes[0] == Skipped("timed out after 1.5 s") and isinstance(outcomes[1], Decoded)
     assert 1.5 <= time.monotonic() - begin < 20
     assert shared_pool.busy_seconds() - busy > 1.4, "killed work counts as work"
+
+
+def test_a_crash_is_the_fault_of_the_video(shared_pool: DecodePool, good: DecodeJob) -> None:
+    [child] = suspend(shared_pool, good)
+    child.send_signal(signal.SIGSEGV)
+    later(child.resume)
+    outcomes = list(shared_pool.decode_all([good, good]))
+    assert outcomes[0] == Skipped("decoder died (SIGSEGV)") and isinstance(outcomes[1], Decoded)
+
+
+def test_a_kill_from_outside_is_retried_once(shared_pool: DecodePool, good: DecodeJob) -> None:
+    [child] = suspend(shared_pool, good)
+    later(child.kill)
     assert reasons(list(shared_pool.decode_all([good]))) == ["pyav"]
+    [child] = suspend(shared_pool, good)
 
+    def kill_twice() -> None:
+        child.kill()
+        wait_until(lambda: decoders() not in ([], [child]))
+        decoders()[0].kill()
 
-def test_a_crash_is_the_fault_of_the_video(endless: Path) -> None:
-    with DecodePool(workers=1, deadline_seconds=60, memory_gib=1) as pool:
-        outcomes = probe_while_killed(pool, endless, signal.SIGSEGV, 1)
-    assert outcomes == [Skipped("decoder died (SIGSEGV)")]
-
-
-def test_a_kill_from_outside_is_retried_once_and_then_transient(endless: Path) -> None:
-    with DecodePool(workers=1, deadline_seconds=60, memory_gib=1) as pool:
-        outcomes = probe_while_killed(pool, endless, signal.SIGKILL, 2)
+    later(kill_twice)
+    outcomes = list(shared_pool.decode_all([good]))
     assert outcomes == [Skipped("its decoder was killed (SIGKILL)", permanent=False)]
 
 
@@ -143,7 +145,7 @@ def test_memory_is_limited(shared_pool: DecodePool, good: DecodeJob) -> None:
     assert reasons(outcomes) == ["pyav", "needs more than 0.5 GiB", "pyav"]
 
 
-def test_data_called_invalid_where_memory_ends_count_as_a_lack_of_memory(tmp_path: Path) -> None:
+def test_data_called_invalid_where_memory_ends_lack_memory(tmp_path: Path) -> None:
     job = job_for(media.write_clip(tmp_path / "large.mp4", frames=20, height=1088, width=1920), (0, 10))
     for memory_gib in (0.02, 0.04):
         with DecodePool(workers=1, deadline_seconds=30, memory_gib=memory_gib) as pool:
@@ -207,7 +209,7 @@ def test_a_slow_consumer_does_not_time_out_finished_work(shared_pool: DecodePool
     assert time.process_time() - before < 0.3, "waiting costs processor time"
 
 
-def test_leaving_the_pool_ends_its_processes_and_frees_their_frames(endless: Path, good: DecodeJob) -> None:
+def test_leaving_the_pool_ends_its_processes_and_frees_their_frames(good: DecodeJob) -> None:
     others = decoders()
 
     def mapped() -> int:
@@ -218,16 +220,26 @@ def test_leaving_the_pool_ends_its_processes_and_frees_their_frames(endless: Pat
     descriptors = psutil.Process().num_fds()
     with DecodePool(workers=2, deadline_seconds=30, memory_gib=1) as pool:
         outcomes = list(pool.decode_all([good, good]))
-        stuck = pool.probe_all([good.path, endless, endless, endless, endless])
-        next(stuck)
+        for child in decoders():
+            child.suspend()
+        stuck = threading.Thread(target=lambda: suppressed(pool, good))
+        stuck.start()
+        time.sleep(0.3)
         begin = time.monotonic()
     assert time.monotonic() - begin < 5, "work that nobody waits for is waited for"
-    assert decoders() == others
+    stuck.join(5)
+    assert not stuck.is_alive() and decoders() == others
     assert mapped() == 2
-    del outcomes, stuck
+    del outcomes
     gc.collect()
     assert mapped() == 0
     assert psutil.Process().num_fds() == descriptors
+
+
+def suppressed(pool: DecodePool, good: DecodeJob) -> None:
+    """Consume a stream that ends with the pool."""
+    with contextlib.suppress(RuntimeError, CancelledError):
+        list(pool.decode_all([good] * 6))
 
 
 PARENT = """
@@ -235,22 +247,21 @@ import os, signal, sys
 from pathlib import Path
 from precompute.video.pool import DecodePool
 from tests.processes import decoders
-with DecodePool(workers=2, deadline_seconds=0.9, memory_gib=1) as pool:
-    stuck = pool.probe_all([Path(sys.argv[1]), *[Path(sys.argv[2])] * 3])
-    next(stuck)
-    print(*[child.pid for child in decoders()], flush=True)
+with DecodePool(workers=1, deadline_seconds=100, memory_gib=1) as pool:
+    list(pool.probe_all([Path(sys.argv[1])]))
+    [child] = decoders()
+    child.suspend()
+    print(child.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_processes_do_not_outlive_a_killed_parent(endless: Path, good: DecodeJob) -> None:
-    command = [sys.executable, "-c", PARENT, str(good.path), str(endless)]
+def test_processes_do_not_outlive_a_killed_parent(good: DecodeJob) -> None:
+    command = [sys.executable, "-c", PARENT, str(good.path)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=False)
     assert done.returncode == -signal.SIGKILL
-    numbers = [int(number) for number in done.stdout.split()]
-    assert len(numbers) == 2
-    children = [psutil.Process(number) for number in numbers if psutil.pid_exists(number)]
-    assert psutil.wait_procs(children, timeout=10)[1] == []
+    children = [psutil.Process(number) for number in map(int, done.stdout.split()) if psutil.pid_exists(number)]
+    assert done.stdout and psutil.wait_procs(children, timeout=5)[1] == []
 
 
 def test_many_jobs_and_frames_do_not_fill_the_memory_of_a_process(tmp_path: Path, good: DecodeJob) -> None:

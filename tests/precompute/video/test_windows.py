@@ -85,7 +85,7 @@ def test_fps_picks_the_frame_displayed_at_each_output_time(source_fps: float, fp
 
 
 @pytest.mark.parametrize("unit_us", [1, 1000])
-@pytest.mark.parametrize("start_us", [0, 41_667, 83_000])
+@pytest.mark.parametrize("start_us", [0, 83_000])
 @pytest.mark.parametrize("fps", [8, 15, 23.976, 24, 25, 29.97, 30, 50, 59.94, 60])
 def test_the_sources_own_fps_gives_every_frame_once(fps: float, start_us: int, unit_us: int) -> None:
     windows = cut(steady(90, fps, start_us, unit_us), fps=fps, frame_buckets=[90], max_num_frames=200)
@@ -95,7 +95,7 @@ def test_the_sources_own_fps_gives_every_frame_once(fps: float, start_us: int, u
 
 
 @pytest.mark.parametrize("fps", [23.976, 24, 29.97, 30, 59.94, 60])
-def test_stamps_that_are_cut_to_whole_milliseconds_twice_still_give_every_frame_once(fps: float) -> None:
+def test_stamps_rounded_down_twice_still_give_every_frame_once(fps: float) -> None:
     """As a muxer that rounds down leaves them, and a second one with a clock of its own."""
     stamps = [(stamp + 2_400) // 1000 * 1000 for stamp in steady(90, fps, 400, 1)]
     stamps = [stamp // 1001 * 1001 for stamp in stamps]
@@ -119,13 +119,6 @@ def test_a_long_held_frame_is_repeated_and_a_burst_is_thinned() -> None:
 def test_fps_is_the_decimal_number_that_was_written() -> None:
     stamps = [k * 10_000_000 + STAMP_SLACK_US * (k > 0) for k in range(9)]
     assert cut(stamps, fps=0.1)[0].indices == tuple(range(9))
-
-
-def test_the_last_frame_is_displayed_for_one_median_interval() -> None:
-    assert len(cut(steady(8, 8), fps=16, frame_buckets=[16])[0].indices) == 16
-    assert reason(steady(8, 8), fps=16, frame_buckets=[17]) == (
-        "too short: 16 frames at 16 fps, the smallest bucket is 17"
-    )
 
 
 def displayed_frames(stamps: Sequence[int], first: int, stop: int, fps: float, end_us: int | None) -> list[int]:
@@ -232,25 +225,6 @@ def test_window_starts_fit_and_keep_apart_when_there_is_room(
         assert all(gap >= frames for gap in gaps)
 
 
-@pytest.mark.parametrize(
-    ("num_frames", "windows", "consecutive", "expected"),
-    [
-        (100, 1, False, [0]),
-        (100, 1, True, [0]),
-        (100, 3, False, [0, 45, 91]),
-        (100, 3, True, [0, 9, 18]),
-        (9, 5, False, [0]),
-        (13, 5, False, [0]),
-        (14, 5, False, [0, 5]),
-        (18, 2, False, [0, 9]),
-        (17, 5, True, [0]),
-        (18, 5, True, [0, 9]),
-    ],
-)
-def test_window_starts_table(num_frames: int, windows: int, consecutive: bool, expected: object) -> None:
-    assert window_starts(num_frames, 9, windows, consecutive) == expected
-
-
 def test_skipped_frames_come_off_both_ends_before_anything_else() -> None:
     [window] = cut(steady(20, 8), skip_frames_start=4, skip_frames_end=5, frame_buckets=[9, 11, 12])
     assert window.indices == tuple(range(4, 15))
@@ -273,7 +247,7 @@ def test_end_seconds_also_end_the_display_of_a_held_frame() -> None:
 
 
 @pytest.mark.parametrize("unit_us", [1, 1000])
-@pytest.mark.parametrize("frame", range(1, 30))
+@pytest.mark.parametrize("frame", range(1, 30, 3))
 def test_a_start_given_as_frame_over_fps_begins_with_that_frame(frame: int, unit_us: int) -> None:
     stamps = steady(60, 24, unit_us=unit_us)
     assert cut(stamps, start=frame / 24, frame_buckets=[9])[0].indices[0] == frame
@@ -328,23 +302,17 @@ def test_the_resolution_bucket_is_the_nearest_in_aspect_ratio() -> None:
     assert cut(steady(9, 8), 640, 960, height=96, width=64)[0].bucket == Bucket(9, 96, 64)
 
 
-def test_aspect_ratios_are_compared_by_their_quotient_and_the_larger_bucket_wins_a_tie() -> None:
+def test_the_larger_bucket_wins_a_tie_of_aspect_ratios() -> None:
     assert cut(steady(9, 8), 320, 320, resolution_buckets=[[80, 160], [304, 160]])[0].bucket == Bucket(9, 304, 160)
     for buckets in ([[64, 96], [128, 192]], [[128, 192], [64, 96]]):
         assert cut(steady(9, 8), 640, 960, resolution_buckets=buckets)[0].bucket == Bucket(9, 128, 192)
 
 
-def test_a_bucket_that_would_enlarge_the_source_too_much_is_not_in_the_running() -> None:
+def test_a_bucket_that_enlarges_the_source_too_much_is_not_chosen() -> None:
     buckets = [[480, 720], [240, 352]]
     assert cut(steady(9, 8), 200, 300, resolution_buckets=buckets)[0].bucket == Bucket(9, 240, 352)
     assert cut(steady(9, 8), 240, 360, resolution_buckets=buckets)[0].bucket == Bucket(9, 480, 720)
     assert reason(steady(9, 8), 100, 150, resolution_buckets=buckets) == "too few pixels: 100x150 for 240x352"
-
-
-def test_one_frame_is_a_clip_only_when_the_buckets_have_one() -> None:
-    assert cut([40], frame_buckets=[1, 9])[0] == Window((0,), (40,), Bucket(1, 64, 96), flip=False)
-    assert cut([40], frame_buckets=[1, 9], fps=8)[0].indices == (0,)
-    assert reason([40], frame_buckets=[9], fps=8).startswith("too short: 1 frame at 8 fps")
 
 
 def test_windows_inside_one_held_frame_are_stored_once() -> None:
@@ -358,36 +326,7 @@ def test_equal_time_stamps_are_legal() -> None:
     assert cut([0, 0, 0, 0], frame_buckets=[4])[0].indices == (0, 1, 2, 3)
 
 
-def test_hours_at_a_high_rate_cost_no_time() -> None:
-    stamps = steady(20_000, 60)
-    windows = cut([*stamps[:-1], 10**15], fps=1000, windows_per_clip=3, frame_buckets=[9])
-    assert windows[0].indices[0] == 0
-    assert windows[-1].indices[-1] == len(stamps) - 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"fps": 8},
-        {"skip_frames_start": 1},
-        {"skip_frames_end": 15},
-        {"max_num_frames": 16},
-        {"windows_per_clip": 2},
-        {"windows_per_clip": 2, "window_placement": "consecutive"},
-        {"frame_buckets": [9, 21]},
-        {"height": 48, "width": 96},
-        {"resolution_buckets": [[64, 96], [64, 80]]},
-        {"random_flip": True},
-    ],
-    ids=str,
-)
-def test_every_setting_changes_the_windows(change: dict[str, Any]) -> None:
-    stamps = steady(30, 24)
-    others = [{"windows_per_clip": 2}] if "window_placement" in change else [{}]
-    assert all(cut(stamps, 64, 80, **change) != cut(stamps, 64, 80, **other) for other in others)
-
-
-def test_buckets_with_a_big_first_chunk_are_named_once_with_their_figure() -> None:
+def test_buckets_with_a_big_first_chunk_are_named_once() -> None:
     lines = bucket_warnings(make_data(frame_buckets=[1, 8, 9, 16, 17, 13, 13, 47, 49, 61], max_num_frames=49))
     assert lines == [
         "frame bucket 13: the VAE's first chunk has 13 frames instead of 9, which costs memory; 9 would not",

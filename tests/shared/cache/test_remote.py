@@ -93,7 +93,7 @@ def relay(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Relay]:
 
 @pytest.fixture
 def bucket(relay: Relay) -> Iterator[str]:
-    """An empty bucket, as s3fs sees it."""
+    """Make an empty bucket and return its name."""
     s3fs: Any = pytest.importorskip("s3fs")
 
     filesystem = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.tiny import build_transformer
-from tests.train.transformer.test_forward import (
+from tests.packs import (
     conventions_of,
     difference,
     largest_difference,
@@ -15,6 +14,7 @@ from tests.train.transformer.test_forward import (
     make_clips,
     run,
 )
+from tests.tiny import build_transformer
 from train.transformer.compiled import fused_for
 from train.transformer.engine import Activations, Engine
 from train.transformer.forward import predict
