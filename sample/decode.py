@@ -124,7 +124,7 @@ def load_latents(path: Path, channels: int) -> torch.Tensor:
     try:
         latents = load_file(path)["latents"]
         if latents.ndim != 4 or latents.shape[1] != channels:
-            raise ValueError(f"expected [F,{channels},H,W], got {tuple(latents.shape)}")
+            raise ValueError(f"expected [F,{channels},H,W], got shape {tuple(latents.shape)}")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path}: not a preview's latents ({error}); delete the file") from None
     return latents

@@ -7,7 +7,7 @@ from typing import Any
 from shared.errors import DataError
 
 FILE_NAME = "metrics.jsonl"
-NUMBERS = ("step", "loss", "samples", "seconds", "data_wait_seconds", "peak_memory_bytes")
+NUMBERS = ("step", "loss", "ema_loss", "samples", "seconds", "data_wait_seconds", "peak_memory_bytes")
 """Fields that every line must have."""
 
 

@@ -13,13 +13,11 @@ from accelerate import Accelerator
 from shared import console
 from shared.atomic_files import replacing
 from shared.config import Config
-from shared.errors import DataError
+from shared.metrics_file import FILE_NAME, read_metrics
 from shared.tracker import starting_tracker, wandb_options
 from train.checkpoint.files import sync_file
 
-FILE_NAME, CURVE = "metrics.jsonl", "loss.png"
-NUMBERS = ("step", "loss", "ema_loss", "samples", "seconds", "data_wait_seconds", "peak_memory_bytes")
-"""Numbers of every line that are read again."""
+CURVE = "loss.png"
 EMA_DECAY = 0.98
 """Decay of the smoothed loss per optimizer step: about the last 50 steps."""
 RECENT_STEPS = 50
@@ -170,19 +168,3 @@ def track(accelerator: Accelerator, line: dict[str, Any]) -> None:
 
 def _first(lines: Sequence[dict[str, Any]], field: str) -> Any:
     return next((line[field] for line in lines if field in line), None)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read the steps so far; a torn last line is ignored. Raises `DataError` for another line that is no step."""
-    path = run / FILE_NAME
-    if not path.exists():
-        return []
-    *lines, _ = path.read_bytes().split(b"\n")
-    try:
-        steps = [json.loads(line) for line in lines]
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON lines ({error}); move the file away to resume") from None
-    for number, step in enumerate(steps, start=1):
-        if not isinstance(step, dict) or not all(isinstance(step.get(name), int | float) for name in NUMBERS):
-            raise DataError(f"{path} line {number}: not a step of a run; move the file away to resume")
-    return steps

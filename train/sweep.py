@@ -25,11 +25,9 @@ from shared.cache.storage import open_storage
 from shared.cache.view import View, read_view
 from shared.config import Config, dump_config, fields_shaping, load_config
 from shared.errors import CacheError, DataError, Preempted, UsageError
-from shared.model.pretrained import present_part
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
-from train.checkpoint.identity import base_key, identify_base
-from train.export import BASE_KEY, CONFIG_KEY, VIEW_KEY, config_key, read_provenance
-from train.metrics import read_metrics
+from train.checkpoint.resume import is_finished
 
 CSV_NAME = "sweep.csv"
 TABLES = ("model", "train", "memory")
@@ -174,15 +172,6 @@ def current_view(config: Config) -> View:
     for problem in stale_settings(config, view, *(read_recipe(storage, kind) for kind in (view.latents, view.prompts))):
         raise CacheError(problem)
     return view
-
-
-def is_finished(config: Config, view_hash: str) -> bool:
-    """Check that the run folder has the export of this config, view and base model."""
-    found = read_provenance(config.train.output_dir)
-    if (found.get(CONFIG_KEY), found.get(VIEW_KEY)) != (config_key(config), view_hash):
-        return False
-    transformer = present_part(config.model, "transformer")
-    return transformer is not None and found.get(BASE_KEY) == base_key(transformer, identify_base(transformer, None))
 
 
 def read_row(run: SweepRun, status: str) -> Row:

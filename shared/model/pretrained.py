@@ -21,7 +21,7 @@ UNIMPORTANT_SETTINGS = {"_diffusers_version", "_name_or_path", "transformers_ver
 
 
 @dataclass(frozen=True, slots=True)
-class Component:
+class Part:
     """A sub-folder of the pipeline: its config and the weight files that diffusers or transformers load."""
 
     folder: Path
@@ -86,14 +86,14 @@ def pretrained_config(model: Model, name: str) -> dict[str, Any]:
 
 
 def pretrained_dtype(model: Model, name: str) -> str:
-    """Return `Component.dtype`; of weights on the hub that are not on this machine, only headers are fetched."""
+    """Return `Part.dtype`; of weights on the hub that are not on this machine, only headers are fetched."""
     part = present_part(model, name)
     if part is None and not Path(model.pretrained_model_name_or_path).is_dir():
         return _most_common_dtype(_element_counts_on_hub(model, name), f"{model.pretrained_model_name_or_path}/{name}")
     return (part or pretrained_part(model, name)).dtype()
 
 
-def pretrained_part(model: Model, name: str, *, download: bool = True) -> Component:
+def pretrained_part(model: Model, name: str, *, download: bool = True) -> Part:
     """Return a component with weights. Raises `UsageError` that names a missing or a pickled file."""
     return _open_component(pretrained_folder(model, name, download=download), model.variant)
 
@@ -105,7 +105,7 @@ def present_folder(model: Model, name: str) -> Path | None:
     return None
 
 
-def present_part(model: Model, name: str) -> Component | None:
+def present_part(model: Model, name: str) -> Part | None:
     """Return a component if all its weights are on this machine; nothing is downloaded."""
     with suppress(UsageError):
         return pretrained_part(model, name, download=False)
@@ -150,7 +150,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _open_component(folder: Path, variant: str | None) -> Component:
+def _open_component(folder: Path, variant: str | None) -> Part:
     weights = weight_files(folder, variant)
     if not weights and variant is not None and folder.name == "text_encoder":
         variant, weights = None, weight_files(folder, None)  # published variants leave T5 out
@@ -159,7 +159,7 @@ def _open_component(folder: Path, variant: str | None) -> Component:
         what = f"only pickled weights ({pickles[0]}), which are not loaded" if pickles else "no safetensors weights"
         of_variant = f" of variant {variant!r}" if variant else ""
         raise UsageError(f"{folder}: {what}{of_variant}; convert them to safetensors or choose another checkpoint")
-    return Component(folder, variant, weights)
+    return Part(folder, variant, weights)
 
 
 def _most_common_dtype(elements: Counter[str], where: str) -> str:

@@ -29,7 +29,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy of the precomputed experiment, to break."""
+    """Copy the precomputed experiment, to break it."""
     shutil.copytree(original, tmp_path / "5b")
     return tmp_path / "5b"
 

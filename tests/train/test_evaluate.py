@@ -18,13 +18,13 @@ from shared.cache.storage import open_storage
 from shared.cache.view import read_view
 from shared.config import Config
 from shared.errors import Preempted
+from shared.metrics_file import read_metrics
 from shared.run_folder import EXPORT, adapter_file
 from shared.signals import StopSignal
 from tests.train import processes
 from train.checkpoint.files import load_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
-from train.metrics import read_metrics
 from train.open_run import open_run
 
 VARYING = ("seconds", "data_wait_seconds", "peak_memory_bytes")

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.packs import conventions_of, largest_difference, make_clips, run
-from tests.plans import LEAN, PLANS
 from tests.tiny import VARIANTS, build_transformer
+from tests.train.transformer.test_block import LEAN, PLANS
+from tests.train.transformer.test_forward import conventions_of, largest_difference, make_clips, run
 from train.transformer.engine import Plan, open_engine
 from train.transformer.forward import ModelInput, predict, predict_reference
 

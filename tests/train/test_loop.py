@@ -21,11 +21,11 @@ from shared.cache.verify import verify
 from shared.cache.view import read_view
 from shared.config import Config, save_config
 from shared.errors import CacheError, Preempted
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
 from tests.train import processes
 from train.checkpoint.files import load_checkpoint, save_checkpoint
 from train.loop import train
-from train.metrics import read_metrics
 
 Settings = Callable[..., Config]
 NUM_STEPS = 12
@@ -45,7 +45,7 @@ VARYING = ("seconds", "data_wait_seconds", "peak_memory_bytes")
 
 @pytest.fixture(scope="module")
 def straight(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """The uninterrupted run."""
+    """Return the uninterrupted run."""
     folder = tmp_path_factory.mktemp("straight") / "run"
     config = experiment.model_copy(
         update={"train": experiment.train.model_copy(update=VALUES | {"output_dir": folder})}

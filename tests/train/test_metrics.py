@@ -11,9 +11,10 @@ from PIL import Image
 
 from shared.config import Config
 from shared.errors import DataError
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
 from train.loop import train
-from train.metrics import EMA_DECAY, MIN_CURVE_STEPS, EmaLoss, Metrics, draw_curve, finish_metrics, read_metrics
+from train.metrics import EMA_DECAY, MIN_CURVE_STEPS, EmaLoss, Metrics, draw_curve, finish_metrics
 
 Settings = Callable[..., Config]
 FIELDS = {"step", "loss", "ema_loss", "lr", "grad_norm", "samples", "tokens", "packs", "seconds", "data_wait_seconds"}
@@ -126,20 +127,6 @@ def test_a_resumed_ema_loss_is_the_straight_one(cut: int, tmp_path: Path) -> Non
     straight, resumed = (read_metrics(tmp_path / name) for name in ("straight", "resumed"))
     assert straight == resumed
     assert [values["ema_loss"] for values in straight] == smoothed([values["loss"] for values in lines])
-
-
-def test_the_line_shows_the_ema_loss_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shared import console
-
-    shown: list[str] = []
-    monkeypatch.setattr(console, "say", shown.append)
-    metrics = Metrics(tmp_path, 0, 2)
-    metrics.header()
-    metrics.write(line(1, 4.0))
-    written = metrics.write(line(2, 2.0))
-    assert written["ema_loss"] == pytest.approx((0.98 * 4 + 2) / 1.98)
-    end = shown[0].index("EMA loss") + len("EMA loss")
-    assert shown[2][:end].endswith(f" {written['ema_loss']:.5f}")
 
 
 def test_the_line_shows_rates_and_the_share_of_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from shared.config import Config, Train
-from shared.errors import CacheError, UsageError
+from shared.errors import UsageError
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
 from tests.train.fields import FIELDS
 from train.checkpoint.files import load_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
-from train.metrics import read_metrics
 from train.open_run import open_run
-from train.optimizer import build_optimizer, load_optimizer_state, optimizer_state, set_learning_rate
+from train.optimizer import build_optimizer, set_learning_rate
 from train.state import TrainState
 
 Settings = Callable[..., Config]
@@ -108,7 +108,7 @@ def resumed(config: Config, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def plain(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The export of the experiment as it is."""
+    """Return the export of the experiment as it is."""
     folder = tmp_path_factory.mktemp("plain")
     return export(
         experiment.model_copy(update={"train": experiment.train.model_copy(update={"output_dir": folder / "run"})})
@@ -142,7 +142,7 @@ def test_the_export_does_in_diffusers_what_was_trained(kind: dict[str, Any], set
 
 
 def loss_of(transformer: CogVideoXTransformer3DModel, config: Config) -> float:
-    """The held-out loss of any transformer."""
+    """Return the held-out loss of any transformer."""
     loss = held_out_loss(replace(open_run(config), transformer=transformer), stopped=lambda: False)
     assert loss is not None
     return loss
@@ -337,20 +337,6 @@ def test_each_option_of_prodigy_changes_its_weights(field: str) -> None:
         steps(build_optimizer(layers.named_parameters(), settings), layers, range(20), rate=1.0)
         results.append(next(layers.parameters()).detach().clone())
     assert not torch.equal(results[0], results[1])
-
-
-@pytest.mark.parametrize("optimizer", EXTRAS)
-def test_the_state_of_another_optimizer_is_refused(optimizer: Any) -> None:
-    pytest.importorskip(EXTRAS[optimizer])
-    layers = small_model()
-    settings = Train(output_dir=Path("unused"), optimizer=optimizer, learning_rate=1)
-    built = build_optimizer(layers.named_parameters(), settings)
-    steps(built, layers, range(2))
-    state = optimizer_state(built)
-    with pytest.raises(CacheError, match="belongs to no parameter"):
-        load_optimizer_state(built, state | {"4.weight.exp_avg": torch.zeros(2)})
-    with pytest.raises(CacheError, match="is missing"):
-        load_optimizer_state(built, {name: value for name, value in state.items() if not name.startswith("2.weight.")})
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from sample.decode import decode, decode_latents, load_vae
 from sample.generate import load_pipeline, make_video
 from shared.config import Config, Memory, Sample
 from shared.errors import CacheError, DataError, Preempted, UsageError
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
 from tests import experiments
 from tests.media import write_clip
 from tests.train import processes
 from train.loop import train
-from train.metrics import read_metrics
 from train.open_run import open_run
 from train.preview import denoise, open_previews
 from train.run import Run
@@ -63,7 +63,7 @@ def changed(config: Config, folder: Path, sample: Sample = SAMPLE, **values: Any
 
 
 def opened(config: Config) -> Run:
-    """A run whose adapter is alive."""
+    """Open a run whose adapter is not zero."""
     run = open_run(config)
     generator = torch.Generator().manual_seed(0)
     for _, parameter in run.parameters:
@@ -79,7 +79,7 @@ def preview(run: Run, number: int = 0) -> torch.Tensor:
 
 
 def pipelines_own(run: Run, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What diffusers makes of the prompt with the run's transformer, from text and image on: latents and frames."""
+    """Return latents and frames of diffusers' pipeline with the run's transformer, from text and image."""
     settings, prompt = run.config.sample, experiments.CAPTIONS[number]
     kind = CogVideoXImageToVideoPipeline if run.conventions.image_to_video else CogVideoXPipeline
     pipeline = kind.from_pretrained(run.config.model.pretrained_model_name_or_path, transformer=run.transformer.eval())

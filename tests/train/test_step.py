@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from shared.config import Train
-from tests.packs import conventions_of, make_clip, make_clips
 from tests.tiny import add_lora, build_transformer
+from tests.train.transformer.test_forward import conventions_of, make_clip, make_clips
 from train import step
 from train.data.example import Example
 from train.objective import clip_loss

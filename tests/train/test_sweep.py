@@ -16,11 +16,12 @@ import pytest
 from shared.config import Config, save_config
 from shared.errors import CacheError, UsageError
 from shared.fingerprint import key_of
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
 from tests import tiny
+from train.checkpoint.resume import is_finished
 from train.loop import train
-from train.metrics import read_metrics
-from train.sweep import CSV_NAME, current_view, is_finished, parse_axis, plan_sweep, run_sweep
+from train.sweep import CSV_NAME, current_view, parse_axis, plan_sweep, run_sweep
 
 Settings = Callable[..., Config]
 ROOT = Path(__file__).parents[2]

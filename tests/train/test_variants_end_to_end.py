@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared.config import Config
 from shared.errors import UsageError
+from shared.metrics_file import read_metrics
 from shared.model.geometry import Bucket
 from shared.signals import StopSignal
 from tests.experiments import CAPTIONS, FRAMES, HEIGHT, WIDTH, fill_cache, write_experiment
@@ -21,7 +22,6 @@ from tests.tiny import TEXT_LENGTH, VARIANTS
 from train.checkpoint.files import latest_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
-from train.metrics import read_metrics
 from train.open_run import open_run
 from train.run import Run
 from train.transformer.load import load_adapter_weights

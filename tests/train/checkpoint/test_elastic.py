@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from shared.config import Config, save_config
+from shared.metrics_file import read_metrics
 from tests.train import processes
 from train.checkpoint.files import load_checkpoint
-from train.metrics import read_metrics
 
 Settings = Callable[..., Config]
 LOSS_TOLERANCE = 1e-6
@@ -35,7 +35,7 @@ VALUES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def straight(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """The run in one process, without interruption."""
+    """Return the run in one process, without interruption."""
     folder = tmp_path_factory.mktemp("straight") / "run"
     config = experiment.model_copy(
         update={"train": experiment.train.model_copy(update=VALUES | {"output_dir": folder})}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from shared.config import Config
 from shared.errors import CacheError, Preempted, UsageError
 from shared.fingerprint import sha256_files
+from shared.metrics_file import read_metrics
 from shared.model import pretrained
 from shared.signals import StopSignal
 from tests import tiny
@@ -24,7 +25,6 @@ from tests.train.saved import content, is_content, save
 from train.checkpoint.files import STATE, load_checkpoint, save_checkpoint
 from train.checkpoint.resume import find_checkpoint
 from train.loop import train
-from train.metrics import read_metrics
 
 Settings = Callable[..., Config]
 
@@ -169,7 +169,7 @@ def other_config(model: Path) -> None:
 
 
 def begun_in(folder: Path, experiment: Config, max_train_steps: int) -> Config:
-    """A run on a checkpoint of its own, from an adapter that was exported before."""
+    """Return a run on its own copy of the model, from an adapter that was exported before."""
     values = {"output_dir": folder / "run", "initial_adapter": folder / "adapter", "max_train_steps": max_train_steps}
     return experiment.model_copy(
         update={
@@ -181,7 +181,7 @@ def begun_in(folder: Path, experiment: Config, max_train_steps: int) -> Config:
 
 @pytest.fixture(scope="module")
 def two_steps(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of such a run after two steps."""
+    """Return the folder of such a run after two steps."""
     folder = tmp_path_factory.mktemp("two_steps")
     shutil.copytree(experiment.model.pretrained_model_name_or_path, folder / "model")
     values = {"output_dir": folder / "first", "max_train_steps": 1}
@@ -193,7 +193,7 @@ def two_steps(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def begun(two_steps: Path, experiment: Config, tmp_path: Path) -> Config:
-    """The run that would go on to four steps."""
+    """Return a copy of that run with four steps."""
     shutil.copytree(two_steps, tmp_path / "begun")
     return begun_in(tmp_path / "begun", experiment, 4)
 

@@ -134,7 +134,7 @@ def test_every_draw_is_keyed_by_kind_seed_epoch_and_clip(tmp_path: Path, monkeyp
 
 
 def timesteps(data: Dataset, size: int, steps: int) -> torch.Tensor:
-    """[steps, size], for batches of one clip in `size` epochs each."""
+    """Return [steps, size] for batches of one clip in `size` epochs each."""
     batches = [[Draw(step * size + index, 0) for index in range(size)] for step in range(steps)]
     return torch.tensor([data.timesteps(batch, step) for step, batch in enumerate(batches)])
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.config import Memory, Sample, Train
+from shared.config import Config, Memory, Sample, Train
 from shared.errors import UsageError
 from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import Bucket, video_tokens
 from shared.model.quantize import Storage
 from shared.signals import StopSignal
 from tests.experiments import fill_cache, write_experiment
-from tests.plans import config_of, published
 from tests.tiny import build_transformer, scheduler_config, transformer_config, vae_config
 from train.loop import train as train_run
 from train.memory import choice as memory
@@ -38,6 +37,17 @@ SMALL = Bucket(49, 480, 720)
 LARGE = Bucket(81, 768, 1360)
 LEAN = Plan("attention_output", offload_activations=True, stream_weights=3, modulation_table=True)
 RESIDENT = replace(LEAN, stream_weights=0)
+
+
+def published(variant: str) -> dict[str, Any]:
+    """The sizes of the real checkpoints."""
+    config = transformer_config(variant, text_length=224 if variant.startswith("1.5") else 226)
+    config |= {"attention_head_dim": 64, "time_embed_dim": 512, "text_embed_dim": 4096}
+    config |= {"num_attention_heads": 30, "num_layers": 30} if variant == "2b" else {}
+    config |= {"num_attention_heads": 48, "num_layers": 42} if variant != "2b" else {}
+    if not variant.startswith("1.5"):
+        config |= {"sample_height": 60, "sample_width": 90, "sample_frames": 49}
+    return config
 
 
 def predicted(variant: str, plan: Plan, bucket: Bucket = SMALL, lora_rank: int = 64, **changes: Any) -> Prediction:
@@ -144,6 +154,18 @@ def test_tally_counts_what_is_live_once_and_no_host_buffer() -> None:
         assert (tally.num_bytes, tally.peak_bytes) == (2048, 2048)
         del second, third
         assert (tally.num_bytes, tally.peak_bytes) == (0, 2048)
+
+
+def config_of(memory_fields: dict[str, Any], **train: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"pretrained_model_name_or_path": "unused"},
+            "data": {"name": "unused", "instance_data_root": "unused"},
+            "precompute": {"cache": "unused"},
+            "train": {"output_dir": "unused", "lora_rank": 4} | train,
+            "memory": memory_fields,
+        }
+    )
 
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from shared.errors import UsageError
 from shared.model.conventions import Conventions
-from tests.packs import (
+from tests.tiny import VARIANTS, add_lora, build_transformer
+from tests.train.transformer.test_forward import (
     EVERY_LINEAR,
     TOLERANCE,
     conventions_of,
@@ -23,17 +24,29 @@ from tests.packs import (
     make_clips,
     run,
 )
-from tests.plans import LEAN, PLANS
-from tests.tiny import VARIANTS, add_lora, build_transformer
 from train.transformer import attention
 from train.transformer.attention import Backend, attention_backward, attention_forward, choose_backend
 from train.transformer.engine import Activations, Engine, Plan, open_engine
 from train.transformer.forward import ModelInput, predict, predict_reference
 
 CPU = torch.device("cpu")
-
-
+LEAN = Plan("attention_output", offload_activations=True, stream_weights=2, modulation_table=True, chunk_tokens=37)
 LEVELS = get_args(Activations)
+PLANS = {
+    "full": Plan("full"),
+    "full-table": Plan("full", modulation_table=True),
+    "full-chunks": Plan("full", chunk_tokens=29),
+    "block_input": Plan("block_input"),
+    "block_input-chunks": Plan("block_input", chunk_tokens=29),
+    "attention_output": Plan("attention_output"),
+    "attention_output-chunks": Plan("attention_output", chunk_tokens=29),
+    "offload": replace(LEAN, stream_weights=0, modulation_table=False),
+    "stream": replace(LEAN, offload_activations=False, modulation_table=False),
+    "table": replace(LEAN, offload_activations=False, stream_weights=0),
+    "lean": LEAN,
+    "lean-block_input": replace(LEAN, activations="block_input"),
+    "lean-full": replace(LEAN, activations="full"),
+}
 
 
 def assert_like_diffusers(

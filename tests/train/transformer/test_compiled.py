@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.packs import (
+from tests.tiny import build_transformer
+from tests.train.transformer.test_forward import (
     conventions_of,
     difference,
     largest_difference,
@@ -14,7 +15,6 @@ from tests.packs import (
     make_clips,
     run,
 )
-from tests.tiny import build_transformer
 from train.transformer.compiled import fused_for
 from train.transformer.engine import Activations, Engine
 from train.transformer.forward import predict

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.packs import conventions_of, make_clips
 from tests.tiny import VARIANTS, add_lora, build_transformer
+from tests.train.transformer.test_forward import conventions_of, make_clips
 from train.transformer.engine import Engine, Plan, open_engine
 from train.transformer.forward import embed_timesteps, predict
 from train.transformer.modulation import block_rows, is_frozen

@@ -13,9 +13,9 @@ from torch import nn
 from shared.config import Memory, Train
 from shared.errors import UsageError
 from shared.model.quantize import QuantizedLinear, Storage
-from tests.packs import conventions_of, largest_difference, make_clip, make_clips, run
-from tests.plans import STORAGES, config_of
 from tests.tiny import add_lora, build_pipeline, build_transformer
+from tests.train.memory.test_choice import config_of
+from tests.train.transformer.test_forward import conventions_of, largest_difference, make_clip, make_clips, run
 from train.data.dataset import Example
 from train.export import export_adapter
 from train.memory.choice import choose_plan
@@ -25,6 +25,8 @@ from train.transformer.forward import predict
 from train.transformer.load import adapter_weights, add_adapter
 
 CPU, META = torch.device("cpu"), torch.device("meta")
+NF4 = pytest.param("nf4", marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes"))
+STORAGES = ("int8", "fp8", NF4)
 
 
 def plan_for(storage: Storage, activations: str = "attention_output") -> Plan:

@@ -22,11 +22,11 @@ from torch import distributed
 
 from shared.config import Config, Memory
 from shared.model.geometry import Bucket
-from tests.packs import conventions_of, make_clips, run
-from tests.plans import config_of
 from tests.tiny import build_transformer
+from tests.train.memory.test_choice import config_of
 from tests.train.processes import CONTEXT, DEADLINE_SECONDS, log
 from tests.train.processes import run as run_together
+from tests.train.transformer.test_forward import conventions_of, make_clips, run
 from train.memory import choice as memory
 from train.memory.choice import GIB, choose_plan
 from train.transformer import host_memory as transfer

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from shared.model.quantize import QuantizedLinear, Storage
-from tests.packs import conventions_of, difference, largest_difference, make_clips, run
-from tests.plans import STORAGES
 from tests.tiny import build_transformer
+from tests.train.transformer.test_forward import conventions_of, difference, largest_difference, make_clips, run
+from tests.train.transformer.test_quantize import STORAGES
 from train.transformer.engine import Plan, open_engine, quantize_blocks
 from train.transformer.forward import predict
 from train.transformer.weight_streaming import ActivationOffload, WeightStream, frozen_weights, lay_out
