@@ -19,7 +19,7 @@ from train.transformer.engine import Engine, Plan, open_engine
 from train.transformer.forward import predict, predict_reference
 
 OURS = Plan("attention_output", compile=True)
-OFFLOADED = replace(OURS, offload_activations=True, modulation_table=True)
+OFFLOADED = replace(OURS, offload_activations=True)
 LEAN = replace(OFFLOADED, stream_weights=2)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from shared.config import Train
 from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import Bucket, latent_shape, padding_frames
-from train.transformer.forward import ModelInput
+from train.data.example import ModelInput
 from train.transformer.load import add_adapter
 
 _COMMON: dict[str, Any] = {

@@ -308,20 +308,18 @@ class Memory(Table):
 
     activations: Literal["auto", "block_input", "attention_output", "full"] = "auto"
     """What a block keeps for its backward pass; block_input recomputes all, attention_output all but attention."""
+    full_blocks: Literal["auto"] | Count = "auto"
+    """Blocks, counted from the last, that keep "full" whatever `activations` says; auto takes as many as fit."""
     offload_activations: bool | Literal["auto"] = "auto"
     """Keep in host memory what the blocks keep."""
     stream_weights: Literal["auto", 0] | Annotated[int, Field(ge=2)] = "auto"
     """Blocks whose frozen weights are on the card, the others wait in host memory; 0 is all of them."""
-    modulation_table: bool | Literal["auto"] = "auto"
-    """Keep the frozen adaLN layers in host memory and their result per timestep."""
-    chunk_tokens: Positive = 4096
-    """Tokens that the layers around attention work on at a time."""
-    base_precision: Literal["model", "int8", "fp8", "nf4"] = "model"
-    """Storage of the frozen blocks' weights; weight-only. int8, fp8: a scale per row; nf4: per 64 weights, an extra."""
+    base_precision: Literal["model", "int8", "fp8"] = "model"
+    """Storage of the frozen blocks' weights; weight-only, with one scale per row."""
     attention: Literal["auto", "flash3", "cudnn", "flash", "efficient", "math"] = "auto"
     """Kernels of attention for the whole run; auto takes the fastest that works on the card, found by trying.
 
-    flash3 is FlashAttention 3 on Hopper, from the package flash_attn_interface, which is built from source."""
+    flash3 is FlashAttention 3 on Hopper, from the package flash-attn-3."""
     compile: bool | Literal["auto"] = "auto"
     """Fuse norms, modulation, gates and rotary positions with torch.compile; auto is on with a GPU and triton."""
     allow_low_cosine: bool = False

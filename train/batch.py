@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from train.data.dataset import Example
+from train.data.example import Example
 from train.data.order import divide, global_batch
 from train.run import Run
 

@@ -19,10 +19,11 @@ from shared.device import choose_device
 from shared.model.conventions import Conventions
 from shared.model.geometry import latent_shape, padding_frames
 from train.data.conditioning import image_condition
+from train.data.example import ModelInput
 from train.doctor import Subject
 from train.evaluate import QUANTILES
 from train.objective import add_noise, clip_loss, velocity
-from train.transformer.forward import ModelInput, predict
+from train.transformer.forward import predict
 from train.transformer.load import load_transformer
 
 MEASURED_CLIPS = 8

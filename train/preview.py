@@ -30,8 +30,9 @@ from shared.model.pretrained import pretrained_config
 from shared.run_folder import SHEET, preview_file, preview_folder
 from train.data.conditioning import image_condition
 from train.data.dataset import name
+from train.data.example import ModelInput
 from train.run import Run
-from train.transformer.forward import ModelInput, predict
+from train.transformer.forward import predict
 
 RECORDED = {"num_inference_steps", "guidance_scale", "use_dynamic_cfg", "seed"}
 """Fields of [sample] that shape a preview, written beside it with its size."""

@@ -27,10 +27,11 @@ from shared.fingerprint import key_of
 from tests.experiments import CAPTIONS, fill_cache, write_experiment
 from tests.tiny import TEXT_LENGTH, TEXT_WIDTH, build_text_encoder, build_transformer, build_vae
 from train.data.conditioning import image_condition
+from train.data.example import ModelInput
 from train.doctor import Diagnosis, Subject, examine
 from train.measure import Measured, measure
 from train.objective import add_noise, velocity
-from train.transformer.forward import ModelInput, predict
+from train.transformer.forward import predict
 
 HEALTHY = ("2b", "5b", "5b-i2v", "1.5-5b-i2v")
 Experiment = Callable[[str], tuple[Path, Config]]

@@ -5,7 +5,7 @@ Every draw is keyed by (seed, epoch, sample key), so a clip's example depends on
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,40 +20,9 @@ from shared.errors import CacheError
 from shared.model.conventions import Conventions
 from shared.model.geometry import latent_shape, video_tokens
 from train.data.conditioning import image_condition, pad_front
+from train.data.example import Example, ModelInput
 from train.data.order import Draw, Windows, window_size
 from train.objective import NoiseSchedule, add_noise, min_snr_weight, velocity
-from train.transformer.forward import ModelInput
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One clip of one step."""
-
-    model_input: ModelInput
-    target: Tensor
-    """[F,C,H,W] velocity, fp32."""
-    name: str
-    """For messages: source and time."""
-    draw: str
-    """Epoch and key, which name the draw."""
-    weight: float = 1.0
-    """Of the clip's loss."""
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Example":
-        """On the device, the model's inputs in the model's dtype, the target in fp32."""
-        model_input = ModelInput(
-            _sent(self.model_input.latents.to(dtype), device),
-            _sent(self.model_input.prompt_embeds.to(dtype), device),
-            _sent(self.model_input.timestep, device),
-        )
-        return replace(self, model_input=model_input, target=_sent(self.target, device))
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """To a GPU from pinned memory, so that neither this thread nor the device waits for the copy."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class Dataset:

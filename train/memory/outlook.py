@@ -19,20 +19,17 @@ from shared.model.geometry import Bucket, video_tokens
 from shared.model.pretrained import pretrained_config, pretrained_dtype
 from train.memory.choice import (
     GIB,
-    META,
     RESERVED_PER_ALLOCATED,
-    Prediction,
     candidates,
     describe,
     describe_pack,
     largest_pack,
-    predict_peak,
     preview_bucket,
 )
 from train.memory.pace import CARDS, Card, Shape, pack_seconds
+from train.memory.simulation import META, Prediction, predict_peak
 from train.transformer.engine import Plan
 from train.transformer.load import add_adapter
-from train.transformer.modulation import is_frozen
 
 CUDA = torch.device("cuda")
 CONTEXT_GIB = 0.75
@@ -120,7 +117,7 @@ def foresee(config: Config, card: Card | float) -> Outlook:
     num_packs = -(-config.train.global_batch_size // len(pack))
     gib = (card if isinstance(card, float) else card.gib) - CONTEXT_GIB
     costs = []
-    for plan in candidates(config, CUDA, table_possible=is_frozen(block)):
+    for plan in candidates(config, CUDA):
         plan = replace(plan, compile=config.memory.compile is not False)  # the card's machine has a compiler
         found = predict_peak(transformer_config, conventions, config.train, plan, pack, DTYPES[precision], preview)
         seconds = None if isinstance(card, float) or precision == "fp32" else pack_seconds(card, plan, shape)

@@ -7,7 +7,7 @@ published 40 s of a checkpointed 1.5-5B step at 81x768x1360 on an A800 as 43 s.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from train.transformer.checkpointing import KEPT
+from train.transformer.checkpointing import KEPT_UNITS
 from train.transformer.engine import Activations, Plan
 
 
@@ -45,9 +45,9 @@ CARDS: Mapping[str, Card] = {
 EAGER_TENSORS, FUSED_TENSORS = 93, 24
 """[S,D] tensors in bf16 that a block's element-wise kernels read and write on the way forward, eager and compiled;
 counted on the meta device."""
-STORED_BYTES = {"model": 2.0, "int8": 1.0, "fp8": 1.0, "nf4": 0.5625}
+STORED_BYTES = {"model": 2.0, "int8": 1.0, "fp8": 1.0}
 """Of a block's weight, in bf16 or quantized."""
-WIDENED_BYTES = {"model": 0.0, "int8": 7.0, "fp8": 7.0, "nf4": 2.5625}
+WIDENED_BYTES = {"model": 0.0, "int8": 7.0, "fp8": 7.0}
 """Read and written to widen a weight once: read small, written wide, and for a scale per row read and written again."""
 
 
@@ -103,11 +103,10 @@ def block_work(shape: Shape, plan: Plan) -> tuple[Work, Work]:
     of FlashAttention costs 2.5 times as much. The last feed-forward layer is never recomputed.
     """
     again = {"block_input": 16 / 24, "attention_output": 16 / 24, "full": 0.0}[plan.activations]
-    attention_again = 0 if "attended" in KEPT[plan.activations] else 1
+    attention_again = 1 if plan.activations == "block_input" else 0
     tensors = FUSED_TENSORS if plan.compile else EAGER_TENSORS
     row_wise = 2.0 * tensors * shape.tokens * shape.width
-    chunks = -(-shape.tokens // plan.chunk_tokens)
-    widening = 12.0 * shape.width**2 * chunks * WIDENED_BYTES[plan.base_precision]
+    widening = 12.0 * shape.width**2 * WIDENED_BYTES[plan.base_precision]
     forward = Work(shape.linear_flops + shape.adapter_flops, shape.attention_flops, 0.0, row_wise + widening)
     backward = Work(
         (1 + again) * shape.linear_flops + (2 + bool(again)) * shape.adapter_flops,
@@ -120,8 +119,7 @@ def block_work(shape: Shape, plan: Plan) -> tuple[Work, Work]:
 
 def kept_bytes(shape: Shape, activations: Activations) -> float:
     """What a block keeps for its backward pass, in bf16."""
-    tensors = 1 + sum(4 if name == "wide" else 1 for name in KEPT[activations])
-    return 2.0 * tensors * shape.tokens * shape.width
+    return 2.0 * KEPT_UNITS[activations] * shape.tokens * shape.width
 
 
 def pack_seconds(card: Card, plan: Plan, shape: Shape) -> float | None:

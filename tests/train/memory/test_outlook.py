@@ -11,7 +11,7 @@ from precog import app
 from shared.config import Config, save_config
 from shared.errors import UsageError
 from tests.experiments import fill_cache, write_experiment
-from tests.train.memory.test_choice import published
+from tests.train.memory.published import published
 from train.memory.choice import GIB, PREFERENCE, RESERVED_PER_ALLOCATED
 from train.memory.outlook import CONTEXT_GIB, Outlook, find_card, foresee
 from train.memory.pace import CARDS, Shape, pack_seconds

@@ -27,7 +27,8 @@ from tests.tiny import (
     vae_config,
 )
 from train.data.conditioning import image_condition, pad_front
-from train.transformer.forward import ModelInput, predict
+from train.data.example import ModelInput
+from train.transformer.forward import predict
 from train.transformer.positions import additive_positions, crop_region, image_rotary_emb
 
 PROMPT = "a grey rabbit yawns in the meadow"
