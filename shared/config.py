@@ -15,7 +15,20 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from shared.cache.storage import replacing
 from shared.errors import UsageError
-from shared.flags import INSTEAD
+from shared.field_meaning import (
+    BUCKETS,
+    CLIPS,
+    FIXED_BY_RUN,
+    FREE,
+    IN_PREVIEW,
+    RESOLVED_BY_RUN,
+    VIEW,
+    Part,
+    Replaces,
+    Shapes,
+    annotated_fields,
+    require_meanings,
+)
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -62,66 +75,75 @@ Device = Annotated[str, AfterValidator(_a_device)]
 
 
 class Table(BaseModel):
+    """One table of the config; every field says by its metadata what it shapes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        require_meanings(cls)
 
 
 class Model(Table):
-    pretrained_model_name_or_path: Name
+    pretrained_model_name_or_path: Annotated[Name, FREE]
     """Hub name or local folder in the diffusers layout."""
-    revision: Name | None = None
+    revision: Annotated[Name | None, FREE] = None
     """Commit, tag or branch on the hub, for every part."""
-    variant: Name | None = None
+    variant: Annotated[Name | None, FREE] = None
     """File variant of the weights, such as "fp16"."""
-    model_cache_dir: Place | None = None
+    model_cache_dir: Annotated[Place | None, FREE, Replaces(("cache_dir",))] = None
     """Where hub downloads are kept; None is the hub's own default."""
-    drop_learned_positions: bool = False
+    drop_learned_positions: Annotated[bool, FIXED_BY_RUN] = False
     """Train a checkpoint with a learned position table (5B-I2V) without it, at any frames, height and width."""
 
 
 class Data(Table):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$"), FREE]
     """The view's name in the cache."""
-    instance_data_root: Place
+    instance_data_root: Annotated[Place, FREE]
     """Folder that every video path stays inside."""
-    dataset_name: Name | None = None
+    dataset_name: Annotated[Name | None, FREE] = None
     """CSV, JSONL or parquet file, or folder or hub name for `datasets.load_dataset`; None reads text files."""
-    dataset_config_name: Name | None = None
+    dataset_config_name: Annotated[Name | None, FREE] = None
     """Configuration of the hub data set."""
-    caption_column: Name = "text"
+    caption_column: Annotated[Name, VIEW] = "text"
     """Column of `dataset_name`, or without it a text file in the root with one caption per line."""
-    video_column: Name = "video"
+    video_column: Annotated[Name, VIEW] = "video"
     """Column of `dataset_name`, or without it a text file in the root with one video path per line."""
-    id_token: Text = ""
+    id_token: Annotated[Text, VIEW] = ""
     """Put before every caption, with one space."""
-    fps: Annotated[float, Field(ge=0)] = 8
+    fps: Annotated[float, Field(ge=0), CLIPS] = 8
     """Frames per second by time stamps; 0 keeps the source's rate."""
-    skip_frames_start: Count = 0
+    skip_frames_start: Annotated[Count, CLIPS] = 0
     """Source frames left out at the start."""
-    skip_frames_end: Count = 0
+    skip_frames_end: Annotated[Count, CLIPS] = 0
     """Source frames left out at the end."""
-    max_num_frames: Positive = 49
+    max_num_frames: Annotated[Positive, BUCKETS] = 49
     """No clip has more frames than this."""
-    windows_per_clip: Positive = 1
+    windows_per_clip: Annotated[Positive, CLIPS] = 1
     """Windows cut from one long video."""
-    window_placement: Literal["even", "consecutive"] = "even"
+    window_placement: Annotated[Literal["even", "consecutive"], CLIPS] = "even"
     """Windows spread over the whole video, or one after the other from its start."""
-    frame_buckets: Annotated[tuple[Positive, ...], Field(min_length=1)] = (9, 17, 25, 33, 41, 49)
+    frame_buckets: Annotated[tuple[Positive, ...], Field(min_length=1), CLIPS] = (9, 17, 25, 33, 41, 49)
     """Frame counts that clips are cut to; 8k+1 keeps the VAE's first chunk small."""
-    height: Side | None = None
+    height: Annotated[Side | None, BUCKETS] = None
     """Fixed height instead of `resolution_buckets`."""
-    width: Side | None = None
+    width: Annotated[Side | None, BUCKETS] = None
     """Fixed width instead of `resolution_buckets`."""
-    resolution_buckets: Annotated[tuple[tuple[Side, Side], ...], Field(min_length=1)] = ((480, 720),)
+    resolution_buckets: Annotated[tuple[tuple[Side, Side], ...], Field(min_length=1), CLIPS] = ((480, 720),)
     """Heights x widths; a clip takes the one nearest in aspect ratio that does not enlarge it more than twice."""
-    video_reshape_mode: Literal["center", "random", "letterbox"] = "center"
+    video_reshape_mode: Annotated[Literal["center", "random", "letterbox"], CLIPS] = "center"
     """Crop in the middle, crop at a place drawn by the clip's bytes, or pad with black."""
-    random_flip: bool = False
+    random_flip: Annotated[bool, CLIPS] = False
     """Also store a horizontally mirrored copy of every clip."""
-    validation_prompts: tuple[Text, ...] = ()
+    validation_prompts: Annotated[
+        tuple[Text, ...], FREE, Replaces(("validation_prompt", "validation_prompt_separator"))
+    ] = ()
     """Encoded with the captions, so that stage 2 can sample without T5."""
-    negative_prompt: Text = ""
+    negative_prompt: Annotated[Text, FREE] = ""
     """Encoded with the captions, for guidance."""
-    held_out_clips: Count = 0
+    held_out_clips: Annotated[Count, VIEW] = 0
     """Clips kept out of training for the held-out loss, chosen by their bytes."""
 
     @model_validator(mode="after")
@@ -141,150 +163,163 @@ class Data(Table):
 
 
 class Precompute(Table):
-    cache: Name
+    cache: Annotated[Name, FREE]
     """Folder or fsspec URL of the cache, shared by every run."""
-    local_cache_gib: Annotated[float, Field(gt=0)] = 50
+    local_cache_gib: Annotated[float, Field(gt=0), FREE] = 50
     """Remote cache: disk that local copies of its shards may take, in the user's cache folder."""
-    device: Device = "auto"
+    device: Annotated[Device, FREE] = "auto"
     """"cpu", "cuda", "cuda:1"; auto takes the GPU when there is one."""
-    vae_dtype: Precision = "auto"
+    vae_dtype: Annotated[Precision, Shapes("latents", "precision")] = "auto"
     """Precision of the VAE and of the stored moments; auto is the checkpoint's own, fp16 raised to fp32."""
-    text_dtype: Precision = "auto"
+    text_dtype: Annotated[Precision, Shapes("prompts", "precision")] = "auto"
     """Precision of T5 and of the stored embeddings; auto is the one that T5 is published in."""
-    text_quantization: Literal["none", "int8"] = "none"
+    text_quantization: Annotated[Literal["none", "int8"], Shapes("prompts", "quantization")] = "none"
     """int8: T5's linear weights take half of bf16's memory; other embeddings."""
-    enable_tiling: bool = False
+    enable_tiling: Annotated[bool, Shapes("latents", "tiling")] = False
     """Encode in spatial tiles: less memory, other latents."""
-    enable_slicing: bool = False
+    enable_slicing: Annotated[bool, Shapes("latents", "slicing")] = False
     """Encode a batch one clip at a time."""
-    channels_last: bool = False
+    channels_last: Annotated[bool, Shapes("latents", "channels_last")] = False
     """The VAE in channels_last_3d layout; the same values up to rounding, but other keys."""
-    compile_vae: bool = False
+    compile_vae: Annotated[bool, Shapes("latents", "compiled")] = False
     """torch.compile the VAE's encoder, once per bucket; the same values up to rounding, but other keys."""
-    vae_batch_size: Positive = 1
+    vae_batch_size: Annotated[Positive, FREE] = 1
     """Clips of one bucket encoded together."""
-    text_batch_size: Positive = 8
+    text_batch_size: Annotated[Positive, FREE] = 8
     """Prompts encoded together."""
-    clips_per_shard: Positive = 64
+    clips_per_shard: Annotated[Positive, FREE] = 64
     """Clips in one shard, the unit of work, retry and resume."""
-    prompts_per_shard: Positive = 256
+    prompts_per_shard: Annotated[Positive, FREE] = 256
     """Prompts in one shard."""
-    noised_image_count: Count = 4
+    noised_image_count: Annotated[Count, Shapes("image_latents", "image_conditions.noised")] = 4
     """I2V: noise-augmented first frames stored beside the clean one."""
-    decoder: Literal["auto", "pyav", "decord"] = "auto"
+    decoder: Annotated[Literal["auto", "pyav", "decord"], FREE] = "auto"
     """auto: decord where it is proven equal to PyAV, else PyAV."""
-    decode_workers: Positive = 2
+    decode_workers: Annotated[Positive, FREE] = 2
     """Child processes that decode."""
-    decode_deadline_seconds: Annotated[float, Field(gt=0, le=86_400)] = 120
+    decode_deadline_seconds: Annotated[float, Field(gt=0, le=86_400), FREE] = 120
     """A video that takes longer is skipped."""
-    decode_memory_gib: Annotated[float, Field(ge=0.25, le=1024)] = 4
+    decode_memory_gib: Annotated[float, Field(ge=0.25, le=1024), FREE] = 4
     """Address space a decoding process may take."""
-    remember_files: bool = False
+    remember_files: Annotated[bool, FREE] = False
     """Remember in the user's cache folder what each file holds, by its inode, size and times; none is read again."""
-    retry_skipped: bool = False
+    retry_skipped: Annotated[bool, FREE] = False
     """Try the clips once more that an earlier run could not encode."""
 
 
 class Train(Table):
-    output_dir: Place
+    output_dir: Annotated[Place, FREE]
     """The run folder: config, metrics.jsonl, checkpoints, export."""
-    lora_rank: Positive = 128
+    lora_rank: Annotated[Positive, FIXED_BY_RUN, Replaces(("rank",))] = 128
     """`--rank` there; rank alone is a process's number here."""
-    lora_alpha: Annotated[float, Field(gt=0)] = 128
+    lora_alpha: Annotated[float, Field(gt=0), FIXED_BY_RUN] = 128
     """The adapter is scaled by lora_alpha / lora_rank."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.0
     """Dropout before the adapter; masks are drawn per pack, so another number of processes draws others."""
-    lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] = ("to_k", "to_q", "to_v", "to_out.0")
+    lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1), FIXED_BY_RUN] = (
+        "to_k",
+        "to_q",
+        "to_v",
+        "to_out.0",
+    )
     """Linear layers that get an adapter."""
-    use_rslora: bool = False
+    use_rslora: Annotated[bool, FIXED_BY_RUN] = False
     """Scale the adapter by lora_alpha / sqrt(lora_rank) instead (arXiv 2312.03732)."""
-    use_dora: bool = False
+    use_dora: Annotated[bool, FIXED_BY_RUN] = False
     """Also train the length of each weight column (arXiv 2402.09353); the export loads through peft."""
-    initial_adapter: Place | None = None
+    initial_adapter: Annotated[Place | None, RESOLVED_BY_RUN] = None
     """An exported adapter (folder or file) to start from, of the same rank, alpha and target modules."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.0
     """Average the adapter's weights over the steps, and evaluate and export the average; 0 is off."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0), FREE] = 1e-4
     """Peak learning rate."""
-    lr_scheduler: Schedule = "constant"
+    lr_scheduler: Annotated[Schedule, FREE] = "constant"
     """Shape of the learning rate, stepped once per optimizer step."""
-    lr_warmup_steps: Count = 0
+    lr_warmup_steps: Annotated[Count, FREE] = 0
     """Optimizer steps of linear warm-up (ignored by "constant")."""
-    lr_num_cycles: Positive = 1
+    lr_num_cycles: Annotated[Positive, FREE] = 1
     """Restarts of cosine_with_restarts."""
-    lr_power: Annotated[float, Field(gt=0)] = 1.0
+    lr_power: Annotated[float, Field(gt=0), FREE] = 1.0
     """Power of polynomial."""
-    optimizer: Literal["adam", "adamw", "adamw8bit", "prodigy", "schedulefree"] = "adamw"
+    optimizer: Annotated[
+        Literal["adam", "adamw", "adamw8bit", "prodigy", "schedulefree"],
+        FIXED_BY_RUN,
+        Replaces(("use_8bit_adam",), "adamw8bit"),
+    ] = "adamw"
     """adam adds weight decay to the gradient (L2), the others decay the weights; the last three are optional extras."""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta1: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.9
     """Decay of the first moment."""
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    adam_beta2: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.95
     """Decay of the second moment."""
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    adam_epsilon: Annotated[float, Field(gt=0), FIXED_BY_RUN] = 1e-8
     """Added to the denominator."""
-    adam_weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    adam_weight_decay: Annotated[float, Field(ge=0), FIXED_BY_RUN] = 1e-4
     """Weight decay."""
-    prodigy_beta3: Annotated[float, Field(ge=0, lt=1)] | None = None
+    prodigy_beta3: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, FREE] = None
     """Decay of prodigy's step size statistics; None is sqrt(adam_beta2)."""
-    prodigy_decouple: bool = False
+    prodigy_decouple: Annotated[bool, FREE] = False
     """Let prodigy decay the weights, as adamw, instead of adding to the gradient."""
-    prodigy_use_bias_correction: bool = False
+    prodigy_use_bias_correction: Annotated[bool, FREE] = False
     """Adam's bias correction in prodigy."""
-    prodigy_safeguard_warmup: bool = False
+    prodigy_safeguard_warmup: Annotated[bool, FREE] = False
     """Leave the learning rate out of prodigy's estimate, for warm-up."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0), FREE] = 1.0
     """Gradients are scaled down to this norm."""
-    max_train_steps: Positive | None = None
+    max_train_steps: Annotated[Positive | None, FREE] = None
     """Optimizer steps; None takes num_train_epochs."""
-    num_train_epochs: Positive = 1
+    num_train_epochs: Annotated[Positive, FREE] = 1
     """Passes over the training clips, when max_train_steps is not set."""
-    global_batch_size: Positive = 1
+    global_batch_size: Annotated[
+        Positive, FIXED_BY_RUN, Replaces(("train_batch_size", "gradient_accumulation_steps"))
+    ] = 1
     """Clips per optimizer step, whatever the number of processes."""
-    max_tokens_per_pack: Positive = 1
+    max_tokens_per_pack: Annotated[Positive, FREE, Replaces(("train_batch_size", "gradient_accumulation_steps"))] = 1
     """Tokens of one forward; a larger clip is a pack of its own, so 1 is one clip at a time."""
-    transformer_engine: Literal["packed", "reference"] = "packed"
+    transformer_engine: Annotated[Literal["packed", "reference"], FREE] = "packed"
     """packed: our forward over packs of clips; reference: diffusers' forward, one clip at a time."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, FREE] = False
     """Recompute each block in the backward pass: less memory, more time."""
-    mixed_precision: Annotated[Precision, BeforeValidator(lambda value: "fp32" if value == "no" else value)] = "auto"
+    mixed_precision: Annotated[
+        Precision, BeforeValidator(lambda value: "fp32" if value == "no" else value), RESOLVED_BY_RUN
+    ] = "auto"
     """Precision of the frozen transformer and its activations (adapters are fp32); auto is the checkpoint's own.
 
     "no" is fp32, as in the reference script."""
-    allow_tf32: bool = False
+    allow_tf32: Annotated[bool, FREE] = False
     """Let matrix products of fp32 use TF32 on the GPU."""
-    timestep_sampling: Literal["uniform", "stratified"] = "uniform"
+    timestep_sampling: Annotated[Literal["uniform", "stratified"], FIXED_BY_RUN] = "uniform"
     """stratified: the clips of a global batch share out the schedule in equal parts."""
-    snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    snr_gamma: Annotated[Annotated[float, Field(gt=0)] | None, FIXED_BY_RUN] = None
     """Min-SNR loss weight with this gamma (arXiv 2303.09556), usually 5; None weighs all timesteps alike."""
-    caption_dropout: Fraction = 0.0
+    caption_dropout: Annotated[Fraction, FIXED_BY_RUN] = 0.0
     """Chance that a clip is trained with the empty prompt."""
-    noised_image_dropout: Fraction = 0.05
+    noised_image_dropout: Annotated[Fraction, FIXED_BY_RUN] = 0.05
     """I2V: chance that a clip is trained with an empty image condition."""
-    shuffle_shards: Literal["auto", "all"] | Positive = "auto"
+    shuffle_shards: Annotated[Literal["auto", "all"] | Positive, RESOLVED_BY_RUN] = "auto"
     """Shards whose clips are mixed at a time; auto: all in a folder, of a URL half of those local_cache_gib holds."""
-    seed: Count = 42
+    seed: Annotated[Count, FIXED_BY_RUN] = 42
     """Order, noise, timesteps, posterior draws and the adapter's initial weights."""
-    checkpointing_steps: Positive = 500
+    checkpointing_steps: Annotated[Positive, FREE] = 500
     """Optimizer steps between checkpoints."""
-    checkpoints_total_limit: Annotated[int, Field(ge=2)] = 2
+    checkpoints_total_limit: Annotated[int, Field(ge=2), FREE] = 2
     """Checkpoints kept; two at least, so that a damaged newest one has a predecessor."""
-    resume_from_checkpoint: Name = "latest"
+    resume_from_checkpoint: Annotated[Name, FREE] = "latest"
     """"latest", a checkpoint's name in the run folder, or "none" to refuse a run folder that has checkpoints.
 
     A name begins a branch: newer checkpoints move to abandoned-1/, and the same command goes on with the branch."""
-    validation_steps: Count = 0
+    validation_steps: Annotated[Count, FREE] = 0
     """Optimizer steps between held-out losses, which are taken at the end in any case; 0 is only at the end."""
-    preview_steps: Count = 0
+    preview_steps: Annotated[Count, FREE, Replaces(("validation_epochs", "num_validation_videos"))] = 0
     """Optimizer steps between previews: data.validation_prompts, as [sample] says, to latents; 0 is never."""
-    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    report_to: Annotated[Literal["none", "tensorboard", "wandb"], FREE] = "none"
     """Where the metrics also go; metrics.jsonl is always written."""
-    tracker_name: Name = "precog"
+    tracker_name: Annotated[Name, FREE] = "precog"
     """The tracker's name of the project."""
-    log_clips: bool = False
+    log_clips: Annotated[bool, FREE] = False
     """Write each step's clips and timesteps to metrics.jsonl."""
-    nccl_timeout: Positive = 1800
+    nccl_timeout: Annotated[Positive, FREE] = 1800
     """Seconds that a process waits for the others before it fails, with NCCL or gloo; a preview has to fit in."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], FREE] = "auto"
     """auto takes this process's GPU when there is one; CUDA_VISIBLE_DEVICES says which that is."""
 
     @model_validator(mode="after")
@@ -306,59 +341,61 @@ class Train(Table):
 class Memory(Table):
     """What training keeps on the card. "auto" fields are chosen by the card's free memory and the largest pack."""
 
-    activations: Literal["auto", "block_input", "attention_output", "full"] = "auto"
+    activations: Annotated[Literal["auto", "block_input", "attention_output", "full"], FREE] = "auto"
     """What a block keeps for its backward pass; block_input recomputes all, attention_output all but attention."""
-    full_blocks: Literal["auto"] | Count = "auto"
+    full_blocks: Annotated[Literal["auto"] | Count, FREE] = "auto"
     """Blocks, counted from the last, that keep "full" whatever `activations` says; auto takes as many as fit."""
-    offload_activations: bool | Literal["auto"] = "auto"
-    """Keep in host memory what the blocks keep."""
-    stream_weights: Literal["auto", 0] | Annotated[int, Field(ge=2)] = "auto"
+    offload_activations: Annotated[bool | Literal["auto"], FREE] = "auto"
+    """Keep in host memory what the blocks keep, and the layers that make their modulation."""
+    stream_weights: Annotated[Literal["auto", 0] | Annotated[int, Field(ge=2)], FREE] = "auto"
     """Blocks whose frozen weights are on the card, the others wait in host memory; 0 is all of them."""
-    base_precision: Literal["model", "int8", "fp8"] = "model"
+    base_precision: Annotated[Literal["model", "int8", "fp8"], FIXED_BY_RUN] = "model"
     """Storage of the frozen blocks' weights; weight-only, with one scale per row."""
-    attention: Literal["auto", "flash3", "cudnn", "flash", "efficient", "math"] = "auto"
+    attention: Annotated[Literal["auto", "flash3", "cudnn", "flash", "efficient", "math"], FREE] = "auto"
     """Kernels of attention for the whole run; auto takes the fastest that works on the card, found by trying.
 
     flash3 is FlashAttention 3 on Hopper, from the package flash-attn-3."""
-    compile: bool | Literal["auto"] = "auto"
+    compile: Annotated[bool | Literal["auto"], FREE] = "auto"
     """Fuse norms, modulation, gates and rotary positions with torch.compile; auto is on with a GPU and triton."""
-    allow_low_cosine: bool = False
+    allow_low_cosine: Annotated[bool, FREE] = False
     """Train on a quantized base even if the adapter's gradient strays below cosine 0.99 from the unquantized one."""
 
 
 class Sample(Table):
-    output_dir: Place = Path("samples")
+    output_dir: Annotated[Place, FREE] = Path("samples")
     """Where the mp4 and PNG files land."""
-    prompts: tuple[Text, ...] = ()
+    prompts: Annotated[tuple[Text, ...], FREE] = ()
     """One video each, with and without the adapter."""
-    images: tuple[Place, ...] = ()
+    images: Annotated[tuple[Place, ...], FREE, Replaces(("validation_images",))] = ()
     """I2V: the first frame for each prompt."""
-    lora: Place | None = None
+    lora: Annotated[Place | None, FREE] = None
     """Folder or file of the adapter; None is the export of [train]."""
-    num_frames: Positive = 49
+    num_frames: Annotated[Positive, FREE] = 49
     """Frames to make."""
-    height: Side = 480
+    height: Annotated[Side, FREE] = 480
     """Pixels."""
-    width: Side = 720
+    width: Annotated[Side, FREE] = 720
     """Pixels."""
-    fps: Positive = 8
+    fps: Annotated[Positive, FREE] = 8
     """Playing rate of the mp4."""
-    num_inference_steps: Positive = 50
+    num_inference_steps: Annotated[Positive, IN_PREVIEW] = 50
     """Denoising steps."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 6.0
+    guidance_scale: Annotated[float, Field(ge=0), IN_PREVIEW] = 6.0
     """Classifier-free guidance; 1 is none."""
-    use_dynamic_cfg: bool = False
+    use_dynamic_cfg: Annotated[bool, IN_PREVIEW] = False
     """Vary the guidance over the steps."""
-    seed: Count = 42
+    seed: Annotated[Count, IN_PREVIEW] = 42
     """The same noise with and without the adapter."""
-    dtype: Precision = "auto"
+    dtype: Annotated[Precision, FREE] = "auto"
     """Precision of the pipeline; auto is the checkpoint's own."""
-    device: Device = "auto"
+    device: Annotated[Device, FREE] = "auto"
     """"cpu", "cuda", "cuda:1"; auto takes the GPU when there is one."""
 
 
-class Config(Table):
+class Config(BaseModel):
     """The whole experiment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Model
     data: Data
@@ -366,6 +403,47 @@ class Config(Table):
     train: Train
     memory: Memory = Memory()
     sample: Sample = Sample()
+
+
+TABLES: dict[str, type[Table]] = {
+    "model": Model,
+    "data": Data,
+    "precompute": Precompute,
+    "train": Train,
+    "memory": Memory,
+    "sample": Sample,
+}
+NO_FIELD = {
+    "dataloader_num_workers": "one background reader is always used",
+    "hub_token": "never a field; log in with `hf auth login` or set HF_TOKEN",
+    "logging_dir": "the tracker writes into train.output_dir, under train.tracker_name",
+    "scale_lr": "train.learning_rate is used as it is",
+    **dict.fromkeys(("hub_model_id", "push_to_hub"), "upload the run's folder `export` with `hf upload`"),
+}
+"""Flags of the reference script without a field of the same meaning, and what to do."""
+
+
+def fields_shaping(*parts: Part) -> list[str]:
+    """Return the dotted names of the fields that shape any of `parts`, sorted."""
+    return sorted(name for name, meaning, _ in annotated_fields(TABLES) if meaning.part in parts)
+
+
+def recipe_fields(*parts: Part) -> dict[str, str]:
+    """Return {dotted name of a recipe's entry: the field that it comes from} for "latents" or "prompts"."""
+    return {shapes.recipe_entry: name for name, shapes, _ in annotated_fields(TABLES) if shapes.part in parts}
+
+
+def field_value(config: Config, name: str) -> Any:
+    """Return the value of the field with a dotted name, as JSON has it."""
+    table, _, field = name.partition(".")
+    return getattr(config, table).model_dump(mode="json", include={field})[field]
+
+
+def instead_of_flag(flag: str) -> str | None:
+    """Return what takes the place of a flag of the reference script; None for a name that is no such flag."""
+    found = [(name, replaces.value) for name, _, replaces in annotated_fields(TABLES) if flag in replaces.flags]
+    fields = [f"{name} = {value!r}" if value else name for name, value in found]
+    return f"use {' and '.join(fields)}" if fields else NO_FIELD.get(flag)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
@@ -469,14 +547,13 @@ def _line_of(source: str, location: list[str]) -> str:
 
 
 def _nearest(location: list[str]) -> str:
-    if location[-1] in INSTEAD:
-        return f"; {INSTEAD[location[-1]]}"
-    tables: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+    if instead := instead_of_flag(location[-1]):
+        return f"; {instead}"
     if len(location) == 1:
-        names = list(tables)
+        names = list(TABLES)
     else:
-        names = [f"{location[0]}.{field}" for field in tables[location[0]].model_fields]
-        everywhere = [f"{name}.{field}" for name, table in tables.items() for field in table.model_fields]
+        names = [f"{location[0]}.{field}" for field in TABLES[location[0]].model_fields]
+        everywhere = [f"{name}.{field}" for name, table in TABLES.items() for field in table.model_fields]
         names += [name for name in everywhere if name.endswith(f".{location[1]}")]
     close = difflib.get_close_matches(".".join(location[:2]), names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"
