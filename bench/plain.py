@@ -1,6 +1,6 @@
 """A plain end-to-end trainer, the place to start reading: diffusers' modules, its scheduler and its loss.
 
-This is what the packages do in two stages, in one loop: decode, encode with the VAE and T5, add noise, predict, take the
+It does in one loop what the packages do in two stages: decode, encode with the VAE and T5, add noise, predict, take the
 loss, update the adapter. VAE and T5 stay loaded throughout. The benchmarks compare stage 2 with it.
 """
 

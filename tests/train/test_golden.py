@@ -5,6 +5,7 @@ The numbers are recorded, see tests/golden/README.md for what they are and how t
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def conventions() -> Conventions:
     return read_conventions(transformer, vae, read_config(PIPELINE / "scheduler" / "scheduler_config.json"))
 
 
-def golden_config(engine: str) -> Config:
+def golden_config(engine: Literal["packed", "reference"]) -> Config:
     return Config(
         model=Model(pretrained_model_name_or_path=str(PIPELINE)),
         data=Data(name="golden", instance_data_root=GOLDEN),
@@ -80,7 +81,7 @@ def recorded_example(
 
 @pytest.mark.parametrize("engine", ["packed", "reference"])
 def test_losses_norms_and_weights_are_the_reference_scripts(
-    engine: str, recorded: dict[str, Tensor], conventions: Conventions
+    engine: Literal["packed", "reference"], recorded: dict[str, Tensor], conventions: Conventions
 ) -> None:
     config = golden_config(engine)
     accelerator = Accelerator(cpu=True)

@@ -3,6 +3,8 @@
 Run with `pytest -m gpu`; `make test` leaves these out, and without a GPU they skip with that reason.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def test_streamed_and_offloaded_gradients_equal_resident_ones_in_bf16(variant: s
     for plan in (Plan("attention_output"), LEAN):
         transformer = build_transformer(variant, torch.bfloat16, lora_rank=4, num_layers=3)
         engine = open_engine(transformer, plan, torch.device("cuda"))
-        results.append(run(transformer, lambda t=transformer, e=engine: predict(t, clips, conventions, e)))
+        results.append(run(transformer, partial(predict, transformer, clips, conventions, engine)))
     (_, resident_loss, resident), (_, lean_loss, lean) = results
     torch.testing.assert_close(lean_loss, resident_loss, rtol=1e-5, atol=1e-6)
     assert largest_difference(lean, resident) < 1e-2

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_packs_add_up_to_the_weighted_mean_over_the_clips_of_the_batch() -> None
 
 
 @pytest.mark.parametrize("engine", ["packed", "reference"])
-def test_dropout_falls_by_seed_and_draw_and_not_by_what_was_drawn_before(engine: str) -> None:
+def test_dropout_is_keyed_by_seed_and_draw(engine: Literal["packed", "reference"]) -> None:
     conventions, transformer = conventions_of("2b"), build_transformer("2b")
     add_lora(transformer.train(), 4, lora_dropout=0.5)
     clip = make_clip(conventions, (1, 8, 8), 0, torch.float32)

@@ -62,9 +62,10 @@ def choose_plan(
         if needed <= free:
             break
         too_large.append(f"{describe(plan)} would take {needed / GIB:.2f} GiB")
-    what = describe_pack(pack) if found.peak >= found.preview else f"a preview of {preview}"
     if needed <= free and may_fill(config, plan):
-        plan, needed = fill(plan, needed, free, transformer.config.num_layers, lambda plan: predicted(plan).needed)
+        plan, found = fill(plan, found, free, transformer.config.num_layers, predicted)
+        needed = int(found.needed * RESERVED_PER_ALLOCATED)
+    what = describe_pack(pack) if found.peak >= found.preview else f"a preview of {preview}"
     why = f"predicted {needed / GIB:.2f} GiB for {what}, {free / GIB:.2f} GiB free on {device}"
     if needed > free:
         too_large.pop()
@@ -83,17 +84,20 @@ def may_fill(config: Config, plan: Plan) -> bool:
 
 
 def fill(
-    plan: Plan, needed: int, free: int, num_layers: int, predict_needed: Callable[[Plan], int]
-) -> tuple[Plan, int]:
-    """Return the plan with as many full blocks as fit into `free` bytes, and the bytes that the allocator reserves.
+    plan: Plan, found: Prediction, free: int, num_layers: int, predict: Callable[[Plan], Prediction]
+) -> tuple[Plan, Prediction]:
+    """Return the plan with as many full blocks as fit into `free` bytes, and its memory; `found` is without any.
 
-    `needed` are the bytes of the plan as it is. From two full blocks on, each costs the same.
+    From two full blocks on, each costs the same.
     """
-    two, three = (int(predict_needed(replace(plan, full_blocks=count)) * RESERVED_PER_ALLOCATED) for count in (2, 3))
-    if num_layers <= 3 or two > free:
-        return plan, needed
-    more = min((free - two) // (three - two), num_layers - 3)  # with all of them it were another plan
-    return replace(plan, full_blocks=2 + more), two + more * (three - two)
+    if num_layers <= 3:
+        return plan, found
+    two, three = (predict(replace(plan, full_blocks=count)).peak for count in (2, 3))
+    more = (int(free / RESERVED_PER_ALLOCATED) - two) // (three - two)
+    if more < 0:
+        return plan, found
+    more = min(more, num_layers - 3)  # all of them would be the plan "full"
+    return replace(plan, full_blocks=2 + more), replace(found, peak=two + more * (three - two))
 
 
 def candidates(config: Config, device: torch.device) -> list[Plan]:

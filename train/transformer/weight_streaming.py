@@ -6,8 +6,6 @@ the same code makes plain copies.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
 
 import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
@@ -19,32 +17,18 @@ ALIGNMENT = 256
 """Bytes between the starts of two tensors are a multiple of this; GPU kernels expect no less."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A tensor's place in a buffer of bytes."""
-
-    offset: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-    @property
-    def stop(self) -> int:
-        """The byte after the tensor's last."""
-        return self.offset + prod(self.shape) * self.dtype.itemsize
-
-    def view(self, buffer: Tensor) -> Tensor:
-        """Return the tensor in `buffer`."""
-        return buffer[self.offset : self.stop].view(self.dtype).view(self.shape)
+def buffer_bytes(tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of a buffer that holds all tensors."""
+    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
 
 
-def lay_out(tensors: Sequence[Tensor]) -> tuple[list[Place], int]:
-    """Return places one after the other, and the bytes of the buffer that holds them."""
-    places, end = [], 0
-    for tensor in tensors:
-        place = Place(-(-end // ALIGNMENT) * ALIGNMENT, tensor.shape, tensor.dtype)
-        places.append(place)
-        end = place.stop
-    return places, -(-end // ALIGNMENT) * ALIGNMENT
+def views(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors with the shapes and dtypes of `like`, one after the other in a buffer of bytes."""
+    found, start = [], 0
+    for tensor in like:
+        found.append(buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        start += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return found
 
 
 def frozen_weights(block: CogVideoXBlock) -> list[nn.Parameter]:
@@ -75,15 +59,13 @@ class WeightStream:
     ) -> None:
         assert num_buffers >= 2, "one block computes while another is copied"
         self._weights = weights
-        layouts = [lay_out([value.data for value in of_block]) for of_block in weights]
-        self._places = [places for places, _ in layouts]
         self._hosts: list[Tensor] = []
-        for index, (places, num_bytes) in enumerate(layouts):  # one block at a time is in memory twice
-            self._hosts.append(allocate(num_bytes, device))
-            for value, place in zip(weights[index], places, strict=True):
-                place.view(self._hosts[index]).copy_(value.data)
-            self._point(index, self._hosts[index])
-        largest = max(num_bytes for _, num_bytes in layouts)
+        for of_block in weights:  # one block at a time is in memory twice
+            host = allocate(buffer_bytes(of_block), device)
+            for value, place in zip(of_block, views(host, of_block), strict=True):
+                value.data = place.copy_(value.data)
+            self._hosts.append(host)
+        largest = max(map(len, self._hosts))
         self._free = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(num_buffers)]
         self._resident: OrderedDict[int, tuple[Tensor, torch.cuda.Event | None]] = OrderedDict()
         """Block -> its buffer and the end of its copy; the least recently used comes first."""
@@ -123,5 +105,5 @@ class WeightStream:
         self._resident[index] = (buffer, self._copies.record())
 
     def _point(self, index: int, buffer: Tensor) -> None:
-        for value, place in zip(self._weights[index], self._places[index], strict=True):
-            value.data = place.view(buffer)
+        for value, place in zip(self._weights[index], views(buffer, self._weights[index]), strict=True):
+            value.data = place

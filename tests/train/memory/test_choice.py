@@ -95,7 +95,7 @@ def test_a_quantized_base_takes_a_byte_per_weight(storage: Storage) -> None:
 
 
 def test_each_leaner_plan_needs_less() -> None:
-    peaks = [predicted("5b", plan, Bucket(9, 480, 720)).peak for plan in PREFERENCE]
+    peaks = [predicted("5b", plan, num_layers=5).peak for plan in PREFERENCE]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
 
 
@@ -182,8 +182,12 @@ def test_auto_goes_eager_where_nothing_compiles_and_true_is_refused(
 )
 def test_full_blocks_fill_the_memory_that_is_left(free: int, full_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "RESERVED_PER_ALLOCATED", 1.0)
-    plan, needed = fill(Plan("attention_output"), 100, free, 10, lambda plan: 100 + 10 * plan.full_blocks)
-    assert (plan.full_blocks, needed) == (full_blocks, 100 + 10 * full_blocks)
+
+    def predict(plan: Plan) -> Prediction:
+        return Prediction(peak=100 + 10 * plan.full_blocks, loaded=0, kept=0, preview=90)
+
+    plan, found = fill(Plan("attention_output"), predict(Plan("attention_output")), free, 10, predict)
+    assert plan.full_blocks == full_blocks and found == predict(plan)
 
 
 def test_auto_takes_the_fastest_plan_that_fits_and_says_why(

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
@@ -67,14 +69,11 @@ def make_clips(conventions: Conventions, dtype: torch.dtype, count: int = 5) -> 
 @contextmanager
 def float64_rotary(dtype: torch.dtype) -> Iterator[None]:
     """Let diffusers rotate queries and keys in float64 where the model is; it always uses float32."""
-    original, to_float = embeddings.apply_rotary_emb, torch.Tensor.float
+    original = embeddings.apply_rotary_emb
 
-    def apply_in_own_dtype(tokens: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        torch.Tensor.float = lambda self: self
-        try:
+    def apply_in_own_dtype(tokens: Tensor, table: tuple[Tensor, Tensor]) -> Any:
+        with patch.object(torch.Tensor, "float", lambda self: self):
             return original(tokens, table)
-        finally:
-            torch.Tensor.float = to_float
 
     if dtype == torch.float64:
         embeddings.apply_rotary_emb = apply_in_own_dtype
@@ -94,7 +93,7 @@ def run(transformer: CogVideoXTransformer3DModel, forward: Callable[[], list[Ten
         target = torch.randn(velocity.shape, generator=generator, dtype=torch.float64)
         errors.append((velocity.double() - target.to(velocity.device)).square().mean())
     loss = torch.stack(errors).mean()
-    loss.backward()
+    torch.autograd.backward(loss)
     gradients = {}
     for name, parameter in transformer.named_parameters():
         if parameter.requires_grad:

@@ -14,7 +14,7 @@ from train.transformer.forward import predict
 
 def test_tensors_come_back_with_their_values_and_strides() -> None:
     offload = ActivationOffload(CPU)
-    sent = [[torch.randn(5, 4).T, torch.randn(2, 3, 4).transpose(0, 1)[None], torch.randn(7).bfloat16()] for _ in "abc"]
+    sent = [[torch.randn(5, 4).T, torch.randn(2, 3, 4).transpose(0, 1), torch.randn(7).bfloat16()] for _ in "abc"]
     blocks = [offload.open_block() for _ in sent]
     saved = [[block.send(tensor) for tensor in tensors] for block, tensors in zip(blocks, sent, strict=True)]
     for block, tensors, places in reversed(list(zip(blocks, sent, saved, strict=True))):
@@ -73,7 +73,7 @@ def test_steps_leave_no_tensor_behind() -> None:
     try:
         for _ in range(4):
             run(transformer, lambda: predict(transformer, clips, conventions, engine))
-            counts.append(sum(isinstance(found, torch.Tensor) for found in gc.get_objects()))
+            counts.append(sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()))
     finally:
         gc.enable()
     assert counts[-1] == counts[1]
@@ -84,6 +84,6 @@ def test_a_second_backward_pass_is_refused() -> None:
     transformer = build_transformer("5b", lora_rank=4)
     engine = open_engine(transformer, Plan("block_input", offload_activations=True), CPU)
     (velocity,) = predict(transformer, make_clips(conventions, torch.float32, 1), conventions, engine)
-    velocity.sum().backward(retain_graph=True)
+    torch.autograd.backward(velocity.sum(), retain_graph=True)
     with pytest.raises(AssertionError, match="second backward"):
-        velocity.sum().backward()
+        torch.autograd.backward(velocity.sum())

@@ -91,7 +91,7 @@ def test_adapters_on_one_kind_of_layer_equal_peft(targets: tuple[str, ...]) -> N
 @pytest.mark.parametrize(
     "activations", [pytest.param("block_input", marks=pytest.mark.faults), "attention_output", "full"]
 )
-def test_other_kinds_of_adapters_equal_peft(activations: Activations, options: dict[str, object]) -> None:
+def test_other_kinds_of_adapters_equal_peft(activations: Activations, options: dict[str, Any]) -> None:
     conventions = conventions_of("5b")
     transformer = build_transformer("5b", torch.float64)
     add_lora(transformer, 4, **options)
@@ -111,7 +111,7 @@ def test_two_adapters_add_up_as_in_peft() -> None:
 
 @pytest.mark.parametrize("activations", LEVELS)
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_dropout_is_drawn_as_in_diffusers_and_repeats(activations: Activations, options: dict[str, object]) -> None:
+def test_dropout_is_drawn_as_in_diffusers_and_repeats(activations: Activations, options: dict[str, Any]) -> None:
     conventions = conventions_of("5b")
     transformer = build_transformer("5b", torch.float64)
     add_lora(transformer, 4, lora_dropout=0.4, **options)
@@ -123,7 +123,7 @@ def test_dropout_is_drawn_as_in_diffusers_and_repeats(activations: Activations, 
     assert_close(run(transformer, lambda: predict(transformer, clips, conventions, Engine(activations))), expected)
     (velocity,) = predict(transformer, clips, conventions, Engine(activations))
     state = torch.get_rng_state()
-    velocity.sum().backward()
+    torch.autograd.backward(velocity.sum())
     assert torch.equal(torch.get_rng_state(), state), "a recomputation leaves the generator as it was"
 
 
@@ -157,6 +157,8 @@ def test_evaluation_keeps_nothing() -> None:
         velocities = predict(transformer, clips, conventions, engine)
     assert all(difference(one, other) < 1e-5 for one, other in zip(velocities, expected, strict=True))
     assert engine.offload.num_blocks == 0
+    run(transformer, lambda: predict(transformer, clips, conventions, engine))
+    assert engine.offload.num_blocks == 3, "training goes on after an evaluation in inference mode"
 
 
 def step_flops(activations: Activations, num_layers: int, targets: tuple[str, ...]) -> int:
@@ -167,7 +169,7 @@ def step_flops(activations: Activations, num_layers: int, targets: tuple[str, ..
     clips = [make_clip(conventions, shape, 0, torch.float32) for shape in ((3, 8, 12), (2, 8, 12))]
     with Flops() as counter:
         run(transformer, lambda: predict(transformer, clips, conventions, Engine(activations)))
-    return counter.total
+    return int(counter.total)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_attention_stays_inside_each_clip(dtype: torch.dtype, backend: Backend) 
     clips = torch.split(inputs, lengths, dim=1)
     expected = [scaled_dot_product_attention(*clip.transpose(1, 2)).transpose(0, 1).flatten(1) for clip in clips]
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    assert difference(attend(*inputs, lengths, backend), torch.cat(expected)) < tolerance
+    assert difference(attend(inputs[0], inputs[1], inputs[2], lengths, backend), torch.cat(expected)) < tolerance
 
 
 def test_auto_takes_what_works_and_a_missing_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

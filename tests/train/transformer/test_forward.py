@@ -1,6 +1,7 @@
 """Our forward over packs against diffusers' own forward with peft's own layers, one clip at a time."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,12 @@ def test_bf16_pack_keeps_no_fp32_copy_of_its_activations(variant: str) -> None:
     transformer = build_transformer(variant, torch.bfloat16, lora_rank=4)
     clips = make_clips(conventions, torch.bfloat16)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         predict(transformer, clips, conventions)
     tokens = max(len(tensor) for tensor in kept if tensor.ndim == 2)
     rows = tokens * transformer.patch_embed.embed_dim
@@ -116,7 +122,7 @@ def test_lora_dropout_acts_in_training_and_as_peft_does() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["plain", "dora"])
-def test_adapters_on_every_linear_layer_run_in_bf16(options: dict[str, object]) -> None:
+def test_adapters_on_every_linear_layer_run_in_bf16(options: dict[str, Any]) -> None:
     conventions = conventions_of("1.5-5b-i2v")
     transformer = build_transformer("1.5-5b-i2v", torch.bfloat16)
     add_lora(transformer, 4, target_modules=EVERY_LINEAR, **options)
@@ -184,5 +190,5 @@ def test_modulation_of_a_clip_does_not_depend_on_its_neighbors() -> None:
     clips, norm = make_clips(conventions, torch.float32), transformer.transformer_blocks[0].norm1
     with torch.no_grad():
         temb = embed_timesteps(transformer, clips, conventions)
-        alone = torch.cat([modulation_rows(norm, row) for row in temb.split(1)])
+        alone = torch.cat([modulation_rows(norm, row) for row in torch.split(temb, 1)])
         assert torch.equal(modulation_rows(norm, temb), alone) and alone.shape == (2 * len(clips), 3, 64)

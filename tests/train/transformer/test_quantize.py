@@ -86,7 +86,12 @@ def test_only_the_blocks_large_layers_are_stored_small_and_no_wide_copy_is_kept(
     assert small == {f"transformer_blocks.{block}.{layer}.weight" for block in range(2) for layer in expected}
     assert all(value is before[name] for name, value in transformer.named_parameters() if name in before.keys() - small)
     kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         predict(transformer, make_clips(conventions, torch.float32, 1), conventions)
     wide = [
         module.dequantized(torch.float32) for module in transformer.modules() if isinstance(module, QuantizedLinear)

@@ -1,5 +1,7 @@
 """Streamed weights: residency, prefetch in both directions, and weights that stay as they are."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from tests.tiny import build_transformer
 from tests.train.transformer.parity import CPU, LEAN, conventions_of, make_clips, run
 from train.transformer.engine import Plan, open_engine, quantize_blocks
 from train.transformer.forward import predict
-from train.transformer.weight_streaming import WeightStream, frozen_weights, lay_out, modulation_weights
+from train.transformer.weight_streaming import WeightStream, buffer_bytes, frozen_weights, modulation_weights, views
 
 
 def test_no_more_blocks_are_resident_than_asked_for() -> None:
@@ -26,7 +28,7 @@ def test_no_more_blocks_are_resident_than_asked_for() -> None:
             seen.append(len(stream.resident))
 
         hooks = [block.norm2.norm.register_forward_hook(look) for block in transformer.transformer_blocks]
-        run(transformer, lambda engine=engine: predict(transformer, clips, conventions, engine))
+        run(transformer, partial(predict, transformer, clips, conventions, engine))
         assert max(seen) == num_buffers and len(seen) == 6 * 2
         for hook in hooks:
             hook.remove()
@@ -75,12 +77,10 @@ def test_frozen_weights_do_not_change_and_adapters_never_move() -> None:
 
 def test_weights_of_many_kinds_share_a_buffer() -> None:
     tensors = [torch.randn(3, 5), torch.arange(7, dtype=torch.int8), torch.randn(2, 2).bfloat16(), torch.randn(())]
-    places, num_bytes = lay_out(tensors)
-    buffer = torch.zeros(num_bytes, dtype=torch.uint8)
-    for tensor, place in zip(tensors, places, strict=True):
-        place.view(buffer).copy_(tensor)
-    assert all(torch.equal(place.view(buffer), tensor) for tensor, place in zip(tensors, places, strict=True))
-    assert all(place.offset % 256 == 0 for place in places)
+    buffer = torch.zeros(buffer_bytes(tensors), dtype=torch.uint8)
+    places = [place.copy_(tensor) for place, tensor in zip(views(buffer, tensors), tensors, strict=True)]
+    assert all(torch.equal(place, tensor) for place, tensor in zip(places, tensors, strict=True))
+    assert all((place.data_ptr() - buffer.data_ptr()) % 256 == 0 for place in places)
 
 
 def test_all_frozen_weights_are_streamed_or_the_modulation_alone() -> None:
