@@ -65,7 +65,7 @@ def test_a_scale_that_overflows_is_lowered_until_it_does_not(
     assert torch.cosine_similarity(ours, exact, dim=0) > 0.9999
 
 
-def test_packs_add_up_to_the_weighted_mean_over_the_clips_of_the_batch() -> None:
+def test_packs_add_up_to_the_weighted_mean_over_the_batch() -> None:
     """Cut in one way or another; this rank has three of a batch of four."""
     conventions, transformer = conventions_of("2b"), build_transformer("2b", torch.float64, lora_rank=4)
     clips, weights = make_clips(conventions, torch.float64, 3), (1.0, 0.5, 2.0)

@@ -79,7 +79,7 @@ def test_extrapolation_equals_a_run_of_the_whole_depth(plan: Plan) -> None:
     assert deep.kept == pytest.approx(whole.kept, rel=0.002)
 
 
-def test_an_adapter_weight_costs_itself_its_gradient_and_two_moments_in_fp32() -> None:
+def test_an_adapter_weight_costs_four_fp32_numbers() -> None:
     small, large = (predicted("5b", LEAN, Bucket(9, 256, 256), rank, num_layers=3).loaded for rank in (32, 64))
     more_weights = 3 * 4 * 32 * 2 * 3072
     assert large - small == pytest.approx(4 * 4 * more_weights, rel=1e-3)
@@ -235,7 +235,7 @@ def test_every_process_takes_the_plan_that_fits_the_fullest_card(monkeypatch: py
         assert plan.activations == "block_input"
 
 
-def test_a_preview_larger_than_the_clips_counts_where_previews_are_made(
+def test_a_preview_larger_than_the_clips_counts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     transformer = build_transformer("5b", lora_rank=4)
@@ -270,7 +270,7 @@ def test_a_preview_larger_than_the_clips_counts_where_previews_are_made(
     assert f"for a preview of {large}" in capsys.readouterr().err
 
 
-def test_largest_pack_is_as_many_of_the_largest_clip_as_the_budget_holds() -> None:
+def test_largest_pack_holds_the_largest_clip_as_often_as_it_fits() -> None:
     conventions = published_conventions("5b")
     buckets = [Bucket(9, 64, 96), SMALL]
     tokens = 226 + 13 * 30 * 45

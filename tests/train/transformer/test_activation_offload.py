@@ -52,7 +52,7 @@ def test_two_packs_may_be_under_way_before_their_backward_passes() -> None:
     assert_close(found, expected)
 
 
-def test_a_forward_pass_without_a_backward_pass_changes_nothing_and_is_freed() -> None:
+def test_a_forward_pass_without_a_backward_pass_changes_nothing() -> None:
     conventions = conventions_of("5b")
     transformer = build_transformer("5b", torch.float64, lora_rank=4, num_layers=3)
     clips = make_clips(conventions, torch.float64, 2)

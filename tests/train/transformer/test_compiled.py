@@ -41,7 +41,7 @@ def test_the_trial_runs_every_kernel_forward_and_backward() -> None:
     compiled_kernels(GRADIENTS).try_on(CPU, torch.float32)
 
 
-def test_two_hundred_mixed_packs_compile_at_most_three_times_more_and_never_break() -> None:
+def test_mixed_packs_compile_few_versions_without_a_graph_break() -> None:
     conventions = conventions_of("5b")
     transformer = build_transformer("5b", lora_rank=4)
     engine = Engine("attention_output", kernels=compiled_kernels(TRACE))
@@ -60,7 +60,7 @@ def test_two_hundred_mixed_packs_compile_at_most_three_times_more_and_never_brea
     torch.autograd.backward([v.sum() for v in predict(transformer, pack(), conventions, engine)])
     before = counters["stats"]["unique_graphs"]
     assert before > 0
-    for _ in range(199):
+    for _ in range(99):
         torch.autograd.backward([v.sum() for v in predict(transformer, pack(), conventions, engine)])
     assert counters["stats"]["unique_graphs"] - before <= 3
     assert not counters["graph_break"]

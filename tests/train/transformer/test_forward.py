@@ -50,7 +50,7 @@ def test_i2v_without_its_learned_table_runs_at_any_shape(dtype: torch.dtype) -> 
     assert_like_diffusers(transformer, conventions, make_clips(conventions, dtype))
 
 
-def test_model_and_conventions_cannot_disagree_about_the_learned_table() -> None:
+def test_model_and_conventions_must_agree_on_the_learned_table() -> None:
     conventions = without_learned_positions(conventions_of("5b-i2v"))
     transformer = build_transformer("5b-i2v")
     with pytest.raises(AssertionError, match="differ"):

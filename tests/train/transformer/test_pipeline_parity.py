@@ -217,7 +217,7 @@ def test_rotary_tables_of_full_size_clips_equal_the_pipelines(variant: str, buck
     assert all(map(torch.equal, ours, theirs))
 
 
-def test_image_latents_of_the_1_5_pair_are_divided_by_the_scaling_factor() -> None:
+def test_image_latents_of_1_5_are_divided_by_the_scaling_factor() -> None:
     image = torch.ones(1, 16, 2, 2)
     first = {
         variant: image_condition(

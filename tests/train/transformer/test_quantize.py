@@ -48,7 +48,7 @@ def test_int8_is_within_half_a_step_of_its_rows_scale() -> None:
     assert (error <= 0.5001 * layer.weight.abs().amax(1, keepdim=True) / 127).all()
 
 
-def test_fp8_keeps_three_bits_behind_the_first_of_every_weight_and_widens_exactly() -> None:
+def test_fp8_keeps_three_mantissa_bits_and_widens_exactly() -> None:
     layer = a_layer()
     stored = QuantizedLinear(layer, "fp8")
     wide = stored.dequantized(torch.float32)
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_the_rounded_weights(storage: Storage, activation
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_only_the_blocks_large_layers_are_stored_small_and_no_wide_copy_is_kept(storage: Storage) -> None:
+def test_large_layers_are_stored_small_and_no_wide_copy_is_kept(storage: Storage) -> None:
     conventions = conventions_of("2b")
     transformer = build_transformer("2b", lora_rank=4)
     before = dict(transformer.named_parameters())
@@ -100,7 +100,7 @@ def test_only_the_blocks_large_layers_are_stored_small_and_no_wide_copy_is_kept(
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_the_export_of_an_adapter_on_a_small_base_is_what_diffusers_loads(storage: Storage, tmp_path: Path) -> None:
+def test_diffusers_loads_an_adapter_trained_on_a_quantized_base(storage: Storage, tmp_path: Path) -> None:
     """And holds, bit for bit, what the same adapter on the exact base exports."""
     train = Train(output_dir=tmp_path, lora_rank=4, lora_alpha=4)
     files = []
@@ -129,7 +129,7 @@ def _example(variant: str) -> Example:
 
 @pytest.mark.parametrize("variant", ["2b", "1.5-5b-i2v"])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_cosine_is_told_and_a_close_base_is_accepted(
+def test_cosine_is_printed_and_a_close_base_is_accepted(
     storage: Storage, variant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     transformer = build_transformer(variant, lora_rank=4)
@@ -163,7 +163,7 @@ def test_a_base_whose_gradient_is_no_number_is_refused() -> None:
         )
 
 
-def test_the_compared_gradients_are_without_dropout_and_training_goes_on_with_it() -> None:
+def test_compared_gradients_are_without_dropout() -> None:
     transformer = build_transformer("5b").train()
     add_lora(transformer, 4, lora_dropout=0.5)
     first, second = (adapter_gradient(transformer, Engine(), conventions_of("5b"), _example("5b")) for _ in range(2))
