@@ -75,8 +75,7 @@ class OffloadedBlock:
         device = self._offload.device
         hosts = [saved.host for saved in self._tensors if saved.host is not None]
         copies = [torch.empty(host.shape, dtype=host.dtype, device=device) for host in hosts]
-        with back.after_compute():  # the computation may just have freed this memory
-            back.wait(self._copied)
+        with back.after_compute():  # which has waited for the copies out, and may just have freed this memory
             for copy, host in zip(copies, hosts, strict=True):
                 copy.copy_(host, non_blocking=True)
         self._copied = back.record()

@@ -4,6 +4,7 @@ Every backend is one of torch's `scaled_dot_product_attention`, pinned for the w
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
@@ -19,6 +20,8 @@ from torch.nn.attention import (
 from torch.nn.functional import scaled_dot_product_attention
 
 from shared.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Query, key and value [1,heads,S,head_dim] of one clip -> the same shape."""
@@ -89,6 +92,8 @@ def choose_backend(wanted: Backend, device: torch.device, dtype: torch.dtype, he
     order: tuple[Backend, ...] = (*fused, "efficient", "math") if device.type == "cuda" else ("flash", "math")
     for backend in order if wanted == "auto" else (wanted,):
         if backend == "math" or (backend in order and works(backend, device, dtype, heads, head_dim)):
+            if wanted == "auto" and backend == "math":
+                logger.warning("attention: no fused kernel works on %s; 'math' keeps all scores in memory", device)
             return backend
     shape = f"{str(dtype).removeprefix('torch.')} with {heads} heads of {head_dim}"
     others = ", ".join(repr(name) for name in get_args(Backend) if name != wanted)

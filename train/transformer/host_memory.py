@@ -52,11 +52,6 @@ class CopyStream:
         """Return the end of what was issued so far, or None where copies are done at once."""
         return None if self._stream is None else self._stream.record_event()
 
-    def wait(self, event: torch.cuda.Event | None) -> None:
-        """Let the next copy start after `event`."""
-        if self._stream is not None and event is not None:
-            self._stream.wait_event(event)
-
     def compute_waits(self, event: torch.cuda.Event | None) -> None:
         """Let what the computation issues from now on start after `event`."""
         if self._stream is not None and event is not None:

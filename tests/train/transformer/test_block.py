@@ -199,7 +199,9 @@ def test_attention_stays_inside_each_clip(dtype: torch.dtype, backend: Backend) 
     assert difference(attend(inputs[0], inputs[1], inputs[2], lengths, backend), torch.cat(expected)) < tolerance
 
 
-def test_auto_takes_what_works_and_a_missing_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_what_works_and_a_missing_kernel_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     assert choose_backend("auto", CPU, torch.bfloat16, 4, 16) == "flash"
     assert choose_backend("math", CPU, torch.float32, 4, 16) == "math"
     for missing in ("cudnn", "efficient"):
@@ -213,6 +215,7 @@ def test_auto_takes_what_works_and_a_missing_kernel_is_refused(monkeypatch: pyte
 
     monkeypatch.setattr("train.transformer.attention.attend", wrong_at_one_length)
     assert choose_backend("auto", CPU, torch.float32, 4, 16) == "math", "a kernel wrong at one length is passed over"
+    assert "no fused kernel works on cpu" in caplog.text
 
 
 def test_hopper_tries_flash_attention_3_first_and_older_cards_never(monkeypatch: pytest.MonkeyPatch) -> None:
