@@ -14,7 +14,7 @@ from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.model.conventions import Conventions, refusal
 from shared.model.geometry import Bucket, video_tokens
-from train.distributed import gather
+from train.distributed import all_gather
 from train.memory.simulation import Prediction, predict_peak
 from train.transformer.compiled import compiled_kernels
 from train.transformer.engine import Plan
@@ -50,7 +50,7 @@ def choose_plan(
     if len(plans) == 1:
         return plans[0]
     pack, preview = largest_pack(config.train, conventions, buckets), preview_bucket(config, conventions)
-    free = min(gather(free_bytes(device)))  # so that all processes choose alike
+    free = min(all_gather(free_bytes(device)))  # so that all processes choose alike
 
     def predicted(plan: Plan) -> Prediction:
         return predict_peak(transformer.config, conventions, config.train, plan, pack, transformer.dtype, preview)

@@ -72,7 +72,7 @@ def conventions_of(pipeline: CogVideoXPipeline | CogVideoXImageToVideoPipeline) 
 
 
 def run(variant: str, bucket: Bucket, output_type: str = "latent") -> tuple[Any, Captured, Tensor, Tensor, Tensor]:
-    """The pipeline, what it passed on, its result, and the noise and the image that went in."""
+    """Run a tiny pipeline; return the pipeline, what it passed on, its result, the noise and the image."""
     pipeline = build_pipeline(variant)
     frames = latent_shape(bucket)[1]
     frames += padding_frames(frames, pipeline.transformer.config.patch_size_t)
