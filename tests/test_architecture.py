@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("precompute", "train", "sample", "shared")
+PACKAGES = ("prepare", "precompute", "train", "sample", "shared")
 MAY_IMPORT = {
     "shared": {"shared"},
+    "prepare": {"prepare", "shared"},
     "precompute": {"precompute", "shared"},
     "train": {"train", "shared"},
     "sample": {"sample", "shared"},
