@@ -59,7 +59,7 @@ def caption_table(
             label = clip_label(row, config)
             try:
                 if failures >= GIVE_UP_AFTER:
-                    raise NoAnswer(f"not asked: {failures} clips in a row got no answer", transient=True)
+                    raise NoAnswer(f"not asked: {GIVE_UP_AFTER} clips in a row got no answer", transient=True)
                 text = _describe(answers, row, config, model, num_frames)
                 if rewrite_model:
                     prompt = REWRITE.format(caption=text)

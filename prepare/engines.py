@@ -100,12 +100,12 @@ def server(model: str, url: str | None, tries: int, deadline_seconds: float) -> 
                 if error.status_code in (401, 403, 404):
                     raise UsageError(f"--model {model}: {shown(error)}; check --url and {KEY_VARIABLE}") from None
                 transient = error.status_code >= 500 or error.status_code in (408, 409, 429)
-                raise NoAnswer(f"{shown(error)}{f' ({tries} tries)' * transient}", transient=transient) from None
+                raise NoAnswer(f"{shown(error)}{f' (tries: {tries})' * transient}", transient=transient) from None
             except openai.APIConnectionError as error:
-                raise NoAnswer(f"{shown(error)} ({tries} tries)", transient=True) from None
+                raise NoAnswer(f"{shown(error)} (tries: {tries})", transient=True) from None
             except (BadResponse, httpx2.HTTPError) as error:
                 reason = shown(error)
-        raise NoAnswer(f"{reason} ({tries} tries)", transient=True)
+        raise NoAnswer(f"{reason} (tries: {tries})", transient=True)
 
     return ask
 

@@ -37,7 +37,7 @@ def look_into(folder: Path) -> FolderContents:
     """Probe every video below `folder` and find the captions. Raises `DataError` if there is no such folder."""
     if not folder.is_dir():
         raise DataError(f"--videos {folder}: not a folder; give the folder that holds the videos")
-    names = list(_walk(folder))
+    names = sorted(_walk(folder))
     candidates = [name for name in names if PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES]
     others = [name for name in names if name not in set(candidates)]
     captions, used, notes = _captions(folder, candidates, others)

@@ -93,6 +93,7 @@ def _common_prefix(words: dict[int, list[str]]) -> tuple[str, list[int]]:
 
 
 def _is_foreign(character: str) -> bool:
+    """Return True for letters of other scripts, and for symbols beyond Latin-1 such as emoji."""
     if character.isalpha():
         return not unicodedata.name(character, "").startswith(("LATIN", "FEMININE", "MASCULINE"))
-    return unicodedata.category(character) == "So"
+    return character > "\xff" and unicodedata.category(character) == "So"
