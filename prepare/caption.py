@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING
 
 from prepare.engines import Ask, NoAnswer
 from prepare.frames import sample_frames
-from prepare.table import PrepareReport, Row, captions_of, clip_label, lint_rows, read_rows, table_path, write_rows
+from prepare.table import (
+    PrepareReport,
+    Row,
+    captions_of,
+    clip_label,
+    lint_rows,
+    read_rows,
+    table_path,
+    video_file,
+    write_rows,
+)
 from shared.config import Config
 from shared.console import Progress
 from shared.errors import DataError
@@ -37,7 +47,7 @@ GIVE_UP_AFTER = 3
 """Clips in a row without an answer for a transient reason; then no further clip is asked about."""
 
 OpenModel = Callable[[str, bool], Ask]
-"""Open the model of that name; True asks for one that sees pictures."""
+"""Open the model of that name; True asks for one that takes images."""
 
 
 def caption_table(
@@ -63,7 +73,9 @@ def caption_table(
                 text = _describe(answers, row, config, model, num_frames)
                 if rewrite_model:
                     prompt = REWRITE.format(caption=text)
-                    text = answers.get((rewrite_model, prompt), rewrite_model, prompt, sees=rewrite_model == model)
+                    text = answers.get(
+                        (rewrite_model, prompt), rewrite_model, prompt, takes_images=rewrite_model == model
+                    )
                 if _fill(table, row, text, config):
                     filled.append(label)
                 failures = 0
@@ -97,30 +109,26 @@ class Answers:
         prompt: str,
         pictures: Callable[[], list["Image"]] = list,
         *,
-        sees: bool = True,
+        takes_images: bool = True,
     ) -> str:
         """Return the answer stored under `parts`, or ask `model` and store what it says. Raises `NoAnswer`."""
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         if found := self._store.execute("SELECT text FROM answers WHERE key = ?", (key,)).fetchone():
             self.reused += 1
             return str(found[0])
-        text = self._open_model(model, sees)(pictures(), prompt).checked()
+        text = self._open_model(model, takes_images)(pictures(), prompt).checked()
         self.asked += 1
         with self._store:
-            self._store.execute("INSERT INTO answers VALUES (?, ?)", (key, text))
+            self._store.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, text))
         return text
 
 
 def _describe(answers: Answers, row: Row, config: Config, model: str, num_frames: int) -> str:
     """Return a description of the clip. Raises `NoAnswer`, or `DataError` for a video that cannot be read."""
-    path = config.data.instance_data_root / str(row.get(config.data.video_column))
-    start, end = row.get("start_seconds"), row.get("end_seconds")
+    path, start, end = video_file(row, config), row.get("start_seconds"), row.get("end_seconds")
     prompt = DESCRIBE.format(frames=num_frames)
-    try:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}") from None
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
     parts = (content, start, end, model, num_frames, prompt)
     return answers.get(parts, model, prompt, lambda: sample_frames(path, num_frames, start, end))
 

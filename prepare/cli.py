@@ -70,7 +70,7 @@ def caption_command(
     model: Annotated[str, typer.Option(help="Vision-language model: hub name or folder, or the server's name for it.")],
     overrides: Overrides = None,
     url: Annotated[str | None, typer.Option(help="openai: the server, such as http://127.0.0.1:8000/v1.")] = None,
-    frames: Annotated[int, typer.Option(min=1, max=128, help="Pictures of each clip that the model sees.")] = 8,
+    frames: Annotated[int, typer.Option(min=1, max=128, help="Pictures of each clip that the model takes_images.")] = 8,
     rewrite: Annotated[str | None, typer.Option(help="Text model that rewrites each caption to 50-100 words.")] = None,
     tries: Annotated[int, typer.Option(min=1, max=10, help="openai: tries for one clip, with growing pauses.")] = 5,
     deadline_seconds: Annotated[float, typer.Option(min=0.1, help="openai: time for one answer.")] = 120,
@@ -87,8 +87,10 @@ def caption_command(
     if engine == "transformers":
         quiet_libraries()
 
-    def open_model(name: str, sees: bool) -> Ask:
-        return local_model(name, sees) if engine == "transformers" else server(name, url, tries, deadline_seconds)
+    def open_model(name: str, takes_images: bool) -> Ask:
+        return (
+            local_model(name, takes_images) if engine == "transformers" else server(name, url, tries, deadline_seconds)
+        )
 
     report = caption_table(settings, open_model, model, frames, rewrite)
     _show(report, json_output)

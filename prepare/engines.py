@@ -137,8 +137,8 @@ def _data_url(image: "Image") -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def local_model(model: str, sees: bool) -> Ask:
-    """Return an `Ask` for a model by its hub name or folder: image-text-to-text, or without `sees` text generation.
+def local_model(model: str, takes_images: bool) -> Ask:
+    """Return an `Ask` for a model by its hub name or folder, one for images and text or one for text.
 
     The checkpoint's own precision, on the GPU if there is one, greedy decoding. Raises `UsageError` if loading fails.
     """
@@ -147,25 +147,30 @@ def local_model(model: str, sees: bool) -> Ask:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(model)
-        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        processor = (AutoProcessor if takes_images else AutoTokenizer).from_pretrained(model)
+        kind = AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
         network = kind.from_pretrained(model, dtype="auto").to(device).eval()
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UsageError(f"--model {model}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    tokenizer = processor.tokenizer if sees else processor
+    if not processor.chat_template:
+        raise UsageError(f"--model {model}: has no chat template; take an instruction-tuned model")
+    tokenizer = processor.tokenizer if takes_images else processor
     ends = network.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
     @torch.inference_mode()  # type: ignore[misc]
     def ask(images: Sequence["Image"], prompt: str) -> Answer:
         pictures = [{"type": "image", "image": image} for image in images]
-        content = [*pictures, {"type": "text", "text": prompt}] if sees else prompt
+        content = [*pictures, {"type": "text", "text": prompt}] if takes_images else prompt
         messages = [{"role": "user", "content": content}]
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         inputs = processor.apply_chat_template(messages, **options).to(device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(network.dtype)
-        output = network.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+        try:
+            output = network.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+        except torch.OutOfMemoryError:
+            raise UsageError(f"--model {model}: out of GPU memory; take fewer --frames or a smaller model") from None
         made = output[0, inputs["input_ids"].shape[1] :].tolist()
         cut_off = len(made) >= MAX_ANSWER_TOKENS and made[-1] not in stops
         return Answer(tokenizer.decode(made, skip_special_tokens=True), cut_off)

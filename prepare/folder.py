@@ -4,11 +4,12 @@ import csv
 import io
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from prepare.probe import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoSummary, probe
+from prepare.probe import VIDEO_SUFFIXES, VideoSummary, probe
 from shared.console import Progress
 from shared.errors import DataError
 
@@ -26,7 +27,7 @@ class FolderContents:
 
     videos: Mapping[str, VideoSummary]
     captions: Mapping[str, str]
-    """Captions that are not empty, by video."""
+    """Caption of each video, empty where there is none."""
     left_out: Mapping[str, str]
     """File -> reason."""
     notes: tuple[str, ...]
@@ -39,81 +40,71 @@ def look_into(folder: Path) -> FolderContents:
         raise DataError(f"--videos {folder}: not a folder; give the folder that holds the videos")
     names = sorted(_walk(folder))
     candidates = [name for name in names if PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES]
-    others = [name for name in names if name not in set(candidates)]
+    others = sorted(set(names) - set(candidates))
     captions, used, notes = _captions(folder, candidates, others)
     videos: dict[str, VideoSummary] = {}
-    left_out: dict[str, str] = {}
+    left_out = {name: "not a video" for name in others if name not in used}
     with Progress("looking", len(candidates)) as bar:
         for name in candidates:
-            found = _unfit_name(name) or probe(folder / name)
-            if isinstance(found, VideoSummary):
-                videos[name] = found
-            else:
-                left_out[name] = found
+            try:
+                _check_name(folder, name)
+                videos[name] = probe(folder / name)
+            except DataError as error:
+                left_out[name] = str(error)
             bar.advance()
-    for name in others:
-        if name not in used:
-            image = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-            left_out[name] = "an image, no video" if image else "no video"
     return FolderContents(videos=videos, captions=captions, left_out=left_out, notes=tuple(notes))
 
 
 def _walk(folder: Path) -> Iterator[str]:
     """Yield the files below `folder`; hidden ones and what lies behind links to folders are left out."""
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield (Path(parent) / name).relative_to(folder).as_posix()
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from ((Path(parent) / name).relative_to(folder).as_posix() for name in files if not name.startswith("."))
 
 
-def _unfit_name(name: str) -> str | None:
-    """Return why a table cannot hold the name."""
-    if any("\ud800" <= char <= "\udfff" for char in name):
-        return "its name is not Unicode text; rename it"
-    if any(unicodedata.category(char) == "Cc" for char in name):
-        return "its name has a control character; rename it"
-    return None
+def _check_name(folder: Path, name: str) -> None:
+    """Raise `DataError` for a name that a table cannot hold, or that stage 1 would refuse."""
+    if any("\ud800" <= char <= "\udfff" or unicodedata.category(char) == "Cc" for char in name):
+        raise DataError("its name has a control character or is not Unicode text; rename it")
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise DataError("a link that leads out of the folder; copy the file into it")
 
 
 def _captions(folder: Path, videos: list[str], others: list[str]) -> tuple[dict[str, str], set[str], list[str]]:
-    """Return the captions of `videos`, the files among `others` that belong to captions, and notes.
+    """Return the captions of `videos`, the files among `others` that were read for them, and notes.
 
     A text file with the video's own name comes first, then metadata.csv, then prompts.txt with videos.txt. Names are
     compared in Unicode's composed form (NFC), because file systems and editors differ in it.
     """
-    by_name: dict[str, str] = {}
-    used: set[str] = set()
+    stems = {_nfc(_stem(video)) for video in videos}
+    there = set(others)
+    lists = [prompts for prompts in CAPTION_LISTS if {prompts, VIDEO_LIST} <= there]
+    readers: list[tuple[tuple[str, ...], Callable[[], dict[str, str]]]] = [
+        *(((prompts, VIDEO_LIST), partial(_listed_pairs, folder, prompts)) for prompts in lists),
+        *(((name,), partial(_csv_pairs, folder)) for name in there & {CAPTION_TABLE}),
+    ]
+    taken = {name for files, _ in readers for name in files}
+    beside = [name for name in others if name.lower().endswith(".txt") and _nfc(_stem(name)) in stems]
+    readers += [((name,), partial(_beside, folder, name)) for name in beside if name not in taken]
+    found: dict[str, str] = {}
     notes: list[str] = []
-
-    def read(*files: str) -> None:
-        used.update(files)
+    for files, read in readers:
         try:
-            by_name.update(_csv_pairs(folder) if files == (CAPTION_TABLE,) else _listed_pairs(folder, *files))
+            found |= {name: " ".join(text.split()) for name, text in read().items() if text.strip()}
         except (DataError, OSError, csv.Error) as error:
             notes.append(f"{' and '.join(files)}: not used: {error}")
-
-    for prompts in CAPTION_LISTS:
-        if {prompts, VIDEO_LIST} <= set(others):
-            read(prompts, VIDEO_LIST)
-    if CAPTION_TABLE in others:
-        read(CAPTION_TABLE)
-    stems = {_nfc(_stem(video)) for video in videos}
-    beside = {_nfc(_stem(name)): name for name in others if name.lower().endswith(".txt") and name not in used}
-    for stem in sorted(beside.keys() & stems):
-        used.add(beside[stem])
-        try:
-            by_name[stem] = _read(folder / beside[stem])
-        except (DataError, OSError) as error:
-            notes.append(f"{beside[stem]}: not used: {error}")
-    found = {video: by_name.get(_nfc(_stem(video)), by_name.get(_nfc(video), "")) for video in videos}
-    return {video: " ".join(text.split()) for video, text in found.items() if text.strip()}, used, notes
+    captions = {video: found.get(_nfc(_stem(video))) or found.get(_nfc(video)) or "" for video in videos}
+    return captions, {name for files, _ in readers for name in files}, notes
 
 
-def _listed_pairs(folder: Path, prompts: str, videos: str) -> dict[str, str]:
+def _beside(folder: Path, name: str) -> dict[str, str]:
+    return {_nfc(_stem(name)): _read(folder / name)}
+
+
+def _listed_pairs(folder: Path, prompts: str) -> dict[str, str]:
     """Return the captions of two files with one line per video."""
     columns = []
-    for name in (prompts, videos):
+    for name in (prompts, VIDEO_LIST):
         lines = _read(folder / name).rstrip().splitlines()
         blank = next((number for number, line in enumerate(lines, start=1) if not line.strip()), None)
         if blank:

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prepare.probe import open_video
 from shared.errors import DataError
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
     from PIL.Image import Image
 
 MAX_SIDE = 768
@@ -20,35 +22,26 @@ SEEK_SECONDS = 10.0
 def sample_frames(path: Path, count: int, start: float | None, end: float | None) -> list["Image"]:
     """Return `count` pictures, each displayed in the middle of one of `count` equal parts of the clip.
 
-    Times count from the container's origin. Raises `DataError` if no picture can be decoded.
+    Times are seconds from the container's origin. Raises `DataError` if no picture can be decoded.
     """
-    import av
-
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            stream = container.streams.video[0]
-            seconds = stream.duration * stream.time_base if stream.duration and stream.time_base else None
-            length = float(seconds or (container.duration or 0) / 1e6)
-            first, last = start or 0.0, end if end is not None else max(length, start or 0.0)
-            times = [first + (last - first) * (part + 0.5) / count for part in range(count)]
-            aspect = float(stream.sample_aspect_ratio or 1)
-            frames = [_picture(frame, aspect) for frame in _displayed_at(container, times)]
-    except (av.FFmpegError, OSError, IndexError, ValueError) as error:
-        raise DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if not frames:
-        raise DataError("no picture can be decoded")
-    return frames
+    with open_video(path) as (container, stream):
+        length = (stream.duration or 0) * float(stream.time_base or 0) or (container.duration or 0) / 1e6
+        first, last = start or 0.0, end if end is not None else max(length, start or 0.0)
+        times = [first + (last - first) * (part + 0.5) / count for part in range(count)]
+        aspect = float(stream.sample_aspect_ratio or 1)
+        pictures = [_as_displayed(frame, aspect) for frame in _frames_at(container, stream, times)]
+    if not pictures:
+        raise DataError("damaged: no picture can be decoded")
+    return pictures
 
 
-def _displayed_at(container: "InputContainer", times: list[float]) -> Iterator["VideoFrame"]:
+def _frames_at(container: "InputContainer", stream: "VideoStream", times: list[float]) -> Iterator["VideoFrame"]:
     """Yield the frame displayed at each of the ascending `times`; the first or last one outside the video."""
-    stream = container.streams.video[0]
     origin = (container.start_time or 0) / 1e6
-    stream.thread_type = "AUTO"
     frames = container.decode(stream)
     shown = upcoming = next(frames, None)
     for time in times:
-        if upcoming is not None and upcoming.time is not None and time + origin - upcoming.time > SEEK_SECONDS:
+        if upcoming is not None and time + origin - (upcoming.time or 0.0) > SEEK_SECONDS:
             container.seek(int((time + origin) * 1e6))
             frames = container.decode(stream)
             shown = upcoming = next(frames, None) or shown
@@ -58,12 +51,10 @@ def _displayed_at(container: "InputContainer", times: list[float]) -> Iterator["
             yield shown
 
 
-def _picture(frame: "VideoFrame", aspect: float) -> "Image":
-    """Return the frame as displayed, its pixels `aspect` as wide as high, at most `MAX_SIDE` pixels long."""
+def _as_displayed(frame: "VideoFrame", aspect: float) -> "Image":
+    """Return the frame turned, its pixels `aspect` times as wide as high, at most `MAX_SIDE` pixels long."""
     picture: Image = frame.to_image()  # type: ignore[no-untyped-call]
-    if aspect != 1:
-        picture = picture.resize((max(1, round(picture.width * aspect)), picture.height))
-    if frame.rotation:
-        picture = picture.rotate(frame.rotation, expand=True)
+    picture = picture.resize((max(1, round(picture.width * aspect)), picture.height)) if aspect != 1 else picture
+    picture = picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     return picture

@@ -3,15 +3,22 @@
 Stage 1 probes exactly, in killable processes; nothing here is stored.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING
+
+from shared.errors import DataError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 VIDEO_SUFFIXES = {".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"}
 VIDEO_SUFFIXES |= {".ogv", ".ts", ".vob", ".webm", ".wmv"}
-"""Files in a folder that are taken for videos."""
-IMAGE_SUFFIXES = {".bmp", ".heic", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg"
+"""FFmpeg's readers for these, without playlists, which open other files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,43 +26,44 @@ class VideoSummary:
     """Estimates from a video's metadata."""
 
     seconds: float
-    fps: float
     height: int
     """As displayed: square pixels, rotation applied."""
     width: int
+    starts_at: float = 0.0
+    """Seconds from the container's origin of time to the first picture."""
 
     def frames_at(self, fps: float) -> int:
         """Return the number of frames at `fps` frames per second."""
         return max(1, -int(-(self.seconds * fps - 0.05) // 1))
 
 
-def probe(path: Path) -> VideoSummary | str:
-    """Return what the file says of itself, or why it is no usable video, in one line."""
+def probe(path: Path) -> VideoSummary:
+    """Return what the file says of itself. Raises `DataError` if it is no usable video."""
+    with open_video(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise DataError("damaged: no picture can be decoded")
+        base = float(stream.time_base or 0)
+        seconds = (stream.duration or 0) * base or (container.duration or 0) / 1e6
+        starts_at = max(0.0, (stream.start_time or 0) * base - (container.start_time or 0) / 1e6)
+        height, width = frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1))
+        turned = frame.rotation % 180 == 90
+    if not seconds:
+        raise DataError("length unknown: convert it with ffmpeg to an mp4")
+    return VideoSummary(seconds, width if turned else height, height if turned else width, starts_at)
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+    """Open a video by its content; what PyAV raises in the block becomes a `DataError`."""
     import av
 
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
     try:
-        with path.open("rb") as file, av.open(file, "r", io_open=_refuse, metadata_errors="replace") as container:
+        with path.open("rb") as file, av.open(file, "r", options=options, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if not isinstance(stream, av.VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:
-                return "not a video: no moving pictures in it"
-            frame = next(container.decode(stream), None)
-            if frame is None:
-                return "damaged: no picture can be decoded"
-            seconds = _seconds(stream.duration, stream.time_base) or _seconds(container.duration, Fraction(1, 10**6))
-            aspect = float(stream.sample_aspect_ratio or 1)
-            height, width = frame.height, round(frame.width * aspect)
-            height, width = (width, height) if frame.rotation % 180 else (height, width)
-            rate = float(stream.average_rate or stream.guessed_rate or 0)
+                raise DataError("not a video: no moving pictures in it")
+            yield container, stream
     except (av.FFmpegError, OSError, ValueError) as error:
-        return f"not a video that can be read: {getattr(error, 'strerror', None) or error}"
-    if seconds is None:
-        return "length unknown; convert it with ffmpeg to an mp4"
-    return VideoSummary(seconds, rate, height, width)
-
-
-def _seconds(duration: int | None, time_base: Fraction | None) -> float | None:
-    return float(duration * time_base) if duration and time_base else None
-
-
-def _refuse(url: str, flags: int, options: dict[str, Any]) -> NoReturn:
-    raise ValueError("it refers to another file")
+        raise DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None

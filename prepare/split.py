@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
-from prepare.table import PrepareReport, Row, read_rows, table_path, write_rows
+from prepare.probe import probe
+from prepare.table import PrepareReport, Row, read_rows, table_path, video_file, write_rows
 from shared.config import Config
 from shared.console import Progress
+from shared.errors import DataError
 from shared.extras import require_extra
 
 Detector = Literal["adaptive", "content"]
@@ -35,18 +37,16 @@ def split_table(
     files: dict[str, str] = {}
     with Progress("splitting", len(rows)) as bar:
         for row in rows:
-            name = str(row.get(data.video_column))
-            whole = row.get("start_seconds") is None and row.get("end_seconds") is None
-            found = find_scenes(data.instance_data_root / name, detector, threshold) if whole else []
-            kept = keep_scenes(found, min_seconds, max_scenes) if len(found) > 1 and not isinstance(found, str) else []
-            if isinstance(found, str):
-                files[name] = found
-            elif len(found) > 1 and not kept:
-                files[name] = f"its {len(found)} scenes are all shorter than {min_seconds:g} s; the row stays"
-            elif len(kept) < len(found) > 1:
-                files[name] = f"{len(found) - len(kept)} of {len(found)} scenes are too short, or over --max-scenes"
-            if kept:
-                scenes[name] = kept
+            name, found, kept = str(row.get(data.video_column)), [], []
+            try:
+                if row.get("start_seconds") is None and row.get("end_seconds") is None:
+                    found = find_scenes(video_file(row, config), detector, threshold)
+                if len(found) > 1:
+                    kept = scenes[name] = keep_scenes(found, min_seconds, max_scenes)
+                    if len(kept) < len(found):
+                        files[name] = f"{len(found) - len(kept)} of {len(found)} scenes are too short or too many"
+            except DataError as error:
+                files[name] = str(error)
             result += [row | {"start_seconds": start, "end_seconds": end} for start, end in kept] or [row]
             bar.advance()
     if scenes:
@@ -55,27 +55,23 @@ def split_table(
     return PrepareReport(config=data.name, table=str(table), summary=summary, files=files)
 
 
-def find_scenes(path: Path, detector: Detector = "adaptive", threshold: float | None = None) -> list[Scene] | str:
-    """Return the scenes of a video in order, or why it cannot be read, in one line.
+def find_scenes(path: Path, detector: Detector = "adaptive", threshold: float | None = None) -> list[Scene]:
+    """Return the scenes of a video in order. Raises `DataError` if it cannot be read.
 
     `threshold` is PySceneDetect's; None is 3 for its AdaptiveDetector and 27 for its ContentDetector.
     """
-    import av
     from scenedetect import AdaptiveDetector, ContentDetector, SceneManager, VideoOpenFailure, VideoStreamAv
 
+    late = probe(path).starts_at  # PySceneDetect counts from the first picture
     kind = AdaptiveDetector if detector == "adaptive" else ContentDetector
     manager = SceneManager()
     manager.add_detector(kind() if threshold is None else kind(threshold))
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            first = float((stream.start_time or 0) * (stream.time_base or 0))
-            offset = max(0.0, first - (container.start_time or 0) / 1e6)  # PySceneDetect counts from the first picture
         manager.detect_scenes(VideoStreamAv(str(path), suppress_output=True))
-    except (av.FFmpegError, OSError, LookupError, ValueError, VideoOpenFailure) as error:
-        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    except (OSError, ValueError, VideoOpenFailure) as error:
+        raise DataError(f"cannot be read: {error}") from None
     found = manager.get_scene_list(start_in_scene=True)
-    return [(round(start.seconds + offset, 6), round(end.seconds + offset, 6)) for start, end in found]
+    return [(round(start.seconds + late, 6), round(end.seconds + late, 6)) for start, end in found]
 
 
 def keep_scenes(scenes: list[Scene], min_seconds: float, max_scenes: int | None) -> list[Scene]:

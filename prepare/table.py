@@ -75,6 +75,17 @@ def captions_of(row: Row, column: str = "text") -> list[str]:
     return [text for text in texts if isinstance(text, str) and text.strip()]
 
 
+def video_file(row: Row, config: Config) -> Path:
+    """Return the row's video. Raises `DataError` for a name that leads out of the data root, or to no file."""
+    root, name = config.data.instance_data_root.resolve(), str(row.get(config.data.video_column))
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise DataError("leads out of data.instance_data_root; move or copy the file into it")
+    if not path.is_file():
+        raise DataError("not found in data.instance_data_root")
+    return path
+
+
 def clip_label(row: Row, config: Config) -> str:
     """Return the clip's name for messages, such as `a.mp4 from 3 s to 7.5 s`."""
     words = [("from", row.get("start_seconds")), ("to", row.get("end_seconds"))]

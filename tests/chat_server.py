@@ -12,7 +12,7 @@ Respond = Callable[[BaseHTTPRequestHandler, int, dict[str, Any]], None]
 
 
 def completion(text: str | None, finish: str = "stop") -> bytes:
-    """The body of an answer."""
+    """Return the body of an answer."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
     return json.dumps({"id": "x", "object": "chat.completion", "choices": [choice]}).encode()
 
@@ -27,12 +27,12 @@ def send(handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, **head
 
 
 def prompt_of(request: dict[str, Any]) -> str:
-    """The text part of a request's message."""
+    """Return the text part of a request's message."""
     return str(request["messages"][0]["content"][-1]["text"])
 
 
 def num_images(request: dict[str, Any]) -> int:
-    """Pictures in a request's message."""
+    """Count the pictures in a request's message."""
     return sum(part["type"] == "image_url" for part in request["messages"][0]["content"])
 
 

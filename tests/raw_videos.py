@@ -19,7 +19,7 @@ def precog(*arguments: str | Path) -> Result:
 
 
 def report_of(result: Result) -> dict[str, Any]:
-    """The object of `--json`; fails with the command's messages if there is none."""
+    """Return the object of `--json`; fails with the command's messages if there is none."""
     assert result.stdout, result.stderr
     found = json.loads(result.stdout)
     assert isinstance(found, dict)
@@ -27,13 +27,13 @@ def report_of(result: Result) -> dict[str, Any]:
 
 
 def write_video(path: Path, *, height: int = 256, width: int = 384, frames: int = 12, **options: Any) -> Path:
-    """A bar-coded video at 8 fps that fits the 480x720 bucket without being enlarged more than twice."""
+    """Write a bar-coded video at 8 fps that fits the 480x720 bucket without being enlarged more than twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_clip(path, height=height, width=width, frames=frames, rate=8, codec="mpeg4", bframes=0, **options)
 
 
 def rows_of(table: Path) -> list[Row]:
-    """The rows of a JSONL table."""
+    """Return the rows of a JSONL table."""
     return [json.loads(line) for line in table.read_text("utf-8").splitlines()]
 
 
@@ -43,7 +43,7 @@ def write_table(table: Path, rows: Sequence[Row]) -> None:
 
 
 def write_project(folder: Path, names: Sequence[str], *, id_token: str = "") -> Path:
-    """A config and a table of small different clips without captions; returns the config."""
+    """Write a config and a table of small different clips without captions; returns the config."""
     (folder / "videos").mkdir()
     for number, name in enumerate(names):
         write_clip(folder / "videos" / name, frames=4 + number, rate=8, codec="mpeg4", bframes=0)

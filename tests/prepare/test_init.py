@@ -1,6 +1,5 @@
 """`precog init`: a folder as people have it becomes a config and a table that stage 1 reads."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,9 +8,10 @@ import pytest
 from prepare.probe import VideoSummary, probe
 from prepare.project import MODELS, choose_buckets
 from shared.config import load_config
+from shared.errors import DataError
 from shared.model.conventions import refusal
 from shared.model.geometry import Bucket
-from tests.media import write_text
+from tests.media import write_playlist, write_text
 from tests.raw_videos import precog, report_of, rows_of, write_table, write_video
 
 
@@ -34,6 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "videos.txt").write_text("listed.mkv\n", "utf-8")
     (root / "notes.txt").write_text("to do", "utf-8")
     (root / "cover.jpg").write_bytes(b"jpeg")
+    (root / "away.mp4").symlink_to(write_video(tmp_path / "elsewhere" / "away.mp4"))
     (root / ".hidden").mkdir()
     return root
 
@@ -51,9 +52,10 @@ def test_a_messy_folder_becomes_a_table_and_a_config(folder: Path) -> None:
     ]
     assert report["summary"]["rows without a caption"] == ["bare.mp4", "phones/turned.mp4"]
     assert {name: reason.split(":")[0] for name, reason in report["files"].items()} == {
-        "broken.mp4": "not a video that can be read",
-        "cover.jpg": "an image, no video",
-        "notes.txt": "no video",
+        "broken.mp4": "cannot be read",
+        "away.mp4": "a link that leads out of the folder; copy the file into it",
+        "cover.jpg": "not a video",
+        "notes.txt": "not a video",
         "short.mp4": "too short",
         "small.mp4": "too few pixels",
     }
@@ -91,7 +93,7 @@ def test_a_folder_without_a_usable_video_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "film.mp4")
     for arguments, code, words in (
-        (("--videos=.",), 3, "no video can be used; film.mp4: not a video"),
+        (("--videos=.",), 3, "no video can be used; film.mp4: cannot be read"),
         (("--videos=nowhere",), 3, "nowhere: not a folder"),
         (("--videos=.", "--card=5099"), 2, "--card '5099': not a known card"),
     ):
@@ -130,7 +132,7 @@ def test_caption_lists_that_may_be_shifted_are_not_used(tmp_path: Path, monkeypa
 )
 def test_the_bucket_follows_the_shape_of_the_video(model: str, video: tuple[int, int], size: tuple[int, int]) -> None:
     choice = MODELS[model]
-    found = choose_buckets({"a": VideoSummary(10.0, 30.0, *video)}, choice)
+    found = choose_buckets({"a": VideoSummary(10.0, *video)}, choice)
     assert found.sizes == {"a": size} and found.frames[-1] == choice.frames[-1]
     assert all(refusal(choice.conventions, Bucket(frames, *size)) is None for frames in found.frames)
     assert all(frames % 8 == 1 for frames in found.frames)
@@ -152,7 +154,7 @@ def test_steps_and_memory_follow_clips_and_card(tmp_path: Path, monkeypatch: pyt
 
 def test_a_probe_sees_what_a_player_shows(tmp_path: Path) -> None:
     turned = probe(write_video(tmp_path / "turned.mp4", rotation=90))
-    assert isinstance(turned, VideoSummary)
     assert (turned.height, turned.width, turned.frames_at(8)) == (384, 256, 12)
-    assert isinstance(probe(tmp_path / "missing.mp4"), str)
-    assert json.dumps(probe(write_text(tmp_path / "text.mp4"))).startswith('"not a video')
+    for path in (tmp_path / "missing.mp4", write_playlist(tmp_path / "list.mp4", tmp_path / "turned.mp4")):
+        with pytest.raises(DataError, match="cannot be read"):
+            probe(path)

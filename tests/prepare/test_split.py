@@ -47,14 +47,13 @@ def write_film(path: Path, lengths: Sequence[int] = LENGTHS, *, starts_late_seco
 @pytest.mark.parametrize("detector", ["adaptive", "content"])
 def test_six_scenes_give_five_cuts_within_one_frame(detector: Any, tmp_path: Path) -> None:
     scenes = find_scenes(write_film(tmp_path / "film.mp4"), detector)
-    assert isinstance(scenes, list) and len(scenes) == 6
+    assert len(scenes) == 6
     assert [start * RATE for start, _ in scenes[1:]] == pytest.approx(CUTS, abs=1)
     assert [end for _, end in scenes[:-1]] == [start for start, _ in scenes[1:]]
 
 
 def test_scene_times_count_from_the_start_of_the_container(tmp_path: Path) -> None:
     scenes = find_scenes(write_film(tmp_path / "film.mkv", starts_late_seconds=2))
-    assert isinstance(scenes, list)
     assert [start * RATE - 50 for start, _ in scenes[1:]] == pytest.approx(CUTS, abs=1)
 
 
