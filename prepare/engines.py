@@ -158,7 +158,7 @@ def local_model(model: str, takes_images: bool) -> Ask:
     ends = network.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
-    @torch.inference_mode()  # type: ignore[misc]
+    @torch.inference_mode()
     def ask(images: Sequence["Image"], prompt: str) -> Answer:
         pictures = [{"type": "image", "image": image} for image in images]
         content = [*pictures, {"type": "text", "text": prompt}] if takes_images else prompt

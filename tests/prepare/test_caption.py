@@ -219,11 +219,27 @@ def test_wrong_arguments_end_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         assert result.exit_code == 2 and words in result.stderr
 
 
-@pytest.mark.parametrize("late_seconds", [0, 2])
-def test_pictures_are_taken_in_the_middle_of_equal_parts(late_seconds: int, tmp_path: Path) -> None:
-    times = [late_seconds * 1000 + 100 * index for index in range(20)]
-    path = write_clip(tmp_path / "a.mkv", frames=20, times=times, rate=10, height=96, width=160, audio_seconds=0.5)
-    late = float(late_seconds)
-    assert [read(image) for image in map(np.asarray, sample_frames(path, 4, late, late + 2))] == [2, 7, 12, 17]
-    assert [read(image) for image in map(np.asarray, sample_frames(path, 2, late + 1, late + 1.6))] == [11, 14]
-    assert read(np.asarray(sample_frames(path, 1, late + 50, late + 60)[0])) == 19
+@pytest.mark.parametrize(("name", "late"), [("a.mkv", 0.0), ("a.mkv", 2.0), ("a.ts", 0.0)])
+def test_pictures_are_taken_in_the_middle_of_equal_parts(name: str, late: float, tmp_path: Path) -> None:
+    times = [round(late * 1000) + 100 * index for index in range(20)]
+    options: dict[str, Any] = {"times": times, "audio_seconds": 0.5} if name.endswith("mkv") else {}
+    path = write_clip(tmp_path / name, frames=20, rate=10, height=96, width=160, **options)  # .ts begins at 1.4 s
+
+    def shown(count: int, start: float, end: float) -> list[int | None]:
+        return [read(np.asarray(image)) for image in sample_frames(path, count, late + start, late + end)]
+
+    assert shown(4, 0, 2) == [2, 7, 12, 17] and shown(2, 1, 1.6) == [11, 14]
+    assert shown(1, 50, 60) == [19]
+
+
+def test_a_row_that_leads_out_of_the_data_root_is_not_sent(tmp_path: Path) -> None:
+    config = write_project(tmp_path, ["a.mp4"])
+    write_clip(tmp_path / "private.mp4", codec="mpeg4", bframes=0)
+    (tmp_path / "videos" / "link.mp4").symlink_to(tmp_path / "private.mp4")
+    names = ["../private.mp4", str(tmp_path / "private.mp4"), "link.mp4", "gone.mp4"]
+    write_table(tmp_path / "dog.jsonl", [{"video": name, "text": ""} for name in names])
+    with chat_server(answer) as server:
+        reasons = list(report_of(caption(config, server))["files"].values())
+        assert not server.requests
+    outside = "leads out of data.instance_data_root; move or copy the file into it"
+    assert reasons == [outside] * 3 + ["not found in data.instance_data_root"]

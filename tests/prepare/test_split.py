@@ -10,7 +10,7 @@ import pytest
 
 from prepare.frames import sample_frames
 from prepare.split import find_scenes, keep_scenes
-from tests.raw_videos import precog, report_of, rows_of, write_project, write_table
+from tests.raw_videos import Row, precog, report_of, rows_of, write_project, write_table
 
 LENGTHS = (30, 41, 24, 36, 29, 40)
 """Frames of six scenes."""
@@ -60,7 +60,7 @@ def test_scene_times_count_from_the_start_of_the_container(tmp_path: Path) -> No
 def test_rows_of_films_become_rows_of_scenes(tmp_path: Path) -> None:
     config = write_project(tmp_path, ["one.mp4"])
     film, table = write_film(tmp_path / "videos" / "film.mp4"), tmp_path / "dog.jsonl"
-    kept = [{"video": "one.mp4", "text": "a"}, {"video": "film.mp4", "text": "b", "start_seconds": 1.5}]
+    kept: list[Row] = [{"video": "one.mp4", "text": "a"}, {"video": "film.mp4", "text": "b", "start_seconds": 1.5}]
     broken = {"video": "no.mp4", "text": ""}
     write_table(table, [{"video": "film.mp4", "text": "all six", "loss_weight": 2}, *kept, broken])
     report = report_of(precog("split", config, "--min-seconds=1", "--json"))
