@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prepare.probe import open_video
+from prepare.probe import bounds, open_video
 from shared.errors import DataError
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ def sample_frames(path: Path, count: int, start: float | None, end: float | None
     Times are seconds from the container's origin. Raises `DataError` if no picture can be decoded.
     """
     with open_video(path) as (container, stream):
-        length = (stream.duration or 0) * float(stream.time_base or 0) or (container.duration or 0) / 1e6
-        first, last = start or 0.0, end if end is not None else max(length, start or 0.0)
+        begins, ends = bounds(container, stream)
+        first = min(begins if start is None else start, ends)
+        last = max(first, ends if end is None else min(end, ends))
         times = [first + (last - first) * (part + 0.5) / count for part in range(count)]
         aspect = float(stream.sample_aspect_ratio or 1)
         pictures = [_as_displayed(frame, aspect) for frame in _frames_at(container, stream, times)]

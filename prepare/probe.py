@@ -43,14 +43,19 @@ def probe(path: Path) -> VideoSummary:
         frame = next(container.decode(stream), None)
         if frame is None:
             raise DataError("damaged: no picture can be decoded")
-        base = float(stream.time_base or 0)
-        seconds = (stream.duration or 0) * base or (container.duration or 0) / 1e6
-        starts_at = max(0.0, (stream.start_time or 0) * base - (container.start_time or 0) / 1e6)
+        begins, ends = bounds(container, stream)
         height, width = frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1))
         turned = frame.rotation % 180 == 90
-    if not seconds:
+    if ends <= begins:
         raise DataError("length unknown: convert it with ffmpeg to an mp4")
-    return VideoSummary(seconds, width if turned else height, height if turned else width, starts_at)
+    return VideoSummary(ends - begins, width if turned else height, height if turned else width, begins)
+
+
+def bounds(container: "InputContainer", stream: "VideoStream") -> tuple[float, float]:
+    """Return the seconds from the container's origin of time to the first picture and to the end of the last one."""
+    base = float(stream.time_base or 0)
+    begins = max(0.0, (stream.start_time or 0) * base - (container.start_time or 0) / 1e6)
+    return begins, begins + stream.duration * base if stream.duration else (container.duration or 0) / 1e6
 
 
 @contextmanager

@@ -230,6 +230,7 @@ def test_pictures_are_taken_in_the_middle_of_equal_parts(name: str, late: float,
 
     assert shown(4, 0, 2) == [2, 7, 12, 17] and shown(2, 1, 1.6) == [11, 14]
     assert shown(1, 50, 60) == [19]
+    assert [read(np.asarray(image)) for image in sample_frames(path, 4, None, None)] == [2, 7, 12, 17]
 
 
 def test_a_row_that_leads_out_of_the_data_root_is_not_sent(tmp_path: Path) -> None:
