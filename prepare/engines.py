@@ -6,7 +6,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -15,12 +16,13 @@ from shared.errors import UsageError
 from shared.extras import require_extra
 
 if TYPE_CHECKING:
+    import httpx2
     from PIL.Image import Image
 
 MAX_ANSWER_TOKENS = 512
 MAX_ANSWER_BYTES = 1 << 20
 FIRST_WAIT_SECONDS = 0.5
-"""Before a second try, doubled for each further one: as the `openai` package waits."""
+"""After an answer that is no completion, doubled each time; other failures are retried by the `openai` package."""
 KEY_VARIABLE = "OPENAI_API_KEY"
 REFUSAL = re.compile(r"(i.?m sorry|sorry,|i can(no|.)t |i.?m unable|i am unable|as an ai\b)", re.IGNORECASE)
 """Beginnings of an answer that is no description."""
@@ -36,7 +38,7 @@ class NoAnswer(Exception):
 
 
 class BadResponse(Exception):
-    """A response that is no chat completion, or does not end."""
+    """A response that is no chat completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,46 +84,70 @@ def server(model: str, url: str | None, tries: int, deadline_seconds: float) -> 
         raise UsageError(f"--engine openai: give the server's --url, or set {KEY_VARIABLE}")
     if url and (urlsplit(url).scheme not in ("http", "https") or "@" in urlsplit(url).netloc):
         raise UsageError(f"--url: expected http(s)://host/v1 without user or password; the key is {KEY_VARIABLE}")
-    client = openai.OpenAI(api_key=key or "none", base_url=url, max_retries=tries - 1, timeout=deadline_seconds)
+    http = openai.DefaultHttpxClient(event_hooks={"response": [_bound(deadline_seconds)]}, timeout=deadline_seconds)
+    client = openai.OpenAI(
+        api_key=key or "none", base_url=url, max_retries=tries - 1, http_client=http, timeout=deadline_seconds
+    )
 
-    def shown(error: Exception) -> str:
+    def shown(error: BaseException) -> str:
         text = str(error).replace(key, "***") if key else str(error)
-        return " ".join(text.split())[:200] or type(error).__name__
+        return f"{' '.join(text.split())[:200] or type(error).__name__} (tries: {tries})"
 
     def ask(images: Sequence["Image"], prompt: str) -> Answer:
         content: list[Any] = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        messages: list[Any] = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        create = client.chat.completions.with_raw_response.create
         for number in range(tries):
             if number:
                 time.sleep(FIRST_WAIT_SECONDS * 2 ** (number - 1))
             try:
-                return _request(client, model, messages, deadline_seconds)
+                response = create(model=model, messages=messages, max_tokens=MAX_ANSWER_TOKENS, temperature=0)
+                return _parse(response.content)
             except openai.APIStatusError as error:
                 if error.status_code in (401, 403, 404):
                     raise UsageError(f"--model {model}: {shown(error)}; check --url and {KEY_VARIABLE}") from None
                 transient = error.status_code >= 500 or error.status_code in (408, 409, 429)
-                raise NoAnswer(f"{shown(error)}{f' (tries: {tries})' * transient}", transient=transient) from None
+                raise NoAnswer(shown(error), transient=transient) from None
             except openai.APIConnectionError as error:
-                raise NoAnswer(f"{shown(error)} (tries: {tries})", transient=True) from None
+                raise NoAnswer(shown(error.__cause__ or error), transient=True) from None
             except (BadResponse, httpx2.HTTPError) as error:
                 reason = shown(error)
-        raise NoAnswer(f"{reason} (tries: {tries})", transient=True)
+        raise NoAnswer(reason, transient=True)
 
+    weakref.finalize(ask, http.close)
     return ask
 
 
-def _request(client: Any, model: str, messages: list[Any], deadline_seconds: float) -> Answer:
-    """Send one request and read its body in pieces, so that neither its size nor its time is without limit."""
-    deadline = time.monotonic() + deadline_seconds
-    body = bytearray()
-    create = client.chat.completions.with_streaming_response.create
-    with create(model=model, messages=messages, max_tokens=MAX_ANSWER_TOKENS, temperature=0) as response:
-        for piece in response.iter_bytes():
-            body += piece
-            if len(body) > MAX_ANSWER_BYTES:
-                raise BadResponse(f"the answer is longer than {MAX_ANSWER_BYTES:,} bytes")
-            if time.monotonic() > deadline:
-                raise BadResponse(f"the answer did not end within {deadline_seconds:g} s")
+def _bound(deadline_seconds: float) -> Callable[["httpx2.Response"], None]:
+    """Return a hook that limits the size and time of every response's body, which may be a stream without end."""
+    import httpx2
+
+    class BoundedStream(httpx2.SyncByteStream):
+        def __init__(self, stream: httpx2.SyncByteStream) -> None:
+            self._stream, self._deadline = stream, time.monotonic() + deadline_seconds
+
+        def __iter__(self) -> Iterator[bytes]:
+            size = 0
+            for piece in self._stream:
+                size += len(piece)
+                if size > MAX_ANSWER_BYTES:
+                    raise httpx2.ReadError(f"the answer is longer than {MAX_ANSWER_BYTES:,} bytes")
+                if time.monotonic() > self._deadline:
+                    raise httpx2.ReadError(f"the answer did not end within {deadline_seconds:g} s")
+                yield piece
+
+        def close(self) -> None:
+            self._stream.close()
+
+    def hook(response: httpx2.Response) -> None:
+        assert isinstance(response.stream, httpx2.SyncByteStream)
+        response.stream = BoundedStream(response.stream)
+
+    return hook
+
+
+def _parse(body: bytes) -> Answer:
+    """Return the answer in a chat completion. Raises `BadResponse` for anything else."""
     try:
         choice = json.loads(body)["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")

@@ -70,12 +70,17 @@ def test_a_killed_run_goes_on_with_the_clips_that_are_left(tmp_path: Path) -> No
 
 
 def test_failures_of_a_server_are_retried_and_then_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    names = ["limit.mp4", "error.mp4", "garbage.mp4", "endless.mp4", "slow.mp4", "last.mp4", "limits.mp4"]
+    names = ["limit.mp4", "error.mp4", "garbage.mp4", "endless.mp4", "slow.mp4", "last.mp4", "limits.mp4", "worst.mp4"]
     config = write_project(tmp_path, names)
     at_once = {"retry_after_ms": "1"}
 
     def misbehave(handler: BaseHTTPRequestHandler, number: int, request: dict[str, Any]) -> None:
-        if number in (0, 11, 12):
+        if number in (13, 14):
+            handler.send_response(500)  # an endless answer that is an error
+            handler.end_headers()
+            while True:
+                handler.wfile.write(b" " * 65536)
+        elif number in (0, 11, 12):
             send(handler, b'{"error": {"message": "slow down"}}', 429, **at_once)
         elif number == 2:
             send(handler, b"oops", 500, **at_once)
@@ -97,7 +102,7 @@ def test_failures_of_a_server_are_retried_and_then_named(tmp_path: Path, capfd: 
 
     with chat_server(misbehave) as server:
         result = caption(config, server, "--tries=2", "--deadline-seconds=1")
-        assert len(server.requests) == 13 and set(server.keys) == {f"Bearer {KEY}"}
+        assert len(server.requests) == 15 and set(server.keys) == {f"Bearer {KEY}"}
     assert result.exit_code == 1
     report = report_of(result)
     assert [row["text"] for row in rows_of(tmp_path / "dog.jsonl")] == [
@@ -108,13 +113,15 @@ def test_failures_of_a_server_are_retried_and_then_named(tmp_path: Path, capfd: 
         "",
         "answer 10",
         "",
+        "",
     ]
     assert report["files"] == {
         "endless.mp4": "the answer is longer than 1,048,576 bytes (tries: 2)",
         "limits.mp4": "Error code: 429 - slow down (tries: 2)",
         "slow.mp4": "the answer did not end within 1 s (tries: 2)",
+        "worst.mp4": "the answer is longer than 1,048,576 bytes (tries: 2)",
     }
-    assert "3 clips got no answer" in result.stderr
+    assert "4 clips got no answer" in result.stderr
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir() if path.is_file()).decode("utf-8", "replace")
     assert KEY not in result.output + written + "".join(capfd.readouterr())
 
@@ -126,7 +133,9 @@ def test_a_dead_server_is_not_asked_for_every_clip(tmp_path: Path) -> None:
     result = caption(config, ChatServer(port), "--tries=1")
     reasons = list(report_of(result)["files"].values())
     assert result.exit_code == 1
-    assert reasons == ["Connection error. (tries: 1)"] * 3 + ["not asked: 3 clips in a row got no answer"] * 2
+    assert (
+        reasons == ["[Errno 111] Connection refused (tries: 1)"] * 3 + ["not asked: 3 clips in a row got no answer"] * 2
+    )
 
 
 def test_a_wrong_key_stops_at_once_and_is_not_shown(tmp_path: Path) -> None:
