@@ -110,8 +110,9 @@ def init_project(name: str, folder: Path, model: str, trigger: str = "", card: s
 
     rows = read_rows(table) if table.exists() else []
     known = {row.get("video") for row in rows}
-    bare = {video: text.removeprefix(trigger.strip()).lstrip(" ,") for video, text in contents.captions.items()}
-    new = [{"video": video, "text": bare[video]} for video in buckets.sizes if video not in known]
+    leading = rf"^{re.escape(trigger.strip())}(\W+|$)" if trigger.strip() else "^"  # stage 1 puts the trigger back
+    captions = {video: re.sub(leading, "", text) for video, text in contents.captions.items()}
+    new = [{"video": video, "text": captions[video]} for video in buckets.sizes if video not in known]
     rows += new
     table.parent.mkdir(parents=True, exist_ok=True)
     if new:

@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_text(root / "broken.mp4")
     (root / "land.txt").write_text("sks dog, a dog\nruns\n", "utf-8")
     (root / "metadata.csv").write_text('text,file_name\n"a dog, asleep",tabled e\u0301.mp4\n', "utf-8")
-    (root / "prompts.txt").write_text("a dog swims\n", "utf-8")
+    (root / "prompts.txt").write_text("sks dogs swim\n", "utf-8")
     (root / "videos.txt").write_text("listed.mkv\n", "utf-8")
     (root / "notes.txt").write_text("to do", "utf-8")
     (root / "cover.jpg").write_bytes(b"jpeg")
@@ -46,7 +46,7 @@ def test_a_messy_folder_becomes_a_table_and_a_config(folder: Path) -> None:
     assert rows_of(Path("dog.jsonl")) == [
         {"video": "bare.mp4", "text": ""},
         {"video": "land.mp4", "text": "a dog runs"},
-        {"video": "listed.mkv", "text": "a dog swims"},
+        {"video": "listed.mkv", "text": "sks dogs swim"},
         {"video": "phones/turned.mp4", "text": ""},
         {"video": "tabled é.mp4", "text": "a dog, asleep"},
     ]
@@ -63,7 +63,7 @@ def test_a_messy_folder_becomes_a_table_and_a_config(folder: Path) -> None:
     assert config.data.id_token == "sks dog" and config.data.frame_buckets == (9, 17)
     assert config.data.resolution_buckets == ((480, 720), (720, 480)) and config.data.held_out_clips == 1
     assert config.train.lora_rank == 32 and config.memory.base_precision == "model"
-    assert config.data.validation_prompts == ("sks dog a dog runs", "sks dog a dog swims")
+    assert config.data.validation_prompts == ("sks dog a dog runs", "sks dog sks dogs swim")
 
 
 def test_a_rerun_adds_new_videos_and_changes_nothing_else(folder: Path) -> None:
