@@ -1,21 +1,43 @@
 # Everything runs inside .venv; `make help` lists the targets.
 CONFIG ?= configs/demo.toml
 ARGS ?=
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+EXTRAS ?=
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo precompute train sample test test-faults lint format clean bench bench-precompute bench-train bench-gpu-train bench-gpu-precompute
+.PHONY: help setup dev demo precompute train sample test test-faults lint format clean bench bench-precompute bench-train bench-gpu-train bench-gpu-precompute
+
+# pip with one updating line (plain lines without a terminal) in place of hundreds; errors go to stderr as they are.
+PIP = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PROGRESS = | awk -v end="$$([ -t 2 ] && printf '\r' || printf '\n')" \
+	'/^(Collecting|Obtaining) / { printf "  %3d %-60.60s%s", ++n, $$2, end; fflush() } \
+	/^Installing collected/ { printf "  installing %d packages%-50s\n", NF - 3, ""; fflush() }'
 
 help:  ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 22
 
-setup: $(BIN)/.ready  ## Make .venv with the pinned dependencies and this project, editable
+setup: $(BIN)/.ready  ## Make .venv with the pinned dependencies; optional ones with EXTRAS="s3,ray"
+	@if [ -n "$(EXTRAS)" ]; then echo "setup: installing the extras $(EXTRAS)"; $(PIP) -e '.[$(EXTRAS)]' $(PROGRESS); fi
 
 $(BIN)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit("precog needs Python 3.11 or 3.12, not %d.%d: make PYTHON=/path/to/python3.11" % v)'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("setup: expected Python 3.11 to 3.13, got %d.%d; run make PYTHON=/path/to/python3.11" % v)'
+	@echo "setup 1/3: making .venv with $$($(PYTHON) --version)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "setup 2/3: installing torch (1 to 3 minutes)"
+	@$(PIP) torch $(PROGRESS)
+	@echo "setup 3/3: installing the other dependencies and this project (1 to 3 minutes)"
+	@$(PIP) -e . $(PROGRESS)
+	@for program in chromium ffmpeg tmux; do command -v $$program > /dev/null || echo "setup: $$program not found (optional)"; done
+	@touch $@
+	@echo "setup: done; $(BIN)/precog is the command"
+
+dev: $(BIN)/.dev
+
+$(BIN)/.dev: $(BIN)/.ready
+	@echo "setup: installing the development tools and all extras (1 to 3 minutes)"
+	@$(PIP) -e '.[dev]' $(PROGRESS)
 	@touch $@
 
 demo: precompute train sample  ## Precompute, train and sample the embedded default
@@ -29,35 +51,35 @@ train: setup  ## Stage 2: train a LoRA from the cache (ARGS="train.lora_rank=16"
 sample: setup  ## Make videos with and without the adapter
 	$(BIN)/precog sample $(CONFIG) $(ARGS)
 
-test: setup  ## Run the tests (under five minutes on two cores)
+test: dev  ## Run the tests (under five minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults and not gpu" $(ARGS)
 
-test-faults: setup  ## Run the long fault and fuzz suites
-	$(BIN)/python -m pytest -m "faults" $(ARGS)
+test-faults: dev  ## Run the long fault and fuzz suites
+	$(BIN)/python -m pytest -m faults --timeout 1800 $(ARGS)
 
-bench: setup  ## Count bytes and FLOPs of the memory engine and time it against itself on the CPU
-	$(BIN)/python -m bench.cpu_memory $(ARGS)
-
-bench-precompute: setup  ## Measure stage 1 on the CPU with the tiny VAE: overlap and host memory
-	$(BIN)/python -m bench.cpu_precompute $(ARGS)
-
-bench-train: setup  ## Measure stage 2 on the CPU beside a plain end-to-end trainer
-	$(BIN)/python -m bench.cpu_train
-
-bench-gpu-train: setup  ## Measure stage 2 on a CUDA GPU at the published sizes (PIECE=1..4, ten minutes each)
-	$(BIN)/python -m bench.gpu_train --piece $(or $(PIECE),1) $(ARGS)
-
-bench-gpu-precompute: setup  ## Measure stage 1 on a CUDA GPU with encoders of the real size
-	$(BIN)/python -m bench.gpu_precompute $(ARGS)
-
-lint: setup  ## Check style and types
+lint: dev  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup  ## Rewrite the code in the house format
+format: dev  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Remove the environment and what the tools left
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache precog.egg-info
+bench: dev  ## Count bytes and FLOPs of the memory levels and time them on the CPU
+	$(BIN)/python -m bench.cpu_memory $(ARGS)
+
+bench-precompute: dev  ## Measure stage 1 on the CPU with the tiny VAE: overlap and host memory
+	$(BIN)/python -m bench.cpu_precompute $(ARGS)
+
+bench-train: dev  ## Measure stage 2 on the CPU against a plain end-to-end trainer
+	$(BIN)/python -m bench.cpu_train $(ARGS)
+
+bench-gpu-train: dev  ## Measure stage 2 on a CUDA GPU at the published sizes (PIECE=1..4, ten minutes each)
+	$(BIN)/python -m bench.gpu_train --piece $(or $(PIECE),1) $(ARGS)
+
+bench-gpu-precompute: dev  ## Measure stage 1 on a CUDA GPU with encoders of the published size
+	$(BIN)/python -m bench.gpu_precompute $(ARGS)
+
+clean:  ## Remove the environment and the caches of the tools
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info

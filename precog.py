@@ -1,4 +1,4 @@
-"""The one command: `precog precompute | plan | train | sample | cache | ...`. Stages are imported when asked for."""
+"""The `precog` command: one typer app per package. Each command imports its stage when it runs."""
 
 import sys
 from typing import Annotated
@@ -12,17 +12,37 @@ from sample.cli import app as sample_app
 from shared.command import ConfigFile, JsonOutput, Overrides, exits
 from train.cli import app as train_app
 
-app = typer.Typer(
-    name="precog",
-    help="Fine-tune CogVideoX with LoRA: encode every video and caption once, then train only the transformer.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+__version__ = "0.1.0"
+
+app = typer.Typer(name="precog", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 for stage in (prepare_app, precompute_app, train_app, sample_app):
     app.registered_commands += stage.registered_commands
 app.add_typer(cache_app, name="cache")
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and exit, if it is asked for."""
+    if wanted:
+        typer.echo(f"precog {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def precog(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fine-tune CogVideoX with LoRA: encode every video and caption once, then train only the transformer."""
+
+
+@app.command("config")
+@exits
+def config_command(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the resolved config as TOML."""
+    from shared.config import dump_config, load_config
+
+    typer.echo(dump_config(load_config(config, overrides)), nl=False)
 
 
 @app.command("plan")
@@ -30,43 +50,42 @@ app.add_typer(cache_app, name="cache")
 def plan_command(
     config: ConfigFile,
     overrides: Overrides = None,
-    card: Annotated[
-        str, typer.Option(help="Also what training takes on this GPU: h100, a100, 4090, or its memory in GiB.")
-    ] = "",
-    calibrate: Annotated[bool, typer.Option(help="Encode two clips and a batch of prompts to estimate hours.")] = False,
+    card: Annotated[str, typer.Option(help="Also estimate training on this GPU, such as 4090, h100 or 24GiB.")] = "",
     json_output: JsonOutput = False,
 ) -> None:
-    """Say what `precompute` would do, and with --card what `train` would take; nothing is written."""
+    """Show what `precompute` would do, and with --card what `train` would take; write nothing."""
     import json
 
     from shared.config import load_config
     from shared.console import quiet_libraries
 
     settings = load_config(config, overrides)
-    if calibrate or card:
-        quiet_libraries()
     if not card:
-        planned = show_plan(settings, calibrated=calibrate) | {"train": None}
+        planned = show_plan(settings) | {"train": None}
     else:
-        from shared.errors import DataError
-        from train.memory.outlook import find_card, foresee, show
+        from dataclasses import asdict
 
+        from shared.cards import find_card
+        from shared.errors import DataError
+        from train.memory.cost import show_cost, training_cost
+
+        quiet_libraries()
         gpu = find_card(card)
         try:
-            planned = show_plan(settings, calibrated=calibrate)
-        except DataError:  # what training takes is worth knowing before there are clips
-            show(foresee(settings, gpu))
+            planned = show_plan(settings)
+        except DataError:  # the cost of training is worth knowing before there are clips
+            show_cost(training_cost(settings, gpu))
             raise
-        outlook = foresee(settings, gpu)
-        show(outlook)
-        planned["train"] = outlook.as_json()
+        cost = training_cost(settings, gpu)
+        show_cost(cost)
+        planned["train"] = asdict(cost)
     if json_output:
-        print(json.dumps(planned))  # noqa: T201
+        typer.echo(json.dumps(planned))
 
 
 def main() -> None:
-    """Entry point of the `precog` script."""
-    sys.exit(app())
+    """Run the `precog` script."""
+    sys.exit(app(prog_name="precog"))
 
 
 if __name__ == "__main__":

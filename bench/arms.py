@@ -1,4 +1,4 @@
-"""The ways to train that are compared: the reference's inner loop, and ours in each plan."""
+"""The ways to train that are compared: the reference script's inner loop, and each memory plan."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from train.transformer.engine import Engine, Plan, open_engine
 from train.transformer.forward import predict, predict_reference
 
 OURS = Plan("attention_output", compile=True)
-OFFLOADED = replace(OURS, offload_activations=True, modulation_table=True)
+OFFLOADED = replace(OURS, offload_activations=True)
 LEAN = replace(OFFLOADED, stream_weights=2)
 
 
@@ -28,7 +28,7 @@ class Arm:
     """One way to train."""
 
     plan: Plan | None
-    """None: diffusers' forward, autocast, full checkpointing, peft."""
+    """None is the reference: diffusers' forward, autocast, full checkpointing, peft."""
     compiled_reference: bool = False
     """The reference with cuDNN attention and its blocks compiled."""
 
@@ -64,25 +64,25 @@ class Case:
     lora_rank: int
     arms: Sequence[str]
     soak_steps: int = 0
-    """Steps of the lean arm at the end, which must not need more and more memory."""
+    """Steps of the lean arm at the end, during which memory must not grow."""
 
 
 class Stage:
-    """The card, on which one arm at a time stands with a model of its base precision; the others wait on the host."""
+    """The device, which holds the model of one arm at a time; models of other base precisions stay in host memory."""
 
     def __init__(self, case: Case, transformer_config: dict[str, Any], device: torch.device) -> None:
         self.device, self._case, self._config = device, case, transformer_config
         self.conventions = conventions_for(transformer_config)
         self._models: dict[str, CogVideoXTransformer3DModel] = {}
         self._compiled: list[Any] = []
-        """Of the exact model's blocks, once an arm has compiled them."""
+        """Compiled calls of the exact model's blocks, once an arm has compiled them."""
         self.clips = make_pack(self.conventions, [case.bucket], torch.bfloat16, device)
         self.targets = [torch.randn_like(clip.latents[:, : self.conventions.out_channels]) for clip in self.clips]
         self.kernel: Backend = "auto"
-        """Of attention, of the arm that stands there."""
+        """Attention kernel of the current arm."""
 
     def enter(self, arm: Arm) -> Callable[[], Tensor]:
-        """Bring what the arm keeps on the card, and nothing else; the forward and backward pass, giving the loss."""
+        """Move what the arm keeps to the device, and nothing else; return its forward and backward pass."""
         precision = arm.plan.base_precision if arm.plan else "model"
         for name, model in self._models.items():
             model.zero_grad(set_to_none=True)
@@ -91,7 +91,7 @@ class Stage:
         self._release()
         plan = arm.plan or Plan()
         if precision in self._models:
-            plan = replace(plan, base_precision="model")  # it was quantized when it was made
+            plan = replace(plan, base_precision="model")  # quantized when it was built
         else:
             self._models[precision] = build(self._config, torch.bfloat16, self.device, self._case.lora_rank)
         self.model = self._models[precision]
@@ -104,13 +104,13 @@ class Stage:
         return lambda: self._pass(arm, engine)
 
     def _prepare_reference(self, arm: Arm) -> None:
-        """Checkpointing and compiled blocks where the arm is the reference, none of it where it is ours."""
+        """Turn checkpointing and compiled blocks on for the reference, and off for a plan."""
         self.model.gradient_checkpointing = False
         for block in self.model.transformer_blocks:
             block._compiled_call_impl = None
         if arm.plan is not None:
             return
-        restore_flash_attention_impl(_raise_warn=False)  # FlashAttention 3 is ours
+        restore_flash_attention_impl(_raise_warn=False)  # the reference does not have FlashAttention 3
         self.kernel = "auto"
         self.model.enable_gradient_checkpointing()
         if arm.compiled_reference:
@@ -123,7 +123,7 @@ class Stage:
                 block._compiled_call_impl = compiled
 
     def _pass(self, arm: Arm, engine: Engine) -> Tensor:
-        # checkpointing computes attention again in the backward pass, and has to do so with the same kernel
+        # checkpointing recomputes attention in the backward pass, which needs the same kernel
         with pinned(self.kernel) if arm.plan is None else nullcontext():
             if arm.plan is not None:
                 velocities = predict(self.model, self.clips, self.conventions, engine)
@@ -132,7 +132,7 @@ class Stage:
                     velocities = predict_reference(self.model, self.clips, self.conventions)
             losses = [clip_loss(*pair) for pair in zip(velocities, self.targets, strict=True)]
             loss = torch.stack(losses).mean()
-            loss.backward()
+            torch.autograd.backward(loss)
         return loss.detach()
 
     def _release(self) -> None:

@@ -1,5 +1,7 @@
-"""Stage 1 on the CPU with the tiny VAE: decode, encode and write overlapped against one after the other, in one run;
-host memory with 64 and with 512 clips: `make bench-precompute`.
+"""Stage 1 on the CPU with the tiny VAE: `make bench-precompute`.
+
+Compares the seconds of the VAE pass with the sum of its parts (decode, encode, write), and host memory with 64 and 512
+clips.
 """
 
 import argparse
@@ -8,11 +10,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from bench import record
 from bench.media import write_corpus
@@ -22,9 +21,8 @@ if TYPE_CHECKING:  # decoding processes import this file again, and must not loa
 
 ROOT = Path(__file__).parents[1]
 SOURCE = (720, 1280, 97)
-"""Height, width and frames of a source; decoding one costs about what encoding its bucket does."""
+"""Height, width and frames of a source; decoding one costs about as much as encoding its bucket."""
 BUCKET = (9, 64, 96)
-ARMS = ("one after the other", "overlapped", "overlapped again")
 
 
 def make_config(root: Path, cache: Path, bucket: tuple[int, int, int], fps: int) -> "Config":
@@ -48,123 +46,66 @@ def make_config(root: Path, cache: Path, bucket: tuple[int, int, int], fps: int)
     )
 
 
-class InTurn(Executor):
-    """Runs what is submitted at once, in the caller's thread."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def submit(self, call: Any, /, *arguments: Any, **named: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        future.set_result(call(*arguments, **named))
-        return future
-
-
-def in_turn(items: Iterator[Any], *_: object) -> Iterator[Any]:
-    return items
-
-
-def decode_in_turn(pool: Any, jobs: Iterator[Any]) -> Iterator[Any]:
-    """One clip asked for, decoded and handed over before the next is asked for."""
-    from precompute.video.pool import DecodePool
-
-    for job in jobs:
-        yield from DecodePool._run(pool, [job])
-
-
-def one_run(root: Path, bucket: tuple[int, int, int], *, overlapped: bool) -> dict[str, float]:
-    """Seconds of the VAE pass, from its first decode to its last shard."""
-    from precompute import latents
-    from precompute.assignments import Part
+def one_run(root: Path) -> dict[str, float]:
+    """Return the seconds of the VAE pass, from the first decode to the last shard, and of its parts."""
     from precompute.run import precompute
-    from precompute.video.pool import DecodePool
-    from shared.signals import StopSignal
 
     with tempfile.TemporaryDirectory() as scratch:
-        config = make_config(root, Path(scratch) / "cache", bucket, fps=1)
-        if overlapped:
-            report = precompute(config, Part(), StopSignal())
-        else:
-            with (
-                patch.object(latents, "ahead", in_turn),
-                patch.object(latents, "ThreadPoolExecutor", InTurn),
-                patch.object(DecodePool, "decode_all", decode_in_turn),
-            ):
-                report = precompute(config, Part(), StopSignal())
+        config = make_config(root, Path(scratch) / "cache", BUCKET, fps=1)
+        report = precompute(config)
     seconds = report.seconds
+    parts = {"decode": seconds["decode"], "encode": seconds["encode_latents"], "write": seconds["write"]}
+    overlap = {"pass": seconds["video_pass"], "waited for decode": seconds["wait_for_decode"]}
     return {
-        "pass": seconds["video_pass"],
-        "decode": seconds["decode"],
-        "encode": seconds["encode_latents"],
-        "write": seconds["write"],
-        "waited for decode": seconds["wait_for_decode"],
+        **overlap,
+        **parts,
+        "sum of parts / pass": sum(parts.values()) / overlap["pass"],
         "load": os.getloadavg()[0],
     }
 
 
 def measure_overlap(clips: int, rounds: int) -> dict[str, Any]:
-    """Interleaved rounds of one after the other, overlapped, and overlapped once more: the last two tell the noise."""
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    """Run the pass `rounds` times after a warm-up; return medians and every run."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "clips"
         write_corpus(root, clips, *SOURCE)
-        one_run(root, BUCKET, overlapped=True)
-        for number in range(rounds):
-            for name in [*ARMS[number % 3 :], *ARMS[: number % 3]]:
-                runs[name].append(one_run(root, BUCKET, overlapped=name != ARMS[0]))
-    turn, first, second = ([run["pass"] for run in found] for found in runs.values())
-    medians = {
-        name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
-    }
-    alone = medians[ARMS[0]]
-    return {
-        "clips": clips,
-        "source": "x".join(map(str, SOURCE)),
-        "bucket": "x".join(map(str, BUCKET)),
-        "rounds": rounds,
-        "median_seconds": medians,
-        "speedup": [a / statistics.mean((b, c)) for a, b, c in zip(turn, first, second, strict=True)],
-        "same_against_same": [a / b for a, b in zip(first, second, strict=True)],
-        "bound": alone["pass"] / max(alone["waited for decode"], alone["encode"]),
-        "runs": runs,
-    }
+        one_run(root)
+        runs = [one_run(root) for _ in range(rounds)]
+    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    sizes = {"source": "x".join(map(str, SOURCE)), "bucket": "x".join(map(str, BUCKET))}
+    return {"clips": clips, "rounds": rounds, **sizes, "median_seconds": medians, "runs": runs}
 
 
 def peak_memory(count: int) -> int:
-    """Bytes of resident memory at the peak of a fresh process that encodes `count` clips, its decoders not counted."""
+    """Return the peak resident bytes of a new process that encodes `count` clips, without its decoders."""
     command = [sys.executable, "-m", "bench.cpu_precompute", "--memory", str(count)]
     answer = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     return int(answer.stdout.split()[-1])
 
 
 def measure_memory(count: int) -> int:
-    """The same of this process."""
+    """Encode `count` clips in this process and return its peak resident bytes."""
     import resource
 
-    from precompute.assignments import Part
     from precompute.run import precompute
-    from shared.signals import StopSignal
 
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "clips"
         write_corpus(root, count, 96, 160, 33)
-        precompute(make_config(root, Path(scratch) / "cache", (9, 32, 48), fps=3), Part(), StopSignal())
+        precompute(make_config(root, Path(scratch) / "cache", (9, 32, 48), fps=3))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def as_markdown(found: dict[str, Any]) -> str:
-    overlap, speedup, same = found["overlap"], found["overlap"]["speedup"], found["overlap"]["same_against_same"]
+    """Return the table."""
+    overlap = found["overlap"]
     memory = ", ".join(f"{size / 2**20:.0f} MiB with {count} clips" for count, size in found["peak_bytes"].items())
-    columns = overlap["median_seconds"][ARMS[0]]
     lines = [
         f"Stage 1 on the CPU with the tiny VAE: {overlap['clips']} clips of {overlap['source']} (height, width, "
         f"frames) to {overlap['bucket']}; one encoder thread, one decoder; median seconds of "
-        f"{overlap['rounds']} interleaved rounds.\n",
-        record.table(["", *columns], [[name, *row.values()] for name, row in overlap["median_seconds"].items()]),
-        f"Overlapped is {statistics.median(speedup):.2f}x as fast ({min(speedup):.2f} to {max(speedup):.2f} by round); "
-        f"the same against itself {min(same):.2f} to {max(same):.2f}. With everything but the slower of decode and "
-        f"encode for free it would be {overlap['bound']:.2f}x.\n",
-        f"Peak host memory of a whole run, its decoders not counted: {memory}.\n",
+        f"{overlap['rounds']} rounds.\n",
+        record.table([*overlap["median_seconds"]], [[*overlap["median_seconds"].values()]]),
+        f"Peak host memory of a whole run, without its decoders: {memory}.\n",
         record.describe(found["circumstances"]),
     ]
     return "\n".join(lines)

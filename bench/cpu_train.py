@@ -1,13 +1,12 @@
-"""Stage 2 beside a plain end-to-end trainer, on a CPU: seconds per step, peak memory, seconds to the first step.
+"""Stage 2 against a plain end-to-end trainer, on a CPU: seconds per step, peak memory, seconds to the first step.
 
-`make bench-train` runs three processes per model, each as it would be started by hand. `ours` is the loop of
-`precog train` on a cache. `plain` keeps VAE, T5 and transformer loaded, encodes the clips at its start and the caption
-in every step, and trains with diffusers' forward, as diffusers' train_cogvideox_lora.py does. `control` is ours once
-more. They take turns, ours-plain-plain-ours and ours-control-control-ours, so that a busy machine meets all alike. What
-is reported is the median of the ratios of neighbouring turns with a 95 % bootstrap interval; the control's is noise.
-Two processes of the same program differ by a few per cent for as long as they live, so all are started several times,
-and the bootstrap draws starts first and turns within them after.
-That both train the same is held by tests/train/test_golden.py.
+`make bench-train` runs three processes per model. `ours` is the loop of `precog train` on a cache. `plain` is
+bench/plain.py: VAE, T5 and transformer stay loaded, clips are encoded at the start and the caption in every step, as in
+diffusers' train_cogvideox_lora.py. `control` is `ours` again. They take turns, ours-plain-plain-ours and
+ours-control-control-ours, so that other load affects all of them. The report is the median of the ratios of neighboring
+turns with a 95 % bootstrap interval; the control's interval is noise. Two processes of the same program differ by a few
+per cent, so all are started several times, and the bootstrap draws starts first, then turns. tests/train/test_golden.py
+checks that both train the same.
 """
 
 import resource
@@ -42,11 +41,11 @@ class Size:
     text: dict[str, int]
     vae: dict[str, Any]
     starts: int
-    """How many times all three processes are started anew."""
+    """Number of times that all three processes are started."""
     rounds: int
-    """Of each start; a round is one pair of turns of ours and plain and one of ours and control."""
+    """Rounds per start; a round is one pair of turns of ours and plain, and one of ours and control."""
     steps: int
-    """Optimizer steps of a turn."""
+    """Optimizer steps per turn."""
 
 
 SIZES = (
@@ -72,14 +71,14 @@ SIZES = (
 
 
 class Turns:
-    """In an arm's process: the turns it is given through the pipe, and what they took."""
+    """In an arm's process: waits for turns through the pipe and sends back their wall and CPU seconds."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe, self._steps, self._begun = pipe, 0, (0.0, 0.0)
         pipe.send("ready")
 
     def step(self) -> None:
-        """Called once in every step; waits here between turns, and ends the process after the last."""
+        """Count one step; wait between turns, and end the process after the last."""
         self._steps -= 1
         if self._steps > 0:
             return
@@ -93,7 +92,7 @@ class Turns:
 
 
 class Polled(StopSignal):
-    """A signal that never comes; asking for it calls `poll`."""
+    """A signal that never comes; each read of `requested` calls `poll`."""
 
     def __init__(self, poll: Callable[[], None]) -> None:
         self.poll = poll
@@ -121,7 +120,7 @@ def main() -> None:
 
 
 def measure(size: Size, folder: Path) -> dict[str, Any]:
-    """All of one model."""
+    """Measure one model."""
     config = make_config(folder)
     numbers = in_child(prepare, size, config)
     pairs: dict[str, list[list[list[tuple[float, ...]]]]] = {"plain": [], "control": []}
@@ -129,7 +128,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
         arms = (("ours", ours), ("plain", plain), ("control", ours))
         workers = {name: Worker(arm, config, f"{name}{start}") for name, arm in arms}
         for worker in workers.values():
-            worker.turn(size.steps)  # warm
+            worker.turn(size.steps)  # warm-up
         for taken in pairs.values():
             taken.append([])
         for number in range(size.rounds):
@@ -158,7 +157,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
 
 
 class Worker:
-    """One arm in a process of its own."""
+    """One arm in its own process."""
 
     def __init__(self, arm: Callable[[Config, Connection], None], config: Config, name: str) -> None:
         self._pipe, theirs = CONTEXT.Pipe()
@@ -167,19 +166,19 @@ class Worker:
         self._process = CONTEXT.Process(target=silenced, args=(arm, config, theirs), daemon=True)
         begun = time.perf_counter()
         self._process.start()
-        theirs.close()  # or else nothing would tell that the process has died
+        theirs.close()  # so that the pipe closes when the process ends
         assert self._pipe.recv() == "ready"
         self._peak = self._pipe.recv()[2]
         self.start_seconds = time.perf_counter() - begun
 
     def turn(self, steps: int) -> tuple[float, ...]:
-        """Wall and CPU seconds of so many steps."""
+        """Run `steps` steps; return their wall and CPU seconds."""
         self._pipe.send(steps)
         wall, cpu, self._peak = self._pipe.recv()
         return wall, cpu
 
     def finish(self) -> int:
-        """Peak resident bytes."""
+        """End the process; return its peak resident bytes."""
         self._pipe.send(0)
         self._process.join()
         return int(self._peak)
@@ -195,14 +194,14 @@ def silenced(arm: Callable[[Config, Connection], None], config: Config, pipe: Co
 
 
 def ours(config: Config, pipe: Connection) -> None:
-    """`precog train`, paced."""
+    """Run `precog train`, paced."""
     from train.loop import train
 
     train(config, Polled(Turns(pipe).step))
 
 
 def plain(config: Config, pipe: Connection) -> None:
-    """Everything in one, paced."""
+    """Run bench/plain.py, paced."""
     from bench.plain import train_plainly
 
     train_plainly(config, Turns(pipe).step)
@@ -235,13 +234,13 @@ def make_config(folder: Path) -> Config:
 
 
 def in_child(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of `work` in a process that is gone afterwards, with its memory."""
+    """Return the result of `work` from a process that ends afterwards and frees its memory."""
     with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def prepare(size: Size, config: Config) -> dict[str, int]:
-    """Write the random model and run stage 1; parameters of each part."""
+    """Write the random model and run stage 1; return the number of parameters of each part."""
     import torch
     from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
     from transformers import T5Config, T5EncoderModel
@@ -261,15 +260,14 @@ def prepare(size: Size, config: Config) -> dict[str, int]:
     }
     pipeline = CogVideoXPipeline(tokenizer=tokenizer, scheduler=tiny.build_scheduler("2b"), **parts)
     pipeline.save_pretrained(config.model.pretrained_model_name_or_path, safe_serialization=True)
-    from precompute.assignments import Part
     from precompute.run import precompute
 
-    precompute(config, Part(), StopSignal())
+    precompute(config)
     return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
 
 
 def as_markdown(name: str, report: dict[str, Any]) -> str:
-    """Of one model."""
+    """Return the tables of one model."""
     ratios = {key: value for key, value in report.items() if isinstance(value, dict) and "median" in value}
     started, peaks = report["start_to_first_step_seconds"], report["peak_rss_bytes"]
     rows = {
@@ -282,7 +280,7 @@ def as_markdown(name: str, report: dict[str, Any]) -> str:
         [
             f"## {name}: {' of '.join(counts)}\n",
             record.table(("ratio", "median", "low", "high"), [[key, *value.values()] for key, value in ratios.items()]),
-            f"A ratio nearer to 1 than {report['noise_band']:.3f}, the control's band, says nothing.\n",
+            f"A ratio closer to 1 than {report['noise_band']:.3f}, the control's band, is noise.\n",
             record.table(("", "ours", "plain"), [[name, row["ours"], row["plain"]] for name, row in rows.items()]),
         ]
     )

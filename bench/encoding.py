@@ -1,4 +1,4 @@
-"""Stage 1's two passes alone, with encoders of the published or a tiny size and random weights, made where they run."""
+"""The two passes of stage 1 alone, with encoders of the published or a tiny size and random weights."""
 
 import json
 import shutil
@@ -13,7 +13,6 @@ from transformers import T5Config, T5EncoderModel
 
 from bench.media import write_corpus
 from precompute import encoders
-from precompute.assignments import Part
 from precompute.discover import survey
 from precompute.latents import encode_latents
 from precompute.prompts import encode_prompts
@@ -23,7 +22,6 @@ from precompute.stage import open_stage
 from shared.config import Config
 from shared.fingerprint import sha256_file
 from shared.model.geometry import Bucket
-from shared.signals import StopSignal
 
 ROOT = Path(__file__).parents[1]
 VAE: dict[str, Any] = {
@@ -37,7 +35,7 @@ VAE: dict[str, Any] = {
     "sample_width": 720,
     "scaling_factor": 0.7,
 }
-"""`vae/config.json` of THUDM/CogVideoX-5b, as far as cost goes."""
+"""`vae/config.json` of THUDM/CogVideoX-5b, the fields that decide its cost."""
 T5: dict[str, Any] = {
     "d_model": 4096,
     "d_kv": 64,
@@ -55,7 +53,7 @@ TINY_T5 = T5 | {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_he
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What all arms work on."""
+    """Inputs that all arms share."""
 
     pipeline: Path
     clips: Path
@@ -65,33 +63,35 @@ class Scene:
 
 
 def published_scene(folder: Path, clips: int) -> Scene:
-    """On the GPU, at the size that the 5B is trained at."""
+    """Build the inputs on the GPU, at the size that the 5B is trained at."""
     device, bucket = torch.device("cuda"), Bucket(49, 480, 720)
     save_encoders(folder / "pipeline", VAE, T5, device)
-    return Scene(folder / "pipeline", _clips(folder, clips, bucket), _clips(folder, 2, bucket), bucket, device)
+    return Scene(
+        folder / "pipeline", write_clips(folder, clips, bucket), write_clips(folder, 2, bucket), bucket, device
+    )
 
 
 def tiny_scene(folder: Path) -> Scene:
-    """On the CPU, without a warm-up."""
+    """Build the inputs on the CPU, without a warm-up."""
     device, bucket = torch.device("cpu"), Bucket(9, 64, 96)
     save_encoders(folder / "pipeline", TINY_VAE, TINY_T5, device)
-    return Scene(folder / "pipeline", _clips(folder, 2, bucket), None, bucket, device)
+    return Scene(folder / "pipeline", write_clips(folder, 2, bucket), None, bucket, device)
 
 
-def _clips(folder: Path, count: int, bucket: Bucket) -> Path:
-    """Moving pictures of the bucket's size."""
+def write_clips(folder: Path, count: int, bucket: Bucket) -> Path:
+    """Write moving pictures of the bucket's size."""
     clips = folder / f"{count} clips"
     write_corpus(clips, count, bucket.height, bucket.width, bucket.frames)
     return clips
 
 
 def save_encoders(folder: Path, vae: dict[str, Any], t5: dict[str, Any], device: torch.device) -> None:
-    """The tiny pipeline's layout with these encoders in bf16, their files linked by hash as in the hub's cache."""
+    """Write the tiny pipeline's layout with these encoders in bf16, linked by hash as in the hub's cache."""
     shutil.copytree(ROOT / "demo" / "tiny", folder, ignore=shutil.ignore_patterns("vae", "text_encoder"))
     with device:
         AutoencoderKLCogVideoX(**vae).to(torch.bfloat16).save_pretrained(folder / "vae")
         T5EncoderModel(T5Config(**t5)).to(torch.bfloat16).save_pretrained(folder / "text_encoder")
-    for file in folder.glob("*/*.safetensors"):  # so that 9.5 GB are not read again for each arm
+    for file in folder.glob("*/*.safetensors"):  # or each arm would read 9.5 GB again to hash them
         blob = folder / sha256_file(file)
         file.rename(blob)
         file.symlink_to(blob)
@@ -100,7 +100,7 @@ def save_encoders(folder: Path, vae: dict[str, Any], t5: dict[str, Any], device:
 
 
 def config_for(scene: Scene, clips: Path, cache: Path, settings: dict[str, Any]) -> Config:
-    """Clips of the scene's bucket, whole; `settings` go over the [precompute] table."""
+    """Return the config of clips of the scene's bucket; `settings` go over the [precompute] table."""
     return Config.model_validate(
         {
             "model": {"pretrained_model_name_or_path": str(scene.pipeline)},
@@ -127,10 +127,10 @@ def config_for(scene: Scene, clips: Path, cache: Path, settings: dict[str, Any])
 
 
 def one_pass(scene: Scene, clips: Path, kind: str, settings: dict[str, Any]) -> Report:
-    """The pass over "clips" or "prompts", into a cache that is deleted afterwards."""
+    """Run the pass over "clips" or "prompts" into a temporary cache."""
     with tempfile.TemporaryDirectory() as cache:
         config = config_for(scene, clips, Path(cache), settings)
-        stage = open_stage(config, Part(), StopSignal())
+        stage = open_stage(config)
         with decode_pool(config) as pool:
             wanted = survey(stage, pool)
             if kind == "clips":
@@ -142,7 +142,7 @@ def one_pass(scene: Scene, clips: Path, kind: str, settings: dict[str, Any]) -> 
 
 
 def measure(scene: Scene, kind: str, settings: dict[str, Any]) -> dict[str, float]:
-    """One timed pass after its warm-up, with fields of [precompute]."""
+    """Time one pass after its warm-up, with fields of [precompute]."""
     if scene.warm_up is not None:
         one_pass(scene, scene.warm_up, kind, settings)
     if scene.device.type == "cuda":

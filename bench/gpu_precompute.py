@@ -1,11 +1,11 @@
-"""Stage 1 on a CUDA GPU with encoders of the published size: clips and prompts per second, who waited, memory.
+"""Stage 1 on a CUDA GPU with encoders of the published size: clips and prompts per second, waiting, memory.
 
     python -m bench.gpu_precompute              # writes bench/results/<gpu>-precompute.json and .md
     python -m bench.gpu_precompute --dry-run    # every arm once with tiny encoders on the CPU; writes nothing
 
-Weights are random, which costs what trained ones do. Each pass of stage 1 runs alone, as `precog precompute` runs it,
-into an empty cache, after a warm-up on two clips. Arms take turns; the first comes twice, as A/A control. An arm that
-fails is said to have, the others go on. Without CUDA it exits with 2, with a failed arm with 1.
+Weights are random. Each pass of stage 1 runs alone, as in `precog precompute`, into an empty cache, after a warm-up on
+two clips. Arms take turns; the first runs twice, as A/A control. An arm that fails is reported; the other arms
+continue. Exits with 2 without CUDA, and with 1 after a failed arm.
 """
 
 import argparse
@@ -34,13 +34,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "compiled": ("clips", {"compile_vae": True}),
     "two at a time": ("clips", {"vae_batch_size": 2}),
     "T5": ("prompts", {}),
-    "T5 in int8": ("prompts", {"text_quantization": "int8"}),
+    "T5 offloaded": ("prompts", {"text_offload": True}),
 }
 """Arm -> the pass that it times, and its fields of [precompute]."""
 
 
 def run_arms(scene: "Scene", rounds: int, limit_seconds: float) -> tuple[Rows, dict[str, str]]:
-    """Rows of each arm by name, and why an arm failed; no arm begins after the limit."""
+    """Return each arm's rows and the failures; no arm begins after the limit."""
     from bench.encoding import measure
 
     started = time.monotonic()
@@ -52,7 +52,7 @@ def run_arms(scene: "Scene", rounds: int, limit_seconds: float) -> tuple[Rows, d
                 continue
             try:
                 row = measure(scene, kind, settings)
-            except Exception as error:  # whatever it is, the other arms are worth their time
+            except Exception as error:  # the other arms continue
                 failures[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 traceback.print_exc()
                 continue
@@ -62,7 +62,7 @@ def run_arms(scene: "Scene", rounds: int, limit_seconds: float) -> tuple[Rows, d
 
 
 def as_markdown(found: dict[str, Any]) -> str:
-    """Medians by arm."""
+    """Return the medians by arm."""
     columns = ("clips_per_second", "waited_for_decode", "waited_for_write", "prompts_per_second", "peak_gib")
     rows: list[list[object]] = []
     for name, measured in found["arms"].items():
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     if not given.dry_run and not torch.cuda.is_available():
-        print("bench.gpu_precompute needs a CUDA GPU; none is here (--dry-run runs without)", file=sys.stderr)
+        print("bench.gpu_precompute CUDA not found; run with --dry-run on a CPU", file=sys.stderr)
         return 2
     from bench.encoding import published_scene, tiny_scene
     from shared.console import quiet_libraries

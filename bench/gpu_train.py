@@ -3,10 +3,10 @@
     python -m bench.gpu_train --piece 1        # one of four, ten minutes each; bench/results/<gpu>-train-<piece>.json
     python -m bench.gpu_train --dry-run        # every arm once on tiny models on the CPU; writes nothing
 
-Weights are random and made on the card. Every arm of a case trains the same model on the same clip; only what the arm
-keeps on the card is there while it runs. Arms take turns, forth and back; one of them comes twice, as A/A control.
-Before anything is timed, loss and adapter gradients are compared on two blocks. An arm that fails, or computes
-something else, is not timed and said to be; the others go on. Without CUDA it exits with 2, with a failed arm with 1.
+Weights are random and made on the device. Every arm of a case trains the same model on the same clip; the device holds
+only what the arm keeps there. Arms take turns, forward and back; one arm runs twice, as A/A control. Before anything is
+timed, loss and adapter gradients are compared on two blocks. An arm that fails or computes something else is reported
+and not timed; the other arms continue. Exits with 2 without CUDA, and with 1 after a failed arm.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +29,13 @@ from bench.models import PUBLISHED, SMALL, conventions_for
 from bench.roofline import measure_roofline, timed
 from shared.model.conventions import Conventions
 from shared.model.geometry import Bucket, video_tokens
+from train.memory.cost import block_flops
 
 LEAST_COSINE, MOST_LOSS_DIFFERENCE = 0.99, 0.01
 FEWEST_ROUNDS = 3
-"""With fewer an interval says nothing."""
+"""Fewer rounds give no interval."""
 OUT_OF_MEMORY, NO_TIME = "out of memory", "no time left"
-"""What may happen to an arm without anything being wrong."""
+"""Failures of an arm that are no errors."""
 
 SHORT, LONG, SOAK = Bucket(49, 480, 720), Bucket(81, 768, 1360), Bucket(17, 480, 720)
 FEW = ("reference", *A_A, "ours, lean")
@@ -61,23 +63,23 @@ TINY = {name: SMALL[name] for name in ("text_embed_dim", "max_text_seq_length")}
 
 @dataclass(slots=True)
 class Samples:
-    """Of one arm in one case."""
+    """Samples of one arm in one case."""
 
     seconds: list[list[float]] = field(default_factory=list)
-    """Of each visit, each step's."""
+    """Seconds of each step, by visit."""
     kernel: str = ""
-    """Of attention; auto is torch's choice."""
+    """Attention kernel; auto is torch's choice."""
     first_step_seconds: float = 0.0
-    """The first visit's first step, which allocates, too."""
+    """Seconds of the first visit's first step, which also allocates."""
     visit_seconds: float = 0.0
-    """How long the last visit took in all."""
+    """Seconds of the whole last visit."""
     max_allocated: int = 0
     max_reserved: int = 0
     failure: str = ""
 
 
 def attempt(action: Callable[[], Any]) -> tuple[Any, str]:
-    """What it gives and "", or None and what went wrong; one arm's fault must not cost what the others measured."""
+    """Return the action's result and "", or None and the failure, so that the other arms continue."""
     try:
         return action(), ""
     except torch.OutOfMemoryError as error:
@@ -92,8 +94,10 @@ def _first_line(error: Exception) -> str:
 
 
 def compare_arms(case: Case, transformer_config: dict[str, Any], device: torch.device) -> dict[str, dict[str, Any]]:
-    """On two blocks: loss, cosine of the adapter's gradient with the first arm's that works, and seconds of a first and
-    a second pass, which differ by what is compiled (arms that share functions compile them once); or "failure"."""
+    """Compare the arms on two blocks: loss, cosine of the gradient with the first working arm's, or "failure".
+
+    Also take the seconds of two passes, which differ by the time to compile; arms that share functions compile once.
+    """
     stage = Stage(case, transformer_config | {"num_layers": 2}, device)
     found: dict[str, dict[str, Any]] = {}
     expected: tuple[float, Tensor] | None = None
@@ -109,7 +113,7 @@ def compare_arms(case: Case, transformer_config: dict[str, Any], device: torch.d
         return float(losses[-1]), torch.cat([value.flatten().double().cpu() for value in gradients]), seconds
 
     for name in case.arms:
-        result, failure = attempt(lambda name=name: two_passes(ARMS[name]))
+        result, failure = attempt(partial(two_passes, ARMS[name]))
         if failure:
             found[name] = {"failure": failure}
             continue
@@ -124,7 +128,7 @@ def compare_arms(case: Case, transformer_config: dict[str, Any], device: torch.d
 
 
 def visit(stage: Stage, arm: Arm, samples: Samples, steps: int) -> None:
-    """One untimed step, then `steps` timed ones; AdamW and clipping belong to a step."""
+    """Run one untimed step, then `steps` timed ones; a step includes AdamW and clipping."""
     started = time.monotonic()
     run_pass = stage.enter(arm)
     trained = [value for value in stage.model.parameters() if value.requires_grad]
@@ -149,7 +153,7 @@ def visit(stage: Stage, arm: Arm, samples: Samples, steps: int) -> None:
 def run_case(
     case: Case, transformer_config: dict[str, Any], device: torch.device, rounds: int, deadline: float, roofline: float
 ) -> dict[str, Any]:
-    """As many rounds as fit before `deadline` (of `time.monotonic`), each round forth or back; then the soak."""
+    """Run the rounds that fit before `deadline` (of `time.monotonic`), forward and back in turn; then the soak."""
     print(f"{case.variant}, {case.bucket}, rank {case.lora_rank}", flush=True)
     gate = compare_arms(case, transformer_config, device)
     stage = Stage(case, transformer_config, device)
@@ -160,7 +164,7 @@ def run_case(
         for name in case.arms if index % 2 == 0 else reversed(case.arms):
             mine = samples[name]
             if not mine.failure and time.monotonic() + mine.visit_seconds <= deadline:
-                _, mine.failure = attempt(lambda name=name, mine=mine: visit(stage, ARMS[name], mine, steps=2))
+                _, mine.failure = attempt(partial(visit, stage, ARMS[name], mine, steps=2))
     flops = model_flops(stage.conventions, transformer_config, case.bucket, case.lora_rank)
     result: dict[str, Any] = {
         "variant": case.variant,
@@ -180,7 +184,7 @@ def run_case(
 
 
 def summary(samples: Samples, arm: Arm, gate: dict[str, Any], flops: float, roofline: float) -> dict[str, Any]:
-    """Median s/step, MFU against the measured matrix product, GiB, and every raw sample."""
+    """Return median s/step, MFU against the measured matrix product, GiB, and every raw sample."""
     steps = [seconds for visited in samples.seconds for seconds in visited]
     if samples.failure or not steps:
         return {"failure": samples.failure or NO_TIME, "seconds": samples.seconds}
@@ -199,7 +203,7 @@ def summary(samples: Samples, arm: Arm, gate: dict[str, Any], flops: float, roof
 
 
 def ratios(samples: dict[str, Samples]) -> dict[str, Any]:
-    """Seconds of the first arm over each other's, round by round, and of the A/A pair, with 95 % intervals."""
+    """Return seconds of the first arm over each other arm's, by round, and of the A/A pair, with 95 % intervals."""
     first = next(iter(samples))
     pairs = {f"{first} / {name}": (first, name) for name in samples if name != first}
     if set(A_A) <= samples.keys():
@@ -214,7 +218,7 @@ def ratios(samples: dict[str, Samples]) -> dict[str, Any]:
 
 
 def soak(stage: Stage, num_steps: int, deadline: float) -> dict[str, Any]:
-    """Allocated and reserved bytes of the lean arm after every tenth of `num_steps` steps, and what they grew by."""
+    """Return the lean arm's allocated and reserved bytes after every tenth of `num_steps` steps, and their growth."""
     run_pass = stage.enter(ARMS["ours, lean"])
     sizes: list[tuple[int, int, int]] = []
     for step in range(1, num_steps + 1):
@@ -231,23 +235,20 @@ def soak(stage: Stage, num_steps: int, deadline: float) -> dict[str, Any]:
 
 
 def model_flops(conventions: Conventions, transformer_config: dict[str, Any], bucket: Bucket, lora_rank: int) -> float:
-    """2P + 3.5A and the adapter's: P = 24 d^2 S L in linear layers forward, A = 4 S^2 d L in attention forward.
-
-    The frozen base needs no weight gradients; FlashAttention's backward is 2.5 A. What is recomputed does not count.
-    """
-    tokens = tokens_of(conventions, bucket)
-    width = transformer_config["num_attention_heads"] * transformer_config["attention_head_dim"]
-    depth = transformer_config["num_layers"]
-    linear, attention = 24 * width**2 * tokens * depth, 4 * tokens**2 * width * depth
-    return float(2 * linear + 3.5 * attention + 3 * 16 * width * lora_rank * tokens * depth)
+    """Return the FLOPs of a step, recomputation left out; the numerator of MFU."""
+    tokens, depth = tokens_of(conventions, bucket), int(transformer_config["num_layers"])
+    width = int(transformer_config["num_attention_heads"]) * int(transformer_config["attention_head_dim"])
+    adapter = 4 * 2 * width * lora_rank  # on query, key, value and output
+    return depth * block_flops(width, tokens, adapter, "full")
 
 
 def tokens_of(conventions: Conventions, bucket: Bucket) -> int:
+    """Return the clip's text and video tokens."""
     return conventions.text_length + video_tokens(bucket, conventions.patch_size, conventions.patch_size_t)
 
 
 def as_markdown(found: dict[str, Any]) -> str:
-    """One section a case."""
+    """Return one section per case."""
     card = found["circumstances"]["device"]["name"]
     sections = [case_markdown(case) for case in found["cases"]]
     head = f"Stage 2 on {card}, random weights in bf16; medians.\n"
@@ -266,7 +267,7 @@ def case_markdown(case: dict[str, Any]) -> str:
             f"## {case['variant']}, {case['clip']}, rank {case['lora_rank']}\n",
             record.table(("", *(column.replace("_", " ") for column in columns), "failure"), rows),
             record.table(("ratio of seconds", "median", "low", "high"), ratios),
-            "" if case["a_a_holds"] is not False else "The A/A control is off: no ratio of this case says anything.\n",
+            "" if case["a_a_holds"] is not False else "The A/A control excludes 1: no ratio of this case is valid.\n",
         ]
     )
 
@@ -279,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="every arm once, tiny, on the CPU")
     given = parser.parse_args(arguments)
     if not given.dry_run and not torch.cuda.is_available():
-        print("bench.gpu_train needs a CUDA GPU; none is here (--dry-run runs without)", file=sys.stderr)
+        print("bench.gpu_train CUDA not found; run with --dry-run on a CPU", file=sys.stderr)
         return 2
     started = time.monotonic()
     device = torch.device("cpu") if given.dry_run else torch.device("cuda", torch.cuda.current_device())
@@ -302,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found["cases"].append(run_case(case, configs[case.variant], device, rounds, deadline, roofline))
         print(case_markdown(found["cases"][-1]), flush=True)
         found["seconds_in_all"] = time.monotonic() - started
-        if not given.dry_run:  # after every case: what is measured is kept, whatever comes
+        if not given.dry_run:  # after every case, so that a later failure loses nothing
             record.write(f"{record.short_name(device)}-train-{given.piece}", found, as_markdown(found))
     failures = [row.get("failure", "") for case in found["cases"] for row in case["arms"].values()]
     return int(any(failure and not failure.startswith((OUT_OF_MEMORY, NO_TIME)) for failure in failures))

@@ -1,4 +1,4 @@
-"""Videos to encode, made where they are needed."""
+"""Synthetic videos to encode."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def write_corpus(folder: Path, count: int, height: int, width: int, frames: int) -> None:
-    """So many videos, with the text files of a data set beside them."""
+    """Write `count` videos, with the text files of a data set."""
     folder.mkdir()
     for number in range(count):
         write_video(folder / f"{number:04}.mp4", number, height, width, frames)
@@ -17,7 +17,7 @@ def write_corpus(folder: Path, count: int, height: int, width: int, frames: int)
 
 
 def write_video(path: Path, seed: int, height: int, width: int, frames: int) -> None:
-    """A moving picture with enough detail that decoding it is work."""
+    """Write a moving picture with enough detail that decoding takes time."""
     draws = np.random.default_rng(seed)
     picture = draws.integers(0, 256, (height // 4, width // 4 + frames, 3), np.uint8).repeat(4, 0).repeat(4, 1)
     with av.open(str(path), "w") as out:

@@ -1,6 +1,7 @@
-"""The published transformers' sizes with random weights, made where they are needed; nothing is downloaded."""
+"""Transformers of the published sizes with random weights, built where they are used; nothing is downloaded."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from shared.config import Train
 from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import Bucket, latent_shape, padding_frames
-from train.transformer.forward import ModelInput
+from train.data.example import ModelInput
 from train.transformer.load import add_adapter
 
 _COMMON: dict[str, Any] = {
@@ -46,19 +47,19 @@ SMALL = PUBLISHED["5b"] | {"num_attention_heads": 6, "num_layers": 4, "text_embe
 
 
 def published_conventions(variant: str) -> Conventions:
-    """Of the published model."""
+    """Return the conventions of the published model."""
     return conventions_for(PUBLISHED[variant])
 
 
 def build_small(dtype: torch.dtype, device: torch.device) -> tuple[CogVideoXTransformer3DModel, Conventions]:
-    """A 5B with 6 heads and 4 blocks."""
+    """Build a 5B with 6 heads and 4 blocks."""
     return build(SMALL, dtype, device, lora_rank=16), conventions_for(SMALL)
 
 
 def build(
     transformer_config: dict[str, Any], dtype: torch.dtype, device: torch.device, lora_rank: int
 ) -> CogVideoXTransformer3DModel:
-    """Random weights (std 0.02, no branch dead), filled on `device`, and an adapter whose B is not zero."""
+    """Build a transformer with random weights (std 0.02) on `device`, and an adapter whose B is not zero."""
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel.from_config(transformer_config)
     transformer.requires_grad_(False)
@@ -74,7 +75,7 @@ def build(
         patches.pos_embedding = patches._get_positional_embeddings(
             patches.sample_height, patches.sample_width, patches.sample_frames, device=device
         )
-    add_adapter(transformer, Train(output_dir="unused", lora_rank=lora_rank, lora_alpha=lora_rank))
+    add_adapter(transformer, Train(output_dir=Path("unused"), lora_rank=lora_rank, lora_alpha=lora_rank))
     for name, value in transformer.named_parameters():
         if "lora_B" in name:
             value.data.normal_(0, 0.02, generator=generator)
@@ -84,7 +85,7 @@ def build(
 def make_pack(
     conventions: Conventions, buckets: Sequence[Bucket], dtype: torch.dtype, device: torch.device
 ) -> list[ModelInput]:
-    """Random clips: never zeros, with which matrix products run faster."""
+    """Draw random clips; matrix products of zeros would run faster."""
     generator = torch.Generator(device).manual_seed(1)
     clips = []
     for bucket in buckets:
@@ -98,7 +99,7 @@ def make_pack(
 
 
 def conventions_for(transformer_config: dict[str, Any]) -> Conventions:
-    """Of a transformer with this config beside the published VAE and schedule."""
+    """Return the conventions of this transformer config with the published VAE and schedule."""
     vae = {
         "block_out_channels": [128, 256, 256, 512],
         "latent_channels": 16,

@@ -1,4 +1,4 @@
-"""What every benchmark writes: one JSON with its raw samples, one table, and what the figures depend on."""
+"""Results of a benchmark: a JSON with raw samples, a table, and the machine and versions they were taken with."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def circumstances(device_type: str = "cpu") -> dict[str, Any]:
-    """Machine, versions, date and command; taken at the start, as the load is part of them."""
+    """Return machine, versions, date and command; call at the start, as the load is part of them."""
     import torch  # here, as decoding processes import benchmarks again and must not load it
 
     from precompute.provenance import environment
 
     found = environment(torch.device(device_type))
+    versions = found["versions"]
+    assert isinstance(versions, Mapping)
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return {
         "device": found["device"],
@@ -30,14 +32,14 @@ def circumstances(device_type: str = "cpu") -> dict[str, Any]:
         "processor": ", ".join(sorted({line.partition(":")[2].strip() for line in lines if "model name" in line})),
         "cores": os.cpu_count(),
         "load_at_start": round(os.getloadavg()[0], 2),
-        "versions": {**found["versions"], "peft": version("peft")},
+        "versions": {**dict(versions), "peft": version("peft")},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
     }
 
 
 def _nvidia_smi() -> str:
-    """Driver, clocks and power limit."""
+    """Return driver, clocks and power limit."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip()
@@ -46,14 +48,14 @@ def _nvidia_smi() -> str:
 
 
 def short_name(device: Any) -> str:
-    """Of a torch device, for file names: "nvidia-h100-80gb-hbm3"."""
+    """Return a torch device's name for file names, such as "nvidia-h100-80gb-hbm3"."""
     import torch
 
     return re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def describe(found: dict[str, Any]) -> str:
-    """`circumstances` as the last line of a table."""
+    """Return `circumstances` as the last line of a table."""
     names = ("python", "torch", "diffusers", "av")
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in names)
     device = found["device"]["name"] if found["nvidia_smi"] else found["processor"]
@@ -62,7 +64,7 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def interval(values: Sequence[float] | Sequence[Sequence[float]]) -> dict[str, float]:
-    """Median and its 95 % bootstrap interval; of [starts][turns], starts are drawn first and turns within them."""
+    """Return the median and its 95 % bootstrap interval; in [starts][turns], starts are drawn first, then turns."""
     found = np.atleast_2d(np.asarray(values))
     starts, turns = found.shape
     draw = np.random.default_rng(0)
@@ -75,14 +77,14 @@ def interval(values: Sequence[float] | Sequence[Sequence[float]]) -> dict[str, f
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Markdown; floats with three digits."""
+    """Return a Markdown table; floats have three digits."""
     lines = [columns, ["---"] * len(columns), *rows]
     cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
 
 
 def write(name: str, found: dict[str, Any], text: str) -> None:
-    """`found` to <name>.json and `text` to <name>.md."""
+    """Write `found` to <name>.json and `text` to <name>.md."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")

@@ -1,41 +1,41 @@
-"""What this very card reaches on the parts of a step: matrix product, attention of each kernel, copies."""
+"""Rates that this device reaches on the parts of a step: matrix product, each attention kernel, copies."""
 
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.nn.attention import restore_flash_attention_impl
 from torch.nn.functional import scaled_dot_product_attention
 
 from shared.errors import UsageError
-from train.transformer.attention import KERNELS, Backend, choose_backend, pinned
+from train.transformer.attention import Backend, choose_backend, pinned
 
 Clock = Callable[[Callable[[], Any]], float]
-"""Median seconds of something."""
+"""Returns the median seconds of an action."""
 
 
 def timed(action: Callable[[], Any], device: torch.device) -> float:
-    """Seconds, by CUDA events where there are any."""
+    """Return the seconds of `action`, by CUDA events on a GPU."""
     if device.type != "cuda":
         started = time.perf_counter()
         action()
         return time.perf_counter() - started
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     action()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return float(start.elapsed_time(end)) / 1000
 
 
 def measure_roofline(
     device: torch.device, tokens: int, heads: int, side: int = 8192, copied_bytes: int = 10**9, repeats: int = 10
 ) -> dict[str, Any]:
-    """TFLOP/s in bf16 of a `side`^3 product and of attention over [1,heads,tokens,64], GB/s from and to pinned memory.
+    """Measure a `side`^3 product, attention over [1,heads,tokens,64] and copies from and to pinned memory.
 
-    Random data: zeros draw less power and run faster.
+    Rates are TFLOP/s in bf16 and GB/s. Data is random: zeros draw less power and run faster.
     """
 
     def seconds(action: Callable[[], Any]) -> float:
@@ -45,9 +45,9 @@ def measure_roofline(
     result: dict[str, Any] = {"matmul_tflops": _matmul_tflops(device, side, seconds)}
     result |= _copies(device, copied_bytes, seconds)
     result["attention"] = {}
-    for kernel in KERNELS:
-        if kernel != "math":  # which keeps all scores
-            result["attention"][kernel] = _attention(kernel, device, tokens, heads, seconds)
+    kernels: list[Backend] = [kernel for kernel in get_args(Backend) if kernel not in ("auto", "math")]
+    for kernel in kernels:  # math keeps all scores
+        result["attention"][kernel] = _attention(kernel, device, tokens, heads, seconds)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return result
@@ -70,12 +70,12 @@ def _copies(device: torch.device, num_bytes: int, seconds: Clock) -> dict[str, f
 def _attention(
     kernel: Backend, device: torch.device, tokens: int, heads: int, seconds: Clock
 ) -> dict[str, float] | str:
-    """Of one kernel, or why there is none."""
+    """Measure one kernel, or return why the kernel does not run here."""
     shape = (1, heads, tokens, 64)
     query, key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     gradient, flops = torch.randn_like(query), 4 * tokens**2 * heads * 64
     try:
-        choose_backend(kernel, device, torch.bfloat16, heads, 64)  # puts FlashAttention 3 in the place of 2, or fails
+        choose_backend(kernel, device, torch.bfloat16, heads, 64)  # replaces FlashAttention 2 by 3, or fails
         with pinned(kernel):
             attended = scaled_dot_product_attention(query, key, value)
             forward = seconds(lambda: scaled_dot_product_attention(query, key, value))

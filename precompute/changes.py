@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from precompute import recipes
+from precompute.clip import Clip
 from precompute.discover import Survey
-from precompute.recipes import Clip
 from precompute.stage import Stage
 from shared.cache.collection import Collection, collection_for, read_recipe
 from shared.cache.settings import shaping_settings

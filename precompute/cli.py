@@ -1,5 +1,7 @@
 """`precog precompute` and `precog cache`. Everything heavy is imported inside the commands."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -7,18 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from shared.command import ConfigFile, JsonOutput, Overrides, exits
+from shared.signals import raise_on_signal
 
 if TYPE_CHECKING:
-    from precompute.assignments import Part
-    from precompute.calibrate import Calibration
-    from precompute.estimate import Estimate
     from precompute.report import Report
     from shared.cache.storage import Storage
-    from shared.config import Config, Precompute
-    from shared.signals import StopSignal
+    from shared.config import Config
 
-PATIENCE_SECONDS = 8.0
-"""From a signal to the end of the process, at most; ten are promised. What is killed here loses one shard at most."""
+SAFE = "finished shards are stored"
 MAX_LISTED = 20
 """Clips that are listed; --json and the view have all."""
 
@@ -39,100 +37,81 @@ def precompute_command(
         Literal["process", "ray"], typer.Option(help="This process alone, or a Ray worker on every GPU.")
     ] = "process",
 ) -> None:
-    """Encode the config's videos and captions into the cache; what is stored already is reused."""
-    import json
-
+    """Encode the config's videos and captions into the cache; stored clips are reused."""
     from shared.config import load_config
-    from shared.signals import StopSignal
 
-    with StopSignal(patience_seconds=PATIENCE_SECONDS) as stop:  # first, as loading the libraries alone takes seconds
+    with raise_on_signal(SAFE):
         settings = load_config(config, overrides)
-        report = _run(settings, part, engine, stop)
-    _show(report, settings.precompute)
+        report = _precompute(settings, part, engine)
+    _show_report(report, settings)
     if json_output:
-        print(json.dumps(report.as_json()))  # noqa: T201
+        _print_json(report.as_json())
 
 
-def _run(config: "Config", part: str, engine: str, stop: "StopSignal") -> "Report":
-    from precompute.assignments import Part
-    from precompute.ray_engine import precompute_with_ray
-    from precompute.run import precompute
+def _precompute(config: "Config", part: str, engine: str) -> "Report":
     from shared.console import quiet_libraries, show_config
-    from shared.device import choose_device
-    from shared.errors import UsageError
-
-    share = _share(part)
-    if engine == "ray" and share != Part():
-        raise UsageError("--engine ray divides the work itself: start it once, without --part and outside a launcher")
-    quiet_libraries()
-    show_config(config)
-    if engine == "ray":
-        return precompute_with_ray(config)
-    choose_device(config.precompute.device)  # refused now if it is not there, not once all files have been probed
-    return precompute(config, share, stop)
-
-
-def _share(part: str) -> "Part":
-    """--part, or else the launcher's rank and world size."""
-    import re
-
-    from precompute.assignments import Part
     from shared.errors import UsageError
     from shared.launcher import rank, world_size
 
-    if not part:
-        return Part(rank(), world_size())
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
+    if engine == "ray" and (part or world_size() > 1):
+        raise UsageError("--engine ray: divides the work itself; start it once, without --part and without a launcher")
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part or f"{rank() + 1}/{world_size()}")
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise UsageError(f"--part {part!r}: write it as 3/16, from 1/16 to 16/16")
-    return Part(int(match[1]) - 1, int(match[2]))
+        raise UsageError(f"--part {part!r}: expected a share such as 3/16, from 1/16 to 16/16")
+    show_config(config)
+    from precompute.assignments import Part
+    from precompute.ray_engine import precompute_with_ray
+    from precompute.run import precompute
+    from shared.device import choose_device
+
+    quiet_libraries()
+    if engine == "ray":
+        return precompute_with_ray(config)
+    choose_device(config.precompute.device)  # refused before all files are probed
+    return precompute(config, Part(int(match[1]) - 1, int(match[2])))
 
 
-def _show(report: "Report", settings: "Precompute") -> None:
+def _show_report(report: "Report", config: "Config") -> None:
     from shared.console import bytes_text, say, table
 
-    def spent(name: str) -> str:
-        return f"{report.seconds.get(name, 0.0):.1f}"
-
-    def waited(name: str) -> str:
-        return f"the encoder waited {spent(f'wait_for_{name}')}, {report.waited_share(name):.0%} of its time"
-
+    seconds = Counter(report.seconds)
     table(
-        f"Cache {settings.cache}",
+        f"Cache {config.precompute.cache}",
         [
             ("clips", report.clips),
             ("latents encoded", report.latents),
             ("prompts encoded", report.prompts),
-            *_kinds(report.skipped),
+            *_count_by_kind(report.skipped),
             ("captions cut short", len(report.truncated)),
             ("written", bytes_text(report.written_bytes)),
             ("clips per second", f"{report.clips_per_second:.2f}"),
-            ("seconds decoding", f"{spent('decode')} ({waited('decode')})"),
-            ("seconds encoding", f"{spent('encode_latents')} video, {spent('encode_prompts')} text"),
-            ("seconds writing", f"{spent('write')} ({waited('write')})"),
-            ("seconds in total", spent("total")),
+            ("seconds encoding", f"{seconds['encode_latents']:.1f} video, {seconds['encode_prompts']:.1f} text"),
+            *(
+                (
+                    f"seconds in {name}",
+                    f"{seconds[name]:.1f} (the encoder waited {seconds[f'wait_for_{name}']:.1f}, "
+                    f"{report.waited_share(name):.0%} of its time)",
+                )
+                for name in ("decode", "write")
+            ),
+            ("seconds in total", f"{seconds['total']:.1f}"),
         ],
     )
     _list(f"cut short {cut.source}, caption {cut.caption}: its last {cut.tokens} tokens" for cut in report.truncated)
     _list(f"skipped {source}: {reason}" for source, reason in report.skipped)
-    if report.skipped and not settings.retry_skipped:
+    if report.skipped and not config.precompute.retry_skipped:
         say("precompute.retry_skipped=true tries the skipped clips again.")
     if not report.latents.made and not report.prompts.made:
-        if report.skipped:
-            say("Nothing was encoded: everything but the skipped clips is stored already.")
-        else:
-            say("Nothing to encode: everything is stored already.")
+        but = "but the skipped clips " if report.skipped else ""
+        say(f"Nothing was encoded: everything {but}is stored already.")
 
 
-def _kinds(skipped: Iterable[tuple[str, str]]) -> list[tuple[str, int]]:
-    """How many were skipped for each kind of reason, which is what comes before its first colon."""
-    from collections import Counter
-
+def _count_by_kind(skipped: Iterable[tuple[str, str]]) -> list[tuple[str, int]]:
+    """Count the skipped clips per kind of reason, the part before its first colon."""
     return sorted(Counter(f"skipped: {reason.partition(':')[0]}" for _, reason in skipped).items())
 
 
 def _list(lines: Iterable[str]) -> None:
-    """The first ones, and how many more there are."""
     from shared.console import say
 
     every = list(lines)
@@ -142,103 +121,90 @@ def _list(lines: Iterable[str]) -> None:
         say(f"... and {len(every) - MAX_LISTED} more")
 
 
-def show_plan(config: "Config", *, calibrated: bool) -> dict[str, Any]:
-    """Stage 1's half of `precog plan`: what `precompute` would do; nothing is written. The object of `--json`."""
-    from precompute.assignments import Part
-    from precompute.estimate import estimate
-    from precompute.run import decode_pool
-    from precompute.stage import open_stage
-    from shared.signals import StopSignal
+def show_plan(config: "Config") -> dict[str, Any]:
+    """Print stage 1's half of `precog plan` and return its JSON object; nothing is written.
 
-    with StopSignal(patience_seconds=PATIENCE_SECONDS) as stop, decode_pool(config) as pool:
-        found = estimate(open_stage(config, Part(), stop), pool, calibrated=calibrated)
-    _show_plan(found, config.precompute.cache)
-    return found.as_json()
-
-
-def _show_plan(found: "Estimate", cache: str) -> None:
-    from collections import Counter
-
+    Raise `DataError` if every clip is skipped.
+    """
     from shared.console import bytes_text, say, table
+    from shared.errors import DataError
 
-    reasons = Counter(reason for _, reason in found.changed)
-    orphaned, measured = found.orphaned, found.calibration
+    with raise_on_signal("nothing was written"):
+        from precompute.estimate import estimate
+        from precompute.run import decode_pool
+        from precompute.stage import open_stage
+
+        with decode_pool(config) as pool:
+            found = estimate(open_stage(config), pool)
+    changes, unused = Counter(reason for _, reason in found.changed), found.orphaned
+    unused_text = f"{unused['latents']} latents, {unused['prompts']} prompts, {bytes_text(unused['bytes'])}"
     table(
-        f"Plan for cache {cache}",
+        f"Plan for cache {config.precompute.cache}",
         [
             ("clips", found.clips),
             ("latents to encode", found.latents),
             ("  new", found.new),
-            *((f"  {reason}", count) for reason, count in sorted(reasons.items())),
+            *((f"  {reason}", count) for reason, count in sorted(changes.items())),
             ("prompts to encode", found.prompts),
             *([("  recipe changed", ", ".join(found.prompts_recipe_changed))] if found.prompts_recipe_changed else []),
-            *_kinds(found.skipped),
+            *_count_by_kind(found.skipped),
             ("shards to make", f"{found.shards['latents']} of clips, {found.shards['prompts']} of prompts"),
             ("disk needed", bytes_text(found.needed_bytes)),
             ("disk free", "unknown" if found.free_bytes is None else bytes_text(found.free_bytes)),
             ("stored", bytes_text(found.stored_bytes)),
-            (
-                "used by no data set",
-                f"{orphaned['latents']} latents, {orphaned['prompts']} prompts, {bytes_text(orphaned['bytes'])}",
-            ),
-            *([("hours, one worker", _hours_text(measured))] if measured else []),
+            ("used by no data set", unused_text),
         ],
     )
     for line in found.warnings:
         say(f"warning: {line}")
     _list(f"skipped {source}: {reason}" for source, reason in found.skipped)
-
-
-def _hours_text(measured: "Calibration") -> str:
-    return f"{measured.hours:.2g} (an estimate from {measured.clips} clips and {measured.prompts} prompts)"
+    if not found.clips:
+        raise DataError(f"data.name = {config.data.name!r}: every clip is skipped; replace the files named above")
+    return found.as_json()
 
 
 @cache_app.command("ls")
 @exits
-def cache_ls(cache: CacheName = "cache") -> None:
+def cache_ls(cache: CacheName = "cache", json_output: JsonOutput = False) -> None:
     """List the collections and views of a cache."""
     from shared.cache.collection import collections, read_recipe, shards
     from shared.cache.view import read_view, view_names
     from shared.console import bytes_text, table
 
     storage = _open_cache(cache)
+    listed: dict[str, dict[str, Any]] = {"collections": {}, "datasets": {}}
     for collection in collections(storage):
-        recipe = read_recipe(storage, collection)
         found = list(shards(storage, collection.folder))
-        folders: dict[str, int] = {}
+        buckets: dict[str, int] = {}
         for tar, receipt in found:
-            bucket = tar.split("/")[2] if tar.count("/") == 3 else ""
-            folders[bucket] = folders.get(bucket, 0) + len(receipt.samples)
-        table(
-            collection.folder,
-            [
-                ("precision", recipe.get("precision", "")),
-                ("shards", len(found)),
-                ("samples", sum(folders.values())),
-                *((f"  {bucket}", count) for bucket, count in sorted(folders.items()) if bucket),
-                ("size", bytes_text(sum(receipt.size for _, receipt in found))),
-            ],
-        )
+            if tar.count("/") == 3:
+                buckets[tar.split("/")[2]] = buckets.get(tar.split("/")[2], 0) + len(receipt.samples)
+        listed["collections"][collection.folder] = facts = {
+            "precision": read_recipe(storage, collection).get("precision", ""),
+            "shards": len(found),
+            "samples": sum(len(receipt.samples) for _, receipt in found),
+            "buckets": dict(sorted(buckets.items())),
+            "bytes": sum(receipt.size for _, receipt in found),
+        }
+        counts = [(name, facts[name]) for name in ("precision", "shards", "samples")]
+        table(collection.folder, [*counts, *facts["buckets"].items(), ("size", bytes_text(facts["bytes"]))])
     for name in view_names(storage):
         view = read_view(storage, name)
-        table(
-            f"datasets/{name}",
-            [
-                *((split, len(view.split(split))) for split in ("train", "held_out", "skipped")),
-                ("latents", view.latents.recipe),
-                ("prompts", view.prompts.recipe),
-            ],
-        )
+        clips = {split: len(view.split(split)) for split in ("train", "held_out", "skipped")}
+        listed["datasets"][name] = {**clips, "latents": view.latents.recipe, "prompts": view.prompts.recipe}
+        table(f"datasets/{name}", [*listed["datasets"][name].items()])
+    if json_output:
+        _print_json(listed)
 
 
 def _open_cache(cache: str, **options: Any) -> "Storage":
-    """Raises `UsageError` if nothing is there: a mistyped name is no empty cache."""
+    """Open a cache; raise `UsageError` if it is empty, as a mistyped name is."""
     from shared.cache.storage import open_storage
     from shared.errors import UsageError
 
     storage = open_storage(cache, **options)
     if not any(storage.names(folder, ".json") for folder in ("latents", "prompts", "datasets")):
-        raise UsageError(f"{cache}: no cache is there; give the folder or URL of precompute.cache")
+        raise UsageError(f"{cache}: cache not found; give the folder or URL of precompute.cache")
     return storage
 
 
@@ -247,8 +213,9 @@ def _open_cache(cache: str, **options: Any) -> "Storage":
 def cache_verify(
     cache: CacheName = "cache",
     repair: Annotated[bool, typer.Option(help="Set damaged files aside; precompute makes them again.")] = False,
+    json_output: JsonOutput = False,
 ) -> None:
-    """Read every shard, recipe and plan and compare shards with their receipts; exit code 4 if anything is damaged."""
+    """Compare every file with its hashes; exit code 4 if anything is damaged."""
     import tempfile
 
     from shared.cache.verify import verify
@@ -257,9 +224,17 @@ def cache_verify(
 
     with tempfile.TemporaryDirectory(prefix="precog-verify-") as fresh:  # not the local copies of a remote cache
         checked, damaged = verify(_open_cache(cache, local_cache_gib=0, local_folder=Path(fresh)), repair=repair)
-    for line in damaged:
-        fault, _, _ = line.partition("; `precog cache verify --repair`")  # which is being done, or advised below
-        say(f"{'set aside' if repair else 'damaged'}: {fault}")
+    # the advice to repair is given once below
+    damaged = [line.partition("; `precog cache verify --repair`")[0] for line in damaged]
+    if json_output:
+        _print_json({"shards": checked, "damaged": damaged, "repaired": repair and bool(damaged)})
+    _list(f"{'set aside' if repair else 'damaged'}: {line}" for line in damaged)
     if damaged and not repair:
         raise CacheError(f"{cache}: {checked} shards checked, {len(damaged)} damaged; add --repair to set them aside")
     say(f"{cache}: {checked} shards checked, {len(damaged)} {'set aside' if repair else 'damaged'}")
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    import json
+
+    print(json.dumps(value))  # noqa: T201

@@ -1,22 +1,21 @@
-"""What a run wants: the clips and texts of the config, their keys, and the sources that give no clip."""
+"""What a run needs: the clips and texts of the config with their keys, and the sources without a clip."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from precompute import recipes
-from precompute.prefetch import ahead
+from precompute.clip import Clip, Skipped
 from precompute.prompts import wanted_texts
-from precompute.recipes import Clip
 from precompute.sources.rows import Source, read_sources
 from precompute.stage import Stage
-from precompute.video.known_files import Remembered
+from precompute.video.known_files import KnownFiles
 from precompute.video.pool import DecodePool
-from precompute.video.probe import BadVideo, MachineFault, Probed
-from precompute.video.windows import Skipped, cut_windows
+from precompute.video.probe import Probed
+from precompute.video.windows import cut_windows
 from shared import console
 from shared.cache.collection import Collection, collection_for
-from shared.errors import CacheError, UsageError
+from shared.errors import UsageError
 from shared.fingerprint import Json
 from shared.model.conventions import refusal, without_learned_positions
 from shared.model.geometry import Bucket
@@ -24,11 +23,11 @@ from shared.model.geometry import Bucket
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Everything that is known before a model is loaded."""
+    """The facts that are known before a model is loaded."""
 
     clips: list[Clip]
-    left_out: list[tuple[Source, str]]
-    """Sources that give no clip, and why."""
+    left_out: list[tuple[Source, Skipped]]
+    """Sources without a clip, for good or because of a transient failure."""
     texts: dict[str, str]
     """Prompt key -> text."""
     latents_recipe: dict[str, Json]
@@ -38,14 +37,19 @@ class Survey:
 
     @property
     def by_key(self) -> dict[str, Clip]:
-        """Clips that share bytes and window share a key, and are stored once."""
+        """Clips by key; clips of equal bytes and window share one, and are stored once."""
         return {clip.key: clip for clip in self.clips}
+
+    @property
+    def transient(self) -> dict[str, str]:
+        """Source -> reason of the failures that another run may not have; the view is not written then."""
+        return {source.name: skipped.reason for source, skipped in self.left_out if not skipped.permanent}
 
 
 def survey(stage: Stage, pool: DecodePool) -> Survey:
-    """Read the sources, probe the videos, cut the windows, name everything.
+    """Read the sources, probe the videos, cut the windows and compute all keys.
 
-    Raises `UsageError` or `DataError` for what a person must mend, `Preempted` after a signal.
+    Raise `UsageError` or `DataError` for a fault of the user.
     """
     _refuse_buckets(stage)
     sources = read_sources(stage.config.data)
@@ -59,79 +63,61 @@ def survey(stage: Stage, pool: DecodePool) -> Survey:
 
 def cut_clips(
     stage: Stage, sources: Sequence[Source], pool: DecodePool, recipe: str
-) -> tuple[list[Clip], list[tuple[Source, str]]]:
-    """Probe every source and cut its windows; sources that give none come back with the reason.
-
-    Those that cannot be read now are in `stage.faults`.
-    """
-    places: dict[Path, list[int]] = {}
-    for place, source in enumerate(sources):
-        places.setdefault(source.path, []).append(place)
-    clips: dict[int, list[Clip]] = {}
-    left_out: dict[int, str] = {}
-    for path, outcome in _probes(stage, list(places), pool):
-        for place in places[path]:
-            if isinstance(outcome, MachineFault):
-                stage.faults[sources[place].name] = outcome.reason
-                continue
-            found = outcome if isinstance(outcome, BadVideo) else _cut(stage, sources[place], outcome, recipe)
-            if isinstance(found, list):
-                clips[place] = found
-            else:
-                left_out[place] = found.reason
-    return (
-        [clip for place in sorted(clips) for clip in clips[place]],
-        [(sources[place], left_out[place]) for place in sorted(left_out)],
-    )
+) -> tuple[list[Clip], list[tuple[Source, Skipped]]]:
+    """Probe every source and cut its windows; return the clips, and the sources without one, in their order."""
+    rows: dict[Path, list[int]] = {}
+    for row, source in enumerate(sources):
+        rows.setdefault(source.path, []).append(row)
+    found: dict[int, list[Clip] | Skipped] = {}
+    for path, outcome in _probes(stage, list(rows), pool):
+        # the time stamps, the bulk of a probe, end here
+        found |= {row: _cut(stage, sources[row], outcome, recipe) for row in rows[path]}
+    clips: list[Clip] = []
+    left_out: list[tuple[Source, Skipped]] = []
+    for row, source in enumerate(sources):
+        if isinstance(cut := found[row], Skipped):
+            left_out.append((source, cut))
+        else:
+            clips += cut
+    return clips, left_out
 
 
-def _cut(stage: Stage, source: Source, found: Probed, recipe: str) -> list[Clip] | Skipped:
-    """The clips of a source; its time stamps, the bulk of a probe, are not kept."""
-    windows = cut_windows(
-        found.timestamps_us,
-        found.probe.height,
-        found.probe.width,
-        stage.config.data,
-        start_seconds=source.start_seconds,
-        end_seconds=source.end_seconds,
-    )
+def _cut(stage: Stage, source: Source, found: Probed | Skipped, recipe: str) -> list[Clip] | Skipped:
+    if isinstance(found, Skipped):
+        return found
+    data, probe = stage.config.data, found.probe
+    seconds = {"start_seconds": source.start_seconds, "end_seconds": source.end_seconds}
+    windows = cut_windows(found.timestamps_us, probe.height, probe.width, data, **seconds)
     if isinstance(windows, Skipped):
         return windows
-    mode, probe = stage.config.data.video_reshape_mode, found.probe
-    return [Clip(source, probe, window, recipes.latent_key(probe.sha256, window, mode, recipe)) for window in windows]
+    keys = [recipes.latent_key(probe.sha256, window, data.video_reshape_mode, recipe) for window in windows]
+    return [Clip(source, probe, window, key) for window, key in zip(windows, keys, strict=True)]
 
 
-def _probes(
-    stage: Stage, paths: list[Path], pool: DecodePool
-) -> Iterator[tuple[Path, Probed | BadVideo | MachineFault]]:
-    """What each file holds, in order; a file that is remembered is not read."""
-    memory = Remembered() if stage.config.precompute.remember_files else None
-    marks = {path: mark for path in paths if memory and (mark := memory.mark(path))}
-    fresh = ahead(pool.probe_all([path for path in paths if path not in marks]), 64, stage.check)
+def _probes(stage: Stage, paths: Sequence[Path], pool: DecodePool) -> Iterator[tuple[Path, Probed | Skipped]]:
+    """Yield the content of each file; a known file is not read."""
+    known = KnownFiles() if stage.config.precompute.remember_files else None
+    unknown: list[Path] = []
     try:
         with console.Progress("probing", len(paths)) as bar:
             for path in paths:
-                found = memory.probed(marks[path]) if memory and path in marks else next(fresh)
-                if memory and path not in marks and isinstance(found, Probed):
-                    memory.add(found)
-                yield path, found
+                if known and (probed := known.find(path)):
+                    yield path, probed
+                    bar.advance()
+                else:
+                    unknown.append(path)
+            for path, outcome in zip(unknown, pool.probe_all(unknown), strict=True):
+                if known and isinstance(outcome, Probed):
+                    known.add(outcome)
+                yield path, outcome
                 bar.advance()
     finally:
-        fresh.close()
-        if memory:
-            _save(memory)
-
-
-def _save(memory: Remembered) -> None:
-    """What cannot be remembered costs the next start its time, not this one its work."""
-    try:
-        memory.save()
-    except (CacheError, OSError) as error:
-        console.say(f"warning: precompute.remember_files: {error}")
+        if known:
+            known.save()
 
 
 def _refuse_buckets(stage: Stage) -> None:
-    """Raises `UsageError` for a bucket that the checkpoint cannot be trained at, before anything is encoded."""
+    """Raise `UsageError` for a bucket that the checkpoint cannot be trained at, before anything is encoded."""
     data, conventions = stage.config.data, stage.encoders.conventions
     if stage.config.model.drop_learned_positions:
         conventions = without_learned_positions(conventions)

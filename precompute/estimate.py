@@ -1,13 +1,12 @@
-"""`precog plan`: what a run would do, found out before any model is loaded, and hours if a calibration is asked for."""
+"""`precog plan`: what a run would do, found out before any model is loaded, and no model at all."""
 
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from precompute.assignments import Inventory, PlannedShard, propose, take_inventory
-from precompute.calibrate import Calibration, calibrate
 from precompute.changes import changed_clips, recipe_changes
 from precompute.discover import Survey, survey
 from precompute.encoders import vae_precision
@@ -51,7 +50,6 @@ class Estimate:
     free_bytes: int | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    calibration: Calibration | None = None
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -67,8 +65,6 @@ class Estimate:
             "bytes": {"needed": self.needed_bytes, "stored": self.stored_bytes, "free": self.free_bytes},
             "skipped": reasons_json(self.skipped),
             "warnings": self.warnings,
-            "hours": None if self.calibration is None else self.calibration.hours,
-            "calibration": None if self.calibration is None else asdict(self.calibration),
             "seconds": {"total": round(self.seconds, 3)},
         }
 
@@ -83,8 +79,8 @@ class Work:
     prompts_inventory: Inventory
 
 
-def estimate(stage: Stage, pool: DecodePool, *, calibrated: bool = False) -> Estimate:
-    """Look, count and compare, and if `calibrated` encode a sample; nothing is written. Raises as `precompute` does."""
+def estimate(stage: Stage, pool: DecodePool) -> Estimate:
+    """Look, count and compare; nothing is written. Raises as `precompute` does."""
     started = time.perf_counter()
     wanted = survey(stage, pool)
     work = find_work(stage, wanted)
@@ -102,10 +98,10 @@ def estimate(stage: Stage, pool: DecodePool, *, calibrated: bool = False) -> Est
         free_bytes=stage.storage.free_bytes(),
         warnings=[
             *bucket_warnings(stage.config.data),
-            *(f"{source}: {reason}; left out of this plan" for source, reason in sorted(stage.faults.items())),
+            *(f"{source}: {reason}; left out of this plan" for source, reason in sorted(wanted.transient.items())),
         ],
     )
-    left_out = [(source.name, reason) for source, reason in wanted.left_out]
+    left_out = [(source.name, skipped.reason) for source, skipped in wanted.left_out if skipped.permanent]
     left_out += [(clip.source.name, refused[clip.key]) for clip in wanted.clips if clip.key in refused]
     found.skipped = sorted(left_out)
     views = _views(stage, found)
@@ -114,9 +110,6 @@ def estimate(stage: Stage, pool: DecodePool, *, calibrated: bool = False) -> Est
     if old is not None:
         found.prompts_recipe_changed = recipe_changes(stage.storage, old.prompts, wanted.prompts_recipe)
     _count_stored(stage, wanted, views, found)
-    if calibrated:
-        texts = [wanted.texts[key] for shard in work.prompts for key in shard.keys]
-        found.calibration = calibrate(stage, [clips[key] for key in sorted(planned)], texts, pool)
     found.seconds = time.perf_counter() - started
     return found
 

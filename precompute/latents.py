@@ -9,15 +9,13 @@ import torch
 
 from precompute import provenance, recipes
 from precompute.assignments import Inventory, PlannedShard, make_missing
+from precompute.clip import Clip, Skipped
 from precompute.encoders import VaeEncoder, vae_precision
-from precompute.prefetch import ahead
-from precompute.recipes import Clip
 from precompute.report import Report
 from precompute.stage import Stage
 from precompute.video.child import Decoded, DecodeJob
 from precompute.video.pixels import to_clip
 from precompute.video.pool import DecodePool
-from precompute.video.probe import BadVideo, MachineFault
 from shared import console, seeding
 from shared.cache.collection import Collection
 from shared.cache.shard import Sample, write_shard
@@ -131,12 +129,10 @@ def _encoded_shards(
     skipped: dict[str, str] = {}
     decoded: dict[str, Decoded] = {}
     started = time.perf_counter()
-    for result in ahead(pool.decode_all(jobs()), 2 * stage.config.precompute.vae_batch_size, stage.check):
+    for result in pool.decode_all(jobs(), ahead=2 * stage.config.precompute.vae_batch_size):
         shard, batch, key = under_way.popleft()
-        if isinstance(result, BadVideo):
-            skipped[key] = result.reason
-        elif isinstance(result, MachineFault):
-            given_up[key] = result.reason
+        if isinstance(result, Skipped):
+            (skipped if result.permanent else given_up)[key] = result.reason
         else:
             decoded[key] = result
         if key == batch[-1]:

@@ -40,7 +40,6 @@ def encode_prompts(stage: Stage, collection: Collection, texts: Mapping[str, str
             for shard in todo:
                 samples: list[Sample] = []
                 for batch in shard.batches:
-                    stage.check()
                     started = time.perf_counter()
                     samples += encode_texts(encoder, {key: texts[key] for key in batch})
                     report.spend("encode_prompts", started)

@@ -10,7 +10,7 @@ from precompute.assignments import Part
 from precompute.report import Report, merge
 from shared.config import Config
 from shared.errors import PrecogError, UsageError
-from shared.signals import StopSignal
+from shared.signals import raise_on_signal
 
 MAX_RESTARTS = 3
 POLL_SECONDS = 0.5
@@ -25,7 +25,7 @@ class Worker:
 
         quiet_libraries()
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(part.index), str(part.count)  # the first one speaks for all
-        return precompute(config, part, StopSignal())
+        return precompute(config, part)
 
 
 def precompute_with_ray(config: Config) -> Report:
@@ -73,9 +73,10 @@ def _run(ray: Any, config: Config, workers: list[Any]) -> Report:
     workers += [actor.remote() for _ in range(count)]
     waiting = [worker.precompute.remote(config, Part(index, count)) for index, worker in enumerate(workers)]
     reports: list[Report] = []
-    with StopSignal() as stop:  # Ray has set its own handler, which would end this process with another code
+    with raise_on_signal(
+        "finished shards are stored"
+    ):  # Ray has set its own handler, which would end this process with another code
         while waiting:
-            stop.check("finished shards are stored")
             done, waiting = ray.wait(waiting, timeout=POLL_SECONDS)
             reports += [_result(ray, reference) for reference in done]
     return merge(reports)

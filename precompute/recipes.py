@@ -6,10 +6,9 @@ Everything that changes a stored byte is in a recipe or a key; names, paths, tim
 from dataclasses import dataclass
 from pathlib import Path
 
+from precompute.clip import Clip
 from precompute.encoders import INT8, vae_precision
-from precompute.sources.rows import Source
 from precompute.video import pixels
-from precompute.video.probe import Probe
 from precompute.video.windows import Window
 from shared.config import Config
 from shared.errors import UsageError
@@ -25,16 +24,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Clip:
-    """A window of a source with its captions, named by its key."""
-
-    source: Source
-    probe: Probe
-    window: Window
-    key: str
 
 
 @dataclass(frozen=True, slots=True)

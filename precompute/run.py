@@ -20,19 +20,18 @@ from shared.cache.collection import write_recipe
 from shared.cache.view import View, write_view
 from shared.config import Config
 from shared.errors import CacheError, DataError
-from shared.signals import StopSignal
 
 MAX_SHOWN = 3
 """Clips that an error names."""
 
 
-def precompute(config: Config, part: Part, stop: StopSignal) -> Report:
+def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008  (frozen)
     """Encode what is not stored yet and write the view.
 
-    Raises `UsageError`, `DataError` or `CacheError` for what a person must mend, `Preempted` after a signal.
+    Raises `UsageError`, `DataError` or `CacheError` for what a person must mend.
     """
     started = time.perf_counter()
-    stage = open_stage(config, part, stop)
+    stage = open_stage(config, part)
     report = stage.report
     report.warnings = bucket_warnings(config.data)
     for line in report.warnings:
@@ -48,6 +47,7 @@ def precompute(config: Config, part: Part, stop: StopSignal) -> Report:
         encode_prompts(stage, wanted.prompts, wanted.texts, tokenizer)
         inventory = encode_latents(stage, wanted.latents, wanted.clips, pool)
         report.seconds["decode"] = pool.busy_seconds()
+    stage.faults.update(wanted.transient)
     _refuse_faults(stage)
     text_length = stage.encoders.conventions.text_length
     lengths = encoders.truncated_tokens(tokenizer, list(wanted.texts.values()), text_length)

@@ -7,7 +7,6 @@ from precompute.recipes import Encoders, find_encoders
 from precompute.report import Report
 from shared.cache.storage import Storage, open_storage
 from shared.config import Config
-from shared.signals import StopSignal
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +17,12 @@ class Stage:
     storage: Storage
     encoders: Encoders
     part: Part
-    stop: StopSignal
     report: Report
     faults: dict[str, str] = field(default_factory=dict)
     """Source -> why the machine could not read it; nothing of this is stored, and the run ends with an error."""
 
-    def check(self) -> None:
-        """Raises `Preempted` if a signal has come."""
-        self.stop.check("finished shards are stored")
 
-
-def open_stage(config: Config, part: Part, stop: StopSignal) -> Stage:
+def open_stage(config: Config, part: Part = Part()) -> Stage:  # noqa: B008
     """Find the cache and the encoders; raises `UsageError` naming what is missing."""
     storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
-    return Stage(config, storage, find_encoders(config), part, stop, Report())
+    return Stage(config, storage, find_encoders(config), part, Report())

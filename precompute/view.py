@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from precompute.assignments import Inventory
+from precompute.clip import Clip
 from precompute.discover import Survey
-from precompute.recipes import Clip
 from precompute.sources.rows import Source
 from shared.cache.settings import shaping_settings
 from shared.cache.view import View, ViewRow
@@ -23,8 +23,8 @@ def make_view(config: Config, wanted: Survey, truncated: Mapping[str, int], inve
         reason = "" if clip.key in inventory.stored else inventory.skipped[clip.key][0]
         split = "skipped" if reason else "held_out" if clip.probe.sha256 in held_out else "train"
         rows.append(_row(clip.source, keys, truncated, clip=clip, split=split, skipped=reason))
-    for source, reason in wanted.left_out:
-        rows.append(_row(source, keys, truncated, clip=None, split="skipped", skipped=reason))
+    for source, skipped in wanted.left_out:
+        rows.append(_row(source, keys, truncated, clip=None, split="skipped", skipped=skipped.reason))
     special = {text: keys[text] for text in (*data.validation_prompts, data.negative_prompt, "")}
     settings = shaping_settings(config, image_to_video=image_to_video)
     return View(data.name, wanted.latents, wanted.prompts, special, tuple(rows), settings=settings)

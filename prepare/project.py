@@ -17,7 +17,7 @@ from prepare.probe import VideoSummary
 from prepare.table import PrepareReport, Row, captions_of, lint_rows, read_rows, write_rows
 from shared.cache.storage import replacing
 from shared.caption_lint import with_trigger
-from shared.cards import card_gib
+from shared.cards import find_card
 from shared.config import load_config
 from shared.errors import DataError, UsageError
 from shared.model.conventions import Conventions, read_conventions, refusal
@@ -96,7 +96,7 @@ def init_project(name: str, folder: Path, model: str, trigger: str = "", card: s
 
     Raises `UsageError` for a wrong argument, `DataError` if no video can be used; then nothing is written.
     """
-    choice, gib = MODELS[model], card_gib(card) if card else math.inf
+    choice, gib = MODELS[model], find_card(card).gib if card else math.inf
     base, folder = Path(name.removesuffix(".toml")).expanduser(), folder.expanduser()
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", base.name):
         raise UsageError(f"NAME {base.name!r}: expected up to 64 letters, digits, _ or -")

@@ -1,1 +1,1 @@
-"""Prompt (+ image) + LoRA -> mp4."""
+"""Videos from prompts and adapters, and from the latents that training saved as previews."""

@@ -1,4 +1,4 @@
-"""`precog sample | decode`. Everything heavy is imported inside the command."""
+"""Commands `precog sample` and `precog decode`; heavy imports sit inside the commands."""
 
 import typer
 
@@ -11,11 +11,12 @@ app = typer.Typer()
 @exits
 def sample_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make videos from the config's prompts, with and without the adapter, from the same noise."""
-    from sample.generate import sample
     from shared.config import load_config
+
+    settings = load_config(config, overrides)  # refused before torch is imported
+    from sample.generate import sample
     from shared.console import quiet_libraries, show_config
 
-    settings = load_config(config, overrides)
     quiet_libraries()
     show_config(settings)
     sample(settings)
@@ -25,10 +26,11 @@ def sample_command(config: ConfigFile, overrides: Overrides = None) -> None:
 @exits
 def decode_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make videos of the previews that training saved as latents; only the VAE is loaded."""
-    from sample.decode import decode
     from shared.config import load_config
+
+    settings = load_config(config, overrides)  # refused before torch is imported
+    from sample.decode import decode
     from shared.console import quiet_libraries
 
-    settings = load_config(config, overrides)
     quiet_libraries()
     decode(settings)

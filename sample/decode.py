@@ -1,43 +1,51 @@
-"""The latents that training saved as previews, made into videos by the VAE alone."""
+"""Decode the latents that training saved as previews; only the VAE is loaded."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sample.report import Report, reporting
 from sample.video import contact_sheet, write_mp4
 from shared import console
 from shared.cache.storage import replacing
-from shared.config import Config
+from shared.config import Config, Train
 from shared.device import DTYPES, choose_device
 from shared.errors import DataError, UsageError
 from shared.model.pretrained import pretrained_part
 from shared.run_folder import PREVIEWS, SHEET
+from shared.tracker import require_tracker, starting_tracker, tensorboard_folder, wandb_options
+
+Report = Callable[[int, Image.Image, Sequence[Path]], None]
+"""Sends a step's contact sheet and mp4s to a tracker."""
 
 
 def decode(config: Config) -> list[Path]:
-    """Write mp4s and a contact sheet for each step of the run folder's previews that has no sheet yet; the paths.
+    """Decode every step of the run folder's previews that has no contact sheet yet; return the paths written.
 
-    They also go to the tracker of `train.report_to`. Raises `UsageError` if there are no previews or no tracker,
-    `DataError` naming a preview that is damaged.
+    Videos also go to the tracker of `train.report_to`. Raises `UsageError` if there are no previews or no tracker, and
+    `DataError` for a damaged preview.
     """
     folder = config.train.output_dir / PREVIEWS
     steps = sorted({path.parent for path in folder.glob("step-*/[0-9]*.safetensors")}, key=_number)
     if not steps:
-        raise UsageError(f"{folder}: no previews here; set train.preview_steps and data.validation_prompts, then train")
-    todo = [step for step in steps if not (step / SHEET).exists()]
-    if not todo:
+        raise UsageError(
+            f"{folder}: no previews found; set train.preview_steps and data.validation_prompts, then train"
+        )
+    missing = [step for step in steps if not (step / SHEET).exists()]
+    if not missing:
         console.say(f"{folder}: all previews are decoded already")
         return []
     written: list[Path] = []
-    with reporting(config.train) as report:
+    with open_report(config.train) as report:
         vae = load_vae(config)
-        with console.Progress("steps", len(todo)) as bar:
-            for step in todo:
+        with console.Progress("steps", len(missing)) as bar:
+            for step in missing:
                 written += decode_step(vae, step, config.sample.fps, report)
                 bar.advance()
     for path in written:
@@ -46,7 +54,7 @@ def decode(config: Config) -> list[Path]:
 
 
 def decode_step(vae: Any, step: Path, fps: int, report: Report) -> list[Path]:
-    """The mp4s of one step's previews and, when the tracker has them, their contact sheet; the paths."""
+    """Write the mp4s of one step, report them, then write the contact sheet that marks the step as decoded."""
     videos = {
         path.with_suffix(".mp4"): decode_latents(vae, load_latents(path, vae.config.latent_channels))
         for path in sorted(step.glob("[0-9]*.safetensors"), key=lambda path: (len(path.name), path.name))
@@ -61,15 +69,42 @@ def decode_step(vae: Any, step: Path, fps: int, report: Report) -> list[Path]:
 
 
 def _number(step: Path) -> int:
-    """`step-000100` -> 100; raises `DataError` for another name."""
+    """Return 100 for `step-000100`; raises `DataError` for another name."""
     try:
         return int(step.name.removeprefix("step-"))
     except ValueError:
-        raise DataError(f"{step}: not a folder of previews; move it away") from None
+        raise DataError(f"{step}: not a folder of previews; move the folder away") from None
+
+
+@contextmanager
+def open_report(train: Train) -> Iterator[Report]:
+    """Open the tracker of `train.report_to`: TensorBoard shows contact sheets, wandb plays videos.
+
+    Raises `UsageError` if the tracker is not installed or does not start.
+    """
+    require_tracker(train)
+    if train.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(tensorboard_folder(train))) as writer:
+            yield lambda step, sheet, _: writer.add_image("previews", np.asarray(sheet), step, dataformats="HWC")
+    elif train.report_to == "wandb":
+        import wandb
+
+        with starting_tracker(train):
+            opened = wandb.init(project=train.tracker_name, **wandb_options(train))
+        with opened as run:
+            run.define_metric("previews/*", step_metric="previews/step")  # wandb drops values of a past step
+            yield lambda step, _, videos: run.log(
+                {"previews/step": step}
+                | {f"previews/{path.stem}": wandb.Video(str(path), format="mp4") for path in videos}
+            )
+    else:
+        yield lambda step, sheet, videos: None
 
 
 def load_vae(config: Config) -> Any:
-    """diffusers' `AutoencoderKLCogVideoX` without its encoder, on `sample.device`; auto precision is its own."""
+    """Load diffusers' `AutoencoderKLCogVideoX` without its encoder on `sample.device`, in `sample.dtype`."""
     from diffusers import AutoencoderKLCogVideoX
 
     part = pretrained_part(config.model, "vae")
@@ -85,19 +120,22 @@ def load_vae(config: Config) -> Any:
 
 
 def load_latents(path: Path, channels: int) -> torch.Tensor:
-    """[F,C,H,W], scaled; raises `DataError` naming the file."""
+    """Read a preview's latents [F,C,H,W], scaled; raises `DataError` naming the file."""
     try:
         latents = load_file(path)["latents"]
         if latents.ndim != 4 or latents.shape[1] != channels:
-            raise ValueError(f"shape {tuple(latents.shape)}")
+            raise ValueError(f"expected [F,{channels},H,W], got shape {tuple(latents.shape)}")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{path}: not a preview's latents ({error}); delete the file to do without it") from None
+        raise DataError(f"{path}: not a preview's latents ({error}); delete the file") from None
     return latents
 
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: torch.Tensor) -> np.ndarray:
-    """[F,C,H,W] -> uint8 [F',H',W',3]. Source: `decode_latents` and `VideoProcessor` of diffusers' pipelines."""
+    """Decode scaled latents [F,C,H,W] to frames, uint8 [F',H',W',3].
+
+    Source: `decode_latents` and `VideoProcessor` of diffusers' pipelines.
+    """
     unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
     frames = vae.decode(unscaled.transpose(0, 1)[None]).sample[0].float()
     shown = (frames / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)

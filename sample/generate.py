@@ -1,4 +1,4 @@
-"""Prompts (and images) to videos, with and without the adapter from one noise, through diffusers' own pipelines."""
+"""Generate videos from prompts (and images) with and without the adapter, through diffusers' own pipelines."""
 
 import re
 from pathlib import Path
@@ -20,13 +20,13 @@ from shared.run_folder import EXPORT, adapter_file
 
 
 def sample(config: Config) -> list[Path]:
-    """Write two mp4s and one contact sheet for each prompt; the paths.
+    """Write two mp4s (base and LoRA, from the same noise) and a contact sheet per prompt; return the paths.
 
-    Raises `UsageError` if there is nothing to make, or a part is missing.
+    Raises `UsageError` if there are no prompts or a part of the model is missing.
     """
     settings = config.sample
     if not settings.prompts:
-        raise UsageError('sample.prompts is empty; add for example sample.prompts=["a grey rabbit yawns"]')
+        raise UsageError('sample.prompts: must not be empty; set for example sample.prompts=["a grey rabbit yawns"]')
     adapter = find_adapter(config)
     pipeline, conventions = load_pipeline(config)
     images = load_images(config, conventions.image_to_video)
@@ -51,24 +51,34 @@ def sample(config: Config) -> list[Path]:
 
 
 def find_adapter(config: Config) -> Path:
-    """The adapter file of `sample.lora`, or the export of [train]; raises `UsageError` if it is not there."""
+    """Return the file of `sample.lora`, or of the run's export; raises `UsageError` if there is none."""
     path = adapter_file(config.sample.lora or config.train.output_dir / EXPORT)
     if not path.is_file():
-        raise UsageError(f"{path}: no adapter here; train first, or set sample.lora to a .safetensors file")
+        raise UsageError(f"{path}: adapter not found; train first, or set sample.lora to a .safetensors file")
     return path
 
 
 def load_adapter(pipeline: Any, path: Path) -> None:
-    """Raises `UsageError` for a file that is no adapter of this model."""
+    """Load the adapter into the pipeline's transformer.
+
+    Raises `UsageError` if the file is not an adapter of this model, or changes nothing: diffusers ignores tensors whose
+    names do not begin with `transformer.`.
+    """
+    model = pipeline.config._name_or_path
     try:
         pipeline.load_lora_weights(str(path))
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{path}: not an adapter of {pipeline.config._name_or_path} ({reason})") from error
+        raise UsageError(f"{path}: not an adapter of {model} ({reason})") from error
+    added = [value for name, value in pipeline.transformer.named_parameters() if "lora_B" in name]
+    if not added:
+        raise UsageError(f"{path}: none of its tensors belongs to {model}; use the adapter of a run's {EXPORT}/")
+    if not any(bool(value.any()) for value in added):
+        raise UsageError(f"{path}: every lora_B is zero, so the adapter changes nothing; use a trained adapter")
 
 
 def load_pipeline(config: Config) -> tuple[Any, Conventions]:
-    """diffusers' text-to-video or image-to-video pipeline, as the checkpoint's configs say."""
+    """Load diffusers' text-to-video or image-to-video pipeline, by the checkpoint's configs."""
     from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 
     part = pretrained_part(config.model, "transformer")
@@ -98,27 +108,29 @@ def load_pipeline(config: Config) -> tuple[Any, Conventions]:
 
 
 def load_images(config: Config, image_to_video: bool) -> list[Any]:
-    """One first frame for each prompt, for image-to-video checkpoints only."""
+    """Read one first frame per prompt, for image-to-video checkpoints only; raises `UsageError`."""
     from PIL import Image, UnidentifiedImageError
 
     images, prompts = config.sample.images, config.sample.prompts
     if not image_to_video:
         if images:
-            raise UsageError("sample.images is set, but this checkpoint makes videos from text alone")
+            raise UsageError("sample.images: must be empty for a text-to-video checkpoint; remove the field")
         return []
     if len(images) != len(prompts):
-        raise UsageError(f"sample.images: {len(images)} images for {len(prompts)} prompts; give one for each")
+        raise UsageError(
+            f"sample.images: expected {len(prompts)}, one per prompt, got {len(images)}; add or remove images"
+        )
     loaded = []
     for path in images:
         try:
             loaded.append(Image.open(path).convert("RGB"))
         except (OSError, UnidentifiedImageError) as error:
-            raise UsageError(f"sample.images: {path} is not a readable image ({error})") from None
+            raise UsageError(f"sample.images: {path} is not a readable image ({error}); replace the file") from None
     return loaded
 
 
 def make_video(config: Config, pipeline: Any, conventions: Conventions, prompt: str, image: Any) -> np.ndarray:
-    """uint8 [F,H,W,3]. The same seed gives the same noise every time."""
+    """Generate one video, uint8 [F,H,W,3]; the noise depends on `sample.seed` alone."""
     settings = config.sample
     first_frame = {} if image is None else {"image": image}
     frames = pipeline(
@@ -139,5 +151,5 @@ def make_video(config: Config, pipeline: Any, conventions: Conventions, prompt: 
 
 
 def slug(prompt: str) -> str:
-    """A file name's worth of a prompt."""
+    """Return the prompt as a part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "empty"

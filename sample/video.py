@@ -1,4 +1,4 @@
-"""Frames to files: an mp4 that plays everywhere, and a contact sheet to look at."""
+"""Write frames as an H.264 mp4, and as a contact sheet."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -15,7 +15,7 @@ MARGIN_PIXELS = 4
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int) -> Path:
-    """uint8 [F,H,W,3] with even H and W -> H.264 at `path`, which appears whole or not at all."""
+    """Write uint8 [F,H,W,3] with even H and W as H.264; `path` appears complete or not at all."""
     with replacing(path) as pending, av.open(str(pending), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "18"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
@@ -26,7 +26,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int) -> Path:
 
 
 def contact_sheet(videos: Sequence[tuple[str, np.ndarray]], columns: int = 8) -> Image.Image:
-    """One row for each (label, uint8 [F,H,W,3]) of any size, with frames spread evenly over the video."""
+    """Draw one row per (label, uint8 [F,H,W,3] of any size), its frames spread evenly over the video."""
     rows = [_row(label, frames, columns) for label, frames in videos]
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0

@@ -1,1 +1,1 @@
-"""What the stages agree on: the cache, shapes, variants, configuration, seeding, console."""
+"""Everything that the stages agree on: cache, model conventions, config, seeding, console."""

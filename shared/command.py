@@ -1,4 +1,4 @@
-"""What every command shares: its arguments, and its end with the exit code of how it went. Imports nothing heavy."""
+"""Arguments and exit codes that every command shares. Nothing heavy is imported."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,8 +13,8 @@ from shared.launcher import rank
 
 
 def _on_rank_0(wanted: bool) -> bool:
-    """Of the processes that a launcher started, one prints."""
-    with suppress(UsageError):  # an environment that is no launcher's: the command itself says so, in one line
+    """Return `wanted` on rank 0 and False on every other rank."""
+    with suppress(UsageError):  # the command itself reports a wrong launcher environment, in one line
         return wanted and rank() == 0
     return wanted
 
@@ -29,7 +29,7 @@ P = ParamSpec("P")
 
 
 def exits(command: Callable[P, None]) -> Callable[P, None]:
-    """The command, which ends the process with its exit code; see `shared.console.run_command`."""
+    """Return `command`, made to end the process with its exit code; see `shared.console.run_command`."""
 
     @wraps(command)
     def run(*arguments: P.args, **options: P.kwargs) -> None:

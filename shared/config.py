@@ -242,11 +242,11 @@ class Train(Table):
     lr_power: Annotated[float, Field(gt=0), FREE] = 1.0
     """Power of polynomial."""
     optimizer: Annotated[
-        Literal["adam", "adamw", "adamw8bit", "prodigy", "schedulefree"],
+        Literal["adam", "adamw", "adamw8bit", "prodigy"],
         FIXED_BY_RUN,
         Replaces(("use_8bit_adam",), "adamw8bit"),
     ] = "adamw"
-    """adam adds weight decay to the gradient (L2), the others decay the weights; the last three are optional extras."""
+    """adam adds weight decay to the gradient (L2), the others decay the weights; the last two are optional extras."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.9
     """Decay of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.95
@@ -306,7 +306,7 @@ class Train(Table):
     resume_from_checkpoint: Annotated[Name, FREE] = "latest"
     """"latest", a checkpoint's name in the run folder, or "none" to refuse a run folder that has checkpoints.
 
-    A name begins a branch: newer checkpoints move to abandoned-1/, and the same command goes on with the branch."""
+    A name must be the newest checkpoint: move newer ones out of the run folder first."""
     validation_steps: Annotated[Count, FREE] = 0
     """Optimizer steps between held-out losses, which are taken at the end in any case; 0 is only at the end."""
     preview_steps: Annotated[Count, FREE, Replaces(("validation_epochs", "num_validation_videos"))] = 0
@@ -328,13 +328,6 @@ class Train(Table):
         given = [name for name in changed if getattr(self, name) != type(self).model_fields[name].default]
         if given and self.optimizer != "prodigy":
             raise ValueError(f"{given[0]} needs optimizer = 'prodigy'")
-        if self.optimizer == "schedulefree":
-            if self.lr_scheduler not in ("constant", "constant_with_warmup"):
-                raise ValueError(f"optimizer = 'schedulefree' takes the place of lr_scheduler = {self.lr_scheduler!r}")
-            if self.ema_decay:
-                raise ValueError("optimizer = 'schedulefree' averages the weights itself: ema_decay has to be 0")
-            if not self.adam_beta1:
-                raise ValueError("optimizer = 'schedulefree' divides by adam_beta1, which is 0")
         return self
 
 

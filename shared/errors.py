@@ -1,12 +1,12 @@
-"""What can go wrong, and the exit code each kind ends the process with.
+"""Exceptions and the exit code that each one ends the process with.
 
-A user's fault is one line: what is wrong, where, what would be right. One bad clip is not an error: it is
-counted as `skipped(reason)` (precompute). Our own invariants are `assert`.
+An error that a user can act on is one line: `<field or file>: <what is wrong>; <what to do>`. A bad clip is not an
+error but a skip with a reason. Our own invariants are `assert`.
 """
 
 
 class PrecogError(Exception):
-    """Anything a person can act on; the command prints the message and ends with `exit_code`."""
+    """An error that a user can act on; the command prints the message and exits with `exit_code`."""
 
     exit_code = 1
 
@@ -18,24 +18,24 @@ class UsageError(PrecogError):
 
 
 class DataError(PrecogError):
-    """The user's clips, captions or tables are not what they claim to be."""
+    """Clips, captions or tables that cannot be read as described."""
 
     exit_code = 3
 
 
 class CacheError(PrecogError):
-    """The cache is stale, damaged or made by other weights."""
+    """A cache that is outdated, damaged or made by other weights."""
 
     exit_code = 4
 
 
 class NonFiniteError(PrecogError):
-    """A loss or gradient is not finite; the message names the clips."""
+    """A loss or gradient that is not finite; the message names the clips."""
 
     exit_code = 5
 
 
 class Preempted(PrecogError):
-    """Stopped by a signal; the same command goes on from here."""
+    """A stop by a signal; the same command continues."""
 
     exit_code = 75

@@ -1,11 +1,11 @@
-"""Packages that are optional: asked for by one option each, and imported only then."""
+"""Optional packages, each needed by one option and imported only then."""
 
 from importlib.util import find_spec
 
 from shared.errors import UsageError
 
 
-def require_extra(module: str, what: str, extra: str) -> None:
-    """Raises `UsageError` naming the extra of this package if `module` is not installed."""
+def require_extra(module: str, option: str, extra: str) -> None:
+    """Raise `UsageError` if the package `module` of this project's `extra` is not installed."""
     if find_spec(module) is None:
-        raise UsageError(f"{what} needs the package {module}: pip install 'precog[{extra}]'")
+        raise UsageError(f"{option}: package {module} not found; run `pip install -e '.[{extra}]'` in the clone")

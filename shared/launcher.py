@@ -1,48 +1,48 @@
-"""This process among those that torchrun, accelerate or SLURM started, as their environment says."""
+"""The rank of this process among those that torchrun, accelerate or SLURM started, read from the environment."""
 
 import os
 
 from shared.errors import UsageError
 
+RANK = ("RANK", "SLURM_PROCID")
+WORLD_SIZE = ("WORLD_SIZE", "SLURM_NTASKS")
+
 
 def rank() -> int:
-    """This process's number; 0 alone. Raises `UsageError` if it is none of the world's."""
-    return _place()[0]
+    """Return the rank of this process, 0 without a launcher; raise `UsageError` unless 0 <= rank < world size."""
+    return _rank_and_world_size()[0]
 
 
 def world_size() -> int:
-    """How many processes the launcher started; raises as `rank`."""
-    return _place()[1]
+    """Return the number of processes that the launcher started; raise as `rank` does."""
+    return _rank_and_world_size()[1]
 
 
 def local_rank() -> int:
-    """This process's number among those of its machine; 0 alone."""
-    return _number(0, "LOCAL_RANK", "SLURM_LOCALID")
+    """Return the rank of this process on its machine, 0 without a launcher."""
+    return _read(0, "LOCAL_RANK", "SLURM_LOCALID")
 
 
-def _place() -> tuple[int, int]:
-    """Rank and world size; raises `UsageError` unless 0 <= rank < world size."""
-    numbers, sizes = ("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")
-    number, size = _number(0, *numbers), _number(1, *sizes)
+def _rank_and_world_size() -> tuple[int, int]:
+    number, size = _read(0, *RANK), _read(1, *WORLD_SIZE)
     if number >= size:
         raise UsageError(
-            f"{_shown(*numbers)} and {_shown(*sizes)} in the environment: a launcher sets both, and numbers its "
-            "processes from 0; unset both"
+            f"{_shown(*RANK)} and {_shown(*WORLD_SIZE)} in the environment: a launcher sets both and counts ranks "
+            "from 0; unset both"
         )
     return number, size
 
 
 def _shown(*variables: str) -> str:
-    """The first variable that is set, with its value."""
     found = next((f"{variable} = {text}" for variable in variables if (text := os.environ.get(variable))), None)
     return found or f"no {variables[0]}"
 
 
-def _number(alone: int, *variables: str) -> int:
-    """Of the first variable that is set; raises `UsageError` if that is no number."""
+def _read(default: int, *variables: str) -> int:
+    """Return the value of the first variable that is set; raise `UsageError` if it is not a number."""
     for variable in variables:
         if text := os.environ.get(variable):
             if not (text.isascii() and text.isdigit()):
                 raise UsageError(f"{variable} = {text!r} in the environment: a launcher sets it to a number; unset it")
             return int(text)
-    return alone
+    return default

@@ -1,27 +1,27 @@
-"""What training leaves in a run folder for other commands to read."""
+"""Names of what training leaves in a run folder for other commands to read."""
 
 from pathlib import Path
 
 EXPORT = "export"
-"""The folder of the finished adapter."""
+"""Folder of the finished adapter."""
 ADAPTER = "pytorch_lora_weights.safetensors"
-"""Its file, by the name that diffusers' `load_lora_weights` looks for (`diffusers/loaders/lora_base.py`)."""
+"""File that diffusers' `load_lora_weights` looks for (`diffusers/loaders/lora_base.py`)."""
 PREVIEWS = "previews"
-"""The folder of the previews; below it `step-000100/00.safetensors` and `.json`, and what `precog decode` adds."""
+"""Folder of previews: `step-000100/00.safetensors` and `.json`, and the images of `precog decode`."""
 SHEET = "sheet.png"
-"""What `precog decode` writes last into a step's folder: one that has it is done, the tracker included."""
+"""File that `precog decode` writes last into a step's folder; a folder that has it is decoded."""
 
 
 def adapter_file(place: Path) -> Path:
-    """The adapter in an export folder, or the file itself; it need not exist."""
+    """Return the adapter in an export folder, or `place` itself if it is a file; neither need exist."""
     return place / ADAPTER if place.is_dir() else place
 
 
 def preview_folder(run: Path, step: int) -> Path:
-    """Where the previews of an optimizer step go."""
+    """Return the folder of an optimizer step's previews."""
     return run / PREVIEWS / f"step-{step:06}"
 
 
 def preview_file(run: Path, step: int, number: int) -> Path:
-    """The latents of one prompt, by its number among the step's."""
+    """Return the file with the latents of a step's prompt `number`."""
     return preview_folder(run, step) / f"{number:02}.safetensors"

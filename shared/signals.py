@@ -1,65 +1,77 @@
-"""SIGTERM and SIGINT as a flag that the work polls: it ends at the next whole unit, saved, with exit code 75."""
+"""SIGTERM, SIGINT and SIGUSR1: stage 1 stops at once, stage 2 finishes its step first; both end with exit code 75."""
 
 import os
 import signal
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from shared.errors import Preempted
+from shared.launcher import rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+AGAIN_SECONDS = 3.0
+"""An exception in a destructor or a callback is lost, so a stop is raised again until the work has been left."""
+
+
+@contextmanager
+def raise_on_signal(what_is_safe: str) -> Iterator[None]:
+    """Raise `Preempted` in the main thread as soon as a signal arrives; a second signal ends the process.
+
+    For work that loses nothing when it is killed. Enter it before heavy imports.
+    """
+    received = False
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal received
+        if received and number != signal.SIGALRM:
+            os._exit(Preempted.exit_code)
+        received = True
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+        raise KeyboardInterrupt  # libraries catch Exception, and seldom this
+
+    previous = {number: signal.signal(number, stop) for number in (*SIGNALS, signal.SIGALRM)}
+    try:
+        yield
+    except BaseException:
+        if received:
+            raise _preempted(what_is_safe) from None
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _restore(previous)
 
 
 class StopSignal:
-    """While entered, the first signal sets `requested`; a second one acts as it did before.
+    """A flag for work that finishes its step and saves: the first signal sets `requested`, a second one stops now."""
 
-    Work that loses nothing when it is killed may limit how long it is waited for: `patience_seconds` after the first
-    signal the process ends with 75 wherever it is, also inside a call that Python cannot interrupt.
-    """
-
-    def __init__(self, *, patience_seconds: float | None = None) -> None:
+    def __init__(self) -> None:
         self.requested = False
-        self._patience_seconds = patience_seconds
-        self._previous: dict[int, signal._HANDLER] = {}
-        self._left = threading.Event()
-        self._wakeup = self._previous_wakeup = -1
+        self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> "StopSignal":
-        if self._patience_seconds is not None:
-            self._watch(self._patience_seconds)
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._receive)
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._left.set()
-        if self._wakeup >= 0:
-            signal.set_wakeup_fd(self._previous_wakeup)
-            os.close(self._wakeup)
+        _restore(self._previous)
 
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
+    def _receive(self, _number: int, _frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(number, self._previous[number])
+        _restore(self._previous)
+        if rank() == 0:  # the console may hold a lock that the interrupted code has taken
+            os.write(2, b"precog: signal received; finishing this step and saving (a second signal stops now)\n")
 
-    def _watch(self, patience_seconds: float) -> None:
-        """A handler runs between two steps of Python only; what C writes to a pipe wakes a thread at once."""
-        source, self._wakeup = os.pipe()
-        os.set_blocking(self._wakeup, False)
-        self._previous_wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-
-        def leave() -> None:
-            while (heard := os.read(source, 1)) and heard[0] not in SIGNALS:
-                continue
-            os.close(source)
-            if heard and not self._left.wait(patience_seconds):
-                os.write(2, b"precog: stopped by a signal; the same command goes on from here\n")
-                os._exit(Preempted.exit_code)
-
-        threading.Thread(target=leave, name="stop", daemon=True).start()
-
-    def check(self, what: str) -> None:
-        """Raises `Preempted` if a signal has come; `what` says what is safe."""
+    def check(self, what_is_safe: str) -> None:
+        """Raise `Preempted` if a signal has arrived."""
         if self.requested:
-            raise Preempted(f"stopped by a signal: {what}; the same command goes on from here")
+            raise _preempted(what_is_safe)
+
+
+def _restore(handlers: "dict[signal.Signals, signal._HANDLER]") -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _preempted(what_is_safe: str) -> Preempted:
+    return Preempted(f"stopped by a signal: {what_is_safe}; the same command goes on from here")

@@ -1,7 +1,4 @@
-"""One thread, because the test models are tiny and threads that fight for two cores are slower; and no network.
-
-The one server is S3 on loopback. A tiny pipeline and a cache are made once per session.
-"""
+"""One thread, because the test models are tiny, and no network but loopback. Fixtures of a session are made once."""
 
 import os
 import socket
@@ -20,27 +17,24 @@ import pytest
 import torch
 
 from shared.config import Config, Data, Model, Precompute, Train
-from shared.signals import StopSignal
 from tests import tiny
 
 CLIPS = Path(__file__).parents[1] / "demo" / "clips"
 Settings = Callable[..., Config]
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no counterexample
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine must not fail a test
 hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that no worker is left alone with it at the end."""
+    """Run the longest file first, so that no worker ends alone with it."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[int]:
-    """Port of moto's S3 server."""
-    pytest.importorskip("moto")
-    pytest.importorskip("s3fs")
+    """Run moto's S3 server; return its port."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
@@ -59,14 +53,13 @@ def server() -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 2B layout; tests that change a file copy it first."""
+    """Save a tiny pipeline in the 2B layout; tests that change a file copy it first."""
     return tiny.save_pipeline("2b", tmp_path_factory.mktemp("pipeline") / "2b")
 
 
 @pytest.fixture(scope="session")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Seven clips to train on, one held out, of mixed frame counts; a sincos transformer of 64 channels."""
-    from precompute.assignments import Part
+    """Precompute seven clips to train on and one held out, of mixed frame counts, for a sincos transformer."""
     from precompute.run import precompute
 
     folder = tmp_path_factory.mktemp("experiment")
@@ -95,13 +88,13 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Config:
             device="cpu",
         ),
     )
-    precompute(config, Part(0, 1), StopSignal())
+    precompute(config)
     return config
 
 
 @pytest.fixture
 def settings(experiment: Config, tmp_path: Path) -> Settings:
-    """The experiment with other fields of [train], in a run folder of this test's own."""
+    """Change fields of [train], with a run folder of the test's own."""
 
     def change(name: str = "run", **values: Any) -> Config:
         train = experiment.train.model_dump() | {"output_dir": tmp_path / name} | values

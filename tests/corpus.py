@@ -12,7 +12,6 @@ from precompute.report import Report
 from precompute.run import precompute
 from shared.cache.storage import TEMPORARY
 from shared.config import Config
-from shared.signals import StopSignal
 
 FRAMES, SIDE = 5, 32
 
@@ -77,9 +76,9 @@ def config_for(
     )
 
 
-def run(config: Config, part: Part = Part(), stop: StopSignal | None = None) -> Report:  # noqa: B008
+def run(config: Config, part: Part = Part()) -> Report:  # noqa: B008
     """One run of stage 1 in this process."""
-    return precompute(config, part, stop or StopSignal())
+    return precompute(config, part)
 
 
 def stored_files(cache: Path) -> dict[str, bytes]:

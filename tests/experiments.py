@@ -1,21 +1,19 @@
-"""A whole experiment in a folder: two bar-coded clips with captions, a tiny pipeline of any variant, and its config."""
+"""An experiment in a folder: two bar-coded clips with captions, a tiny pipeline of any variant, and its config."""
 
 from pathlib import Path
 
-from precompute.assignments import Part
 from precompute.run import precompute
 from shared.config import Config, Data, Model, Precompute, Train
-from shared.signals import StopSignal
 from tests.media import write_clip
 from tests.tiny import save_pipeline
 
 CAPTIONS = ("a grey rabbit yawns", "a white bird glides")
 FRAMES, HEIGHT, WIDTH = 9, 64, 96
-"""What the tiny learned position table covers."""
+"""The size of the tiny learned position table."""
 
 
 def write_experiment(variant: str, folder: Path, **train: object) -> Config:
-    """Clips in `clips/`, the pipeline in `model/`, nothing precomputed; `train` are fields of [train]."""
+    """Write clips and pipeline into `folder`, without a cache; `train` are fields of [train]."""
     clips = folder / "clips"
     if not clips.exists():
         clips.mkdir(parents=True)
@@ -43,6 +41,5 @@ def write_experiment(variant: str, folder: Path, **train: object) -> Config:
 
 
 def fill_cache(config: Config) -> None:
-    """Stage 1, as `precog precompute` runs it."""
-    with StopSignal() as stop:
-        precompute(config, Part(), stop)
+    """Run stage 1."""
+    precompute(config)

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,62 @@ from precompute.video.probe import Probed
 
 BITS = 10
 DARK, BRIGHT = 40, 215
+
+
+@dataclass(frozen=True)
+class Case:
+    """A clip to write; `decord` says whether decord is exact on it, `tick` is the container's clock in microseconds."""
+
+    file: str
+    decord: bool
+    tick: int = 0
+    rate: int = 30
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.file
+
+
+def _case(file: str, decord: bool, tick: int = 0, **settings: Any) -> Case:
+    return Case(file, decord, tick, int(settings.get("rate", 30)), settings)
+
+
+CASES = [
+    _case("h264.mp4", True),
+    _case("h264.mov", True),
+    _case("h264.mkv", True, 1000),
+    _case("h264_open_gop.mp4", True, open_gop=True, frames=40),
+    _case("h264_gop_1.mp4", True, gop=1),
+    _case("h264_sound.mp4", True, audio_seconds=0.5),
+    _case("h264_fragments.mp4", True, muxer={"movflags": "frag_keyframe+empty_moov"}),
+    _case("h264_odd.mp4", True, pixels="yuv444p", height=47, width=81),
+    _case("h264_422.mp4", True, pixels="yuv422p"),
+    _case("h264_full_range.mp4", True, pixels="yuvj420p"),
+    _case("h264_bt709.mp4", True, options={"colorspace": "bt709"}),
+    _case("hevc_default.mp4", True, codec="libx265", frames=60, options={"x265-params": ""}),
+    _case("hevc_open_gop.mp4", True, codec="libx265", frames=40, bframes=4, open_gop=True),
+    _case("mpeg4.mp4", True, codec="mpeg4"),
+    _case("mpeg4.avi", True, codec="mpeg4", bframes=0),
+    _case("mpeg4_bframes.avi", False, codec="mpeg4"),
+    _case("h264.avi", False),
+    _case("h264.flv", False, 1000),
+    _case("h264.ts", False),
+    _case("h264_10_bit.mp4", False, pixels="yuv420p10le"),
+    _case("h264_interlaced.mp4", False, options={"flags": "+ildct+ilme"}),
+    _case("hevc_10_bit.mp4", False, codec="libx265", pixels="yuv420p10le"),
+    _case("mpeg2.ts", False, codec="mpeg2video"),
+    _case("mpeg2.mpg", False, codec="mpeg2video"),
+    _case("vp9.webm", False, 1000, codec="libvpx-vp9"),
+    _case("vp9_odd.webm", False, 1000, codec="libvpx-vp9", height=47, width=81),
+    _case("vp8.webm", False, 1000, codec="libvpx"),
+    _case("av1.mp4", False, codec="libsvtav1", height=64, width=160),
+    _case("ffv1.mkv", False, 1000, codec="ffv1"),
+    _case("ten_a_second.gif", False, codec="gif", pixels="rgb8", rate=10),
+    _case("one_frame.mp4", True, frames=1),
+    _case("image.png", False, codec="png", pixels="rgb24", frames=1, container="image2"),
+    _case("image.jpg", False, codec="mjpeg", pixels="yuvj420p", frames=1, container="image2"),
+    _case("image.webp", False, codec="libwebp", pixels="bgra", frames=1, container="webp"),
+]
 
 
 def draw(index: int, height: int, width: int) -> np.ndarray:
@@ -112,19 +169,31 @@ def write_clip(
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
         if sound:
-            _write_sound(out, sound, audio_seconds)
+            write_sound(out, sound, audio_seconds)
     return path
+
+
+def clip(folder: Path, file: str, **settings: Any) -> Path:
+    """Write the clip `file` with `settings`, once per folder."""
+    path = folder / file
+    return path if path.exists() else write_clip(path, **settings)
+
+
+def write_case(folder: Path, case: Case | str) -> Path:
+    """Write the clip of a case, or of the case of that file name."""
+    found = case if isinstance(case, Case) else next(each for each in CASES if each.file == case)
+    return clip(folder, found.file, **found.settings)
 
 
 def write_audio(path: Path, seconds: float = 0.5) -> Path:
     """A file with sound and no picture."""
     with av.open(str(path), "w") as out:
         stream: Any = out.add_stream("aac", rate=16000)
-        _write_sound(out, stream, seconds)
+        write_sound(out, stream, seconds)
     return path
 
 
-def _write_sound(out: Any, stream: Any, seconds: float) -> None:
+def write_sound(out: Any, stream: Any, seconds: float) -> None:
     for block in range(int(seconds * 16000) // 1024 + 1):
         tone = (np.sin(np.arange(1024) / 9) * 0.1).astype(np.float32)[None]
         frame = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")

@@ -1,14 +1,17 @@
-"""Wrong input on purpose: one clear line, the right exit code, nothing lost."""
+"""The command line: wrong input is one clear line with the right exit code."""
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from precog import app
+from precog import __version__, app
+from shared.config import load_config
 from tests.media import write_clip
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +20,7 @@ CONFIG = str(ROOT / "configs" / "demo.toml")
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A copy of the demo's clips that a test may spoil."""
+    """Copy the demo's clips for a test to change."""
     shutil.copytree(ROOT / "demo" / "clips", tmp_path / "clips")
     return tmp_path / "clips"
 
@@ -34,11 +37,37 @@ def precog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Res
 
 
 def problem(result: Result) -> str:
-    """The last line on standard error, which is the only one about the fault."""
+    """Return the only line on standard error about the fault."""
     lines = [line for line in result.stderr.splitlines() if line.startswith("precog: ")]
     assert len(lines) == 1, result.stderr
     assert "Traceback" not in result.stderr
     return lines[0]
+
+
+def test_a_wrong_key_is_refused_before_torch_is_imported() -> None:
+    code = (
+        "import sys; from precog import app; from typer.testing import CliRunner\n"
+        "for command in ('precompute', 'train', 'sample', 'decode', 'plan', 'config', 'sweep --grid train.seed=1'):\n"
+        f"    found = CliRunner().invoke(app, [*command.split(), {CONFIG!r}, 'train.lora_rnk=8'])\n"
+        "    assert found.exit_code == 2 and 'did you mean train.lora_rank' in found.stderr, found.stderr\n"
+        "    assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules), command\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_version_and_the_resolved_config_are_printed(tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"precog {__version__}\n"
+    result = CliRunner().invoke(app, ["config", CONFIG, "train.lora_rank=5"])
+    (tmp_path / "config.toml").write_text(result.stdout, "utf-8")
+    assert load_config(tmp_path / "config.toml") == load_config(Path(CONFIG), ["train.lora_rank=5"])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_command_completes_itself(shell: str) -> None:
+    environment = {"_PRECOG_COMPLETE": f"complete_{shell}", "COMP_WORDS": "precog pre", "COMP_CWORD": "1"}
+    environment |= {"_TYPER_COMPLETE_ARGS": "precog pre", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    assert "precompute" in CliRunner().invoke(app, [], prog_name="precog", env=environment).stdout
 
 
 @pytest.mark.parametrize(
@@ -54,11 +83,11 @@ def problem(result: Result) -> str:
             2,
             ["no/such-model", "neither a local folder"],
         ),
-        ("precompute", "model.pretrained_model_name_or_path=demo", 2, ["demo", "has no vae/ folder"]),
+        ("precompute", "model.pretrained_model_name_or_path=demo", 2, ["demo", "vae/ not found"]),
         ("train", 'train.lora_target_modules="to_q"', 2, ["a list such as", "quoted for the shell"]),
         ("train", "data.name=other", 4, ["datasets/other", "no such view", "precog precompute"]),
-        ("sample", "sample.lora=no-such-file", 2, ["no-such-file", "no adapter here"]),
-        ("sample", "sample.prompts=[]", 2, ["sample.prompts is empty"]),
+        ("sample", "sample.lora=no-such-file", 2, ["no-such-file", "adapter not found"]),
+        ("sample", "sample.prompts=[]", 2, ["sample.prompts: must not be empty"]),
     ],
 )
 def test_a_wrong_value_is_one_line(

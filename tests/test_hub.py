@@ -1,4 +1,4 @@
-"""From a model hub each command takes what it needs and nothing else; the hub is a real one's protocol on loopback."""
+"""Each command downloads only the components it needs from a hub, whose protocol is served on loopback."""
 
 import hashlib
 import http.server
@@ -20,17 +20,19 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """One repository, `someone/tiny`, out of demo/tiny."""
+    """A hub with one repository, `someone/tiny`, made of demo/tiny."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         tiny = ROOT / "demo" / "tiny"
         self.files = {path.relative_to(tiny).as_posix(): path for path in tiny.rglob("*.*")}
         self.fetched: set[str] = set()
-        """Weights that were asked for, with the range if there was one."""
+        """Weight files that were requested, with the range if there was one."""
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
+    """Answers of the hub."""
+
     server: Hub
 
     def log_message(self, *_: object) -> None:
@@ -78,7 +80,7 @@ def hub() -> Iterator[Hub]:
 
 
 def test_each_command_downloads_its_own_part(hub: Hub, tmp_path: Path) -> None:
-    """Above all stage 1 not the transformer, 11 GB of a 5B, and stage 2 neither T5 nor the VAE."""
+    """Check above all that stage 1 leaves out the transformer (11 GB of a 5B) and stage 2 T5 and the VAE."""
     (tmp_path / "clips").mkdir()
     media.write_clip(tmp_path / "clips" / "one.mp4", height=64, width=96)
     (tmp_path / "clips" / "one.txt").write_text("one", "utf-8")

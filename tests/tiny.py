@@ -1,4 +1,4 @@
-"""Tiny real-class models in the config shape of each of the five CogVideoX variants, with random but living weights.
+"""Tiny models of the real classes, configured like each of the five CogVideoX variants, with random weights.
 
 Everything is a function of its arguments; the same seed gives the same bits. Published values that decide conventions
 are kept, sizes are not. `save_pipeline` writes the hub's folder layout.
@@ -41,7 +41,7 @@ _SENTENCES = (
 
 
 def transformer_config(variant: str, text_length: int = TEXT_LENGTH) -> dict[str, Any]:
-    """Like the published `transformer/config.json`; 1.5 keeps its 300x300 grid, 1.0 sits on 8x12 latents."""
+    """Return a `transformer/config.json` like the published one; 1.5 keeps its 300x300 grid, 1.0 has 8x12 latents."""
     config: dict[str, Any] = {
         "num_attention_heads": 4,
         "attention_head_dim": 16,
@@ -83,7 +83,7 @@ def transformer_config(variant: str, text_length: int = TEXT_LENGTH) -> dict[str
 
 
 def vae_config(variant: str) -> dict[str, Any]:
-    """Like the published `vae/config.json`."""
+    """Return a `vae/config.json` like the published one."""
     return {
         "block_out_channels": [8, 8, 8, 8],
         "layers_per_block": 1,
@@ -98,7 +98,7 @@ def vae_config(variant: str) -> dict[str, Any]:
 
 
 def scheduler_config(variant: str) -> dict[str, Any]:
-    """Like the published `scheduler/scheduler_config.json`: DDIM for 2b, DPM for the others."""
+    """Return a `scheduler_config.json` like the published one: DDIM for 2b, DPM for the others."""
     return {
         "_class_name": "CogVideoXDDIMScheduler" if variant == "2b" else "CogVideoXDPMScheduler",
         "num_train_timesteps": 1000,
@@ -122,10 +122,10 @@ def build_transformer(
     text_length: int = TEXT_LENGTH,
     **changes: Any,
 ) -> CogVideoXTransformer3DModel:
-    """A frozen transformer, with a living adapter if `lora_rank` is given; `changes` go over the config."""
+    """Build a frozen transformer, with a non-zero adapter if `lora_rank` is given; `changes` go over the config."""
     with _seeded(seed):
         transformer = CogVideoXTransformer3DModel(**(transformer_config(variant, text_length) | changes))
-        _enliven(transformer)
+        _randomize(transformer)
     nn.Module.to(transformer.requires_grad_(False).eval(), dtype)
     if lora_rank is not None:
         add_lora(transformer, lora_rank, seed)
@@ -154,17 +154,20 @@ def add_lora(
 
 
 def build_vae(variant: str, seed: int = 0) -> AutoencoderKLCogVideoX:
+    """Build a frozen VAE."""
     with _seeded(seed + 2):
         return AutoencoderKLCogVideoX(**vae_config(variant)).requires_grad_(False).eval()
 
 
 def build_scheduler(variant: str) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
+    """Build the scheduler of a variant."""
     config = scheduler_config(variant)
     kind = CogVideoXDDIMScheduler if config["_class_name"] == "CogVideoXDDIMScheduler" else CogVideoXDPMScheduler
     return kind.from_config(config)
 
 
 def build_text_encoder(seed: int = 0) -> T5EncoderModel:
+    """Build a frozen T5 encoder."""
     config = T5Config(
         vocab_size=len(build_tokenizer()),
         d_model=TEXT_WIDTH,
@@ -181,7 +184,7 @@ def build_text_encoder(seed: int = 0) -> T5EncoderModel:
 
 @lru_cache
 def build_tokenizer(text_length: int = TEXT_LENGTH) -> T5Tokenizer:
-    """T5's id layout (pad 0, end 1, unknown 2) over a vocabulary trained here."""
+    """Build a tokenizer with T5's special ids (pad 0, end 1, unknown 2) and a vocabulary trained here."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_SENTENCES),
@@ -204,7 +207,7 @@ def build_tokenizer(text_length: int = TEXT_LENGTH) -> T5Tokenizer:
 def build_pipeline(
     variant: str, seed: int = 0, text_length: int = TEXT_LENGTH
 ) -> CogVideoXPipeline | CogVideoXImageToVideoPipeline:
-    """fp32, every part real."""
+    """Build the whole pipeline in fp32."""
     kind = CogVideoXImageToVideoPipeline if variant.endswith("i2v") else CogVideoXPipeline
     pipeline = kind(
         tokenizer=build_tokenizer(text_length),
@@ -223,8 +226,8 @@ def save_pipeline(variant: str, folder: Path, seed: int = 0, text_length: int = 
     return folder
 
 
-def _enliven(transformer: CogVideoXTransformer3DModel) -> None:
-    """Random weights at a size where gates, shifts, norms and positions all matter."""
+def _randomize(transformer: CogVideoXTransformer3DModel) -> None:
+    """Draw random weights at a size where gates, shifts, norms and positions all matter."""
     for name, parameter in transformer.named_parameters():
         if parameter.ndim == 1:
             parameter.data += 0.2 * torch.randn_like(parameter)
@@ -236,7 +239,7 @@ def _enliven(transformer: CogVideoXTransformer3DModel) -> None:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Construction draws from torch's global generator; this leaves it as it was."""
+    """Seed torch's global generator inside, and restore it after."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -1,17 +1,20 @@
-"""One optimizer step's clips, read in the background one step ahead."""
+"""The clips of one optimizer step, read one step ahead."""
 
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from train.data.dataset import Example
-from train.data.order import divide, global_batch
+from train.data.example import Example
+from train.data.order import Draw, Packs, divide, global_batch
 from train.run import Run
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """As this rank runs it; all but `packs` is of the global batch."""
+class Batch:
+    """The packs of this rank, and numbers of the global batch."""
 
     packs: list[list[Example]]
+    """This rank's packs, on its device."""
     tokens: int
     num_packs: int
     clips: list[str]
@@ -19,13 +22,19 @@ class Work:
     timesteps: list[int]
 
 
-def read_work(run: Run, step: int) -> Work:
-    """Cut the global batch of optimizer step `step` (from 0) into packs, read this rank's, bring them to its device."""
-    train, accelerator, dataset = run.config.train, run.accelerator, run.dataset
+def plan_batch(run: Run, step: int) -> tuple[tuple[Draw, ...], list[int], tuple[Packs, ...]]:
+    """Return draws, tokens per clip and each rank's packs of optimizer step `step` (from 0); nothing is read."""
+    train, dataset = run.config.train, run.dataset
     draws = global_batch(run.view.hash, train.seed, len(dataset.rows), train.global_batch_size, step, run.windows)
-    timesteps = dataset.timesteps(draws, step)
     tokens = [dataset.tokens(draw.row) for draw in draws]
-    ranks = divide(tokens, run.width, accelerator.num_processes, train.max_tokens_per_pack)
+    return draws, tokens, divide(tokens, run.width, run.accelerator.num_processes, train.max_tokens_per_pack)
+
+
+def read_batch(run: Run, step: int) -> Batch:
+    """Read this rank's packs of optimizer step `step` (from 0) and copy them to its device."""
+    dataset, accelerator = run.dataset, run.accelerator
+    draws, tokens, ranks = plan_batch(run, step)
+    timesteps = dataset.timesteps(draws, step)
     packs = [
         [
             dataset.example(draws[index], timesteps[index]).to(accelerator.device, run.transformer.dtype)
@@ -34,4 +43,16 @@ def read_work(run: Run, step: int) -> Work:
         for pack in ranks[accelerator.process_index]
     ]
     clips = [dataset.rows[draw.row].latent_key for draw in draws]
-    return Work(packs, sum(tokens), sum(map(len, ranks)), clips, timesteps)
+    return Batch(packs, sum(tokens), sum(map(len, ranks)), clips, timesteps)
+
+
+def prefetch_batches(run: Run, first_step: int) -> Generator[Batch, None, None]:
+    """Yield the batches from `first_step` to the end of the run; the next one is read while one is in use."""
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = [reader.submit(read_batch, run, first_step)] if first_step < run.num_steps else []
+        while upcoming:
+            batch = upcoming.pop().result()
+            first_step += 1
+            if first_step < run.num_steps:
+                upcoming.append(reader.submit(read_batch, run, first_step))
+            yield batch

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other, and which of them share a machine."""
+"""Collectives on Python values, and work whose failure on one rank is raised on all."""
 
 import os
 import platform
@@ -13,9 +13,16 @@ from shared.errors import PrecogError
 Value = TypeVar("Value")
 
 
-def gather(value: Value) -> list[Value]:
-    """Every process's value, by rank; all of them have to call this together."""
-    _, world_size = place()
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's rank and the number of processes."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def all_gather(value: Value) -> list[Value]:
+    """Return every process's value by rank; a collective."""
+    _, world_size = rank_and_world_size()
     if world_size == 1:
         return [value]
     values = [value] * world_size
@@ -23,18 +30,21 @@ def gather(value: Value) -> list[Value]:
     return values
 
 
-def place() -> tuple[int, int]:
-    """This process's rank, and how many processes there are."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
+def broadcast(value: Value) -> Value:
+    """Return the value of rank 0 on every process; a collective."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
-def together(work: Callable[[], Value]) -> Value:
-    """The result of `work`, which every process runs: where it fails in one it fails in all, and none waits for it.
+def on_all_ranks(work: Callable[[], Value]) -> Value:
+    """Run `work` on every process; a failure on one is raised on all, so that none waits for another.
 
-    Raises the `PrecogError` of the first that failed, on every process; an `OSError` becomes one. What else fails, a
-    fault of ours, keeps its trace where it happened and is a `PrecogError` elsewhere.
+    Raises the `PrecogError` of the lowest rank that failed. An `OSError` becomes a `PrecogError`. Any other exception
+    keeps its trace on its own rank and is a `PrecogError` on the rest.
     """
     fault: Exception | None = None
     failure = None
@@ -46,7 +56,7 @@ def together(work: Callable[[], Value]) -> Value:
         failure = PrecogError, str(error)
     except Exception as error:
         fault, failure = error, (PrecogError, f"{type(error).__name__}: {error}")
-    failures = gather(failure)
+    failures = all_gather(failure)
     if fault is not None:
         raise fault
     for rank, found in enumerate(failures):
@@ -56,14 +66,14 @@ def together(work: Callable[[], Value]) -> Value:
     return result
 
 
-def on_main(work: Callable[[], Value]) -> Value | None:
-    """`together` for what rank 0 alone does, while the others wait; None on those."""
-    rank, _ = place()
-    return together(lambda: work() if rank == 0 else None)
+def on_rank_0(work: Callable[[], Value]) -> Value | None:
+    """Run `work` on rank 0 while the other ranks wait, with errors as in `on_all_ranks`; None on the others."""
+    rank, _ = rank_and_world_size()
+    return on_all_ranks(lambda: work() if rank == 0 else None)
 
 
 def machine() -> str:
-    """The same in processes that see each other under /proc, and nowhere else."""
+    """Return a name that only processes with the same /proc share."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

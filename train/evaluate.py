@@ -1,37 +1,38 @@
-"""The held-out velocity loss: fixed clips, fixed noise, fixed timesteps, so that only the weights can move it."""
+"""The held-out velocity loss on fixed clips, noise and timesteps, so that only the weights change it."""
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from train.distributed import gather, place, together
+from train.distributed import all_gather, on_all_ranks, rank_and_world_size
 from train.objective import clip_loss
 from train.run import Run
 from train.transformer.forward import predict
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Where on the schedule the loss is taken."""
+"""Timesteps as fractions of the schedule."""
 
 
 def held_out_loss(run: Run, stopped: Callable[[], bool]) -> float | None:
-    """Mean over held-out clips and quantiles; None if `stopped` said so in some process. The adapter's dropout is off.
+    """Return the mean over held-out clips and quantiles, without the adapter's dropout; a collective.
 
-    The processes take turns, a clip each, and meet after it: no one waits for longer than a clip, nor works on after a
-    signal. The sum goes by the clips' order, so that the number of processes leaves no trace in it.
+    None if `stopped` is true on a rank. Each rank takes every `world_size`-th clip, and all ranks meet after a clip,
+    so that a signal is seen within one clip. Losses are summed in the clips' order: the number of processes does not
+    change the result.
     """
-    rank, world_size = place()
+    rank, world_size = rank_and_world_size()
     num_clips = len(run.held_out.rows)
     was_training = run.transformer.training
     run.transformer.eval()
     losses: list[float] = []
     try:
         for first in range(0, num_clips, world_size):
-            mine = range(first + rank, min(first + rank + 1, num_clips))  # one clip, or none
-            everyone = gather((together(partial(clip_losses, run, mine)), stopped()))
-            if any(stopping for _, stopping in everyone):
+            rows = range(first + rank, min(first + rank + 1, num_clips))  # one clip, or none
+            gathered = all_gather((on_all_ranks(partial(clip_losses, run, rows)), stopped()))
+            if any(stopping for _, stopping in gathered):
                 return None
-            losses += [loss for theirs, _ in everyone for loss in theirs]
+            losses += [loss for part, _ in gathered for loss in part]
     finally:
         run.transformer.train(was_training)
     return sum(losses) / len(losses)
@@ -39,7 +40,7 @@ def held_out_loss(run: Run, stopped: Callable[[], bool]) -> float | None:
 
 @torch.no_grad()
 def clip_losses(run: Run, rows: range) -> list[float]:
-    """Of held-out clips at each quantile; the same numbers give the same bits."""
+    """Return the loss of each held-out clip at each quantile; deterministic."""
     losses: list[float] = []
     for row in rows:
         for quantile in QUANTILES:
@@ -51,7 +52,7 @@ def clip_losses(run: Run, rows: range) -> list[float]:
 
 
 def base_held_out_loss(run: Run, stopped: Callable[[], bool]) -> float | None:
-    """The same without the adapter."""
+    """Return the held-out loss without the adapter, as `held_out_loss` does."""
     run.transformer.disable_adapters()
     try:
         return held_out_loss(run, stopped)

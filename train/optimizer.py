@@ -1,7 +1,10 @@
 """The optimizer, the learning rate as a pure function of the step, and the optimizer's state as named tensors."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -10,42 +13,67 @@ from torch import Tensor, nn
 
 from shared.config import Train
 from shared.errors import CacheError, UsageError
-from train.extras import build_extra
+from shared.extras import require_extra
 
-GROUP_NUMBERS = ("d", "d_max", "d_numerator", "k", "lr_max", "weight_sum")
-"""What prodigy and schedule-free carry from step to step in their parameter group."""
+GROUP_NUMBERS = ("d", "d_max", "d_numerator", "k")
+"""Numbers that prodigy keeps in its parameter group between steps."""
+
+logger = logging.getLogger(__name__)
 
 
 def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], train: Train) -> torch.optim.Optimizer:
-    """The optimizer over the trainable named parameters, one group, as in diffusers' train_cogvideox_lora.py.
+    """Build the optimizer over the trainable named parameters, in one group.
 
-    adam adds weight decay to the gradient, which is the reference script's. Raises `UsageError` if an optional extra is
-    not installed.
+    adam adds weight decay to the gradient, as diffusers' train_cogvideox_lora.py does. prodigy (Mishchenko and Defazio
+    2023) and adamw8bit are optional packages, imported only here. bitsandbytes runs AdamW's kernel for Adam8bit too, so
+    adam8bit does not exist. Raises `UsageError` if the package is not installed.
     """
     named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     assert named, "no trainable parameters"
-    if train.optimizer not in ("adam", "adamw"):
-        return build_extra(named, train)
-    kind: type[torch.optim.Adam] = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
-    return kind(
-        named,
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        weight_decay=train.adam_weight_decay,
-        fused=True,
-    )
+    values = [parameter for _, parameter in named]
+    rate, decay, epsilon = train.learning_rate, train.adam_weight_decay, train.adam_epsilon
+    betas = (train.adam_beta1, train.adam_beta2)
+    optimizer: torch.optim.Optimizer
+    if train.optimizer == "prodigy":
+        require_extra("prodigyopt", "train.optimizer = 'prodigy'", "prodigy")
+        from prodigyopt import Prodigy
+
+        if rate <= 0.1:
+            logger.warning("train.learning_rate = %g: prodigy scales the rate itself; 1.0 is usual", rate)
+        with redirect_stdout(StringIO()):  # Prodigy prints its settings
+            optimizer = Prodigy(
+                values,
+                lr=rate,
+                betas=betas,
+                beta3=train.prodigy_beta3,
+                eps=epsilon,
+                weight_decay=decay,
+                decouple=train.prodigy_decouple,
+                use_bias_correction=train.prodigy_use_bias_correction,
+                safeguard_warmup=train.prodigy_safeguard_warmup,
+            )
+    elif train.optimizer == "adamw8bit":
+        require_extra("bitsandbytes", "train.optimizer = 'adamw8bit'", "bitsandbytes")
+        from bitsandbytes.optim import AdamW8bit
+
+        optimizer = AdamW8bit(values, lr=rate, betas=betas, eps=epsilon, weight_decay=decay)
+    else:
+        kind: type[torch.optim.Adam] = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
+        optimizer = kind(values, lr=rate, betas=betas, eps=epsilon, weight_decay=decay, fused=True)
+    optimizer.param_groups[0]["param_names"] = [name for name, _ in named]
+    return optimizer
 
 
 def learning_rate_factor(train: Train, num_steps: int) -> Callable[[int], float]:
-    """The learning rate of optimizer step `step` (from 0) is `learning_rate` times the returned function's value.
+    """Return the function from an optimizer step (from 0) to the factor of `learning_rate`.
 
     The shapes are `diffusers.optimization`'s. Steps are optimizer steps on any number of processes (the reference
     script counts each process). Raises `UsageError` where the polynomial is not defined.
     """
     if train.lr_scheduler == "polynomial" and train.lr_warmup_steps >= num_steps:
         raise UsageError(
-            f"train.lr_warmup_steps = {train.lr_warmup_steps}: polynomial needs fewer than the run's {num_steps} steps"
+            f"train.lr_warmup_steps = {train.lr_warmup_steps}: polynomial must have fewer than the run's {num_steps} "
+            "steps; lower the warm-up"
         )
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=train.learning_rate)
     try:
@@ -64,13 +92,16 @@ def learning_rate_factor(train: Train, num_steps: int) -> Callable[[int], float]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """The learning rate of the next `optimizer.step()`."""
+    """Set the learning rate of the next `optimizer.step()`."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`{parameter}.{part}` for all that the optimizer keeps, and `group.{number}`, sharing its memory."""
+    """Return the whole state as tensors `{parameter}.{part}` and `group.{number}`, which share the optimizer's memory.
+
+    A Python number becomes a 0-d tensor of int64 or float64, which no parameter's own state uses (adapters are fp32).
+    """
     (group,) = optimizer.param_groups
     tensors = {f"group.{name}": _as_tensor(group[name]) for name in GROUP_NUMBERS if name in group}
     for name, parameter in zip(group["param_names"], group["params"], strict=True):
@@ -80,7 +111,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Set the whole state, bit for bit. Raises `CacheError`, and changes nothing, if a name does not belong here."""
+    """Set the whole state, bit for bit.
+
+    Raises `CacheError`, and changes nothing, if a name is unknown or missing.
+    """
     (group,) = optimizer.param_groups
     numbers = {name: f"group.{name}" for name in GROUP_NUMBERS if name in group}
     states: dict[str, dict[str, Any]] = {name: {} for name in group["param_names"]}

@@ -1,9 +1,9 @@
-"""Previews: the validation prompts denoised to latents while training, from what is in the cache.
+"""Previews: the validation prompts denoised to latents while training, from the cache alone.
 
-T5 and the VAE stay closed; `precog decode` makes videos of the latents afterwards. The loop, the draws and the guidance
-are those of diffusers' `pipelines/cogvideo/pipeline_cogvideox{,_image2video}.py`, so a preview is what `precog sample`
-would make of the adapter at that step, with the same seed and precision. Where the checkpoint wants a first frame, it
-is that of a clip, held out if there are such, and the preview has the clip's size.
+T5 and the VAE are not loaded; `precog decode` makes videos of the latents. Loop, draws and guidance are those of
+diffusers' `pipelines/cogvideo/pipeline_cogvideox{,_image2video}.py`, so a preview equals `precog sample` with the
+adapter of that step, the same seed and precision. An image-to-video preview begins with the first frame of a clip (a
+held-out one if there is any) and has the clip's size.
 """
 
 import json
@@ -22,56 +22,46 @@ from torch import Tensor
 from shared import console
 from shared.cache.collection import SampleReader
 from shared.cache.storage import open_storage, replacing
-from shared.config import Config, Sample
+from shared.config import Config, Sample, field_value, fields_shaping
 from shared.errors import CacheError, UsageError
 from shared.model.conventions import refusal
 from shared.model.geometry import Bucket, latent_shape, padding_frames
 from shared.model.pretrained import pretrained_config
 from shared.run_folder import SHEET, preview_file, preview_folder
 from train.data.conditioning import image_condition
-from train.data.dataset import name
+from train.data.dataset import clip_label
+from train.data.example import ModelInput
 from train.run import Run
-from train.transformer.forward import ModelInput, predict
-
-RECORDED = {"num_inference_steps", "guidance_scale", "use_dynamic_cfg", "seed"}
-"""Fields of [sample] that shape a preview, written beside it with its size."""
+from train.transformer.forward import predict
 
 Stopped = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class FirstFrame:
-    """An image that a clip begins with."""
-
-    clip: str
-    """Its source and start."""
-    moments: Tensor
-    """[2C,1,H,W] of the image's posterior, unscaled, on the CPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A validation prompt and what is made of it."""
+class PreviewPrompt:
+    """A validation prompt and the size of its preview."""
 
     text: str
     prompt_embeds: Tensor
     """[L,D] on the CPU."""
     bucket: Bucket
-    first_frame: FirstFrame | None
-    """Only where the checkpoint wants one."""
+    first_frame_of: str | None
+    """Label of the clip whose first frame the preview begins with; image-to-video only."""
+    first_frame_moments: Tensor | None
+    """[2C,1,H,W] of that frame's posterior, unscaled, on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Previews:
-    """What the previews of a run share."""
+    """The prompts of a run's previews."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[PreviewPrompt, ...]
     negative_prompt_embeds: Tensor
     """[L,D] on the CPU."""
 
 
 def open_previews(run: Run) -> Previews:
-    """Read embeddings and first frames; raises `UsageError` or `CacheError` for all that would stop a preview later."""
+    """Read embeddings and first frames; raises `UsageError` or `CacheError` for a preview that cannot be made."""
     config, where = run.config, f"train.preview_steps = {run.config.train.preview_steps}"
     if not config.data.validation_prompts:
         raise UsageError(f"{where}: data.validation_prompts is empty; give the prompts to preview")
@@ -82,30 +72,30 @@ def open_previews(run: Run) -> Previews:
     for text in wanted:
         if text not in keys:
             raise CacheError(
-                f"view {run.view.name}: prompt {text!r} is not in it; run `precog precompute` with this config"
+                f"view {run.view.name}: prompt {text!r} not found; run `precog precompute` with this config"
             )
     storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
     reader = SampleReader(storage, run.view.prompts, {keys[text] for text in wanted}, whole_up_to_bytes=0)
     *embeds, negative = (reader.read(keys[text])["prompt_embeds"] for text in wanted)
     prompts = [
-        Prompt(text, prompt_embeds, *_size_and_first_frame(run, number))
+        PreviewPrompt(text, prompt_embeds, *_size_and_first_frame(run, number))
         for number, (text, prompt_embeds) in enumerate(zip(config.data.validation_prompts, embeds, strict=True))
     ]
     return Previews(tuple(prompts), negative)
 
 
-def _size_and_first_frame(run: Run, number: int) -> tuple[Bucket, FirstFrame | None]:
-    """Of [sample], or for image-to-video of the `number`th clip, counted around."""
+def _size_and_first_frame(run: Run, number: int) -> tuple[Bucket, str | None, Tensor | None]:
+    """Return the size in [sample], or for image-to-video size and frame of clip `number` modulo the clips."""
     if not run.conventions.image_to_video:
-        return _bucket(run.config.sample), None
+        return _bucket(run.config.sample), None, None
     dataset = run.held_out if run.held_out.rows else run.dataset
     number %= len(dataset.rows)
     row = dataset.rows[number]
-    return row.bucket, FirstFrame(name(row), dataset.first_frame_moments(number))
+    return row.bucket, clip_label(row), dataset.first_frame_moments(number)
 
 
 def write_preview(run: Run, previews: Previews, number: int, step: int, stopped: Stopped) -> None:
-    """Denoise prompt `number` with the weights as they are and save it in the step's folder, whole or not at all."""
+    """Denoise prompt `number` and write it into the step's folder; nothing is written if `stopped` was true."""
     prompt = previews.prompts[number]
     latents = denoise(run, prompt, previews.negative_prompt_embeds, stopped)
     if latents is None:
@@ -113,12 +103,12 @@ def write_preview(run: Run, previews: Previews, number: int, step: int, stopped:
     about = {
         "prompt": prompt.text,
         "negative_prompt": run.config.data.negative_prompt,
-        "first_frame_of": None if prompt.first_frame is None else prompt.first_frame.clip,
+        "first_frame_of": prompt.first_frame_of,
         "step": step,
         "num_frames": prompt.bucket.frames,
         "height": prompt.bucket.height,
         "width": prompt.bucket.width,
-        **run.config.sample.model_dump(mode="json", include=RECORDED),
+        **{name.partition(".")[2]: field_value(run.config, name) for name in fields_shaping("preview")},
     }
     folder = preview_folder(run.config.train.output_dir, step)
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,10 +122,10 @@ def write_preview(run: Run, previews: Previews, number: int, step: int, stopped:
 
 
 @torch.no_grad()
-def denoise(run: Run, prompt: Prompt, negative_prompt_embeds: Tensor, stopped: Stopped) -> Tensor | None:
-    """A prompt to latents [F,C,H,W] on the CPU, scaled, without padding; None if `stopped` said so.
+def denoise(run: Run, prompt: PreviewPrompt, negative_prompt_embeds: Tensor, stopped: Stopped) -> Tensor | None:
+    """Return latents [F,C,H,W] of a prompt on the CPU, scaled, without padding; None if `stopped` was true.
 
-    With and without the prompt run one after the other, so that no more is on the device than for one clip.
+    The conditional and the unconditional forward run one after the other, to hold activations of one clip only.
     """
     settings, transformer = run.config.sample, run.transformer
     device, dtype = run.accelerator.device, transformer.dtype
@@ -146,8 +136,8 @@ def denoise(run: Run, prompt: Prompt, negative_prompt_embeds: Tensor, stopped: S
     padding = padding_frames(frames, run.conventions.patch_size_t)
     shape = (frames + padding, channels, height, width)
     condition = torch.zeros(shape[0], 0, height, width, device=device, dtype=dtype)  # no channels without an image
-    if prompt.first_frame is not None:  # the pipeline draws the image before the noise
-        image = _draw(prompt.first_frame.moments, generator).transpose(0, 1)
+    if prompt.first_frame_moments is not None:  # the pipeline draws the image before the noise
+        image = _draw(prompt.first_frame_moments, generator).transpose(0, 1)
         condition = image_condition(image.to(device, dtype), frames, run.conventions)
     latents: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     latents = latents * scheduler.init_noise_sigma
@@ -181,7 +171,7 @@ def denoise(run: Run, prompt: Prompt, negative_prompt_embeds: Tensor, stopped: S
 
 
 def _draw(moments: Tensor, generator: torch.Generator) -> Tensor:
-    """[2C,1,H,W] -> [C,1,H,W], as the pipeline draws it, by a class among the VAEs, which a run else leaves out."""
+    """Draw [C,1,H,W] from [2C,1,H,W] as the pipeline does."""
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     drawn: Tensor = DiagonalGaussianDistribution(moments[None]).sample(generator)[0]
@@ -194,7 +184,7 @@ def _velocity(run: Run, clip: ModelInput) -> Tensor:
 
 
 def guidance(settings: Sample, timestep: int) -> float:
-    """Classifier-free guidance at a step; the pipeline's cosine of the timestep if `use_dynamic_cfg`."""
+    """Return the guidance scale at a timestep: the pipeline's cosine if `use_dynamic_cfg`."""
     if not settings.use_dynamic_cfg:
         return settings.guidance_scale
     steps = settings.num_inference_steps
@@ -202,7 +192,7 @@ def guidance(settings: Sample, timestep: int) -> float:
 
 
 def open_scheduler(config: Config) -> Any:
-    """The checkpoint's own `CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler`; `read_schedule` allows no other."""
+    """Return the checkpoint's `CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler`; `read_schedule` allows no other."""
     settings = pretrained_config(config.model, "scheduler")
     return getattr(diffusers, settings["_class_name"]).from_config(settings)
 

@@ -15,12 +15,12 @@ from shared import seeding
 from shared.config import Train
 from shared.errors import NonFiniteError
 from shared.model.conventions import Conventions
-from train.data.dataset import Example
-from train.distributed import gather
+from train.data.example import Example, ModelInput
+from train.distributed import all_gather
 from train.objective import clip_loss
 from train.transformer.attention import Backend, pinned
 from train.transformer.engine import Engine
-from train.transformer.forward import ModelInput, predict, predict_reference
+from train.transformer.forward import predict, predict_reference
 
 Packs = Sequence[Sequence[Example]]
 
@@ -153,7 +153,7 @@ def require_finite(result: StepResult, packs: Packs, losses: Sequence[Tensor]) -
         return
     mine = [example.name for pack in packs for example in pack]
     bad = [name for name, loss in zip(mine, losses, strict=True) if not torch.isfinite(loss)]
-    everyone, all_bad = ([name for names in gather(part) for name in names] for part in (mine, bad))
+    everyone, all_bad = ([name for names in all_gather(part) for name in names] for part in (mine, bad))
     where = f"loss of {', '.join(all_bad)}" if all_bad else f"gradient of {', '.join(everyone)}"
     raise NonFiniteError(
         f"not finite: {where} (loss {result.loss}, gradient norm {result.grad_norm}); this step was not applied"

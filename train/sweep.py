@@ -1,19 +1,18 @@
-"""`precog sweep`: one process per run of a grid, all on one cache; what is finished stays, what was cut off goes on."""
+"""`precog sweep`: train one LoRA per combination of settings, each in its own process, all on one cache."""
 
 import csv
-import io
 import itertools
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import tomli_w
@@ -23,26 +22,25 @@ from shared.cache.collection import read_recipe
 from shared.cache.settings import stale_settings
 from shared.cache.storage import open_storage, replacing
 from shared.cache.view import View, read_view
-from shared.config import Config, dump_config, load_config
-from shared.errors import CacheError, DataError, PrecogError, Preempted, UsageError
-from shared.model.pretrained import FileMark, Part, present_part
+from shared.config import Config, dump_config, fields_shaping, load_config
+from shared.errors import CacheError, DataError, Preempted, UsageError
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
-from train.checkpoint.identity import Base, base_key, identify_base
-from train.export import BASE_KEY, CONFIG_KEY, VIEW_KEY, config_key, read_provenance
-from train.metrics import read_metrics, smoothed
+from train.checkpoint.resume import is_finished
 
 CSV_NAME = "sweep.csv"
-TABLES = ("model", "train")
-"""What a grid may vary: the rest decides what is in the cache, which all runs share."""
+TABLES = ("model", "train", "memory")
+"""Tables that a grid may vary, but for fields that shape the cache: all runs must share clips, noise and timesteps."""
 POLL_SECONDS = 0.2
+"""Longest time until a signal is passed on to the children."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepRun:
-    """One point of the grid."""
+    """One combination of the grid."""
 
     name: str
-    """Of its folder: the values that set it apart."""
+    """The run folder's name, made of the values."""
     values: dict[str, str]
     """Field -> value, as written in the grid."""
     overrides: list[str]
@@ -53,120 +51,111 @@ class SweepRun:
         return self.config.train.output_dir
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a run."""
-
-    run: SweepRun
-    status: str
-    """finished, or how it ended instead."""
-    step: int
-    held_out_loss: float | None
-    base_held_out_loss: float | None
-    loss: float | None
-    """Mean of the last steps."""
-    seconds: float
-    """Of its optimizer steps."""
+Row = dict[str, Any]
+"""One run's line of sweep.csv: run, the grid's fields, status, step, the losses (None if missing) and seconds."""
 
 
 def plan_sweep(path: Path, overrides: Sequence[str], grid: Sequence[str]) -> list[SweepRun]:
-    """The runs of a grid, every config checked. Raises `UsageError` before anything runs.
+    """Return every combination of `grid`, a list of `table.field=v1,v2` in TOML values or bare words.
 
-    `grid` holds `table.field=v1,v2`; values are TOML or bare words, and lists stand in brackets.
+    Raises `UsageError` for a wrong field or value, and for two combinations that are the same run.
     """
     axes = [parse_axis(text) for text in grid]
     fields = [field for field, _ in axes]
-    if twice := sorted({field for field in fields if fields.count(field) > 1}):
-        raise UsageError(f"--grid {twice[0]}: given twice")
+    if repeated := [field for field in fields if fields.count(field) > 1]:
+        raise UsageError(f"--grid {repeated[0]}: given twice; write all values in one --grid")
     parent = load_config(path, list(overrides)).train.output_dir
     runs: list[SweepRun] = []
+    seen: dict[str, str] = {}
     for point in itertools.product(*(values for _, values in axes)):
         values = dict(zip(fields, point, strict=True))
         name = "_".join(f"{field.partition('.')[2]}={_file_name(value)}" for field, value in values.items())
         given = [*overrides, *(f"{field}={value}" for field, value in values.items())]
+        for mark in (dump_config(load_config(path, given)), name):
+            if mark in seen:
+                raise UsageError(f"--grid: {name} and {seen[mark]} are the same run; leave one out")
+            seen[mark] = name
         given.append(f"train.output_dir={_toml(str(parent / name))}")
         runs.append(SweepRun(name, values, given, load_config(path, given)))
-    seen: dict[str, str] = {}
-    for run in runs:
-        elsewhere = run.config.train.model_copy(update={"output_dir": parent})
-        settings = dump_config(run.config.model_copy(update={"train": elsewhere}))
-        for mark in (settings, run.name):
-            if mark in seen:
-                raise UsageError(f"--grid: {run.name} and {seen[mark]} are the same run; leave one out")
-            seen[mark] = run.name
     return runs
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
-    """`train.lora_rank=16,64` -> ("train.lora_rank", ["16", "64"])."""
+    """Parse `train.lora_rank=16,64` to ("train.lora_rank", ["16", "64"]); lists are written in brackets."""
     field, separator, raw = text.partition("=")
-    table, _, name = field.strip().partition(".")
-    values = _split(raw)
+    field = field.strip()
+    table, _, name = field.partition(".")
+    try:
+        values = [_toml(value) for value in tomllib.loads(f"values = [{raw}]")["values"]]
+    except tomllib.TOMLDecodeError:  # bare words
+        values = [value.strip() for value in raw.split(",")]
     if not separator or not table or not name or not values or not all(values):
-        raise UsageError(f"--grid {text!r}: write it as table.field=value,value such as train.learning_rate=1e-4,3e-4")
-    if table not in TABLES or field.strip() == "train.output_dir":
-        raise UsageError(f"--grid {field.strip()}: a sweep varies {' and '.join(TABLES)}, but not train.output_dir")
-    return field.strip(), values
+        raise UsageError(f"--grid {text!r}: expected table.field=value,value; write train.learning_rate=1e-4,3e-4")
+    shared = fields_shaping("clips", "buckets", "view", "latents", "image_latents", "prompts")
+    if table not in TABLES or field in ("train.output_dir", *shared):
+        raise UsageError(f"--grid {field}: must be a field of {', '.join(TABLES)}, and not train.output_dir")
+    return field, values
 
 
-def run_sweep(path: Path, runs: Sequence[SweepRun], jobs: int, stop: StopSignal) -> list[Outcome]:
-    """Run what is not finished, `jobs` at a time, and write sweep.csv beside the run folders; outcomes best first.
+def run_sweep(path: Path, runs: Sequence[SweepRun], jobs: int, stop: StopSignal) -> list[Row]:
+    """Train the runs that are not finished, `jobs` at a time, and write sweep.csv; return its rows, best first.
 
-    A run that fails does not stop the others. Raises `Preempted` after a signal, when the runs have saved themselves.
+    A run that fails does not stop the other runs. Raises `CacheError` before anything starts if the view does not fit
+    the config, and `Preempted` after a signal, once every child has saved a checkpoint.
     """
-    devices = visible_devices()
     view_hash = current_view(runs[0].config).hash
-    pending = [run for run in runs if not is_finished(run, view_hash)]
-    for run in runs:
-        if run not in pending:
-            console.say(f"{run.name}: finished before")
-    running: dict[int, tuple[SweepRun, subprocess.Popen[bytes]]] = {}
-    codes: dict[str, int] = {}
-    passed_on = False
-    while pending or running:
-        for slot in range(jobs):
-            if slot not in running and pending and not stop.requested:
-                run = pending.pop(0)
-                running[slot] = (run, start_run(path, run, devices[slot % len(devices)] if devices else None))
-                console.say(f"{run.name}: started")
-        time.sleep(POLL_SECONDS)
-        for slot, (run, process) in list(running.items()):
-            code = process.poll()
-            if code is not None:
-                del running[slot]
-                codes[run.name] = code
-                console.say(f"{run.name}: {_ending(code)}")
+    folder = runs[0].folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    pending = [run for run in runs if not is_finished(run.config, view_hash)]
+    devices: SimpleQueue[str | None] = SimpleQueue()
+    for device in itertools.islice(itertools.cycle(visible_devices() or [None]), jobs):
+        devices.put(device)
+    children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def train_in_child(run: SweepRun) -> str:
         if stop.requested:
-            pending.clear()
-            if not passed_on:
-                for _, process in running.values():
-                    process.terminate()
-                passed_on = True
-    outcomes = sorted((outcome_of(run, codes.get(run.name), view_hash) for run in runs), key=_rank)
-    write_csv(outcomes, runs[0].folder.parent / CSV_NAME)
-    stop.check(f"{sum(outcome.status == 'finished' for outcome in outcomes)} of {len(runs)} runs are finished")
-    return outcomes
+            return "stopped"
+        run.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "precog", "train", str(path), *run.overrides]
+        device = devices.get()
+        environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        console.say(f"{run.name}: started")
+        try:
+            with (run.folder / "log.txt").open("ab") as log:
+                # its own session, so that Ctrl-C reaches the child only once, through this process
+                child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+                )
+            children[run.name] = child
+            code = child.wait()
+        finally:
+            devices.put(device)
+        ends = {0: "finished", Preempted.exit_code: "stopped", -signal.SIGTERM: "stopped"}
+        status = ends.get(code, f"exit code {code}, see log.txt")
+        console.say(f"{run.name}: {status}")
+        return status
+
+    terminated: set[str] = set()
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {run.name: pool.submit(train_in_child, run) for run in pending}
+        waiting = set(futures.values())
+        while waiting:
+            _, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
+            for name in children.keys() - terminated if stop.requested else ():
+                children[name].terminate()  # no signal is sent to a child that has ended
+                terminated.add(name)
+    rows = [read_row(run, futures[run.name].result() if run.name in futures else "finished") for run in runs]
+    rows.sort(key=_rank)
+    with replacing(folder / CSV_NAME) as temporary, temporary.open("w", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    stop.check(f"{sum(row['status'] == 'finished' for row in rows)} of {len(rows)} runs are finished")
+    return rows
 
 
-def start_run(path: Path, run: SweepRun, device: str | None) -> subprocess.Popen[bytes]:
-    """`precog train` in a session of its own, so that Ctrl-C reaches it once, through us; output to log.txt."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ)
-    if device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = device
-    with (run.folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "precog", "train", str(path), *run.overrides],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
-
-
-def visible_devices() -> list[str]:
-    """The GPUs to deal out among the jobs, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+def visible_devices() -> list[str | None]:
+    """Return the GPUs that the jobs may use, named as in CUDA_VISIBLE_DEVICES; empty on a CPU."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         return [name for name in listed.split(",") if name.strip()]
@@ -176,7 +165,7 @@ def visible_devices() -> list[str]:
 
 
 def current_view(config: Config) -> View:
-    """The view that all runs train on. Raises `CacheError` if it is not there or of other settings."""
+    """Read the view that all runs train on; raises `CacheError` if the view is missing or has other settings."""
     storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
     view = read_view(storage, config.data.name)
     for problem in stale_settings(config, view, *(read_recipe(storage, kind) for kind in (view.latents, view.prompts))):
@@ -184,98 +173,40 @@ def current_view(config: Config) -> View:
     return view
 
 
-def is_finished(run: SweepRun, view_hash: str) -> bool:
-    """The run folder has the export of this very config, view and base model."""
-    found = read_provenance(run.folder)
-    if (found.get(CONFIG_KEY), found.get(VIEW_KEY)) != (config_key(run.config), view_hash):
-        return False
-    transformer = present_part(run.config.model, "transformer")
-    if transformer is None:
-        return False
-    return found.get(BASE_KEY) == base_key(transformer, _base_of(transformer, transformer.marks))
-
-
-@lru_cache
-def _base_of(transformer: Part, _marks: tuple[FileMark, ...]) -> Base:
-    """Reads local weights whole, once for all runs."""
-    return identify_base(transformer, None)
-
-
-def outcome_of(run: SweepRun, code: int | None, view_hash: str) -> Outcome:
-    """Read what the run wrote; `code` is its process's exit code, if one ran now."""
+def read_row(run: SweepRun, status: str) -> Row:
+    """Read the run's metrics; `loss` is the EMA loss of the last step."""
     try:
         lines = read_metrics(run.folder)
     except DataError:
         lines = []
-    status = _ending(code) if code else "finished" if is_finished(run, view_hash) else "not finished"
-    return Outcome(
-        run,
-        status,
-        lines[-1]["step"] if lines else 0,
-        next((line["held_out_loss"] for line in reversed(lines) if "held_out_loss" in line), None),
-        next((line["base_held_out_loss"] for line in lines if "base_held_out_loss" in line), None),
-        smoothed(lines)[-1] if lines else None,
-        sum(line["seconds"] for line in lines),
-    )
+    return {
+        "run": run.name,
+        **run.values,
+        "status": status,
+        "step": lines[-1]["step"] if lines else 0,
+        "held_out_loss": next((line["held_out_loss"] for line in reversed(lines) if "held_out_loss" in line), None),
+        "base_held_out_loss": next(
+            (line["base_held_out_loss"] for line in lines if "base_held_out_loss" in line), None
+        ),
+        "loss": lines[-1]["ema_loss"] if lines else None,
+        "seconds": round(sum(line["seconds"] for line in lines), 3),
+    }
 
 
-def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
-    """One row per run, best first."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["run", *outcomes[0].run.values, "status", "step", "held_out_loss", "base_held_out_loss", "loss", "seconds"]
-    )
-    for outcome in outcomes:
-        measured = (outcome.held_out_loss, outcome.base_held_out_loss, outcome.loss)
-        shown = ["" if value is None else repr(value) for value in measured]
-        row = [outcome.run.name, *outcome.run.values.values(), outcome.status, outcome.step, *shown]
-        writer.writerow([*row, f"{outcome.seconds:.3f}"])
-    with replacing(path) as pending:
-        pending.write_text(stream.getvalue(), encoding="utf-8")
+def show_rows(rows: Sequence[Row], path: Path) -> None:
+    """Print one line per run, best first."""
+    shown = []
+    for row in rows:
+        losses = [row[name] for name in ("held_out_loss", "base_held_out_loss", "loss")]
+        held_out, base, loss = ("-" if value is None else f"{value:.5f}" for value in losses)
+        line = f"held out {held_out} (base {base}), loss {loss}, {row['step']} steps, {row['status']}"
+        shown.append((row["run"], line))
+    console.table(f"Sweep, best first; also in {path}", shown)
 
 
-def show_outcomes(outcomes: Sequence[Outcome], path: Path) -> None:
-    """The table at the end. Raises `PrecogError` if a run failed."""
-    rows: list[tuple[str, Any]] = [
-        (
-            outcome.run.name,
-            f"held out {_shown(outcome.held_out_loss)} (base {_shown(outcome.base_held_out_loss)}), "
-            f"loss {_shown(outcome.loss)}, {outcome.step} steps, {outcome.status}",
-        )
-        for outcome in outcomes
-    ]
-    console.table(f"Sweep, best first; also in {path}", rows)
-    if failed := [outcome for outcome in outcomes if outcome.status != "finished"]:
-        log = failed[0].run.folder / "log.txt"
-        raise PrecogError(
-            f"{len(failed)} of {len(outcomes)} runs did not finish, see {log}; the same command tries them again"
-        )
-
-
-def _ending(code: int) -> str:
-    """How a run's process ended; by SIGTERM itself if it came before anything was trained."""
-    if code in (Preempted.exit_code, -signal.SIGTERM):
-        return "stopped"
-    return "finished" if code == 0 else f"exit code {code}, see log.txt"
-
-
-def _rank(outcome: Outcome) -> tuple[bool, float, float]:
-    missing = float("inf")
-    held_out = missing if outcome.held_out_loss is None else outcome.held_out_loss
-    return outcome.status != "finished", held_out, missing if outcome.loss is None else outcome.loss
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.5f}"
-
-
-def _split(raw: str) -> list[str]:
-    """At the commas outside brackets and quotes."""
-    try:
-        return [_toml(value) for value in tomllib.loads(f"values = [{raw}]")["values"]]
-    except tomllib.TOMLDecodeError:
-        return [value.strip() for value in raw.split(",")]
+def _rank(row: Row) -> tuple[bool, float, float]:
+    held_out, loss = (float("inf") if row[name] is None else row[name] for name in ("held_out_loss", "loss"))
+    return row["status"] != "finished", held_out, loss
 
 
 def _toml(value: Any) -> str:

@@ -1,43 +1,45 @@
-"""Sources: the user's rows, each a video and its captions, out of four layouts, checked before anything is decoded.
+"""Sources: the user's rows, each a video and its captions, in four layouts, checked before anything is decoded.
 
 - two text files in the data root, one caption and one video per line (the diffusers script's prompts.txt, videos.txt)
 - a folder of x.mp4 + x.txt, at any depth; the whole text file is one caption, its lines joined by a space
 - a .csv, .jsonl or .parquet table, by column names
 - a folder or hub name for `datasets.load_dataset`, split "train", by column names
 
-Tables may have `start_seconds` and `end_seconds`; where a value can be a list (all but CSV), a caption may be a list of
-texts or of {"text", "weight"}. Captions lose white space at both ends. An empty caption must be explicit: a table's
-empty text is one, a blank line or an empty text file is not. Rows count from 1; a CSV's header is row 1, as in a
-spreadsheet, and a JSONL's row is its line.
+Tables may have `start_seconds` and `end_seconds`. In all but CSV a caption may be a list of texts or of {"text",
+"weight"}. Captions lose white space at both ends. An empty caption must be explicit: a table's empty text is one, a
+blank line or an empty text file is not. Rows count from 1: a CSV's header is row 1, a JSONL's row is its line.
 """
 
+import math
 import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from precompute.sources.paths import escaped, resolve_inside
+from precompute.sources.paths import escaped, expanded, resolve_inside
 from precompute.sources.tables import (
     VIDEO_SUFFIXES,
     Row,
+    RowError,
     csv_rows,
     dataset_rows,
+    find_files,
     jsonl_rows,
     listed,
     parquet_rows,
     read_text,
-    walk,
 )
 from shared.config import Data
 from shared.errors import DataError, UsageError
 
 MAX_CAPTION_BYTES = 16 * 1024
-MAX_SHOWN_PROBLEMS = 5
+MAX_SHOWN_ERRORS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """One text for a clip, `id_token` already in front, drawn in proportion to `weight`."""
+    """One text of a clip, `id_token` already in front, drawn in proportion to `weight`."""
 
     text: str
     weight: float
@@ -59,53 +61,58 @@ class Source:
 
 
 def read_sources(data: Data) -> list[Source]:
-    """Every row of the data set, in its order (a folder's by name).
+    """Return every row of the data set, in its order (a folder's by name).
 
-    Raises `DataError` in one line: the first five problems, each with its file and row, and how many more there are.
+    Raise `DataError` in one line: the first five row errors, each with its file and row, and the number of the rest.
     """
-    root = data.instance_data_root.resolve()
+    root = expanded(data.instance_data_root).resolve()
     if not root.is_dir():
         raise DataError(f"instance_data_root '{escaped(str(data.instance_data_root))}' is not a folder")
-    problems: list[str] = []
+    errors: list[RowError] = []
     sources: list[Source] = []
     try:
-        for row in _read_rows(root, data, problems):
+        for row in _read_rows(root, data):
+            if isinstance(row, RowError):
+                errors.append(row)
+                continue
             try:
                 sources.append(_check_row(row, root, data.id_token))
             except DataError as error:
-                problems.append(f"{row.where}: {error}")
+                errors.append(RowError(row.where, error))
+    except RowError as error:
+        errors.append(error)
     except OSError as error:
         raise DataError(f"'{escaped(str(error.filename))}' cannot be read: {error.strerror}") from error
-    if problems:
-        more = len(problems) - MAX_SHOWN_PROBLEMS
-        raise DataError("; ".join(problems[:MAX_SHOWN_PROBLEMS]) + (f"; and {more} more" if more > 0 else ""))
+    if errors:
+        more = len(errors) - MAX_SHOWN_ERRORS
+        raise DataError("; ".join(map(str, errors[:MAX_SHOWN_ERRORS])) + (f"; and {more} more" if more > 0 else ""))
     if not sources:
         raise DataError(f"'{escaped(data.dataset_name or str(data.instance_data_root))}' has no rows")
     return sources
 
 
-def _read_rows(root: Path, data: Data, problems: list[str]) -> Iterator[Row]:
-    """The rows of whichever layout `data` describes; rows that cannot be read go to `problems`."""
+def _read_rows(root: Path, data: Data) -> Iterator[Row | RowError]:
+    """Return the rows of the layout that `data` describes."""
     readers = {".csv": csv_rows, ".jsonl": jsonl_rows, ".parquet": parquet_rows}
-    table = Path(data.dataset_name or "")
+    table = expanded(data.dataset_name or "")
     read_table = readers.get(table.suffix.lower())
     if data.dataset_name is not None and (read_table is None or table.is_dir()):
         return dataset_rows(data.dataset_name, data)
     if data.dataset_config_name is not None:
-        raise UsageError("data.dataset_config_name is for `datasets.load_dataset`; leave it out for files")
+        raise UsageError("data.dataset_config_name: only for `datasets.load_dataset`; leave it out for files")
     if read_table is not None:
         if not table.is_file():
             hint = f"; there is '{escaped(str(root / table))}'" if (root / table).is_file() else ""
             raise DataError(f"dataset_name '{escaped(str(table))}' is not a file{hint}")
-        return read_table(table, data, problems)
+        return read_table(table, data)
 
     captions, videos = root / data.caption_column, root / data.video_column
     if captions.is_file() and videos.is_file():
         return _text_file_rows(root, data)
-    for there, missing in ((captions, videos), (videos, captions)):
-        if there.is_file():
-            raise DataError(f"'{escaped(there.name)}' is in the data root, '{escaped(missing.name)}' is not")
-    return _folder_rows(root, data, problems)
+    for present, missing in ((captions, videos), (videos, captions)):
+        if present.is_file():
+            raise DataError(f"'{escaped(present.name)}' is in the data root, '{escaped(missing.name)}' is not")
+    return _folder_rows(root, data)
 
 
 def _text_file_rows(root: Path, data: Data) -> Iterator[Row]:
@@ -118,111 +125,107 @@ def _text_file_rows(root: Path, data: Data) -> Iterator[Row]:
     if len(captions) != len(videos):
         raise DataError(
             f"{caption_file} has {len(captions)} captions, {video_file} has {len(videos)} videos; "
-            "each needs one line per clip"
+            "each must have one line per clip"
         )
     for (caption_line, caption), (video_line, video) in zip(captions, videos, strict=True):
-        yield Row(video, caption, f"{video_file} line {video_line}, {caption_file} line {caption_line}")
+        yield Row(f"{video_file} line {video_line}, {caption_file} line {caption_line}", video, caption)
 
 
-def _folder_rows(root: Path, data: Data, problems: list[str]) -> Iterator[Row]:
+def _folder_rows(root: Path, data: Data) -> Iterator[Row | RowError]:
+    files, links = find_files(root)
+    for link in links:
+        yield RowError(escaped(link), "a link to a folder is not followed; move the folder into the data root")
     videos: dict[str, list[str]] = {}
-    texts: dict[str, str] = {}
-    for name in walk(root, problems):
+    texts: dict[str, list[str]] = {}
+    for name in files:
         suffix = PurePosixPath(name).suffix
-        stem = name.removesuffix(suffix)
-        if suffix.lower() in VIDEO_SUFFIXES:
-            videos.setdefault(stem, []).append(name)
-        elif suffix.lower() == ".txt":
-            if stem in texts:
-                problems.append(f"'{escaped(texts[stem])}' and '{escaped(name)}' caption the same video")
-            texts[stem] = name
+        found = videos if suffix.lower() in VIDEO_SUFFIXES else texts if suffix.lower() == ".txt" else {}
+        found.setdefault(name.removesuffix(suffix), []).append(name)
     if not videos:
         raise DataError(
             f"the data root '{escaped(str(data.instance_data_root))}' has neither text files "
             f"'{escaped(data.caption_column)}' and '{escaped(data.video_column)}' nor videos with a .txt beside each"
         )
     for stem in sorted(videos.keys() | texts.keys()):
-        names = videos.get(stem, [])
-        if not names:
-            problems.append(f"'{escaped(texts[stem])}' has no video beside it")
-        elif stem not in texts:
-            problems.append(f"'{escaped(names[0])}' has no text file '{escaped(Path(stem).name)}.txt' beside it")
-        elif len(names) > 1:
-            problems.append(f"'{escaped(texts[stem])}' has {len(names)} videos beside it: {listed(sorted(names))}")
-        else:
-            try:
-                caption = _read_caption(root, texts[stem])
-            except DataError as error:
-                problems.append(str(error))
-                continue
-            yield Row(names[0], caption, escaped(names[0]))
+        pair = videos.get(stem, []), texts.get(stem, [])
+        where = escaped((pair[0] or pair[1])[0])
+        if [len(names) for names in pair] != [1, 1]:
+            yield RowError(where, f"expected one video and one .txt of this name, got {listed([*pair[0], *pair[1]])}")
+            continue
+        try:
+            yield Row(where, pair[0][0], _read_caption(root, pair[1][0]))
+        except DataError as error:
+            yield RowError(escaped(pair[1][0]), error)
 
 
 def _read_caption(root: Path, name: str) -> str:
-    """The text file beside a video, its lines joined; raises `DataError` where it holds no caption."""
-    where = escaped(name)
-    try:
-        path = resolve_inside(root, name)
-        size = path.stat().st_size
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
-    if size > 4 * MAX_CAPTION_BYTES:
-        raise DataError(f"{where}: {size:,} bytes are no caption; the limit is {MAX_CAPTION_BYTES:,}")
-    caption = " ".join(filter(None, map(str.strip, re.split(r"[\r\n]+", read_text(path, where)))))
+    """Read the text file of a video and join its lines; raise `DataError` if it holds no caption."""
+    path = resolve_inside(root, name)
+    if (size := path.stat().st_size) > 4 * MAX_CAPTION_BYTES:
+        raise DataError(f"is {size:,} bytes; the limit of a caption is {MAX_CAPTION_BYTES:,}")
+    caption = " ".join(filter(None, map(str.strip, re.split(r"[\r\n]+", read_text(path, escaped(name))))))
     if not caption:
-        raise DataError(f"{where}: the text file is empty; write a caption")
+        raise DataError("the text file is empty; write a caption")
     return caption
 
 
 def _check_row(row: Row, root: Path, id_token: str) -> Source:
-    """Raises `DataError` with the reason, without the row."""
-    name = _check_text(row.video, "the video's path")
+    """Return the checked row; raise `DataError` with the reason, without the row."""
+    name = _check_text(row.video, "the video's path").strip()
     path = resolve_inside(root, name)
     entries = row.caption if isinstance(row.caption, list) else [row.caption]
     if not entries:
         raise DataError("the list of captions is empty")
     captions = tuple(_check_caption(entry, id_token) for entry in entries)
-    start = None if row.start_seconds is None else _check_number(row.start_seconds, "start_seconds")
-    end = None if row.end_seconds is None else _check_number(row.end_seconds, "end_seconds")
+    start, end = _check_number(row.start_seconds, "start_seconds"), _check_number(row.end_seconds, "end_seconds")
     if start is not None and start < 0:
         raise DataError(f"start_seconds is {start:g}; it counts from the video's first frame")
     if end is not None and end <= (start or 0):
-        raise DataError(f"end_seconds is {end:g}, not after the start at {start or 0:g}")
+        raise DataError(f"end_seconds is {end:g}; it must be after the start at {start or 0:g}")
     return Source(path, Path(name).as_posix(), captions, start, end, row.where)
 
 
 def _check_caption(entry: object, id_token: str) -> Caption:
-    weight = 1.0
+    weight: float | None = None
     if isinstance(entry, dict):
         unknown = [name for name in entry if name not in ("text", "weight")]
         if unknown:
-            raise DataError(f"a caption has a field '{escaped(str(unknown[0]))}'; there are 'text' and 'weight'")
-        if entry.get("weight") is not None:
-            weight = _check_number(entry["weight"], "a caption's weight")
+            raise DataError(f"a caption has a field '{escaped(str(unknown[0]))}'; expected 'text' and 'weight'")
+        weight = _check_number(entry.get("weight"), "a caption's weight")
         entry = entry.get("text")
+    weight = 1.0 if weight is None else weight
     if weight <= 0:
         raise DataError(f"a caption's weight is {weight:g}; it must be above 0")
     text = _check_text(entry, "the caption").strip()
-    if len(text.encode()) > MAX_CAPTION_BYTES:
-        raise DataError(f"the caption has {len(text.encode()):,} bytes; the limit is {MAX_CAPTION_BYTES:,}")
+    if (size := len(text.encode())) > MAX_CAPTION_BYTES:
+        raise DataError(f"the caption has {size:,} bytes; the limit is {MAX_CAPTION_BYTES:,}")
     return Caption(f"{id_token.strip()} {text}".strip(), weight)
 
 
-def _check_text(value: object, what: str) -> str:
+def _check_text(value: object, name: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{what} is {'missing' if value is None else f'of type {type(value).__name__}'}, not text")
+        raise DataError(f"{name} is {'missing' if value is None else f'of type {type(value).__name__}'}, not text")
     if "\0" in value:
-        raise DataError(f"{what} has a NUL character")
+        raise DataError(f"{name} has a NUL character")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{what} has half a surrogate pair, which is not Unicode text") from None
+        raise DataError(f"{name} has half a surrogate pair, which is not Unicode text") from None
     return value
 
 
-def _check_number(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{what} is '{escaped(str(value))}', not a number")
-    if not -1e300 < value < 1e300:  # also false for NaN
-        raise DataError(f"{what} is not a finite number")
-    return float(value)
+def _check_number(value: object, name: str) -> float | None:
+    """Return a number or the number in a text; None for None and for an empty field of a CSV file."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError
+        number = float(value)
+    except ValueError:
+        raise DataError(f"{name} is {escaped(reprlib.repr(value))}, not a number") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise DataError(f"{name} is not a finite number")
+    return number

@@ -1,135 +1,96 @@
-"""The tables of sources: CSV, JSONL, parquet and `datasets.load_dataset`, as rows that nothing has checked yet."""
+"""Tables of sources: CSV, JSONL, parquet and `datasets.load_dataset`, read into unchecked rows."""
 
 import csv
-import difflib
 import importlib.util
 import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Never
+from typing import Never
 
-from precompute.sources.paths import escaped
+from precompute.sources.paths import escaped, expanded
 from shared.config import Data
 from shared.errors import DataError
 
 MAX_TEXT_FILE_BYTES = 1 << 30
 MAX_JSON_LINE_BYTES = 1 << 20
-MAX_JSON_DEPTH = 32
 VIDEO_SUFFIXES = {".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
-"""What a folder of videos is searched for; whether a file decodes is found out later."""
+"""Suffixes of the files that count as videos in a folder; probing finds out which of them decode."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-_JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+
+
+class RowError(DataError):
+    """A row that cannot be used; the message begins with its file and row."""
+
+    def __init__(self, where: str, reason: object) -> None:
+        super().__init__(f"{where}: {reason}")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """A row as read, nothing checked yet."""
 
+    where: str
+    """Its file and row, for messages."""
     video: object
     caption: object
-    where: str
     start_seconds: object = None
     end_seconds: object = None
 
 
-def csv_rows(table: Path, data: Data, problems: list[str]) -> Iterator[Row]:
+def csv_rows(table: Path, data: Data) -> Iterator[Row | RowError]:
+    """Yield the rows of a CSV file, whose first line names the columns; raise `DataError` if it cannot be parsed."""
     file = escaped(table.name)
-    # Strict, because the default swallows the rest of the file after a quote that is never closed.
+    # Strict, because the default takes the rest of the file for a field after a quote that is never closed.
     reader = csv.reader(io.StringIO(read_text(table, file), newline=""), strict=True)
-    header: list[str] | None = None
-    number = 0
-    while True:
-        line = reader.line_num + 1
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            if "unexpected end" in str(error):
-                raise DataError(f"{file} row {number + 1} (line {line}): a quote is opened and never closed") from None
-            raise DataError(f"{file} row {number + 1} (line {line}): {escaped(str(error))}") from None
-        if fields is None:
-            break
-        number += 1
-        if not fields:
-            continue
-        if header is None:
-            header = [name.strip() for name in fields]
-            _choose_columns(header, data, file)
-            continue
-        if len(fields) != len(header):
-            problems.append(f"{file} row {number} (line {line}): {len(fields)} fields, the header has {len(header)}")
-            continue
-        row = dict(zip(header, fields, strict=True))
-        start, end = (_csv_number(row.get(name)) for name in ("start_seconds", "end_seconds"))
-        yield Row(row[data.video_column].strip(), row[data.caption_column], f"{file} row {number}", start, end)
-    if header is None:
-        raise DataError(f"{file} is empty; its first line names the columns")
-
-
-def _csv_number(field: str | None) -> object:
-    if field is None or not field.strip():
-        return None
+    header: list[str] = []
+    number, line = 0, 1
     try:
-        return float(field)
-    except ValueError:
-        return field
+        for number, fields in enumerate(reader, start=1):
+            where, line = f"{file} row {number} (line {line})", reader.line_num + 1
+            if fields and not header:
+                header = [name.strip() for name in fields]
+                _choose_columns(header, data, file)
+            elif fields and len(fields) != len(header):
+                yield RowError(where, f"expected {len(header)} fields as in the header, got {len(fields)}")
+            elif fields:
+                yield _row(dict(zip(header, fields, strict=True)), data, f"{file} row {number}")
+    except csv.Error as error:
+        reason = "a quote is opened and never closed" if "unexpected end" in str(error) else escaped(str(error))
+        raise RowError(f"{file} row {number + 1} (line {line})", reason) from None
+    if not header:
+        raise DataError(f"{file} is empty; its first line must name the columns")
 
 
-def jsonl_rows(table: Path, data: Data, problems: list[str]) -> Iterator[Row]:
+def jsonl_rows(table: Path, data: Data) -> Iterator[Row | RowError]:
+    """Yield the rows of a file with one JSON object per line."""
     file = escaped(table.name)
     for number, line in enumerate(read_text(table, file).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{file} row {number}"
         try:
-            row = _parse_json_object(line)
+            if len(line.encode()) > MAX_JSON_LINE_BYTES:
+                raise DataError(f"the line has more than {MAX_JSON_LINE_BYTES:,} bytes")
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise DataError("not a JSON object")
             _choose_columns(list(row), data, "the object")
+            yield _row(row, data, where)
+        except json.JSONDecodeError as error:
+            yield RowError(where, f"not JSON at column {error.colno}: {escaped(error.msg)}")
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
+            yield RowError(where, f"not JSON: {escaped(str(error))}")
         except DataError as error:
-            problems.append(f"{where}: {error}")
-            continue
-        start, end = row.get("start_seconds"), row.get("end_seconds")
-        yield Row(row[data.video_column], row[data.caption_column], where, start, end)
+            yield RowError(where, error)
 
 
-def _parse_json_object(line: str) -> dict[str, object]:
-    """One line of JSON, an object; numbers are finite, keys differ, size and depth are limited before the parse."""
-    if len(line.encode()) > MAX_JSON_LINE_BYTES:
-        raise DataError(f"the line has more than {MAX_JSON_LINE_BYTES:,} bytes")
-    depth = 0
-    if line.count("[") + line.count("{") > MAX_JSON_DEPTH:
-        for bracket in re.findall(r"[\[\]{}]", _JSON_STRING.sub("", line)):
-            depth += 1 if bracket in "[{" else -1
-            if depth > MAX_JSON_DEPTH:
-                raise DataError(f"nested deeper than {MAX_JSON_DEPTH}")
-    try:
-        value = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON at column {error.colno}: {escaped(error.msg)}") from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise DataError(f"not JSON: {escaped(str(error))}") from None
-    if not isinstance(value, dict):
-        raise DataError("not a JSON object")
-    return value
-
-
-def _refuse_constant(name: str) -> Never:
-    raise DataError(f"{name} is not a JSON number")
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"field '{escaped(twice)}' is there twice")
-    return values
-
-
-def parquet_rows(table: Path, data: Data, problems: list[str]) -> Iterator[Row]:
+def parquet_rows(table: Path, data: Data) -> Iterator[Row | RowError]:
+    """Yield the rows of a parquet file; raise `DataError` if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -145,21 +106,20 @@ def parquet_rows(table: Path, data: Data, problems: list[str]) -> Iterator[Row]:
                     try:
                         row = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
                     except UnicodeDecodeError:
-                        problems.append(f"{where}: not UTF-8")
-                        continue
-                    yield _table_row(row, data, where)
+                        yield RowError(where, "not UTF-8")
+                    else:
+                        yield _row(row, data, where)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} after row {number}: not a readable parquet file: {_first_line(error)}") from error
+        raise RowError(f"{file} after row {number}", f"not a readable parquet file: {_one_line(error)}") from error
 
 
 def dataset_rows(name: str, data: Data) -> Iterator[Row]:
-    """Rows of `datasets.load_dataset`, which runs no code of the data set's (it has no such option any more)."""
-    folder = Path(name).resolve() if name and Path(name).is_dir() else None
-    if folder is not None:
-        _refuse_video_folder(folder)
-    elif Path(name).exists() or not _HUB_NAME.fullmatch(name) or _is_reader(name):
+    """Yield the rows of `datasets.load_dataset`, which runs no code of the data set; raise `DataError`."""
+    path = expanded(name)
+    folder = path.resolve() if path.is_dir() else None
+    if folder is None and (path.exists() or not _HUB_NAME.fullmatch(name) or _is_reader(name)):
         raise DataError(
-            f"dataset_name '{escaped(name)}' is no .csv, .jsonl or .parquet file, no folder and no hub name"
+            f"dataset_name '{escaped(name)}': expected a .csv, .jsonl or .parquet file, a folder or a hub name"
         )
     import datasets
 
@@ -168,8 +128,9 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
     try:
         # An absolute folder, because a bare "csv" or "json" is the name of a reader first.
         rows = datasets.load_dataset(str(folder or name), data.dataset_config_name, split="train")
-    except Exception as error:  # its readers raise whatever the libraries below them raise
-        raise DataError(f"dataset_name '{shown}': datasets.load_dataset fails: {_why(error)}") from error
+    except Exception as error:  # its readers raise the exceptions of many libraries; the cause says more
+        cause = f": {escaped(' '.join(str(error.__cause__).split()))}" if error.__cause__ else ""
+        raise DataError(f"dataset_name '{shown}': datasets.load_dataset fails: {_one_line(error)}{cause}") from error
     columns = _choose_columns(rows.column_names, data, f"'{shown}'")
     feature = rows.features[data.video_column]
     if isinstance(feature, datasets.Video | datasets.Image | datasets.Audio):
@@ -178,39 +139,24 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
             "relative to instance_data_root"
         )
     for number, row in enumerate(rows.select_columns(columns), start=1):
-        yield _table_row(row, data, f"{shown} row {number}")
+        yield _row(row, data, f"{shown} row {number}")
 
 
 def _is_reader(name: str) -> bool:
-    """Whether `datasets` has a reader of that name, which reads all such files in the working directory."""
+    """Return True for a reader of `datasets`, which would read all such files in the working directory."""
     return name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}") is not None
 
 
-def _refuse_video_folder(folder: Path) -> None:
-    """`datasets` takes a folder with videos for a VideoFolder, whatever table lies in it, and asks for `file_name`."""
-    names = list(walk(folder, []))
-    video = next((name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES), None)
-    if video is None:
-        return
-    tables = [name for name in names if Path(name).suffix.lower() in (".csv", ".jsonl", ".parquet")]
-    hint = f"set dataset_name to the table, '{escaped(str(folder / tables[0]))}'" if tables else "name a table instead"
-    raise DataError(
-        f"dataset_name '{escaped(str(folder))}' is a folder that holds videos too ('{escaped(video)}'), which "
-        f"`datasets` does not read by column names; {hint}"
-    )
-
-
-def _table_row(row: dict[str, Any], data: Data, where: str) -> Row:
-    start, end = row.get("start_seconds"), row.get("end_seconds")
-    return Row(row[data.video_column], row[data.caption_column], where, start, end)
+def _row(values: Mapping[str, object], data: Data, where: str) -> Row:
+    start, end = values.get("start_seconds"), values.get("end_seconds")
+    return Row(where, values[data.video_column], values[data.caption_column], start, end)
 
 
 def _choose_columns(names: Sequence[str], data: Data, table: str) -> list[str]:
-    """The columns of `names` that are read; raises `DataError` where a wanted one is missing or ambiguous."""
-    for wanted in (data.caption_column, data.video_column):
-        if wanted not in names:
-            nearest = sorted(names, key=lambda name: -difflib.SequenceMatcher(None, wanted, name).ratio())
-            raise DataError(f"{table} has no column '{escaped(wanted)}'; there are {listed(nearest)}")
+    """Return the columns of `names` to read; raise `DataError` where a needed one is missing or ambiguous."""
+    for needed in (data.caption_column, data.video_column):
+        if needed not in names:
+            raise DataError(f"{table} has no column '{escaped(needed)}'; there are {listed(names)}")
     chosen = {data.caption_column, data.video_column, "start_seconds", "end_seconds"}
     for name in chosen:
         if names.count(name) > 1:
@@ -218,25 +164,29 @@ def _choose_columns(names: Sequence[str], data: Data, table: str) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def walk(folder: Path, problems: list[str]) -> Iterator[str]:
-    """Names of all files below `folder`, relative, with forward slashes, sorted; hidden ones are left out."""
+def find_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the files below `folder` and its links to folders, which are not followed; hidden ones are left out.
+
+    Names are relative, with forward slashes, sorted by folder.
+    """
 
     def fail(error: OSError) -> Never:
         raise error
 
-    for parent, folders, files in os.walk(folder, onerror=fail):
+    files: list[str] = []
+    links: list[str] = []
+    for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in folders:
-            link = Path(parent, name)
-            if link.is_symlink():
-                problems.append(f"'{escaped(link.relative_to(folder).as_posix())}' is a link to a folder: not followed")
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield Path(parent, name).relative_to(folder).as_posix()
+        paths = {name: Path(parent, name) for name in [*folders, *sorted(names)] if not name.startswith(".")}
+        links += [
+            path.relative_to(folder).as_posix() for name, path in paths.items() if name in folders and path.is_symlink()
+        ]
+        files += [path.relative_to(folder).as_posix() for name, path in paths.items() if name not in folders]
+    return files, links
 
 
 def read_text(path: Path, where: str) -> str:
-    """A UTF-8 file, byte order mark dropped; raises `DataError` that names the line of bad UTF-8 or NUL."""
+    """Read a UTF-8 file without its byte order mark; raise `DataError` that names the line of bad UTF-8 or NUL."""
     if path.stat().st_size > MAX_TEXT_FILE_BYTES:
         raise DataError(f"{where} has more than {MAX_TEXT_FILE_BYTES:,} bytes")
     content = path.read_bytes()
@@ -254,15 +204,10 @@ def _line_of(content: bytes, position: int) -> int:
 
 
 def listed(names: Sequence[str]) -> str:
+    """Return the first names in quotes, and the number of the rest."""
     shown = ", ".join(f"'{escaped(name)}'" for name in names[:12]) or "none"
     return shown + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
-def _why(error: Exception) -> str:
-    """In one line, with what lies below: `datasets` says no more than that generating failed."""
-    below = error.__cause__
-    return _first_line(error) + (f": {escaped(' '.join(str(below).split()))[:200]}" if below and str(below) else "")
-
-
-def _first_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return escaped(str(error).strip().split("\n")[0]) or type(error).__name__

@@ -1,66 +1,45 @@
-"""The decoding process: one video at a time, one deadline, one memory limit.
+"""The decoding process: one video at a time, under a memory limit; `pool` starts it and kills it at its deadline.
 
-A child is spawned, imports numpy and PyAV but never torch, and serves one job at a time over its own pipe. Frames come
-back as an anonymous memory file whose descriptor travels through the pipe: the kernel frees it with its last holder, so
-a child killed at any point leaves nothing behind.
+The process imports numpy and PyAV but never torch. A request is one JSON line on a socket. The answer is one JSON line,
+and for frames and time stamps the descriptor of a memory file with the raw bytes. The kernel frees that file with its
+last holder, so a process killed at any point leaves nothing behind. It also kills the process with its parent.
 """
 
 import contextlib
+import ctypes
 import gc
-import math
+import json
 import mmap
-import multiprocessing
 import os
 import resource
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
-import time
 import traceback
-from dataclasses import dataclass
-from multiprocessing import reduction
-from multiprocessing.connection import Connection
+from array import array
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import Any
 
 import numpy as np
 
+from precompute.clip import Skipped
 from precompute.video.decode import Requested, decode
-from precompute.video.probe import BadVideo, MachineFault, Probe, Probed, probe
+from precompute.video.probe import Probe, Probed, VideoError, parse_probe, probe
 
 START_SECONDS = 120.0
+EXIT_SECONDS = 1.0
 KILL_SECONDS = 10.0
-ORPHAN_SECONDS = 2
+PR_SET_PDEATHSIG = 1
+ANSWER_BYTES = 2**20
 GIB = 2**30
 
 
-class Job(Protocol):
-    """A picklable frozen record; `run` happens in a child and may raise `BadVideo` or `MachineFault`."""
-
-    def run(self) -> "Probed | Decoded": ...
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """`frames` uint8 [F, H, W, 3] RGB as displayed, and who decoded them."""
-
-    frames: np.ndarray
-    decoder: str
-
-
-@dataclass(frozen=True)
-class ProbeJob:
-    """Probe the file at `path`."""
-
-    path: Path
-
-    def run(self) -> Probed:
-        return probe(self.path)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DecodeJob:
-    """The frames `indices` (ascending, may repeat) of a probed file, and the times they were probed at."""
+    """The frames `indices` (ascending, may repeat) of a probed file, with their probed times."""
 
     path: Path
     probe: Probe
@@ -68,161 +47,154 @@ class DecodeJob:
     timestamps_us: tuple[int, ...]
     decoder: Requested = "auto"
 
-    def run(self) -> Decoded:
-        frames, decoder = decode(self.path, self.probe, self.indices, self.timestamps_us, self.decoder)
-        return Decoded(frames, decoder)
 
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """`frames` uint8 [F, H, W, 3] RGB as displayed, and the decoder that made them."""
 
-Outcome = Probed | Decoded | BadVideo | MachineFault
-
-
-@dataclass(frozen=True)
-class _Frames:
-    """Announces a memory file: its descriptor follows in the pipe."""
-
-    shape: tuple[int, ...]
+    frames: np.ndarray
     decoder: str
 
 
-@dataclass(frozen=True)
-class _Fault:
-    """Our own fault or the machine's, not the video's."""
-
-    traceback: str
-
-
-@dataclass(frozen=True)
-class _Reply:
-    """Without an outcome: ready for the first job. `leaving`: the memory is spent, no further job is taken."""
-
-    outcome: Probed | BadVideo | MachineFault | _Frames | _Fault | None
-    seconds: float
-    leaving: bool = False
-
-
-@dataclass(frozen=True)
-class Task:
-    """A job, its number in the stream, and whether this is the second time."""
-
-    number: int
-    job: Job
-    again: bool = False
-
-
 class Child:
-    """One process and its pipe; `task` is the job it works on, `deadline` when it is to be killed."""
+    """The parent's handle of one decoding process."""
 
     def __init__(self, memory_gib: float, deadline_seconds: float) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        arguments = (theirs, memory_gib, deadline_seconds)
-        self.process = spawn.Process(target=_serve, args=arguments, name="precog-decode", daemon=True)
-        # A child inherits the mask: what schedulers and terminals send to every process is for the parent to decide.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
-        self.ready = False
-        self.task: Task | None = None
-        self.deadline = time.monotonic() + START_SECONDS
+        self.ready = self.leaves = False
+        self._deadline_seconds = deadline_seconds
+        self._socket, other_end = socket.socketpair()
+        paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # -P: a file in the working directory must not replace a module
+        command = [sys.executable, "-P", "-m", "precompute.video.child"]
+        with other_end:
+            self._process = subprocess.Popen(
+                [*command, str(other_end.fileno()), str(memory_gib)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                pass_fds=[other_end.fileno()],
+            )
 
-    def receive(self) -> tuple[Outcome | None, float, bool]:
-        """Outcome of the task or None, its seconds, and whether the child leaves.
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
-        Raises `EOFError` or `OSError` if the child is dead, `RuntimeError` for a fault of ours.
+    def run(self, job: Path | DecodeJob) -> Probed | Decoded | Skipped:
+        """Probe a path or decode a job. Set `leaves` if the process takes no further job.
+
+        Raise `TimeoutError` at the deadline, another `OSError` if the process died, `RuntimeError` for our own fault.
         """
-        reply = cast(_Reply, self.pipe.recv())
-        said = reply.outcome
-        if isinstance(said, _Fault):
-            raise RuntimeError(f"a decode process failed:\n{said.traceback}")
-        arrived = Decoded(_map_frames(self.pipe, said.shape), said.decoder) if isinstance(said, _Frames) else said
-        return arrived, reply.seconds, reply.leaving
+        if not self.ready:
+            self._receive(START_SECONDS)
+            self.ready = True
+        request = {"path": str(job)} if isinstance(job, Path) else {**asdict(job), "path": str(job.path)}
+        self._socket.settimeout(self._deadline_seconds)
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        answer, memory = self._receive(self._deadline_seconds)
+        self.leaves = answer["leaves"]
+        if "fault" in answer:
+            raise RuntimeError(f"a decode process failed:\n{answer['fault']}")
+        if "skipped" in answer:
+            return Skipped(answer["skipped"], answer["permanent"])
+        if isinstance(job, Path):
+            return Probed(parse_probe(answer["probe"]), array("q", memory[:] if memory else b""))
+        shape = (len(job.indices), job.probe.height, job.probe.width, 3)
+        return Decoded(np.frombuffer(memory or b"", np.uint8).reshape(shape), answer["decoder"])
 
-    def kill(self) -> int | None:
-        """Ends the process now and returns its exit code, negative for the signal that had ended it."""
-        self.process.kill()
-        self.process.join(KILL_SECONDS)
-        exitcode = self.process.exitcode
-        if exitcode is not None:  # else the kernel holds it in a call to a file system that does not answer
-            self.process.close()
-        self.pipe.close()
-        return exitcode
+    def _receive(self, seconds: float) -> tuple[dict[str, Any], mmap.mmap | None]:
+        """Return the answer and its mapped memory file."""
+        self._socket.settimeout(seconds)
+        line, descriptors = b"", list[int]()
+        try:
+            while not line.endswith(b"\n"):
+                part, more, _, _ = socket.recv_fds(self._socket, 2**16, 1)
+                line, descriptors = line + part, descriptors + more
+                if not part or len(line) > ANSWER_BYTES:
+                    raise ConnectionError("no answer")
+            return json.loads(line), mmap.mmap(descriptors[0], 0) if descriptors else None
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def kill(self) -> None:
+        """Kill the process and wake the thread that waits for its answer."""
+        self._process.kill()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def exit_code(self) -> int | None:
+        """Return the exit code of a process that closed its socket, negative for the signal that ended it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(EXIT_SECONDS)
+        return None
+
+    def end(self) -> None:
+        """Kill the process and free its resources."""
+        self.kill()
+        self._socket.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel holds it in a call to a dead file system
+            self._process.wait(KILL_SECONDS)
 
 
-def _map_frames(pipe: Connection, shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 `shape` over the memory file whose descriptor comes next in `pipe`; lives as long as the array."""
-    descriptor = reduction.recv_handle(pipe)
-    try:
-        memory = mmap.mmap(descriptor, math.prod(shape))
-    finally:
-        os.close(descriptor)
-    return np.frombuffer(memory, np.uint8).reshape(shape)
-
-
-def _serve(pipe: Connection, memory_gib: float, deadline_seconds: float) -> None:
-    """The child: jobs in, replies out, until the parent closes the pipe or the memory is spent."""
+def serve(connection: socket.socket, memory_gib: float) -> None:
+    """Answer requests until the parent closes the connection or the memory is used up."""
     import av  # noqa: F401  (mapped before the limit is set)
 
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _limit_memory(memory_gib)
     gc.freeze()
-    with contextlib.suppress(EOFError, OSError):  # the parent is gone
-        pipe.send(_Reply(None, 0.0))
-        leaving = False
-        while not leaving:
-            job = cast(Job, pipe.recv())
-            # The parent kills first; the kernel does it should the parent be gone.
-            signal.alarm(math.ceil(deadline_seconds) + ORPHAN_SECONDS)
-            begin = time.perf_counter()
-            memory: BinaryIO | None = None
-            too_little = f"needs more than {memory_gib:g} GiB"
-            try:
-                outcome, memory = _work(job)
-            except MemoryError:
-                outcome, leaving = BadVideo(too_little), True
-            # Some decoders say that their data are invalid where memory ends. Whoever was near leaves, so that no
-            # later job is blamed for this one.
-            if not leaving and _is_nearly_spent(memory_gib):
-                leaving = True
-                outcome = BadVideo(f"{too_little}: {outcome.reason}") if isinstance(outcome, BadVideo) else outcome
-            gc.collect()  # PyAV's decoders lie in cycles, each with its frames
-            signal.alarm(0)
-            pipe.send(_Reply(outcome, time.perf_counter() - begin, leaving))
-            if memory is not None:
-                reduction.send_handle(pipe, memory.fileno(), os.getppid())
-                memory.close()
+    connection.sendall(b"{}\n")
+    too_little = f"needs more than {memory_gib:g} GiB"
+    for line in connection.makefile("rb"):
+        content = None
+        try:
+            answer, content = _answer(json.loads(line))
+            leaves = _is_nearly_used_up(memory_gib)
+        except MemoryError:
+            answer, leaves = {"skipped": too_little, "permanent": True}, True
+        # Some decoders call their data invalid where memory ends.
+        if leaves and answer.get("permanent") and answer["skipped"] != too_little:
+            answer["skipped"] = f"{too_little}: {answer['skipped']}"
+        _send(connection, {**answer, "leaves": leaves}, content)
+        del content
+        gc.collect()  # PyAV's decoders lie in reference cycles, each with its frames
+        if leaves:  # a later job must not fail for this one's memory
+            return
 
 
-def _work(job: Job) -> tuple[Probed | BadVideo | MachineFault | _Frames | _Fault, BinaryIO | None]:
-    """Runs `job`; frames go to a memory file, beside their announcement."""
+def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], memoryview | None]:
+    """Run a request; return the answer's fields and its raw bytes, int64 time stamps or uint8 frames."""
+    path = Path(request["path"])
     try:
-        result = job.run()
-        if isinstance(result, Decoded):
-            return _Frames(result.frames.shape, result.decoder), _store_frames(result.frames)
-        return result, None
+        if "indices" not in request:
+            found = probe(path)
+            return {"probe": asdict(found.probe)}, memoryview(found.timestamps_us)
+        known = parse_probe(request["probe"])
+        frames, decoder = decode(path, known, request["indices"], request["timestamps_us"], request["decoder"])
+        return {"decoder": decoder}, np.ascontiguousarray(frames).data
+    except VideoError as error:
+        return {"skipped": error.reason, "permanent": error.permanent}, None
     except MemoryError:
         raise
-    except (BadVideo, MachineFault) as error:
-        return type(error)(error.reason), None
-    except Exception as error:
-        return _Fault("".join(traceback.format_exception(error))), None
+    except Exception:
+        return {"fault": traceback.format_exc()[-10_000:]}, None
 
 
-def _store_frames(frames: np.ndarray) -> BinaryIO:
-    """The bytes of `frames` in a file without a name, in memory where the system has such."""
-    memory: BinaryIO
-    if sys.platform == "linux":
-        memory = os.fdopen(os.memfd_create("precog-frames"), "wb")
-    else:
-        memory = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
-    memory.write(np.ascontiguousarray(frames).data)
-    memory.flush()
-    return memory
+def _send(connection: socket.socket, answer: dict[str, Any], content: memoryview | None) -> None:
+    line = json.dumps(answer).encode() + b"\n"
+    if content is None:
+        connection.sendall(line)
+        return
+    linux = sys.platform == "linux"
+    with os.fdopen(os.memfd_create("precog-frames"), "wb") if linux else tempfile.TemporaryFile() as memory:
+        memory.write(content)
+        memory.flush()
+        socket.send_fds(connection, [line], [memory.fileno()])
 
 
 def _limit_memory(memory_gib: float) -> None:
-    """Lets the process map `memory_gib` more than it does now (address space, the one limit the kernel keeps)."""
+    """Let the process map `memory_gib` more than now: address space is the one limit that the kernel enforces."""
     if sys.platform != "linux":
         return
     mapped = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * mmap.PAGESIZE
@@ -231,11 +203,16 @@ def _limit_memory(memory_gib: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def _is_nearly_spent(memory_gib: float) -> bool:
-    """Whether the process has once mapped all but an eighth of what it may: the next picture may have been too much."""
+def _is_nearly_used_up(memory_gib: float) -> bool:
+    """Return True if the peak came within an eighth of the limit: the next picture may have been too much."""
     if sys.platform != "linux":
         return False
     status = Path("/proc/self/status").read_text("ascii")
     peak_bytes = int(status.partition("VmPeak:")[2].split()[0]) * 1024
     limit_bytes, _ = resource.getrlimit(resource.RLIMIT_AS)
     return limit_bytes != resource.RLIM_INFINITY and limit_bytes - peak_bytes < memory_gib * GIB / 8
+
+
+if __name__ == "__main__":
+    with socket.socket(fileno=int(sys.argv[1])) as parent, contextlib.suppress(OSError):  # the parent may be gone
+        serve(parent, float(sys.argv[2]))

@@ -1,10 +1,9 @@
-"""A probed video file -> exact uint8 frames, or one line that says why not.
+"""A probed video file -> exact uint8 frames, or a `VideoError` with one line.
 
-PyAV is the reference and decodes in sequence, from the start or, where every frame has a packet of its own, from the
-last picture before the first wanted frame at which decoding can begin. decord decodes only where its contiguous reading
-gives the same bytes (the table in tests/precompute/test_video.py) and PyAV has found no damage, since decord hands out
-concealed frames without a word; its sampled `get_batch` returns wrong frames on open GOPs, silently, and is never
-called. Files are untrusted: decode them in a `pool`.
+PyAV is the reference. It decodes in sequence from the start, or from a keyframe before the first wanted frame if every
+frame has a packet of its own. decord decodes only where its contiguous reading gives the same bytes (the table in
+tests/precompute/video/test_probe.py) and PyAV has found no damage, since decord returns concealed frames silently. Its
+sampled `get_batch` returns wrong frames on open GOPs and is never called. Files are untrusted: decode them in a `pool`.
 """
 
 import hashlib
@@ -21,9 +20,8 @@ import numpy as np
 
 from precompute.video.probe import (
     INDEXED,
-    BadVideo,
-    MachineFault,
     Probe,
+    VideoError,
     check_frame,
     demuxer,
     displayed,
@@ -42,51 +40,54 @@ if TYPE_CHECKING:
 DECORD_CODECS = ("h264", "hevc", "mpeg4")
 DECORD_CONTAINERS = (*INDEXED, "avi")
 DECORD_PIXELS = ("yuv420p", "yuvj420p", "yuv422p", "yuv444p")
-"""decord rounds other formats' colours differently (up to 71 of 255 on 10-bit, 27 on interlaced chroma)."""
+"""decord rounds the colors of other formats differently (up to 71 of 255 on 10-bit, 27 on interlaced chroma)."""
+NOT_EXACT = "decord is not exact here"
 
 Decoder = Literal["pyav", "decord"]
 Requested = Literal["auto", "pyav", "decord"]
 
 
-class _Unproven(Exception):
-    """decord does not agree with the probe; PyAV decides."""
-
-
 def choose_decoder(probe: Probe, requested: Requested) -> Decoder:
-    """Who decodes; `auto` takes decord where it is exact and the file is known to be intact.
+    """Return the decoder; `auto` takes decord where it is exact and the file is known to be intact.
 
-    Raises `BadVideo` where decord is demanded and not exact. (PyAV is also the faster: decord converts every frame.)
+    Raise `VideoError` where decord is requested and not exact. PyAV is also faster: decord converts every frame.
     """
-    reason = _against_decord(probe)
+    proven = {
+        f"codec {probe.codec}": probe.codec in DECORD_CODECS,
+        f"container {probe.container}": probe.container in DECORD_CONTAINERS,
+        f"pixel format {probe.pixel_format}": probe.pixel_format in DECORD_PIXELS,
+        f"rotation {probe.rotation}": probe.rotation == 0,
+        "decord is not installed": importlib.util.find_spec("decord") is not None,
+    }
+    reason = next((name for name, exact in proven.items() if not exact), None)
     if requested == "decord" and reason:
-        raise BadVideo(f"decord is not exact here: {reason}")
+        raise VideoError(f"{NOT_EXACT}: {reason}")
     return "decord" if requested == "decord" or (requested == "auto" and probe.intact and not reason) else "pyav"
 
 
 def decode(
     path: Path, probe: Probe, indices: Sequence[int], timestamps_us: Sequence[int], decoder: Requested
 ) -> tuple[np.ndarray, Decoder]:
-    """The displayed frames `indices` (ascending, may repeat), probed at `timestamps_us`: uint8 [F, H, W, 3] RGB.
+    """Decode the displayed frames `indices` (ascending, may repeat) to uint8 [F, H, W, 3] RGB; return the decoder too.
 
-    Returns them with the decoder that made them; `auto` turns from decord to PyAV where decord disagrees with `probe`.
-    Stops after the last index. Raises `BadVideo`, also for a frame at another time than probed, or `MachineFault`, also
-    for another file than probed.
+    `timestamps_us` are the probed times of these frames. `auto` falls back from decord to PyAV where decord disagrees
+    with `probe`. Raise `VideoError`, permanent for a frame at another time, transient for another file than probed.
     """
     assert len(indices) > 0 and all(a <= b for a, b in pairwise(indices))
     assert indices[0] >= 0 and indices[-1] < probe.num_frames
     times = dict(zip(indices, timestamps_us, strict=True))
     with opened(path) as file, reading():
         if mark(file) != probe.mark and hashlib.file_digest(file, "sha256").hexdigest() != probe.sha256:
-            raise MachineFault("it changed after it was probed")
+            raise VideoError("it changed after it was probed", permanent=False)
         if choose_decoder(probe, decoder) == "decord":
             if not probe.intact:
                 for _ in _from_the_start(file, probe, times):
                     pass
             try:
                 return _decode_with_decord(file, path, probe, indices, times), "decord"
-            except _Unproven as error:
+            except VideoError:  # PyAV decodes where decord disagrees with the probe
                 if decoder == "decord":
-                    raise BadVideo(f"decord is not exact here: {error}") from error
+                    raise
         return _decode_with_pyav(file, probe, indices, times), "pyav"
 
 
@@ -94,18 +95,19 @@ def _decode_with_pyav(file: FileIO, probe: Probe, indices: Sequence[int], times:
     if probe.one_to_one and indices[0] > 0:
         try:
             with reading():
-                return _pictures(_from_a_keyframe(file, probe, times), probe, indices)
-        except BadVideo:
-            pass  # from the start it may yet go well, or else say what is wrong
-    return _pictures(_from_the_start(file, probe, times), probe, indices)
+                return _collect(_from_a_keyframe(file, probe, times), probe, indices)
+        except VideoError as error:
+            if not error.permanent:
+                raise
+            # decoding from the start may succeed, or gives the reason
+    return _collect(_from_the_start(file, probe, times), probe, indices)
 
 
-def _pictures(frames: Iterable[tuple[int, "VideoFrame"]], probe: Probe, indices: Sequence[int]) -> np.ndarray:
-    """`frames` are numbered; those of `indices`, as often as they stand there."""
+def _collect(pictures: Iterable[tuple[int, np.ndarray]], probe: Probe, indices: Sequence[int]) -> np.ndarray:
+    """Return the numbered pictures of `indices`, repeated as there: uint8 [F, H, W, 3]."""
     out = np.empty((len(indices), probe.height, probe.width, 3), np.uint8)
     row = 0
-    for number, frame in frames:
-        picture = _picture(frame, probe, number)
+    for number, picture in pictures:
         while row < len(indices) and number == indices[row]:
             out[row] = picture
             row += 1
@@ -113,8 +115,8 @@ def _pictures(frames: Iterable[tuple[int, "VideoFrame"]], probe: Probe, indices:
     return out
 
 
-def _from_the_start(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, "VideoFrame"]]:
-    """The frames numbered in `times`; raises `BadVideo` at one that comes at another time."""
+def _from_the_start(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the pictures numbered in `times`; raise `VideoError` at one with another time."""
     decoded, last = 0, max(times)
     with demuxer(file) as (container, stream):
         for number, frame in enumerate(displayed(container, stream)):
@@ -122,47 +124,47 @@ def _from_the_start(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Ite
             if number not in times:
                 continue
             if container.format.name != "avi" and _time(frame, probe, stream) != times[number]:
-                raise BadVideo(f"unreliable time stamps: frame {number} comes at another time than its packet says")
-            yield number, frame
+                raise VideoError(f"unreliable time stamps: frame {number} comes at another time than its packet says")
+            yield number, _picture(frame, probe, number)
             if number == last:
                 return
-    raise BadVideo(f"truncated: decoded {decoded} of {probe.num_frames} frames")
+    raise VideoError(f"truncated: decoded {decoded} of {probe.num_frames} frames")
 
 
-def _from_a_keyframe(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, "VideoFrame"]]:
-    """The same, of a file whose frames have each a packet and a time of its own, without decoding all before.
+def _from_a_keyframe(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the same pictures of a `one_to_one` file, decoding from a keyframe at or before the first of them.
 
-    Raises `BadVideo` where decoding does not begin anew at or before the first of them, or brings any at another time.
+    Raise `VideoError` where the packet found there does not start a new sequence, or a frame has another time.
     """
     waiting = iter(times.items())
     number, time = next(waiting)
     last = max(times)
-    begun = False
+    started = False
     with demuxer(file) as (container, stream):
         container.seek(probe.origin + _ticks(time, stream), stream=stream)
         for packet in container.demux(stream):
-            if not begun and not _begins_anew(packet, probe.codec, stream):
-                raise BadVideo("no keyframe where the container says")
-            begun = True
+            if not started and not _starts_sequence(packet, probe.codec, stream):
+                raise VideoError("no keyframe where the container says")
+            started = True
             for frame in packet.decode():
                 check_frame(frame, number)
                 if (now := _time(frame, probe, stream)) < time:
                     continue
                 if now > time:
-                    raise BadVideo(f"unreliable time stamps: frame {number} is not where its packet says")
-                yield number, frame
+                    raise VideoError(f"unreliable time stamps: frame {number} is not where its packet says")
+                yield number, _picture(frame, probe, number)
                 if number == last:
                     return
                 number, time = next(waiting)
-    raise BadVideo("truncated")
+    raise VideoError("truncated")
 
 
-def _begins_anew(packet: "Packet[VideoStream]", codec: str, stream: "VideoStream") -> bool:
-    """Whether no picture from this one on, in the order of display, refers to one before it.
+def _starts_sequence(packet: "Packet[VideoStream]", codec: str, stream: "VideoStream") -> bool:
+    """Return True if no picture from this one on, in display order, refers to an earlier one.
 
     A container may call any picture a keyframe. Decoders of VP9 and AV1 refuse a missing reference, but those of H.264
-    and HEVC make one up: here it has to be an IDR (Rec. ITU-T H.264, 7.4.1.2.4) or IRAP picture (H.265, 7.4.2.2). The
-    boxes avcC and hvcC (ISO 14496-15) say how many bytes the length of each NAL unit has.
+    and HEVC conceal it: there the packet must hold an IDR (Rec. ITU-T H.264, 7.4.1.2.4) or IRAP picture (H.265,
+    7.4.2.2). The boxes avcC and hvcC (ISO 14496-15) give the number of bytes of each NAL unit's length.
     """
     if not packet.is_keyframe:
         return False
@@ -183,27 +185,27 @@ def _begins_anew(packet: "Packet[VideoStream]", codec: str, stream: "VideoStream
 
 
 def _time(frame: "VideoFrame", probe: Probe, stream: "VideoStream") -> int:
-    """Microseconds since the first displayed frame."""
+    """Return microseconds since the first displayed frame."""
     if frame.pts is None or stream.time_base is None:
-        raise BadVideo("a frame has no time stamp")
+        raise VideoError("a frame has no time stamp")
     return microseconds(frame.pts - probe.origin, stream.time_base)
 
 
 def _ticks(time_us: int, stream: "VideoStream") -> int:
-    """A time in the stream's time base, to the nearest tick."""
+    """Return a time in the stream's time base, rounded to the nearest tick."""
     assert stream.time_base is not None
     return round(Fraction(time_us, 1_000_000) / stream.time_base)
 
 
 def _picture(frame: "VideoFrame", probe: Probe, number: int) -> np.ndarray:
-    """uint8 [H, W, 3] RGB, turned as displayed."""
+    """Convert a frame to uint8 [H, W, 3] RGB, rotated as displayed."""
     if rotation(frame) != probe.rotation:
-        raise BadVideo(f"the rotation changes: at frame {number}")
-    # One thread: a converter that is not collected yet would keep its threads, and their stacks count as memory.
+        raise VideoError(f"the rotation changes: at frame {number}")
+    # One thread: a converter that is not collected yet keeps its threads, and their stacks count as memory.
     stored = frame.reformat(format="rgb24", threads=1).to_ndarray()
     picture = np.rot90(stored, probe.rotation // 90)
     if picture.shape[:2] != (probe.height, probe.width):
-        raise BadVideo(f"the frame size changes: at frame {number}")
+        raise VideoError(f"the frame size changes: at frame {number}")
     return picture
 
 
@@ -216,32 +218,19 @@ def _decode_with_decord(
     try:
         reader = decord.VideoReader(str(same_file if same_file.exists() else path), ctx=decord.cpu(0), num_threads=1)
         if len(reader) != probe.num_frames:
-            raise _Unproven(f"it counts {len(reader)} frames, PyAV {probe.num_frames}")
+            raise VideoError(f"{NOT_EXACT}: it counts {len(reader)} frames, PyAV {probe.num_frames}")
         starts = reader.get_frame_timestamp(range(len(reader)))[:, 0] * 1e6
         if any(abs(starts[number] - starts[0] - time) > 1000 for number, time in times.items()):
-            raise _Unproven("it gives the frames other times than PyAV")
-        out = np.empty((len(indices), probe.height, probe.width, 3), np.uint8)
-        row = 0
-        for number in range(indices[-1] + 1):
-            frame = reader.next()
-            if frame.shape != out.shape[1:]:
-                raise _Unproven(f"it gives frame {number} the shape {frame.shape}")
-            while row < len(indices) and number == indices[row]:
-                out[row] = frame.asnumpy()
-                row += 1
+            raise VideoError(f"{NOT_EXACT}: its frame times differ from PyAV's")
+        return _collect(_decord_pictures(reader, probe, times), probe, indices)
     except (decord.DECORDError, RuntimeError, StopIteration) as error:
-        raise _Unproven(str(error).partition("\n")[0]) from error
-    return out
+        raise VideoError(f"{NOT_EXACT}: {str(error).partition(chr(10))[0]}") from error
 
 
-def _against_decord(probe: Probe) -> str | None:
-    """Why decord is not proven exact for this file, or None."""
-    for what, value, proven in (
-        ("codec", probe.codec, DECORD_CODECS),
-        ("container", probe.container, DECORD_CONTAINERS),
-        ("pixel format", probe.pixel_format, DECORD_PIXELS),
-        ("rotation", probe.rotation, (0,)),
-    ):
-        if value not in proven:
-            return f"{what} {value}"
-    return None if importlib.util.find_spec("decord") else "decord is not installed"
+def _decord_pictures(reader: Any, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    for number in range(max(times) + 1):
+        frame = reader.next()
+        if frame.shape != (probe.height, probe.width, 3):
+            raise VideoError(f"{NOT_EXACT}: its frame {number} has the shape {frame.shape}")
+        if number in times:
+            yield number, frame.asnumpy()

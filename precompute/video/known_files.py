@@ -1,98 +1,98 @@
-"""What files hold, remembered from run to run: an opt-in, so that a start need not read the whole data set again.
+"""Probes of files, kept from run to run in one SQLite database per user: an opt-in against reading all data again.
 
-One file of JSON lines in the user's cache folder, since marks belong to a machine. A file is known by its mark: other
-bytes under the same device, inode, size and times would be missed. A line that is damaged, or written by another
-version of what reads files, is no line.
+A file is known by its mark: other bytes under the same device, inode, size and times would be missed.
 """
 
+import hashlib
 import json
-import stat
+import sqlite3
 import zlib
 from array import array
-from base64 import b64decode, b64encode
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
-from precompute.video.probe import MAX_FRAMES, FileMark, Probe, Probed, mark_of
-from shared.cache.storage import LocalStorage, user_folder
-from shared.fingerprint import key_of
+from precompute.video.probe import FileMark, Probed, mark_of, parse_probe
+from shared.cache.storage import user_folder
+from shared.console import say
 
-FILE = "files.jsonl"
-FILE_BYTES = 512 * 2**20
-"""The oldest lines go when there are more: about a million files of ten seconds."""
-LINE_BYTES = 2**20
-READER = f"1 av {version('av')}"
-"""Names what `probe` finds out and how; changing that means changing the name."""
+FILE = "files.sqlite"
+MAX_FILES = 1_000_000
+LOCKED_SECONDS = 30.0
+UNUSABLE = tuple(f"SQLITE_{name}" for name in ("BUSY", "CANTOPEN", "FULL", "IOERR", "LOCKED", "PERM", "READONLY"))
+"""SQLite's names of the errors that do not mean damage."""
+READER = f"2 av {version('av')}"
+"""Names the facts that `probe` finds and the way it finds them; a change of either needs another name."""
 
 
-class Remembered:
-    """The lines of one file, by mark; read when made, written by `save`."""
+class KnownFiles:
+    """The database. A failure costs a warning and no work; a damaged database is replaced by an empty one."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder or user_folder()
-        self._lines = dict(_read(self._folder / FILE))
-        self._new: dict[FileMark, bytes] = {}
+        self._path = (folder or user_folder()) / FILE
+        self._new: dict[str, bytes] = {}
+        self._database: sqlite3.Connection | None = None
+        with self._warning_on_failure():
+            self._database = self._connect()
 
-    def mark(self, path: Path) -> FileMark | None:
-        """The mark that the file at `path` has now, if it is known by it."""
+    def find(self, path: Path) -> Probed | None:
+        """Return the content of the file at `path`, None unless a file with its present mark was saved."""
         try:
-            status = path.stat()
-        except OSError:  # whoever reads it will say so
+            name = _name(mark_of(path.stat()))
+        except OSError:  # the probe gives the reason
             return None
-        found = mark_of(status)
-        return found if stat.S_ISREG(status.st_mode) and found in self._lines else None
-
-    def probed(self, mark: FileMark) -> Probed:
-        """What the file of that mark holds."""
-        found = _parse(self._lines[mark])
-        assert found is not None, "lines are checked when they are read"
-        return found
+        found: list[tuple[bytes]] = []
+        with self._warning_on_failure():
+            if self._database:
+                statement = "SELECT CAST(content AS BLOB) FROM files WHERE mark = ?"
+                found = self._database.execute(statement, (name,)).fetchall()
+        content = found[0][0] if found else b""
+        if content[:32] != _digest(content[32:]):
+            return None
+        fields, steps = json.loads(zlib.decompress(content[32:]))
+        return Probed(parse_probe(fields), array("q", accumulate(steps)))
 
     def add(self, found: Probed) -> None:
-        """Remember it; nothing is written yet."""
-        line = _line(found)
-        if len(line) <= LINE_BYTES:
-            self._new[found.probe.mark] = line
+        """Keep a probe for `save`."""
+        steps = [later - earlier for earlier, later in pairwise([0, *found.timestamps_us])]
+        content = zlib.compress(json.dumps([asdict(found.probe), steps]).encode())
+        self._new[_name(found.probe.mark)] = _digest(content) + content
 
     def save(self) -> None:
-        """Write what is new beside what others have written meanwhile; raises as `LocalStorage.publish`."""
-        if self._new:
-            lines = list((dict(_read(self._folder / FILE)) | self._new).values())
-            too_many = sum(size > FILE_BYTES for size in accumulate(len(line) for line in reversed(lines)))
-            LocalStorage(str(self._folder)).publish(FILE, b"".join(lines[too_many:]), replace=True)
+        """Write the added probes, drop the oldest beyond `MAX_FILES` and close the database."""
+        with self._warning_on_failure():
+            if self._database:
+                with self._database as writing:
+                    writing.executemany("INSERT OR REPLACE INTO files VALUES (?, ?)", self._new.items())
+                    oldest = "DELETE FROM files WHERE rowid <= (SELECT max(rowid) FROM files) - ?"
+                    writing.execute(oldest, (MAX_FILES,))
+        if self._database:
+            self._database.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(self._path, timeout=LOCKED_SECONDS)
+        database.execute("CREATE TABLE IF NOT EXISTS files (mark TEXT PRIMARY KEY, content BLOB)")
+        return database
+
+    @contextmanager
+    def _warning_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
+            say(f"warning: precompute.remember_files: {self._path}: {error}; files are read again")
+            self._database = None
+            if not isinstance(error, OSError) and not getattr(error, "sqlite_errorname", "").startswith(UNUSABLE):
+                self._path.unlink(missing_ok=True)
+                self._database = self._connect()
 
 
-def _read(file: Path) -> Iterator[tuple[FileMark, bytes]]:
-    if not file.is_file():
-        return
-    with file.open("rb") as stream:
-        for line in iter(lambda: stream.readline(LINE_BYTES + 1), b""):
-            found = _parse(line)
-            if found is not None:
-                yield found.probe.mark, line
+def _name(mark: FileMark) -> str:
+    return " ".join(map(str, mark))
 
 
-def _line(found: Probed) -> bytes:
-    steps = array("q", (later - earlier for earlier, later in pairwise([0, *found.timestamps_us])))
-    body: dict[str, Any] = {
-        "probe": asdict(found.probe),
-        "steps": b64encode(zlib.compress(steps.tobytes())).decode("ascii"),
-    }
-    return json.dumps({"body": body, "check": key_of([READER, body])}).encode() + b"\n"
-
-
-def _parse(line: bytes) -> Probed | None:
-    """None for a line that is not as it was written."""
-    try:
-        entry: dict[str, Any] = json.loads(line)
-        body = entry["body"]
-        if entry["check"] != key_of([READER, body]):
-            return None
-        steps = array("q", zlib.decompressobj().decompress(b64decode(body["steps"]), 8 * MAX_FRAMES))
-        return Probed(Probe(**{**body["probe"], "mark": tuple(body["probe"]["mark"])}), array("q", accumulate(steps)))
-    except (ValueError, KeyError, TypeError, RecursionError, zlib.error):
-        return None
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(READER.encode() + content).digest()

@@ -1,4 +1,4 @@
-"""Decoded frames to what the VAE eats: resized, cropped, mirrored and normalized on the encode device."""
+"""Decoded frames -> VAE input: resized, cropped, mirrored and normalized on the encode device."""
 
 from typing import Literal
 
@@ -9,16 +9,16 @@ from shared import seeding
 from shared.model.geometry import Bucket
 
 TRANSFORM = "bicubic-antialias-1"
-"""Names this file's arithmetic; part of the recipe, so changing the arithmetic means changing the name."""
+"""Names this file's arithmetic in the recipe; a change of the arithmetic needs another name."""
 
 Mode = Literal["center", "random", "letterbox"]
 
 
 def to_clip(frames: torch.Tensor, bucket: Bucket, *, mode: Mode, flip: bool, crop_seed: str) -> torch.Tensor:
-    """uint8 [F,H,W,3] -> float32 [3,F,H,W] of the bucket's size, in about [-1, 1].
+    """Resize, crop and normalize uint8 [F,H,W,3] to float32 [3,F,H,W] of the bucket's size, in about [-1, 1].
 
-    Resize is antialiased bicubic so that the frame covers the bucket (fits into it for letterbox); like the reference
-    script's, its overshoot is not clamped. `crop_seed` places a random crop.
+    An antialiased bicubic resize makes the frame cover the bucket (fit into it for letterbox). Its overshoot is not
+    clamped, as in the reference script. `crop_seed` places a random crop.
     """
     pixels = frames.permute(0, 3, 1, 2).float()
     height, width = scaled_size(pixels.shape[2], pixels.shape[3], bucket, mode)
@@ -38,7 +38,7 @@ def to_clip(frames: torch.Tensor, bucket: Bucket, *, mode: Mode, flip: bool, cro
 
 
 def scaled_size(height: int, width: int, bucket: Bucket, mode: Mode) -> tuple[int, int]:
-    """The size that keeps the aspect ratio and covers the bucket (or, for letterbox, fits into it)."""
+    """Return the size that keeps the aspect ratio and covers the bucket (fits into it for letterbox)."""
     covers_by_height = bucket.height * width >= bucket.width * height
     if covers_by_height == (mode != "letterbox"):
         return bucket.height, _nearest(width * bucket.height, height)
@@ -46,7 +46,7 @@ def scaled_size(height: int, width: int, bucket: Bucket, mode: Mode) -> tuple[in
 
 
 def crop_offset(height: int, width: int, bucket: Bucket, mode: Mode, seed: str) -> tuple[int, int]:
-    """Top and left of the crop."""
+    """Return top and left of the crop."""
     top_room, left_room = height - bucket.height, width - bucket.width
     if mode == "random":
         draw = seeding.generator("crop", seed)
@@ -55,5 +55,5 @@ def crop_offset(height: int, width: int, bucket: Bucket, mode: Mode, seed: str) 
 
 
 def _nearest(numerator: int, denominator: int) -> int:
-    """Division rounded to the nearest integer, at least 1."""
+    """Divide, rounded to the nearest integer and at least 1."""
     return max(1, (2 * numerator + denominator) // (2 * denominator))

@@ -1,30 +1,30 @@
-"""The decoding processes together: untrusted videos in, outcomes in order, whatever becomes of a process."""
+"""The pool of decoding processes: untrusted videos in, outcomes in order, whatever happens to a process."""
 
-import math
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from multiprocessing import connection
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import cast
 
-from precompute.video.child import Child, Decoded, DecodeJob, Job, Outcome, ProbeJob, Task
-from precompute.video.probe import BadVideo, MachineFault, Probed
+from precompute.clip import Skipped
+from precompute.video.child import Child, Decoded, DecodeJob
+from precompute.video.probe import Probed
+from shared.signals import SIGNALS
 
-MAX_FAILED_STARTS = 5
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
-"""Signals that a decoder brings upon itself; any other comes from outside, such as the kernel's for want of memory."""
+"""Signals that a decoder causes itself; any other comes from outside, such as the kernel's when memory runs out."""
+
+Outcome = Probed | Decoded | Skipped
 
 
 class DecodePool:
-    """Up to `workers` children; a context manager, and used for one stream of jobs at a time.
+    """Up to `workers` decoding processes, each driven by one thread; a context manager that kills them on exit.
 
-    Results come in the order of the jobs. A job past its deadline, or whose child crashes, gives one `BadVideo`, and a
-    new child takes over. What fails by no fault of the video's is tried once more before it is given as a
-    `MachineFault`. The pool moves only while its iterator is advanced: run it in a thread to overlap other work.
+    Outcomes come in the order of the jobs. A job past its deadline, or whose process crashes, is skipped for good. A
+    transient failure is retried once. Jobs run ahead while the consumer is busy.
     """
 
     def __init__(self, *, workers: int, deadline_seconds: float, memory_gib: float) -> None:
@@ -32,133 +32,101 @@ class DecodePool:
         self._workers = workers
         self._deadline_seconds = deadline_seconds
         self._memory_gib = memory_gib
-        self._children: list[Child] = []
-        self._waiting: deque[Task] = deque()
-        self._outcomes: dict[int, Outcome] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._children: set[Child] = set()
+        self._idle: list[Child] = []
         self._busy_seconds = 0.0
-        self._failed_starts = 0
+        # Blocked signals reach the main thread at once, and never a process started by these threads: schedulers and
+        # terminals send them to every process.
+        self._threads = ThreadPoolExecutor(
+            workers, "decode", initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, SIGNALS)
+        )
 
     def __enter__(self) -> "DecodePool":
-        self._restock()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        while self._children:
-            self._children.pop().kill()
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._closed = True
+            for child in self._children:
+                child.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for child in self._children:
+            child.end()
 
-    def probe_all(self, paths: Iterable[Path]) -> Iterator[Probed | BadVideo | MachineFault]:
-        """One outcome per path, in order."""
-        return cast("Iterator[Probed | BadVideo | MachineFault]", self._run(ProbeJob(path) for path in paths))
+    def probe_all(self, paths: Iterable[Path]) -> Iterator[Probed | Skipped]:
+        """Yield one outcome per path, in order."""
+        return cast("Iterator[Probed | Skipped]", self._run(paths, 0))
 
-    def decode_all(self, jobs: Iterable[DecodeJob]) -> Iterator[Decoded | BadVideo | MachineFault]:
-        """One outcome per job, in order; at most 2 * workers jobs are taken ahead of the consumer."""
-        return cast("Iterator[Decoded | BadVideo | MachineFault]", self._run(jobs))
+    def decode_all(self, jobs: Iterable[DecodeJob], ahead: int = 0) -> Iterator[Decoded | Skipped]:
+        """Yield one outcome per job, in order; take at most max(ahead, 2 * workers) jobs ahead of the consumer."""
+        return cast("Iterator[Decoded | Skipped]", self._run(jobs, ahead))
 
     def busy_seconds(self) -> float:
-        """Seconds that children spent on jobs, summed."""
+        """Return the seconds spent on jobs, summed over the processes."""
         return self._busy_seconds
 
-    def _run(self, jobs: Iterable[Job]) -> Iterator[Outcome]:
-        assert not self._outcomes and not any(child.task for child in self._children)
-        remaining = iter(jobs)
-        taken = given = 0
-        exhausted = False
+    def _run(self, jobs: Iterable[Path | DecodeJob], ahead: int) -> Iterator[Outcome]:
+        pending: deque[Future[Outcome]] = deque()
+        for job in jobs:
+            pending.append(self._threads.submit(self._work, job))
+            if len(pending) >= max(ahead, 2 * self._workers):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def _work(self, job: Path | DecodeJob) -> Outcome:
+        outcome = self._attempt(job)
+        return self._attempt(job) if isinstance(outcome, Skipped) and not outcome.permanent else outcome
+
+    def _attempt(self, job: Path | DecodeJob) -> Outcome:
+        child = self._take_child()
+        started = time.perf_counter()
+        reusable = False
         try:
-            while True:
-                self._collect(blocking=False)
-                while not exhausted and taken < given + 2 * self._workers:
-                    job = next(remaining, None)
-                    exhausted = job is None
-                    if job is not None:
-                        self._waiting.append(Task(taken, job))
-                        taken += 1
-                self._dispatch()
-                if given in self._outcomes:
-                    yield self._outcomes.pop(given)
-                    given += 1
-                elif exhausted and given == taken:
-                    return
-                else:
-                    self._collect(blocking=True)
+            outcome = child.run(job)
+            reusable = not child.leaves
+            return outcome
+        except TimeoutError:
+            if not child.ready:
+                return Skipped("its decoder does not start", permanent=False)
+            return Skipped(f"timed out after {self._deadline_seconds:g} s")
+        except OSError:
+            return _cause_of_death(child)
         finally:
-            self._waiting.clear()
-            self._outcomes.clear()
-            for child in [child for child in self._children if child.task]:
-                self._drop(child)
+            with self._lock:
+                self._busy_seconds += time.perf_counter() - started
+                if reusable:
+                    self._idle.append(child)
+                else:
+                    self._children.remove(child)
+            if not reusable:
+                child.end()
 
-    def _restock(self) -> None:
-        while len(self._children) < self._workers:
-            self._children.append(Child(self._memory_gib, self._deadline_seconds))
+    def _take_child(self) -> Child:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the pool is closed")
+            while self._idle:
+                child = self._idle.pop()
+                if child.alive:
+                    return child
+                self._children.remove(child)
+                child.end()
+            child = Child(self._memory_gib, self._deadline_seconds)
+            self._children.add(child)
+            return child
 
-    def _drop(self, child: Child) -> int | None:
-        self._children.remove(child)
-        return child.kill()
 
-    def _dispatch(self) -> None:
-        """Gives waiting jobs to idle children."""
-        self._restock()
-        for child in [child for child in self._children if child.ready and child.task is None]:
-            if not self._waiting:
-                return
-            try:
-                child.pipe.send(self._waiting[0].job)
-            except OSError:  # it died while idle; no job is lost
-                self._drop(child)
-                continue
-            child.task = self._waiting.popleft()
-            child.deadline = time.monotonic() + self._deadline_seconds
-
-    def _collect(self, *, blocking: bool) -> None:
-        """Takes what children have sent, then kills those past their deadline; blocking, sleeps until either comes."""
-        timeout: float | None = 0.0
-        if blocking:
-            soonest = min((child.deadline for child in self._children), default=0.0)
-            timeout = None if soonest == math.inf else max(0.0, soonest - time.monotonic())
-        readable = connection.wait([child.pipe for child in self._children], timeout)
-        for child in [child for child in self._children if child.pipe in readable]:
-            try:
-                self._receive(child)
-            except (EOFError, OSError):
-                self._bury(child)
-        now = time.monotonic()
-        for child in [child for child in self._children if child.deadline <= now and not child.pipe.poll()]:
-            self._bury(child, f"timed out after {self._deadline_seconds:g} s")
-
-    def _receive(self, child: Child) -> None:
-        outcome, seconds, leaving = child.receive()
-        if child.task is not None and outcome is not None:
-            self._busy_seconds += seconds
-            self._settle(child.task, outcome)
-        child.ready, child.task, child.deadline = True, None, math.inf
-        self._failed_starts = 0
-        if leaving:
-            self._drop(child)
-
-    def _settle(self, task: Task, outcome: Outcome) -> None:
-        """Keeps the outcome for its turn, or puts the job in front once more."""
-        if isinstance(outcome, MachineFault) and not task.again:
-            self._waiting.appendleft(replace(task, again=True))
-        else:
-            self._outcomes[task.number] = outcome
-
-    def _bury(self, child: Child, reason: str | None = None) -> None:
-        """Removes a child that is late (`reason` says so) or dead, and says of the job it worked on what it died of."""
-        task, ready = child.task, child.ready
-        if task:
-            self._busy_seconds += self._deadline_seconds - max(0.0, child.deadline - time.monotonic())
-        exitcode = self._drop(child)
-        killer = signal.Signals(-exitcode) if exitcode is not None and exitcode < 0 else None
-        cause = killer.name if killer else f"exit code {exitcode}"
-        if killer == signal.SIGALRM:
-            reason = f"timed out after {self._deadline_seconds:g} s"
-        self._failed_starts += not ready
-        if self._failed_starts > MAX_FAILED_STARTS:
-            raise RuntimeError(f"decode processes end before their first job ({reason or cause})")
-        if not task:
-            return
-        if reason or killer is None or killer in CRASHES:
-            self._settle(task, BadVideo(reason or f"decoder died ({cause})"))
-        else:
-            self._settle(task, MachineFault(f"its decoder was killed ({cause})"))
+def _cause_of_death(child: Child) -> Skipped:
+    """Return the outcome of a job whose process died; raise `RuntimeError` if it exited before its first job."""
+    exit_code = child.exit_code()
+    if exit_code is None or exit_code >= 0:
+        if not child.ready:
+            raise RuntimeError(f"a decode process does not start (exit code {exit_code})")
+        return Skipped(f"decoder died (exit code {exit_code})")
+    killer = signal.Signals(-exit_code)
+    if killer in CRASHES:
+        return Skipped(f"decoder died ({killer.name})")
+    return Skipped(f"its decoder was killed ({killer.name})", permanent=False)

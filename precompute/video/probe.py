@@ -1,7 +1,6 @@
-"""A video file -> what it holds: its hash, its shape and the time of every frame; or one line that says why not.
+"""A video file -> its hash, its shape and the time of every frame; or a `VideoError` with one line.
 
-Here is also the one way in which a file is opened and demuxed, by PyAV, for `decode` too. Files are untrusted: read
-them in a `pool`.
+`decode` opens and demuxes files through this module too. Files are untrusted: read them in a `pool`.
 """
 
 import errno
@@ -9,7 +8,7 @@ import hashlib
 import os
 import stat
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,55 +29,48 @@ MAX_FRAMES = 100_000
 FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "asf", "gif")
 IMAGE_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe")
 INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-"""Containers that give every packet its presentation time and hold one displayed frame per packet of `ONE_TO_ONE`."""
+"""Containers with a presentation time on every packet, and one displayed frame per packet of a `ONE_TO_ONE` codec."""
 ONE_TO_ONE = ("h264", "hevc", "vp9", "av1")
 BAD_NAMES = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
-"""What opening says of a file that nobody will ever read: links in a circle, a name too long, a socket."""
+"""Permanent failures of `open`: links in a circle, a name too long, a socket."""
 MIRRORED = (2, 4, 5, 7)
-"""EXIF orientations (CIPA DC-008, 4.6.6) that turn an image over."""
-NO_TURN = "its display matrix is no quarter turn"
+"""EXIF orientations (CIPA DC-008, 4.6.6) that mirror an image."""
+NOT_A_ROTATION = "its display matrix is not a rotation by quarter turns"
 
 FileMark = tuple[int, int, int, int, int]
-"""Device, inode, size in bytes, and the times of the last change of bytes and of anything, in nanoseconds."""
+"""Device, inode, size in bytes, mtime and ctime in nanoseconds."""
 
 
-class _OneLine(Exception):
-    """`reason` is one short line."""
+class VideoError(Exception):
+    """A file without exact frames; `reason` is one short line, and reports count reasons up to the first colon.
 
-    def __init__(self, reason: str) -> None:
+    Permanent: the file is bad for every reader. Otherwise transient: it vanished, changed or could not be read.
+    """
+
+    def __init__(self, reason: str, *, permanent: bool = True) -> None:
         super().__init__(" ".join(reason.split())[:200])
+        self.permanent = permanent
 
     @property
     def reason(self) -> str:
         return str(self.args[0])
 
 
-class BadVideo(_OneLine):
-    """A file that gives no exact frames: so it is for every reader, until the file is another.
-
-    Reports count reasons up to the first colon, so what differs from file to file comes after it.
-    """
-
-
-class MachineFault(_OneLine):
-    """A file that was not to be had this time: it vanished, changed while it was read, or reading failed."""
-
-
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a video file holds, found by demuxing, or by decoding where packets do not tell the displayed frames."""
+    """The content of a video file, found by demuxing, or by decoding where packets do not give the displayed frames."""
 
     sha256: str
-    """Of the file's bytes, read through the descriptor that was probed."""
+    """Of the file's bytes, read through the probed descriptor."""
     mark: FileMark
-    """Of that descriptor; the same mark means the same bytes."""
+    """Of that descriptor; an equal mark means equal bytes."""
     num_frames: int
-    """As displayed."""
+    """Displayed frames."""
     origin: int
     """Presentation time of the first displayed frame, in the stream's time base."""
     height: int
     width: int
-    """As displayed, after `rotation`; pixels are taken as square."""
+    """As displayed, after `rotation`; pixels count as square."""
     rotation: int
     """0, 90, 180 or 270 degrees counter-clockwise from stored to displayed (FFmpeg's display matrix)."""
     codec: str
@@ -87,22 +79,27 @@ class Probe:
     pixel_format: str = ""
     """FFmpeg's name, followed by ` interlaced` where the first frame is."""
     intact: bool = False
-    """Whether probing decoded every frame and found none damaged; else only packets were counted."""
+    """True if probing decoded every frame and found none damaged, False if it only counted packets."""
     one_to_one: bool = False
-    """Whether every displayed frame has one packet and a time of its own."""
+    """True if every displayed frame has one packet and a time of its own."""
+
+
+def parse_probe(fields: Mapping[str, Any]) -> Probe:
+    """Return the probe whose `asdict` went through JSON."""
+    return Probe(**{**fields, "mark": tuple(fields["mark"])})
 
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """A probe and what is needed once, to cut windows: 8 bytes a frame."""
+    """A probe with the time stamps that window cutting needs once, 8 bytes per frame."""
 
     probe: Probe
     timestamps_us: "array[int]"
-    """Presentation time of every displayed frame, ascending, the first 0, in whole microseconds."""
+    """Presentation times of the displayed frames in microseconds, ascending from 0."""
 
 
 def probe(path: Path) -> Probed:
-    """Hash, count and time the frames of the file at `path`; raises `BadVideo` or `MachineFault`."""
+    """Hash the file at `path`, count its frames and read their times; raise `VideoError`."""
     with opened(path) as file, reading():
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         with demuxer(file) as (container, stream):
@@ -116,7 +113,7 @@ def probe(path: Path) -> Probed:
             with demuxer(file) as (container, stream):
                 times, first = _times_of_frames(container, stream)
         if first is None or not times or base is None:
-            raise BadVideo("no frame can be decoded")
+            raise VideoError("no frame can be decoded")
         turned = rotation(first)
         height, width = (first.width, first.height) if turned % 180 else (first.height, first.width)
         found = Probe(
@@ -138,64 +135,64 @@ def probe(path: Path) -> Probed:
 
 @contextmanager
 def opened(path: Path) -> Iterator[FileIO]:
-    """The regular file at `path`, opened once; everything after reads this descriptor.
+    """Open the regular file at `path` once; all reading goes through this descriptor.
 
-    Whatever was read of a file that changed meanwhile counts for nothing: that is a `MachineFault`.
+    Raise `VideoError`; a file that changed while it was read is a transient failure.
     """
     try:
         # Without O_NONBLOCK a FIFO would wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except ValueError as error:
-        raise BadVideo(f"cannot open: {error}") from error
+        raise VideoError(f"cannot open: {error}") from error
     except OSError as error:
-        kind = BadVideo if error.errno in BAD_NAMES else MachineFault
-        raise kind(f"cannot open: {error.strerror}") from error
+        raise VideoError(f"cannot open: {error.strerror}", permanent=error.errno in BAD_NAMES) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise BadVideo("not a regular file")
+            raise VideoError("not a regular file")
         file = FileIO(descriptor, closefd=False)
         before = mark(file)
         try:
             yield file
         finally:
             if mark(file) != before:
-                raise MachineFault("it changed while it was read")
+                raise VideoError("it changed while it was read", permanent=False)
     finally:
         os.close(descriptor)
 
 
 def mark(file: FileIO) -> FileMark:
-    """Of an open file, as it is now."""
+    """Return the present mark of an open file."""
     return mark_of(os.fstat(file.fileno()))
 
 
 def mark_of(status: os.stat_result) -> FileMark:
+    """Return the mark that a file with this status has."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Turns what readers raise on damaged files into `BadVideo`, and what the file system raises into `MachineFault`.
+    """Convert what readers raise into `VideoError`: permanent for damaged files, transient for the file system.
 
-    Any type may come (mutated files raised ten of them, AttributeError too); those that tell of ourselves stay.
+    Mutated files raised ten exception types, AttributeError among them. Exceptions about our own code pass through.
     """
     import av
 
     try:
         yield
-    except (_OneLine, MemoryError, ImportError, AssertionError):
+    except (VideoError, MemoryError, ImportError, AssertionError):
         raise
-    except av.FFmpegError as error:  # some are an OSError, too: FFmpeg's verdict, not the file system's
-        raise BadVideo(f"damaged: {error.strerror}") from error
+    except av.FFmpegError as error:  # some are an OSError too, but come from FFmpeg and not from the file system
+        raise VideoError(f"damaged: {error.strerror}") from error
     except OSError as error:
-        raise MachineFault(f"cannot be read: {error.strerror or error}") from error
+        raise VideoError(f"cannot be read: {error.strerror or error}", permanent=False) from error
     except Exception as error:
-        raise BadVideo(f"cannot be read: {type(error).__name__}: {error}") from error
+        raise VideoError(f"cannot be read: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
 def demuxer(file: FileIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """PyAV on `file` from its start; no format outside the lists is tried and no second file is ever opened."""
+    """Open PyAV on `file` from its start, with the listed formats only; no second file is ever opened."""
     import av
 
     file.seek(0)
@@ -203,46 +200,46 @@ def demuxer(file: FileIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     try:
         source = av.open(file, "r", options=options, io_open=_refuse, metadata_errors="replace", buffer_size=2**18)
     except av.FFmpegError as error:
-        raise BadVideo(f"not a video: {error.strerror}") from error
+        raise VideoError(f"not a video: {error.strerror}") from error
     with source:
         stream = source.streams.best("video")
         if not isinstance(stream, av.VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:
-            raise BadVideo("not a video: no moving pictures in it")
+            raise VideoError("not a video: no moving pictures in it")
         if stream.codec_context is None:
-            raise BadVideo("no decoder for its codec")
+            raise VideoError("no decoder for its codec")
         _check_size(stream.width, stream.height)
-        # The pool's children are the parallelism; further threads would only take memory from the limit.
+        # The pool gives the parallelism; further threads would only take memory from the limit.
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
         yield source, stream
 
 
 def _refuse_mirrored(file: FileIO) -> None:
-    """Raises `BadVideo` for an image whose EXIF orientation is more than a quarter turn."""
+    """Raise `VideoError` for an image whose EXIF orientation mirrors it."""
     from PIL import ExifTags, Image
 
     file.seek(0)
     orientation = None
-    with suppress(OSError, ValueError, SyntaxError), Image.open(file) as image:  # FFmpeg may know it all the same
+    with suppress(OSError, ValueError, SyntaxError), Image.open(file) as image:  # FFmpeg may read it nevertheless
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     if orientation in MIRRORED:
-        raise BadVideo(NO_TURN)
+        raise VideoError(NOT_A_ROTATION)
 
 
 def _refuse(url: str, flags: int, options: dict[str, str]) -> NoReturn:
-    raise BadVideo("not a video: it refers to another file")
+    raise VideoError("not a video: it refers to another file")
 
 
 def _check_size(width: int, height: int) -> None:
     if max(width, height) > MAX_SIDE:
-        raise BadVideo(f"too large: {width}x{height} pixels, more than {MAX_SIDE} a side")
+        raise VideoError(f"too large: {width}x{height} pixels, more than {MAX_SIDE} a side")
 
 
 def _times_of_packets(
     container: "InputContainer", stream: "VideoStream"
 ) -> tuple[list[int] | None, "VideoFrame | None"]:
-    """Times of the displayed packets in the stream's time base, and the first frame; None where packets may not tell.
+    """Return the times of the displayed packets in the stream's time base and the first frame, or (None, None).
 
-    Pictures that precede the first keyframe in time need pictures that are not there, and decoders drop them.
+    Packets do not give the displayed frames where one has no time, or precedes the first keyframe: decoders drop those.
     """
     times: list[int] = []
     first: VideoFrame | None = None
@@ -264,57 +261,57 @@ def _times_of_packets(
 
 
 def _times_of_frames(container: "InputContainer", stream: "VideoStream") -> tuple[list[int], "VideoFrame | None"]:
-    """Times of the decoded frames in the stream's time base, and the first frame."""
+    """Return the times of the decoded frames in the stream's time base, and the first frame."""
     times: list[int] = []
     first: VideoFrame | None = None
     for frame in displayed(container, stream):
         first = first or frame
         if frame.pts is None:
-            raise BadVideo(f"no time stamp: of frame {len(times)}")
+            raise VideoError(f"no time stamp: of frame {len(times)}")
         times.append(frame.pts)
         _check_count(len(times))
     if container.format.name == "avi":
-        # AVI numbers packets in decoding order: the right times in the wrong order.
+        # AVI numbers packets in decoding order: right times in the wrong order.
         times.sort()
     elif any(a > b for a, b in pairwise(times)):
-        raise BadVideo("time stamps go backwards")
+        raise VideoError("time stamps go backwards")
     return times, first
 
 
 def displayed(container: "InputContainer", stream: "VideoStream") -> Iterator["VideoFrame"]:
-    """Decoded frames in display order; a concealed error is an error."""
+    """Yield the decoded frames in display order; raise `VideoError` at one that conceals an error."""
     for number, frame in enumerate(container.decode(stream)):
         check_frame(frame, number)
         yield frame
 
 
 def check_frame(frame: "VideoFrame", number: int) -> None:
-    """Raises `BadVideo` for a picture that is damaged, or larger than any here may be."""
+    """Raise `VideoError` for a damaged or too large picture."""
     if frame.is_corrupt:
-        raise BadVideo(f"damaged: at frame {number}")
+        raise VideoError(f"damaged: at frame {number}")
     _check_size(frame.width, frame.height)
 
 
 def _check_count(count: int) -> None:
     if count > MAX_FRAMES:
-        raise BadVideo(f"more than {MAX_FRAMES} frames")
+        raise VideoError(f"more than {MAX_FRAMES} frames")
 
 
 def microseconds(ticks: int, time_base: Fraction) -> int:
-    """A duration in microseconds, to the nearest."""
+    """Return a duration in microseconds, rounded to the nearest."""
     scale, unit = 2_000_000 * time_base.numerator, time_base.denominator
     return (ticks * scale + unit) // (2 * unit)
 
 
 def rotation(frame: "VideoFrame") -> int:
-    """Degrees counter-clockwise, 0 to 270; raises `BadVideo` for a mirrored or slanted display matrix."""
+    """Return degrees counter-clockwise, 0 to 270; raise `VideoError` for a mirrored or slanted display matrix."""
     try:
         entries: Any = frame.side_data
-    except ValueError:  # of a kind that PyAV does not know, as EXIF is; `_refuse_mirrored` reads that of an image
+    except ValueError:  # a kind that PyAV does not know, such as EXIF, which `_refuse_mirrored` reads
         entries = ()
     matrix = next((entry for entry in entries if entry.type.name == "DISPLAYMATRIX"), None)
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4").astype(object)[:5]
         if a * d - b * c <= 0 or frame.rotation % 90:
-            raise BadVideo(NO_TURN)
+            raise VideoError(NOT_A_ROTATION)
     return frame.rotation % 360

@@ -1,9 +1,9 @@
-"""Time stamps -> the output frames of a video: which source frame is displayed when. Pure; nothing is decoded here.
+"""Time stamps -> the output frames of a video, each with the source frame displayed then. Nothing is decoded here.
 
 Time is integer microseconds, `fps` the exact decimal number of the config, and all arithmetic integer or rational.
-Containers round stamps to their time base (whole milliseconds in Matroska), so 24 fps reads 0, 42, 83, 125 ms and
-the frame for 41.67 ms would seem not to have begun. Therefore a frame counts as displayed from `STAMP_SLACK_US` before
-its stamp, in every comparison of a stamp with a time.
+Containers round stamps to their time base (whole milliseconds in Matroska): 24 fps reads 0, 42, 83, 125 ms, and at
+41.67 ms the second frame would not have begun. Every comparison of a stamp with a time therefore counts a frame as
+displayed from `STAMP_SLACK_US` before its stamp.
 """
 
 from bisect import bisect_left, bisect_right
@@ -35,7 +35,7 @@ class Timeline:
     num_frames: int
 
     def frame_at(self, number: int) -> int:
-        """The source frame that output frame `number` shows."""
+        """Return the source frame that output frame `number` shows."""
         if self.step_us is None:
             return self.first + number
         time_us = self.stamps_us[self.first] + floor(number * self.step_us)
@@ -45,7 +45,7 @@ class Timeline:
 def lay_out(
     stamps_us: Sequence[int], data: Data, start_seconds: float | None, end_seconds: float | None
 ) -> Timeline | str:
-    """The output frames of a video whose frames have these time stamps, or why there are none.
+    """Return the output frames of a video with these time stamps, or the reason why there are none.
 
     1. `skip_frames_start/end` leave out source frames.
     2. `start_seconds <= t < end_seconds`, counted from the source's very first frame, leave out by time.

@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from precompute.clip import Skipped
 from precompute.video.timeline import lay_out
 from shared.config import Data
 from shared.model.geometry import ENCODE_CHUNK_FRAMES, Bucket, choose_frames, choose_resolution, first_chunk_frames
 
 MAX_UPSCALE = 2
-"""A source that would have to be enlarged by more than this, in either direction, is left out."""
+"""A source that needs a larger enlargement, in either direction, is skipped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What one stored clip shows; `flip` mirrors it horizontally."""
+    """The frames of one stored clip; `flip` mirrors them horizontally."""
 
     indices: tuple[int, ...]
     """Source frame numbers, ascending; repeated where fps is above the source's."""
@@ -22,13 +23,6 @@ class Window:
     """Time stamps of these frames in the source."""
     bucket: Bucket
     flip: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """Why a video gives no clip."""
-
-    reason: str
 
 
 def cut_windows(
@@ -40,10 +34,10 @@ def cut_windows(
     start_seconds: float | None = None,
     end_seconds: float | None = None,
 ) -> list[Window] | Skipped:
-    """The windows of a video whose frames have these time stamps and this displayed size (rotation applied).
+    """Return the windows of a video with these time stamps and this displayed size (rotation applied).
 
-    The bucket's frames are the most that fit into the output frames of the `timeline` and `max_num_frames`, its height
-    and width those nearest in aspect ratio of the ones within `MAX_UPSCALE`; one window begins at the start.
+    The bucket has the most frames that fit into the `timeline` and `max_num_frames`, and the height and width nearest
+    in aspect ratio among those within `MAX_UPSCALE`. One window begins at the start.
     """
     if height <= 0 or width <= 0:
         return Skipped(f"no pixels: {height}x{width}")
@@ -71,10 +65,10 @@ def cut_windows(
 
 
 def window_starts(num_frames: int, frames: int, windows: int, consecutive: bool) -> list[int]:
-    """First output frames of at most `windows` windows of `frames` out of `num_frames` >= `frames`.
+    """Return the first output frames of at most `windows` windows of `frames` out of `num_frames` >= `frames`.
 
-    Consecutive ones do not overlap. Otherwise they are spread evenly from the first to the last possible start: apart
-    when there is room, else overlapping by half at most, and fewer when that does not fit either.
+    Consecutive windows do not overlap. Others are spread evenly from the first to the last possible start. They overlap
+    by half at most, and only where `windows` do not fit side by side; if that is not enough there are fewer.
     """
     assert 0 < frames <= num_frames
     if consecutive:
@@ -85,7 +79,7 @@ def window_starts(num_frames: int, frames: int, windows: int, consecutive: bool)
 
 
 def bucket_warnings(data: Data) -> list[str]:
-    """One line for each frame bucket in use that makes the VAE's first encode chunk bigger than 8k+1 frames do."""
+    """Return a line for each frame bucket in use whose first VAE chunk is larger than that of 8k+1 frames."""
     usual = first_chunk_frames(ENCODE_CHUNK_FRAMES + 1)
     return [
         f"frame bucket {frames}: the VAE's first chunk has {first_chunk_frames(frames)} frames instead of {usual}, "
@@ -96,7 +90,7 @@ def bucket_warnings(data: Data) -> list[str]:
 
 
 def _resolution(height: int, width: int, data: Data) -> tuple[int, int] | Skipped:
-    """Height and width of the bucket, out of those within reach."""
+    """Return height and width of the nearest bucket within `MAX_UPSCALE`."""
     letterbox = data.video_reshape_mode == "letterbox"
     upscale = {size: _upscale((height, width), size, letterbox) for size in data.resolutions}
     within_reach = [size for size in upscale if upscale[size] <= MAX_UPSCALE]
@@ -107,6 +101,6 @@ def _resolution(height: int, width: int, data: Data) -> tuple[int, int] | Skippe
 
 
 def _upscale(source: tuple[int, int], bucket: tuple[int, int], letterbox: bool) -> Fraction:
-    """Enlargement that makes the source (height, width) cover the bucket, or with `letterbox` fit into it."""
+    """Return the enlargement that makes the source (height, width) cover the bucket, or fit into it for letterbox."""
     scales = [Fraction(wanted, there) for wanted, there in zip(bucket, source, strict=True)]
     return min(scales) if letterbox else max(scales)

@@ -1,1 +1,1 @@
-"""What the packages know of CogVideoX checkpoints."""
+"""Facts about CogVideoX checkpoints."""

@@ -1,7 +1,7 @@
-"""What a CogVideoX checkpoint expects of its inputs, read from its own configs and never from its name.
+"""Conventions of a CogVideoX checkpoint, read from its own configs and never from its name.
 
 Source of every rule: diffusers 0.42, `models/transformers/cogvideox_transformer_3d.py` and `pipelines/cogvideo/`.
-Latent sizes are rows and columns of latents, one eighth of the pixels.
+Latent heights and widths are one eighth of those in pixels.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from typing import Any, Literal
 from shared.errors import UsageError
 from shared.model.geometry import SPATIAL_FACTOR, TEMPORAL_FACTOR, Bucket
 
-Config = Mapping[str, Any]
+RawConfig = Mapping[str, Any]
 Positions = Literal["sincos", "rope_crop", "rope_slice", "rope_crop_learned"]
 
-TRANSFORMER_DEFAULTS: Config = {
+TRANSFORMER_DEFAULTS: RawConfig = {
     "attention_head_dim": 64,
     "in_channels": 16,
     "out_channels": 16,
@@ -32,15 +32,15 @@ TRANSFORMER_DEFAULTS: Config = {
     "use_rotary_positional_embeddings": False,
     "use_learned_positional_embeddings": False,
 }
-VAE_DEFAULTS: Config = {
+VAE_DEFAULTS: RawConfig = {
     "latent_channels": 16,
     "temporal_compression_ratio": 4,
     "block_out_channels": (128, 256, 256, 512),
     "scaling_factor": 1.15258426,
     "invert_scale_latents": False,
 }
-SCHEDULER_DEFAULTS: Config = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "snr_shift_scale": 3.0}
-"""A key that an older checkpoint leaves out has the value that the diffusers class gives it."""
+SCHEDULER_DEFAULTS: RawConfig = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "snr_shift_scale": 3.0}
+"""Values of the diffusers classes for keys that an older checkpoint leaves out."""
 
 OFS = 2.0
 """The pipeline's constant for checkpoints with an ofs embedding (`pipeline_cogvideox_image2video.py`)."""
@@ -48,46 +48,46 @@ OFS = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conventions:
-    """What cache, trainer and sampler have to agree on."""
+    """Everything that cache, trainer and sampler must agree on."""
 
     positions: Positions
     """Additive sincos; RoPE on the crop-region grid; RoPE cut from a grid; crop-region RoPE plus a learned table."""
     in_channels: int
-    """Channels of the transformer's input: the latents', twice that for image-to-video."""
+    """Channels of the transformer's input: those of the latents, twice as many for image-to-video."""
     out_channels: int
-    """Channels of the velocity, which are the latents'."""
+    """Channels of the velocity, as many as of the latents."""
     image_to_video: bool
     """The input is [noisy latents, image condition] on channels."""
     patch_size: int
-    """Latent rows and columns per token."""
+    """Latent height and width of a token."""
     patch_size_t: int | None
-    """Latent frames per token; None is one frame and a convolution."""
+    """Latent frames of a token; None is one frame and a convolution."""
     attention_head_dim: int
-    """Width that the rotary table covers."""
+    """Width of the rotary table."""
     ofs: float | None
-    """Value for the ofs embedding, where there is one."""
+    """Input of the ofs embedding; None without one."""
     text_embed_dim: int
     """D of prompt_embeds."""
     text_length: int
     """L of prompt_embeds as encoded (`max_text_seq_length`)."""
     text_length_fixed: bool
-    """Positions are added over text and video together, so that L must be `text_length`."""
+    """L must be `text_length`, because positions are added over text and video together."""
     sample_height: int
-    """Latent rows of the position grid."""
+    """Latent height of the position grid."""
     sample_width: int
-    """Latent columns of the position grid."""
+    """Latent width of the position grid."""
     sample_frames: int
     """Pixel frames of the position table."""
     spatial_interpolation_scale: float
-    """Divides rows and columns in sincos positions."""
+    """Divisor of heights and widths in sincos positions."""
     temporal_interpolation_scale: float
-    """Divides frames in sincos positions."""
+    """Divisor of frames in sincos positions."""
     scaling_factor: float
-    """latents = posterior draw times this."""
+    """Factor from a posterior draw to latents."""
     image_scaling_factor: float
-    """image latents = posterior draw times this; the inverse where the VAE says `invert_scale_latents`."""
+    """Factor from a posterior draw to image latents; `invert_scale_latents` of the VAE inverts it."""
     snr_shift_scale: float
-    """The schedule's alphas_cumprod are divided by s + (1 - s) * alphas_cumprod."""
+    """s in the schedule's alphas_cumprod / (s + (1 - s) * alphas_cumprod)."""
     zero_terminal_snr: bool
     """The schedule ends at zero signal."""
 
@@ -106,19 +106,19 @@ class Conventions:
 
     @property
     def fixed_bucket(self) -> Bucket | None:
-        """The one bucket that a learned position table covers, or None."""
+        """The only bucket of a learned position table; None without one."""
         if self.positions != "rope_crop_learned":
             return None
         return Bucket(self.sample_frames, self.sample_height * SPATIAL_FACTOR, self.sample_width * SPATIAL_FACTOR)
 
 
 def read_conventions(
-    transformer: Config, vae: Config, scheduler: Config, *, drop_learned_positions: bool = False
+    transformer: RawConfig, vae: RawConfig, scheduler: RawConfig, *, drop_learned_positions: bool = False
 ) -> Conventions:
-    """The conventions of the checkpoint whose `config.json` and `scheduler_config.json` contents these are.
+    """Return the conventions of a checkpoint from the contents of its configs.
 
     `drop_learned_positions` leaves the learned position table out, see `without_learned_positions`.
-    Raises `UsageError` with one line where the configs contradict each other.
+    Raises `UsageError` for configs that contradict each other.
     """
     t = _complete("transformer", transformer, TRANSFORMER_DEFAULTS)
     v = _complete("vae", vae, VAE_DEFAULTS)
@@ -151,32 +151,33 @@ def read_conventions(
 
 
 def without_learned_positions(conventions: Conventions) -> Conventions:
-    """The same checkpoint on RoPE alone, which frees frames, height, width, text length: another model until trained.
+    """Return the conventions of the same checkpoint on RoPE alone, at any frames, height, width and text length.
 
-    diffusers' own forward has to follow, see `drop_learned_table`. Raises `UsageError` where there is no table.
+    The model needs training then, and diffusers' forward needs `drop_learned_table`.
+    Raises `UsageError` for a checkpoint without a learned table.
     """
     if conventions.positions != "rope_crop_learned":
-        raise UsageError(f"drop_learned_positions: this checkpoint has no learned table ({conventions.name})")
+        raise UsageError(f"model.drop_learned_positions: {conventions.name} has no learned table; leave the field out")
     return replace(conventions, positions="rope_crop", text_length_fixed=False)
 
 
 def drop_learned_table(transformer: Any) -> None:
-    """Make diffusers' own forward leave the learned table out (`CogVideoXPatchEmbed.forward`)."""
+    """Make diffusers' own forward ignore the learned table (`CogVideoXPatchEmbed.forward`)."""
     transformer.patch_embed.use_learned_positional_embeddings = False
 
 
 def refusal(conventions: Conventions, bucket: Bucket) -> str | None:
-    """Why clips of `bucket` cannot be trained, in one line, or None."""
+    """Return one line that says why clips of `bucket` cannot be trained, or None."""
     step = SPATIAL_FACTOR * conventions.patch_size
     if bucket.height % step or bucket.width % step:
-        return f"{bucket}: height and width have to be multiples of {step} (VAE factor times patch size)"
+        return f"{bucket}: height and width must be multiples of {step} (VAE factor times patch size)"
     if bucket.frames % TEMPORAL_FACTOR != 1:
-        return f"{bucket}: frames have to be {TEMPORAL_FACTOR}k+1, such as 1, 9, 49"
+        return f"{bucket}: frames must be {TEMPORAL_FACTOR}k+1, such as 1, 9, 49"
     fixed = conventions.fixed_bucket
     if fixed is not None and bucket != fixed:
         return (
             f"{bucket}: the learned position table of this checkpoint covers only {fixed}; "
-            "use that bucket, or drop the table with drop_learned_positions"
+            "use that bucket or set model.drop_learned_positions=true"
         )
     limit = [size * SPATIAL_FACTOR for size in (conventions.sample_height, conventions.sample_width)]
     if conventions.positions == "rope_slice" and (bucket.height > limit[0] or bucket.width > limit[1]):
@@ -184,17 +185,17 @@ def refusal(conventions: Conventions, bucket: Bucket) -> str | None:
     return None
 
 
-def _complete(part: str, config: Config, defaults: Config) -> Config:
-    """The keys of `defaults` from `config`; raises `UsageError` where a value is of another kind."""
+def _complete(part: str, config: RawConfig, defaults: RawConfig) -> RawConfig:
+    """Return `config` over `defaults`. Raises `UsageError` for a value of another kind than the default."""
     for key, default in defaults.items():
         value = config.get(key, default)
         if not _is_like(value, default):
-            raise UsageError(f"{part} config: {key} is {value!r}, expected something like {default!r}")
+            raise UsageError(f"{part} config: {key}: expected a value like {default!r}, got {value!r}; fix the config")
     return {**defaults, **config}
 
 
 def _is_like(value: object, default: object) -> bool:
-    """The kind of the default; numbers are positive, and whole where the default is; None stands for a whole number."""
+    """Return whether `value` is of the kind of `default`: None, bool, str, list, or a positive (whole) number."""
     if value is None or isinstance(value, bool) or isinstance(default, bool):
         return type(value) is type(default)
     if isinstance(default, int | float | None):
@@ -204,49 +205,42 @@ def _is_like(value: object, default: object) -> bool:
     return isinstance(value, str) if isinstance(default, str) else isinstance(value, list | tuple)
 
 
-def _read_positions(transformer: Config) -> Positions:
-    """Raises `UsageError` for combinations that no diffusers forward runs."""
+def _read_positions(transformer: RawConfig) -> Positions:
+    """Return the kind of positions. Raises `UsageError` for combinations that no diffusers forward runs."""
     learned, temporal = transformer["use_learned_positional_embeddings"], transformer["patch_size_t"] is not None
     if not transformer["use_rotary_positional_embeddings"]:
         if learned or temporal:
             given = "learned positions" if learned else "patch_size_t"
-            raise UsageError(f"transformer config: {given} without use_rotary_positional_embeddings is no CogVideoX")
+            raise UsageError(f"{given} without use_rotary_positional_embeddings; choose a CogVideoX checkpoint")
         return "sincos"
     if temporal:
         if learned:
-            raise UsageError("transformer config: patch_size_t with use_learned_positional_embeddings is no CogVideoX")
+            raise UsageError("patch_size_t with use_learned_positional_embeddings; choose a CogVideoX checkpoint")
         return "rope_slice"
     return "rope_crop_learned" if learned else "rope_crop"
 
 
-def _check(transformer: Config, vae: Config, scheduler: Config) -> None:
-    """Raises `UsageError` where the configs contradict each other or this program's geometry."""
-    latents, given = vae["latent_channels"], transformer["in_channels"]
-    spatial = 2 ** (len(vae["block_out_channels"]) - 1)
-    patch = transformer["patch_size"]
-    if given not in (latents, 2 * latents):
-        raise UsageError(
-            f"transformer takes {given} channels, the VAE makes {latents}: expected {latents} (text-to-video) "
-            f"or {2 * latents} (image-to-video)"
-        )
-    if transformer["out_channels"] != latents:
-        raise UsageError(f"transformer returns {transformer['out_channels']} channels, the VAE makes {latents}")
-    if transformer["ofs_embed_dim"] and given == latents:
-        raise UsageError("transformer has an ofs embedding but takes no image condition: no pipeline runs that")
-    if vae["temporal_compression_ratio"] != transformer["temporal_compression_ratio"]:
-        raise UsageError(
-            f"the VAE compresses time {vae['temporal_compression_ratio']} times, "
-            f"the transformer expects {transformer['temporal_compression_ratio']}"
-        )
-    if (vae["temporal_compression_ratio"], spatial) != (TEMPORAL_FACTOR, SPATIAL_FACTOR):
-        raise UsageError(
-            f"the VAE compresses {vae['temporal_compression_ratio']}x{spatial}x{spatial}, "
-            f"CogVideoX {TEMPORAL_FACTOR}x{SPATIAL_FACTOR}x{SPATIAL_FACTOR}"
-        )
-    if transformer["sample_height"] % patch or transformer["sample_width"] % patch:
-        raise UsageError(
-            f"transformer config: {transformer['sample_height']}x{transformer['sample_width']} latents "
-            f"are not whole patches of {patch}"
-        )
-    if scheduler["prediction_type"] != "v_prediction":
-        raise UsageError(f"scheduler predicts {scheduler['prediction_type']!r}; CogVideoX is trained on 'v_prediction'")
+def _check(transformer: RawConfig, vae: RawConfig, scheduler: RawConfig) -> None:
+    """Raise `UsageError` for configs that contradict each other or `shared.model.geometry`."""
+    channels, given, returned = vae["latent_channels"], transformer["in_channels"], transformer["out_channels"]
+    temporal, ratio = vae["temporal_compression_ratio"], transformer["temporal_compression_ratio"]
+    factors = temporal, 2 ** (len(vae["block_out_channels"]) - 1)
+    height, width, patch = (transformer[name] for name in ("sample_height", "sample_width", "patch_size"))
+    kind = scheduler["prediction_type"]
+    for holds, problem in (
+        (given in (channels, 2 * channels), f"in_channels: expected {channels} or (I2V) {2 * channels}, got {given}"),
+        (returned == channels, f"out_channels: expected the VAE's {channels}, got {returned}"),
+        (not transformer["ofs_embed_dim"] or given != channels, "ofs_embed_dim: needs an image condition"),
+        (ratio == temporal, f"temporal_compression_ratio: expected the VAE's {temporal}, got {ratio}"),
+        (
+            factors == (TEMPORAL_FACTOR, SPATIAL_FACTOR),
+            f"VAE: expected compression 4x8x8, got {factors} in time, space",
+        ),
+        (
+            height % patch == width % patch == 0,
+            f"sample size: {height}x{width} must be multiples of patch_size {patch}",
+        ),
+        (kind == "v_prediction", f"scheduler prediction_type: expected 'v_prediction', got {kind!r}"),
+    ):
+        if not holds:
+            raise UsageError(f"{problem}; choose a CogVideoX checkpoint")

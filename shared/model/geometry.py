@@ -15,7 +15,7 @@ ENCODE_CHUNK_FRAMES = 8
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
-    """Frames x height x width of a clip in pixels; one shard holds one bucket."""
+    """Frames, height and width of a clip in pixels; a shard holds one bucket."""
 
     frames: int
     height: int
@@ -26,49 +26,49 @@ class Bucket:
 
     @classmethod
     def parse(cls, text: str) -> "Bucket":
-        """The inverse of `str`; raises `ValueError`."""
+        """Parse the result of `str`. Raises `ValueError`."""
         match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})", text)
         if match is None:
-            raise ValueError(f"not a bucket: {text!r} (frames x height x width, such as 49x480x720)")
+            raise ValueError(f"expected frames x height x width such as 49x480x720, got {text!r}")
         return cls(*map(int, match.groups()))
 
 
 def latent_frames(frames: int) -> int:
-    """Latent frames that the VAE makes of `frames` pixel frames."""
+    """Return the latent frames of `frames` pixel frames."""
     return (frames - 1) // TEMPORAL_FACTOR + 1
 
 
 def latent_shape(bucket: Bucket, channels: int = 16) -> tuple[int, int, int, int]:
-    """[C, F, H, W] of the bucket's latents."""
+    """Return [C,F,H,W] of the bucket's latents."""
     return channels, latent_frames(bucket.frames), bucket.height // SPATIAL_FACTOR, bucket.width // SPATIAL_FACTOR
 
 
 def padding_frames(num_latent_frames: int, patch_size_t: int | None) -> int:
-    """Latent frames to add at the FRONT so that temporal patches divide them (diffusers CogVideoX pipelines, 1.5)."""
+    """Return the latent frames to add at the FRONT to fill temporal patches (diffusers' pipelines, 1.5)."""
     return -num_latent_frames % patch_size_t if patch_size_t else 0
 
 
 def video_tokens(bucket: Bucket, patch_size: int, patch_size_t: int | None) -> int:
-    """Video tokens of one clip, temporal padding included."""
+    """Return the video tokens of a clip, temporal padding included."""
     _, frames, height, width = latent_shape(bucket)
     frames = -(-frames // (patch_size_t or 1))
     return frames * (height // patch_size) * (width // patch_size)
 
 
 def first_chunk_frames(frames: int) -> int:
-    """Pixel frames in the VAE's first chunk, which sets its peak memory: 9 for 8k+1, up to 15 otherwise."""
+    """Return the pixel frames of the VAE's first chunk, which sets its peak memory: 9 for 8k+1, at most 15."""
     if frames < ENCODE_CHUNK_FRAMES:
         return frames
     return ENCODE_CHUNK_FRAMES + frames % ENCODE_CHUNK_FRAMES
 
 
 def choose_frames(available: int, frame_buckets: Sequence[int]) -> int | None:
-    """The largest frame bucket that `available` frames fill, or None."""
+    """Return the largest frame bucket that `available` frames fill, or None."""
     return max((bucket for bucket in frame_buckets if bucket <= available), default=None)
 
 
 def choose_resolution(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) bucket whose aspect ratio is nearest to the source's, the larger one on a tie."""
+    """Return the (height, width) bucket nearest in aspect ratio, the larger one on a tie."""
     aspect = height / width
 
     def distance(bucket: tuple[int, int]) -> tuple[float, int]:

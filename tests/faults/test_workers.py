@@ -116,11 +116,11 @@ def stopped(config: Config, number: int, now: Callable[[], bool]) -> tuple[int, 
     def body() -> None:
         from precompute.run import precompute
         from shared.console import run_command
-        from shared.signals import StopSignal
+        from shared.signals import raise_on_signal
 
         def command() -> None:
-            with StopSignal() as stop:
-                precompute(config, Part(), stop)
+            with raise_on_signal("finished shards are stored"):
+                precompute(config)
 
         try:
             run_command(command)
@@ -159,26 +159,6 @@ def test_signals_at_random_moments_end_the_work_in_time_and_lose_nothing(sources
             run(config)
             check_same(tmp_path / str(number // 5), undisturbed)
     assert heard > 5
-
-
-@pytest.mark.faults
-def test_a_signal_is_heard_while_a_decoder_hangs(sources, tmp_path, monkeypatch):
-    config = config_for(*sources, tmp_path / "cache", decode_deadline_seconds=500)
-    monkeypatch.setattr("precompute.latents.DecodeJob", _HangingJob)
-    monkeypatch.setenv("PRECOG_TEST_HANGING", str(tmp_path / "hanging"))
-    code, took = stopped(config, signal.SIGTERM, lambda: (tmp_path / "hanging").exists())
-    assert code == 75 and took < 10
-
-
-class _HangingJob:
-    """A decoder that never comes back; it leaves a file to say that it was called."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def run(self) -> None:
-        Path(os.environ["PRECOG_TEST_HANGING"]).touch()
-        time.sleep(1000)
 
 
 @pytest.mark.faults

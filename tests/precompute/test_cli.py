@@ -1,17 +1,27 @@
-"""The commands of stage 1: their JSON lines, exit codes and one-line faults."""
+"""The commands of stage 1: JSON lines, exit codes, one-line faults, and the end after a signal."""
 
 import json
+import os
 import re
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from precog import app
 from shared.config import save_config
 from tests.corpus import config_for, write_corpus
+from tests.processes import decoders, fork_command, wait_until
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -22,47 +32,45 @@ def config(pipeline: Path, tmp_path: Path) -> str:
     return str(tmp_path / "config.toml")
 
 
-def command(*arguments: str) -> tuple[int, str]:
-    """Exit code and standard output."""
+def command(*arguments: str, code: int = 0) -> Result:
     result = CliRunner().invoke(app, list(arguments))
-    return result.exit_code, result.stdout
+    assert result.exit_code == code, result.stderr
+    return result
 
 
-def test_plan_and_precompute_end_with_one_json_line_of_the_same_shape(config, tmp_path):
-    code, output = command("plan", config, "--json")
-    planned = json.loads(output)
-    assert code == 0 and not (tmp_path / "cache").exists()
-    code, output = command("precompute", config, "--json")
-    made = json.loads(output)
-    assert code == 0
-    assert planned["latents"] == {"planned": 2, "reused": 0} and made["latents"] == {"encoded": 2, "reused": 0}
+def test_plan_and_precompute_print_the_same_json_and_name_skips(config: str, tmp_path: Path) -> None:
+    (tmp_path / "clips" / "000.mp4").write_bytes(b"no video either")
+    plan = command("plan", config, "--json")
+    assert not (tmp_path / "cache").exists()
+    run = command("precompute", config, "--json", "--part=2/2")
+    planned, made = json.loads(plan.stdout), json.loads(run.stdout)
+    assert planned["latents"] == {"planned": 1, "reused": 0} and made["latents"] == {"encoded": 1, "reused": 0}
     assert planned["prompts"] == {"planned": 5, "reused": 0} and made["prompts"] == {"encoded": 5, "reused": 0}
-    assert planned["skipped"] == made["skipped"] and [bad["source"] for bad in made["skipped"]] == ["001.mp4"]
+    assert planned["skipped"] == made["skipped"]
+    assert [bad["source"] for bad in made["skipped"]] == ["000.mp4", "001.mp4"]
     assert planned.keys() >= made.keys() - {"truncated", "written_bytes", "clips_per_second", "waited_share"}
     assert made["clips_per_second"] > 0 and 0 < sum(made["waited_share"].values()) < 1
+    for shown in (plan.stderr, run.stderr):
+        assert re.search(r"  skipped: not a video +2\n", shown)
+        assert "skipped 000.mp4: not a video: " in shown and "skipped 001.mp4: not a video: " in shown
 
 
-def test_of_the_processes_of_a_launcher_one_prints_the_json_line(config, monkeypatch):
+def test_rank_0_alone_prints_the_json_line(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for action in ("plan", "precompute", "doctor"):
-        for rank, lines in (("1", 0), ("0", 1)):
-            monkeypatch.setenv("RANK", rank)
-            assert command(action, config, "--json")[1].count("\n") == lines, (action, rank)
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert command("plan", config, "--json").stdout.count("\n") == lines
     monkeypatch.setenv("RANK", "2")
-    result = CliRunner().invoke(app, ["precompute", config, "--json"])
-    assert result.exit_code == 2 and result.stderr.startswith("precog: RANK = 2 and WORLD_SIZE = 2 in")
+    shown = command("precompute", config, "--json", code=2).stderr
+    assert shown.startswith("precog: RANK = 2 and WORLD_SIZE = 2 in")
 
 
-def test_a_part_without_a_launcher_prints_its_json_line(config):
-    assert json.loads(command("precompute", config, "--json", "--part=2/2")[1])["clips"] == 2
-
-
-def test_captions_that_are_cut_short_are_listed_each_once(config, tmp_path):
+def test_captions_that_are_cut_short_are_listed_each_once(config: str, tmp_path: Path) -> None:
     """Two windows of one clip share its caption; prompts beside the captions count too."""
     table = tmp_path / "clips" / "prompts.txt"
     table.write_text("short\nbad\n" + "a very long caption " * 20)
     settings = ["data.random_flip=true", f"data.validation_prompts=['a', '{'b ' * 60}']"]
-    result = CliRunner().invoke(app, ["precompute", config, *settings, "--json"])
+    result = command("precompute", config, *settings, "--json")
     found = json.loads(result.stdout)["truncated"]
     named = [(caption["source"], caption["caption"]) for caption in found]
     assert named == [("002.mp4", 1), ("data.validation_prompts", 2)] and all(caption["tokens"] > 0 for caption in found)
@@ -70,81 +78,113 @@ def test_captions_that_are_cut_short_are_listed_each_once(config, tmp_path):
     assert re.search(r"captions cut short +2\n", result.stderr)
 
 
-def test_what_is_skipped_is_counted_by_kind_and_listed_by_name(config, tmp_path):
-    (tmp_path / "clips" / "000.mp4").write_bytes(b"no video either")
-    for action in ("plan", "precompute"):
-        shown = CliRunner().invoke(app, [action, config]).stderr
-        assert re.search(r"  skipped: not a video +2\n", shown)
-        assert "skipped 000.mp4: not a video: " in shown and "skipped 001.mp4: not a video: " in shown
-
-
-def test_with_clips_skipped_not_everything_is_stored_and_how_to_try_again_is_said_once(config):
+def test_skipped_clips_are_retried_when_asked_and_the_hint_says_so(config: str) -> None:
     hint = "precompute.retry_skipped=true tries the skipped clips again."
     nothing = "Nothing was encoded: everything but the skipped clips is stored already."
     first, second, retried = (
-        CliRunner().invoke(app, ["precompute", config, *more]).stderr
-        for more in ([], [], ["precompute.retry_skipped=true"])
+        command("precompute", config, *more).stderr for more in ([], [], ["precompute.retry_skipped=true"])
     )
     assert (first.count(hint), second.count(hint), retried.count(hint)) == (1, 1, 0)
     assert (nothing in first, nothing in second, nothing in retried) == (False, True, True)
-    assert not any("everything is stored already" in shown for shown in (first, second, retried))
 
 
-def test_a_calibrated_plan_has_hours_and_says_from_how_much(config, tmp_path):
-    result = CliRunner().invoke(app, ["plan", config, "--calibrate", "--json"])
-    planned = json.loads(result.stdout)
-    assert planned["hours"] > 0 and (planned["calibration"]["clips"], planned["calibration"]["prompts"]) == (2, 5)
-    assert "an estimate from 2 clips and 5 prompts" in result.stderr
-    assert not (tmp_path / "cache").exists()
+def test_a_plan_whose_clips_are_all_skipped_ends_with_3(config: str, tmp_path: Path) -> None:
+    for name in ("000", "002"):
+        (tmp_path / "clips" / f"{name}.mp4").write_bytes(b"no video either")
+    shown = command("plan", config, code=3).stderr.splitlines()
+    assert shown[-1].startswith("precog: data.name = 'corpus': every clip is skipped; ")
+    assert sum(line.startswith("skipped 00") for line in shown) == 3
 
 
-def test_verify_ends_with_4_on_damage_and_with_0_once_it_is_set_aside(config, tmp_path):
+def test_ls_and_verify_print_json_and_verify_tells_damage_once(config: str, tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
-    assert command("precompute", config)[0] == 0
-    assert command("cache", "verify", cache)[0] == 0 and command("cache", "ls", cache)[0] == 0
-    tar = min((tmp_path / "cache").glob("latents/*/*/*.tar"))
-    content = bytearray(tar.read_bytes())
-    content[600] ^= 1
-    tar.write_bytes(content)
-    assert [command("cache", "verify", cache, *more)[0] for more in ([], ["--repair"], [])] == [4, 0, 0]
+    command("precompute", config)
+    listed = json.loads(command("cache", "ls", cache, "--json").stdout)
+    latents, prompts = listed["collections"].values()
+    assert (latents["samples"], latents["buckets"], prompts["samples"]) == (2, {"5x16x32": 2}, 5)
+    assert listed["datasets"]["corpus"]["train"] == 2 and listed["datasets"]["corpus"]["skipped"] == 1
+    assert json.loads(command("cache", "verify", cache, "--json").stdout)["damaged"] == []
 
-
-def test_what_verify_does_with_damage_is_said_once(config, tmp_path):
-    cache = str(tmp_path / "cache")
-    assert command("precompute", config)[0] == 0
     receipt = min((tmp_path / "cache").glob("latents/*/*/*.json"))
     receipt.write_text("{}")
     found, repaired = (
-        CliRunner().invoke(app, ["cache", "verify", cache, *more]).stderr.splitlines() for more in ([], ["--repair"])
+        command("cache", "verify", cache, "--json", *more, code=code) for more, code in (([], 4), (["--repair"], 0))
     )
-    assert len(found) == len(repaired) == 2
-    assert found[0].startswith(f"damaged: {receipt}: damaged receipt (") and found[1].endswith("to set them aside")
-    assert repaired[0].startswith(f"set aside: {receipt}: damaged receipt (") and repaired[1].endswith("1 set aside")
-    assert [line.count("--repair") for line in (*found, *repaired)] == [0, 1, 0, 0]
+    [fault] = json.loads(found.stdout)["damaged"]
+    assert fault.startswith(f"{receipt}: damaged receipt (") and json.loads(repaired.stdout)["repaired"] is True
+    first, last = found.stderr.splitlines()
+    assert first == f"damaged: {fault}" and last.endswith("add --repair to set them aside")
+    first, last = repaired.stderr.splitlines()
+    assert first == f"set aside: {fault}" and last.endswith("1 set aside")
+    command("cache", "verify", cache)
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
-def test_a_part_that_is_none_is_a_usage_error(config, part):
-    assert command("precompute", config, f"--part={part}")[0] == 2
+def test_a_part_that_is_none_is_a_usage_error(config: str, part: str) -> None:
+    command("precompute", config, f"--part={part}", code=2)
 
 
-def test_ray_divides_the_work_itself(config):
-    assert command("precompute", config, "--engine=ray", "--part=1/2")[0] == 2
+def test_ray_refuses_a_part(config: str) -> None:
+    command("precompute", config, "--engine=ray", "--part=1/2", code=2)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 98, reason="there is one")
-def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(config, tmp_path):
+def test_a_missing_gpu_is_refused_before_anything_is_read(config: str, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "clips")
-    result = CliRunner().invoke(app, ["precompute", config, "precompute.device=cuda:98"])
-    assert result.exit_code == 2 and "device = 'cuda:98': torch sees " in result.stderr
+    shown = command("precompute", config, "precompute.device=cuda:98", code=2).stderr
+    assert "device = 'cuda:98': torch sees " in shown
 
 
-def test_faults_of_the_user_end_with_their_codes(config, tmp_path):
-    assert command("precompute", config, "precompute.cache=http://x")[0] == 2
-    assert command("plan", config, "precompute.nonsense=1")[0] == 2
-    for name in (config, f"{config}/below"):  # a file, where a folder should be
-        assert command("plan", config, f"precompute.cache={name}")[0] == 2
+def test_faults_of_the_user_end_with_their_codes(config: str, tmp_path: Path) -> None:
+    command("precompute", config, "precompute.cache=http://x", code=2)
+    command("plan", config, "precompute.nonsense=1", code=2)
+    for name in (config, f"{config}/below"):  # a file instead of a folder
+        command("plan", config, f"precompute.cache={name}", code=2)
     for action in ("ls", "verify"):
-        assert command("cache", action, str(tmp_path / "nowhere"))[0] == 2
+        command("cache", action, str(tmp_path / "nowhere"), code=2)
     (tmp_path / "clips" / "prompts.txt").write_text("only one")
-    assert command("plan", config)[0] == 3
+    command("plan", config, code=3)
+
+
+def test_a_typo_is_refused_before_torch_is_imported(config: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    arguments = ["-X", "importtime", "-m", "precog", "precompute", config, "precompute.decode_worker=1"]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2 and "did you mean precompute.decode_workers?" in done.stderr
+    assert re.search(r"\| +pydantic\n", done.stderr), "imports are not listed"
+    assert not re.search(r"\| +(torch|numpy|av|diffusers)\n", done.stderr)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("phase", ["probing", "decoding", "encoding"])
+def test_a_signal_ends_the_command_with_75_one_line_and_no_process(phase: str, pipeline: Path, tmp_path: Path) -> None:
+    root, cache = write_corpus(tmp_path / "clips", 12), tmp_path / "cache"
+    save_config(config_for(pipeline, root, cache, clips_per_shard=2), tmp_path / "config.toml")
+    child = fork_command(["precompute", str(tmp_path / "config.toml")], tmp_path / "errors")
+    try:
+        if phase == "probing":
+            wait_until(lambda: decoders(child))
+        elif phase == "decoding":
+            wait_until(lambda: [path for path in cache.glob("prompts/*/*") if path.name != "recipe.json"])
+        else:
+            wait_until(lambda: any(cache.glob("latents/*/*/*.json")))
+        if phase != "encoding":  # a decoder that hangs
+            decoders(child)[0].suspend()
+            time.sleep(0.5)
+        children = psutil.Process(child).children(recursive=True)
+        sent = time.monotonic()
+        os.kill(child, signal.SIGTERM if phase == "decoding" else signal.SIGINT)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    finally:
+        for process in psutil.Process().children(recursive=True):
+            if process.pid == child:
+                process.kill()
+    assert time.monotonic() - sent < 10
+    assert children and psutil.wait_procs(children, timeout=1)[1] == []
+    lines = (tmp_path / "errors").read_text("utf-8").splitlines()
+    line = "precog: stopped by a signal: finished shards are stored; the same command goes on from here"
+    assert lines[-1] == line and sum(each.startswith("precog: ") for each in lines) == 1
+    assert not any("Traceback" in each for each in lines)
+    assert any(cache.glob("latents/*/*/*.json")) is (phase == "encoding")

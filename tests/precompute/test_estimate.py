@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from precompute import calibrate, recipes
-from precompute.assignments import Part
+from precompute import recipes
 from precompute.changes import FIELDS, recipe_changes
 from precompute.estimate import Estimate, estimate
 from precompute.run import decode_pool
@@ -21,14 +20,13 @@ from shared.cache.shard import write_shard
 from shared.cache.storage import LocalStorage
 from shared.cache.view import read_view
 from shared.config import Config
-from shared.errors import DataError, UsageError
-from shared.signals import StopSignal
+from shared.errors import UsageError
 from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
 
 
-def look(config: Config, *, calibrated: bool = False) -> Estimate:
+def look(config: Config) -> Estimate:
     with decode_pool(config) as pool:
-        return estimate(open_stage(config, Part(), StopSignal()), pool, calibrated=calibrated)
+        return estimate(open_stage(config), pool)
 
 
 @pytest.fixture
@@ -177,51 +175,6 @@ def test_every_change_of_a_field_that_a_recipe_has_is_named_by_the_field(pipelin
 def test_costly_buckets_are_pointed_out(pipeline, filled):
     found = look(config_for(pipeline, *filled, data={"frame_buckets": [5, 13]}))
     assert len(found.warnings) == 1 and "frame bucket 13" in found.warnings[0]
-
-
-def test_a_calibration_encodes_a_sample_writes_nothing_and_grows_with_the_plan(pipeline, tmp_path):
-    root, cache = write_corpus(tmp_path / "clips", 40), tmp_path / "cache"
-    config = config_for(pipeline, root, cache, text_batch_size=3)
-    found = look(config, calibrated=True).as_json()
-    assert not cache.exists()
-    measured = found["calibration"]
-    assert (measured["clips"], measured["prompts"]) == (2, 3) and found["hours"] == measured["hours"]
-    parts = [measured[name] for name in ("decode_seconds", "encode_seconds", "text_seconds", "load_seconds")]
-    assert min(parts) > 0
-    video = max(measured["decode_seconds"], measured["encode_seconds"]) * 40 / 2  # all clips are of one size
-    expected = measured["load_seconds"] + measured["text_seconds"] * 14 + video  # 42 prompts
-    assert found["hours"] * 3600 == pytest.approx(expected)
-
-
-def test_a_calibration_passes_over_clips_that_do_not_decode_and_says_when_none_does(pipeline, tmp_path, monkeypatch):
-    config = config_for(pipeline, write_corpus(tmp_path / "clips", 6), tmp_path / "cache")
-    real, calls = calibrate.decode_job, []
-
-    def broken(stage, clip):
-        calls.append(clip)
-        job = real(stage, clip)
-        return replace(job, path=Path("/nowhere.mp4")) if len(calls) <= bad else job
-
-    monkeypatch.setattr(calibrate, "decode_job", broken)
-    bad = 2
-    found = look(config, calibrated=True)
-    assert found.calibration.clips == 2 and len(calls) == 4
-    bad = 100
-    with pytest.raises(DataError, match=r"none of the clips tried can be decoded \(00\d\.mp4: cannot open"):
-        look(config, calibrated=True)
-
-
-def test_a_finished_cache_is_calibrated_to_no_time_at_all(pipeline, filled):
-    assert look(config_for(pipeline, *filled), calibrated=True).calibration.hours == 0
-    assert look(config_for(pipeline, *filled)).as_json()["hours"] is None
-
-
-def test_decoding_that_is_slower_than_encoding_counts_shared_by_its_workers(pipeline, tmp_path, monkeypatch):
-    config = config_for(pipeline, write_corpus(tmp_path / "clips", 20), tmp_path / "cache", decode_workers=2)
-    monkeypatch.setattr(calibrate, "encode_clips", lambda *_: [])
-    measured = look(config, calibrated=True).calibration
-    seconds = measured.load_seconds + measured.text_seconds * 3 + measured.decode_seconds * 10 / 2  # 22 prompts, by 8
-    assert measured.hours * 3600 == pytest.approx(seconds)
 
 
 def test_shards_that_no_reader_would_take_are_refused_before_they_are_planned(pipeline, tmp_path, monkeypatch):

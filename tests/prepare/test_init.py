@@ -95,7 +95,7 @@ def test_a_folder_without_a_usable_video_is_refused(tmp_path: Path, monkeypatch:
     for arguments, code, words in (
         (("--videos=.",), 3, "no video can be used; film.mp4: cannot be read"),
         (("--videos=nowhere",), 3, "nowhere: not a folder"),
-        (("--videos=.", "--card=5099"), 2, "--card '5099': not a known card"),
+        (("--videos=.", "--card=5099"), 2, "--card '5099': unknown card; did you mean 5090?"),
     ):
         result = precog("init", "dog", "--model=5b", *arguments)
         assert result.exit_code == code and words in result.stderr

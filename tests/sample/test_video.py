@@ -1,4 +1,4 @@
-"""What `precog sample` writes can be read again."""
+"""Tests that written mp4s and contact sheets can be read again."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which device a process takes, alone and among others."""
+"""The device and rank of a process, alone and under a launcher."""
 
 import pytest
 import torch

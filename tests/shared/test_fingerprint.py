@@ -1,37 +1,39 @@
-"""Hashes that name things."""
+"""Hashes of values and files."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shared.fingerprint import canonical_json, is_key, key_of, sha256_file, sha256_files
 
 
-def test_equal_values_have_one_spelling_and_other_values_another_key():
+def test_only_equal_values_share_a_key() -> None:
     assert canonical_json({"b": 1, "a": [True, None, "ü"]}) == '{"a":[true,null,"ü"],"b":1}'.encode()
     assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
     values = [0, 0.5, False, None, "", "0", [], [0], {}, {"a": 0}, {"a": "0"}, [[0]], {"a": {"b": 0}}]
     assert len({key_of(value) for value in values}) == len(values)
 
 
-def test_a_key_written_today_is_a_key_forever():
-    """Renew never: every stored cache is found by these."""
+def test_keys_never_change() -> None:
+    """Never renew this number: stored caches are found by their keys."""
     assert key_of({"text": "a rabbit", "recipe": "r"}) == "067df9e1ee5cd70aa21484c03bfa4fa0"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("-inf")]}])
-def test_numbers_that_json_does_not_have_are_refused(value):
+def test_numbers_outside_json_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         key_of(value)
 
 
-def test_what_is_a_key_and_what_is_not():
+def test_only_hex_of_the_right_length_is_a_key() -> None:
     assert is_key("0" * 32) and is_key(key_of(1))
     for text in ("", "0" * 31, "0" * 33, "g" * 32, "A" * 32, "0" * 32 + "\n", "../" + "0" * 29):
         assert not is_key(text)
 
 
-def test_a_file_is_named_by_its_bytes_and_a_hub_blob_is_taken_at_its_name(tmp_path):
+def test_a_file_is_hashed_and_a_hub_blob_is_not_read(tmp_path: Path) -> None:
     blob = tmp_path / ("ab" * 32)
     blob.write_bytes(b"not what the name says, so it was not read")
     link = tmp_path / "model.safetensors"

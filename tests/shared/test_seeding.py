@@ -1,12 +1,12 @@
-"""Draws named by what they are for: the same ones forever, and others for other names."""
+"""Random draws: equal for equal names, on every machine."""
 
 import torch
 
 from shared.seeding import digest, generator, integer_seed, normal
 
 
-def test_a_draw_made_today_is_drawn_forever():
-    """Renew never: crops and noised first frames of stored clips, and the noise of a resumed run, come from these."""
+def test_draws_never_change() -> None:
+    """Never renew these numbers: stored crops and first frames and the noise of resumed runs come from them."""
     assert generator("crop", "seed").integers(10**9, size=4).tolist() == [372261400, 993013530, 686247882, 921957312]
     assert normal((3,), "image-noise", "key", 0).tolist() == [
         -0.5190707445144653,
@@ -16,12 +16,21 @@ def test_a_draw_made_today_is_drawn_forever():
     assert integer_seed("a", 1) == 3550756640580053907
 
 
-def test_a_draws_name_has_parts_of_a_type_in_an_order():
-    names = [("a", 1), ("a", "1"), (1, "a"), ("a1",), ("a", ""), ("a",), ("", "a"), (["a", 1].__repr__(),)]
+def test_types_and_order_of_a_name_count() -> None:
+    names: list[tuple[str | int, ...]] = [
+        ("a", 1),
+        ("a", "1"),
+        (1, "a"),
+        ("a1",),
+        ("a", ""),
+        ("a",),
+        ("", "a"),
+        (["a", 1].__repr__(),),
+    ]
     assert len({digest(*name) for name in names}) == len(names)
 
 
-def test_draws_of_one_name_are_equal_and_do_not_depend_on_what_was_drawn_before():
+def test_draws_do_not_depend_on_earlier_ones() -> None:
     first = normal((1000,), "noise", 7)
     generator("noise", 8).integers(10)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Signals: a flag first, the old meaning after it, and an end in time where nobody looks at the flag."""
+"""Signals: raised at once in stage 1, a flag in stage 2; a second one stops now, and old handlers come back."""
 
 import os
 import signal
@@ -9,76 +9,94 @@ from pathlib import Path
 
 import pytest
 
+from shared import signals
 from shared.errors import Preempted
-from shared.signals import SIGNALS, StopSignal
+from shared.signals import SIGNALS, StopSignal, raise_on_signal
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_heard_at_the_next_check_and_the_old_handler_comes_back(number):
+def test_a_signal_raises_at_once_and_the_old_handler_comes_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with (
+        pytest.raises(Preempted, match=r"^stopped by a signal: all is stored; ") as caught,
+        raise_on_signal("all is stored"),
+    ):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+    assert caught.value.exit_code == 75 and signal.getsignal(number) == before
+
+
+def test_other_exceptions_pass_and_those_of_a_signal_do_not() -> None:
+    with pytest.raises(ZeroDivisionError), raise_on_signal("all is stored"):
+        raise ZeroDivisionError
+    with pytest.raises(Preempted), raise_on_signal("all is stored"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt as error:  # libraries convert what their imports raise
+            raise RuntimeError("import failed") from error
+
+
+def test_a_stop_that_was_lost_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(Preempted), raise_on_signal("all is stored"):
+        for attempt in range(3):
+            try:
+                if attempt == 0:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(2)
+            except KeyboardInterrupt:  # as in a destructor
+                if attempt == 2:
+                    raise
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_flag_is_set_and_said_and_the_old_handler_comes_back(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(number)
     with StopSignal() as stop:
         stop.check("all is stored")
         os.kill(os.getpid(), number)
+        assert stop.requested and "signal received; finishing this step" in capfd.readouterr().err
         with pytest.raises(Preempted, match="all is stored") as caught:
             stop.check("all is stored")
     assert caught.value.exit_code == 75 and signal.getsignal(number) == before
 
 
-def test_a_second_signal_acts_as_it_did_before():
+def test_one_rank_says_that_the_signal_was_received(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested and capfd.readouterr().err == ""
+
+
+def test_a_second_signal_acts_as_it_did_before() -> None:
     with StopSignal() as stop, pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
 
 
-BUSY = """
-import hashlib, time
-from shared.signals import StopSignal
-with StopSignal(patience_seconds=1) as stop:
-    print("ready", flush=True)
-    {work}
-print("left", flush=True)
+STUBBORN = """
+import os, signal, time
+from shared.signals import raise_on_signal
+with raise_on_signal("all is stored"):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
 """
 
 
-def stopped(work: str) -> tuple[int, str, str, float]:
-    """Exit code, output, errors and seconds of a process that does `work` and gets SIGTERM."""
-    command = [sys.executable, "-c", BUSY.format(work=work)]
-    root = Path(__file__).parents[2]
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None and child.stdout.readline() == "ready\n"
-        sent = time.monotonic()
-        child.send_signal(signal.SIGTERM)
-        try:
-            out, errors = child.communicate(timeout=30)
-        finally:
-            child.kill()
-        return child.returncode, out, errors, time.monotonic() - sent
-
-
-def test_a_process_deep_in_a_library_ends_in_time():
-    """Python runs no handler while the hash is computed."""
-    code, out, errors, took = stopped("hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)")
-    assert (code, out) == (75, "") and "the same command goes on" in errors
-    assert 0.9 < took < 10
-
-
-def test_a_process_that_ends_by_itself_in_time_is_left_alone():
-    code, out, errors, _ = stopped("time.sleep(0.2)")
-    assert (code, out, errors) == (0, "left\n", "")
-
-
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def test_watching_for_signals_leaves_nothing_open():
-    before = open_files()
-    for _ in range(20):
-        with StopSignal(patience_seconds=5):
-            pass
-    deadline = time.monotonic() + 10
-    while open_files() > before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert open_files() == before and signal.set_wakeup_fd(-1) == -1
+def test_a_second_signal_ends_a_process_that_is_still_cleaning_up() -> None:
+    done = subprocess.run([sys.executable, "-c", STUBBORN], cwd=ROOT, capture_output=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (75, b"", b"")

@@ -1,4 +1,4 @@
-"""Training in real processes: forked from one that has torch imported, because to import it takes longer than to train.
+"""Training in real processes, forked from one that has imported torch, because the import takes longer than training.
 
 A child runs what `precog train` runs, with the environment that a launcher would set, and ends with its exit code.
 """
@@ -16,55 +16,46 @@ from pathlib import Path
 
 from shared.config import Config
 from shared.signals import StopSignal
-from train.loop import run_steps, train
+from train.loop import train
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train.loop", "tests.train.processes"])
 DEADLINE_SECONDS = 120
 
 
-class Stopping(StopSignal):
-    """A signal that comes when it is asked about for the `number`th time (from 1): by a step, or by what it calls.
+class StopAt(StopSignal):
+    """A signal that comes at the `poll`-th question (from 1) after `step` lines of metrics.jsonl; SIGKILL if `kill`.
 
-    Each step asks once; the others are an evaluation's clips and a preview's steps.
+    Questions are asked once by each training step, by each clip of an evaluation and by each step of a preview.
     """
 
-    def __init__(self, number: int, *, by_step: bool = True) -> None:
-        self._polls, self._number, self._by_step = 0, number, by_step
+    def __init__(self, run: Path, step: int, poll: int = 1, *, kill: bool = False) -> None:
+        self._metrics, self._step, self._polls, self._kill = run / "metrics.jsonl", step, poll, kill
         super().__init__()
 
     @property
     def requested(self) -> bool:
-        self._polls += (sys._getframe(1).f_code is run_steps.__code__) == self._by_step
-        return self._polls >= self._number and self.comes()
+        if self._metrics.exists() and self._metrics.read_bytes().count(b"\n") >= self._step:
+            self._polls -= 1
+            if self._polls <= 0 and self._kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self._polls <= 0
 
     @requested.setter
     def requested(self, value: bool) -> None:
         pass
 
-    def comes(self) -> bool:
-        """What happens then."""
-        return True
-
-
-class KilledInStep(Stopping):
-    """SIGKILLs this process between the gradients and the update of its `number`th step (from 1)."""
-
-    def comes(self) -> bool:
-        os.kill(os.getpid(), signal.SIGKILL)
-        return False
-
 
 def start(
     config: Config,
     world_size: int = 1,
-    killed_in_step: int | None = None,
+    killed_after_step: int | None = None,
     largest_file_bytes: int | None = None,
     configs: Mapping[int, Config] | None = None,
 ) -> list[BaseProcess]:
-    """Processes that train `config` together, rank by rank, but for the ranks that `configs` gives another.
+    """Start processes that train `config`; `configs` gives some ranks another config.
 
-    A disk that is full is one that takes no larger file.
+    A process with `killed_after_step` kills itself in the step after it. `largest_file_bytes` acts as a full disk.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -86,7 +77,7 @@ def start(
     ]
     children: list[BaseProcess] = [
         CONTEXT.Process(
-            target=_run, args=((configs or {}).get(rank, config), environment, killed_in_step, largest_file_bytes)
+            target=_run, args=((configs or {}).get(rank, config), environment, killed_after_step, largest_file_bytes)
         )
         for rank, environment in enumerate(environments)
     ]
@@ -96,7 +87,7 @@ def start(
 
 
 def finish(children: list[BaseProcess], *, others_follow: bool = True) -> list[int | None]:
-    """Exit codes; negative for signals. When one has failed, the others are killed, as launchers do, if they follow."""
+    """Return exit codes, negative for signals; with `others_follow`, a failure kills the rest, as a launcher does."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while any(child.is_alive() for child in children):
         dead = any(child.exitcode is not None and child.exitcode != 0 for child in children)
@@ -109,17 +100,18 @@ def finish(children: list[BaseProcess], *, others_follow: bool = True) -> list[i
     return [child.exitcode for child in children]
 
 
-def run(config: Config, world_size: int = 1, killed_in_step: int | None = None) -> list[int | None]:
-    """Start and finish."""
-    return finish(start(config, world_size, killed_in_step))
+def run(config: Config, world_size: int = 1, killed_after_step: int | None = None) -> list[int | None]:
+    """Start the processes and return their exit codes."""
+    return finish(start(config, world_size, killed_after_step))
 
 
 def log(config: Config, rank: int = 0) -> str:
-    """What a child printed."""
+    """Return the output of a child."""
     return _log_path(config, str(rank)).read_text(encoding="utf-8")
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll until the condition holds; fail after two minutes."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"
@@ -131,7 +123,7 @@ def _log_path(config: Config, rank: str) -> Path:
 
 
 def _run(
-    config: Config, environment: dict[str, str], killed_in_step: int | None, largest_file_bytes: int | None
+    config: Config, environment: dict[str, str], killed_after_step: int | None, largest_file_bytes: int | None
 ) -> None:
     import torch
 
@@ -153,8 +145,8 @@ def _run(
         console.console.file = stream
 
         def body() -> None:
-            if killed_in_step is not None:
-                train(config, KilledInStep(killed_in_step))
+            if killed_after_step is not None:
+                train(config, StopAt(config.train.output_dir, killed_after_step, kill=True))
                 return
             with StopSignal() as stop:
                 train(config, stop)

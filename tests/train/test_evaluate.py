@@ -1,4 +1,4 @@
-"""The held-out loss: after the checkpoint, shared out over the processes, the same figure for any number of them."""
+"""The held-out loss: taken after the checkpoint, divided over the processes, the same for any number of them."""
 
 import os
 import shutil
@@ -12,21 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from precompute.assignments import Part
 from precompute.run import precompute
 from shared.cache.collection import shards
 from shared.cache.storage import open_storage
 from shared.cache.view import read_view
 from shared.config import Config
 from shared.errors import Preempted
+from shared.metrics_file import read_metrics
 from shared.run_folder import EXPORT, adapter_file
 from shared.signals import StopSignal
 from tests.train import processes
 from train.checkpoint.files import load_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
-from train.metrics import read_metrics
-from train.run import open_run
+from train.open_run import open_run
 
 VARYING = ("seconds", "data_wait_seconds", "peak_memory_bytes")
 Held = Callable[..., Config]
@@ -42,7 +41,7 @@ def three_held_out(experiment: Config, tmp_path_factory: pytest.TempPathFactory)
             "precompute": experiment.precompute.model_copy(update={"cache": str(folder / "cache")}),
         }
     )
-    precompute(config, Part(), StopSignal())
+    precompute(config)
     return config
 
 
@@ -60,9 +59,9 @@ def losses(config: Config) -> list[dict[str, Any]]:
     return [{name: line[name] for name in line if name not in VARYING} for line in lines]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_any_number_of_processes_takes_the_same_held_out_loss_to_the_last_bit(world_size: int, held: Held) -> None:
-    """Of the same weights, because a batch of one clip is one rank's alone; and with fewer clips than ranks, too."""
+def test_the_held_out_loss_is_the_same_on_any_number_of_ranks(held: Held) -> None:
+    """Bit for bit with fewer clips than ranks; a batch of one clip makes the weights equal too."""
+    world_size = 4
     alone, together = (held(name, max_train_steps=2, validation_steps=1) for name in ("alone", "together"))
     train(alone, StopSignal())
     assert processes.run(together, world_size) == [0] * world_size, processes.log(together)
@@ -70,7 +69,7 @@ def test_any_number_of_processes_takes_the_same_held_out_loss_to_the_last_bit(wo
     assert [line["held_out_loss"] != line["loss"] for line in losses(alone)] == [True, True]
 
 
-def test_the_held_out_loss_is_without_dropout_and_training_goes_on_with_it(held: Held) -> None:
+def test_the_held_out_loss_is_without_dropout(held: Held) -> None:
     found = []
     for lora_dropout in (0.0, 0.5):
         run = open_run(held(lora_dropout=lora_dropout))
@@ -99,7 +98,7 @@ def damage_held_out(config: Config, number: int) -> str:
     return row.source
 
 
-def test_each_rank_takes_its_clips_and_a_bad_one_ends_all_with_one_line(held: Held, tmp_path: Path) -> None:
+def test_a_damaged_clip_ends_all_ranks_with_one_line(held: Held, tmp_path: Path) -> None:
     config = held(max_train_steps=1)
     shutil.copytree(config.precompute.cache, tmp_path / "cache")
     config = config.model_copy(
@@ -112,15 +111,13 @@ def test_each_rank_takes_its_clips_and_a_bad_one_ends_all_with_one_line(held: He
     assert load_checkpoint(config.train.output_dir / "checkpoint-000001").step == 1, "saved before"
 
 
-@pytest.mark.parametrize(("number", "step"), [(2, 2), (5, 2), (7, 4)])
-def test_a_signal_in_an_evaluation_is_heard_after_a_clip_and_the_resumed_run_is_the_straight_one(
-    number: int, step: int, held: Held
-) -> None:
+@pytest.mark.parametrize(("step", "poll"), [(2, 2), (2, 5), (4, 1)])
+def test_a_signal_in_an_evaluation_stops_after_a_clip(step: int, poll: int, held: Held) -> None:
     values = {"max_train_steps": 4, "validation_steps": 2, "checkpointing_steps": 3}
     straight, config = held("straight", **values), held(**values)
     train(straight, StopSignal())
     with pytest.raises(Preempted, match=f"checkpoint saved at step {step} of 4"):
-        train(config, processes.Stopping(number, by_step=False))
+        train(config, processes.StopAt(config.train.output_dir, step, poll))
     assert [line["step"] for line in losses(config) if "held_out_loss" in line] == [2][: step // 4]
     train(config, StopSignal())
     assert losses(config) == losses(straight)
@@ -128,7 +125,7 @@ def test_a_signal_in_an_evaluation_is_heard_after_a_clip_and_the_resumed_run_is_
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_process_that_hears_nothing_from_the_others_fails_after_its_timeout(held: Held) -> None:
+def test_a_process_fails_after_the_timeout_of_a_collective(held: Held) -> None:
     config = held(max_train_steps=100_000, checkpointing_steps=100_000, nccl_timeout=3)
     children = processes.start(config, 2)
     try:

@@ -17,7 +17,7 @@ from train.transformer.load import adapter_weights, add_adapter
 
 @pytest.fixture
 def exported(tmp_path: Path) -> tuple[Path, torch.Tensor, dict[str, torch.Tensor]]:
-    """A trained-looking adapter with alpha / rank = 2.5, its file, and the transformer's output with it."""
+    """Return the file of an adapter with alpha / rank = 2.5, the transformer's output with it, and its weights."""
     train = Train(output_dir=tmp_path, lora_rank=4, lora_alpha=10)
     transformer = tiny.build_transformer("2b")
     add_adapter(transformer, train)
@@ -67,11 +67,9 @@ def test_the_file_carries_weights_settings_and_origin(
     assert metadata["precog_view"] == "abc"
 
 
-def test_a_file_that_differs_from_the_adapter_is_never_put_in_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def save_rounded(tensors: dict[str, torch.Tensor], *rest: object) -> None:
-        save_file({name: tensor.bfloat16().float() for name, tensor in tensors.items()}, *rest)
+def test_a_file_that_differs_is_never_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_rounded(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file({name: tensor.bfloat16().float() for name, tensor in tensors.items()}, path, metadata)
 
     train, transformer = Train(output_dir=tmp_path, lora_rank=4, lora_alpha=10), tiny.build_transformer("2b")
     add_adapter(transformer, train)
@@ -81,7 +79,7 @@ def test_a_file_that_differs_from_the_adapter_is_never_put_in_place(
     assert not list((tmp_path / "export").iterdir())
 
 
-def test_an_adapter_of_a_transformer_with_other_sizes_is_refused(
+def test_an_adapter_of_other_sizes_is_refused(
     exported: tuple[Path, torch.Tensor, dict[str, torch.Tensor]],
 ) -> None:
     path, _, weights = exported
@@ -91,30 +89,5 @@ def test_an_adapter_of_a_transformer_with_other_sizes_is_refused(
         add_adapter(transformer, train)
     found = read_adapter(same, train, path)
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
-    with pytest.raises(UsageError, match=r"lora_A\.weight has shape \(4, 64\) there and \(4, 96\) in this run's"):
+    with pytest.raises(UsageError, match=r"lora_A\.weight of shape \(4, 96\), got \(4, 64\)"):
         read_adapter(wider, train, path)
-
-
-def test_the_adapter_changes_the_pipelines_video(
-    exported: tuple[Path, torch.Tensor, dict[str, torch.Tensor]],
-) -> None:
-    path, _, _ = exported
-    pipeline = tiny.build_pipeline("2b")
-
-    def video() -> torch.Tensor:
-        latents: torch.Tensor = pipeline(
-            prompt="a grey rabbit yawns",
-            num_frames=9,
-            height=64,
-            width=96,
-            num_inference_steps=2,
-            max_sequence_length=tiny.TEXT_LENGTH,
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-        ).frames
-        return latents
-
-    base = video()
-    assert torch.equal(base, video())
-    pipeline.load_lora_weights(str(path))
-    assert not torch.allclose(base, video(), atol=1e-3)

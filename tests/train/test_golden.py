@@ -19,7 +19,7 @@ from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import Bucket
 from shared.model.pretrained import pretrained_part, read_config
 from train.data.conditioning import pad_front
-from train.data.dataset import Example
+from train.data.example import Example
 from train.objective import NoiseSchedule, add_noise, read_schedule, velocity
 from train.optimizer import build_optimizer
 from train.step import accumulate_gradients, finish_gradients

@@ -1,29 +1,33 @@
-"""What a run writes and shows: metrics.jsonl, the table at the end, the loss curve."""
+"""Metrics of a run: metrics.jsonl, the table at the end, the loss curve."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from shared.config import Config
 from shared.errors import DataError
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
-from train.curve import SIZE, draw_curve, ticks
 from train.loop import train
-from train.metrics import EMA_DECAY, Metrics, finish_metrics, read_metrics, smoothed
+from train.metrics import EMA_DECAY, MIN_CURVE_STEPS, EmaLoss, Metrics, draw_curve, finish_metrics
 
 Settings = Callable[..., Config]
 FIELDS = {"step", "loss", "ema_loss", "lr", "grad_norm", "samples", "tokens", "packs", "seconds", "data_wait_seconds"}
 
 
 def line(step: int, loss: float = 1.0, **more: Any) -> dict[str, Any]:
-    values = {"lr": 1e-3, "grad_norm": 0.1, "samples": 2, "tokens": 100, "packs": 1, "seconds": 0.5}
+    values = {"ema_loss": loss, "lr": 1e-3, "grad_norm": 0.1, "samples": 2, "tokens": 100, "packs": 1, "seconds": 0.5}
     return {"step": step, "loss": loss, **values, "data_wait_seconds": 0.0, "peak_memory_bytes": 2**20, **more}
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    average = EmaLoss()
+    return [average.add(loss) for loss in losses]
 
 
 def write(folder: Path, lines: list[dict[str, Any]], tail: str = "") -> None:
@@ -32,32 +36,28 @@ def write(folder: Path, lines: list[dict[str, Any]], tail: str = "") -> None:
     (folder / "metrics.jsonl").write_text(text + tail, encoding="utf-8")
 
 
-def test_a_run_ends_with_a_table_a_curve_and_one_line_per_step(
-    settings: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_ends_with_a_table_and_a_curve(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     from shared import console
 
     shown: list[str] = []
     monkeypatch.setattr(console.console, "print", lambda text, **_: shown.append(str(text)))
-    config = settings(max_train_steps=4, validation_steps=2)
+    config = settings(max_train_steps=MIN_CURVE_STEPS, validation_steps=5)
     train(config, StopSignal())
     lines = read_metrics(config.train.output_dir)
-    assert [values["step"] for values in lines] == [1, 2, 3, 4]
+    assert [values["step"] for values in lines] == list(range(1, MIN_CURVE_STEPS + 1))
     assert all(values.keys() >= FIELDS for values in lines)
     text = "\n".join(shown)
-    for number in (lines[3]["held_out_loss"], lines[1]["base_held_out_loss"]):
+    for number in (lines[-1]["held_out_loss"], lines[4]["base_held_out_loss"]):
         assert f"{number:.5f}" in text
     table = text[text.index("Trained") :]
-    assert "steps                4" in table
+    assert f"steps                {MIN_CURVE_STEPS}" in table
     assert "without the adapter" in table
     assert "waiting for data" in table
     with Image.open(config.train.output_dir / "loss.png") as image:
-        assert image.size == SIZE
-        colours = {colour for _, colour in image.getcolors(1 << 20) or []}
-    assert {(0x1F, 0x5F, 0xA8), (0xC0, 0x39, 0x2B), (0x7F, 0x8C, 0x8D)} <= colours
+        assert len(image.getcolors(1 << 20) or []) > 4, "four curves"
 
 
-def test_lines_beyond_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
+def test_lines_beyond_the_checkpoint_are_removed(tmp_path: Path) -> None:
     write(tmp_path, [line(1), line(2), line(3, base_held_out_loss=0.5)], tail='{"step": 4, "lo')
     assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2, 3]
     assert Metrics(tmp_path, 3, 10).base_held_out_loss == 0.5
@@ -84,23 +84,23 @@ def test_a_line_that_is_no_step_is_refused(content: bytes, words: str, tmp_path:
         read_metrics(tmp_path)
 
 
-def test_a_finished_run_whose_metrics_were_moved_away_is_exported_again(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_without_its_metrics_is_exported_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     from shared import console
 
     config = settings(max_train_steps=2)
     train(config, StopSignal())
     (config.train.output_dir / "metrics.jsonl").unlink()
+    shutil.rmtree(config.train.output_dir / "export")
     shown: list[str] = []
     monkeypatch.setattr(console, "say", shown.append)
     train(config, StopSignal())
+    assert any("metrics.jsonl: steps 1 to 2 are missing" in text for text in shown)
     table = shown[shown.index("Trained") :]
     assert len(table) == 2
     assert table[1].endswith("export/pytorch_lora_weights.safetensors")
 
 
-def test_the_ema_loss_is_the_published_average_corrected_for_its_start() -> None:
+def test_the_ema_loss_is_the_published_average() -> None:
     """Written out as sums: (1 - d) sum d^(t-i) loss_i / (1 - d^t)."""
     losses = [float((7 * step) % 11) for step in range(1, 101)]
     expected = [
@@ -109,12 +109,12 @@ def test_the_ema_loss_is_the_published_average_corrected_for_its_start() -> None
         / (1 - EMA_DECAY**number)
         for number in range(1, 101)
     ]
-    assert smoothed([line(step, loss) for step, loss in enumerate(losses, 1)]) == pytest.approx(expected, rel=1e-12)
-    assert smoothed([line(step, 3.0) for step in range(1, 6)]) == pytest.approx([3.0] * 5)
+    assert smoothed(losses) == pytest.approx(expected, rel=1e-12)
+    assert smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, 60])
-def test_a_resumed_ema_loss_is_the_straight_one_to_the_last_bit(cut: int, tmp_path: Path) -> None:
+def test_a_resumed_ema_loss_is_the_straight_one(cut: int, tmp_path: Path) -> None:
     lines = [line(step, 1 / step) for step in range(1, 61)]
     for folder, kept in ((tmp_path / "straight", 60), (tmp_path / "resumed", cut)):
         folder.mkdir()
@@ -126,26 +126,10 @@ def test_a_resumed_ema_loss_is_the_straight_one_to_the_last_bit(cut: int, tmp_pa
         metrics.write(values)
     straight, resumed = (read_metrics(tmp_path / name) for name in ("straight", "resumed"))
     assert straight == resumed
-    assert [values["ema_loss"] for values in straight] == smoothed(lines)
+    assert [values["ema_loss"] for values in straight] == smoothed([values["loss"] for values in lines])
 
 
-def test_the_line_shows_the_ema_loss_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shared import console
-
-    shown: list[str] = []
-    monkeypatch.setattr(console, "say", shown.append)
-    metrics = Metrics(tmp_path, 0, 2)
-    metrics.header()
-    metrics.write(line(1, 4.0))
-    written = metrics.write(line(2, 2.0))
-    assert written["ema_loss"] == pytest.approx((0.98 * 4 + 2) / 1.98)
-    end = shown[0].index("EMA loss") + len("EMA loss")
-    assert shown[2][:end].endswith(f" {written['ema_loss']:.5f}")
-
-
-def test_the_line_shows_rates_of_the_step_and_its_share_of_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_line_shows_rates_and_the_share_of_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from shared import console
 
     shown: list[str] = []
@@ -165,15 +149,13 @@ def test_the_table_sums_up_the_whole_run(tmp_path: Path, monkeypatch: pytest.Mon
     finish_metrics(tmp_path, tmp_path / "export")
     (table,) = tables
     assert table["steps"] == 2
-    assert table["EMA loss"] == f"4.00000 -> {smoothed(lines)[-1]:.5f}"
+    assert table["EMA loss"] == "4.00000 -> 2.00000"
     assert (table["held-out loss"], table["without the adapter"]) == ("2.50000", "3.50000")
     assert (table["clips per second"], table["waiting for data"]) == ("1.00", "12.50% of 0:00:04")
     assert table["peak memory"] == console.bytes_text(2**30)
 
 
-def test_the_time_left_is_reckoned_by_the_recent_steps_and_all_between_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_time_left_counts_recent_steps_and_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of one second, each tenth followed by an evaluation of ten: two seconds on average."""
     from shared import console
 
@@ -188,20 +170,9 @@ def test_the_time_left_is_reckoned_by_the_recent_steps_and_all_between_them(
     assert [text.split()[-1] for text in shown[::99]] == ["0:16:39", "0:30:00"]
 
 
-@pytest.mark.parametrize(
-    "losses", [[1.0], [1.0, 1.0], [1e-9, 2e-9], [0.0, 0.0], [1e6, -3.0], [float(step % 7) for step in range(500)]]
-)
-def test_any_run_has_a_curve(losses: list[float], tmp_path: Path) -> None:
+@pytest.mark.parametrize("losses", [[0.0] * MIN_CURVE_STEPS, [float(step % 7) for step in range(5000)]])
+def test_a_constant_and_a_long_run_have_a_curve(losses: list[float], tmp_path: Path) -> None:
     lines = [line(step, loss) for step, loss in enumerate(losses, 1)]
-    draw_curve(lines, smoothed(lines), tmp_path / "loss.png")
+    draw_curve(lines, tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as image:
-        assert image.size == SIZE
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_enclose_the_range_and_are_round(low: float, span: float) -> None:
-    found = ticks(low, low + span)
-    step = found[1] - found[0]
-    assert found[0] <= low + 1e-6 * step and low + span <= found[-1] + 1e-6 * step
-    assert 2 <= len(found) <= 9
-    assert found == sorted(set(found))
+        assert image.width > 600 and len(image.getcolors(1 << 20) or []) > 2

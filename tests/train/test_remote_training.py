@@ -14,10 +14,10 @@ from shared.cache.storage import open_storage
 from shared.cache.view import read_view
 from shared.config import Config
 from shared.errors import CacheError
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
 from tests import corpus, tiny
 from train.loop import train
-from train.metrics import read_metrics
 
 NUM_CLIPS, PER_SHARD = 24, 4
 SETTINGS = {
@@ -34,7 +34,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A cache in a folder, of clips to train on alone in seven shards and of one held out."""
+    """Fill a cache in a folder: clips to train on in seven shards, and one held out."""
     folder = tmp_path_factory.mktemp("remote")
     config = corpus.config_for(
         tiny.save_pipeline("2b", folder / "tiny"),
@@ -50,7 +50,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def url(local: Config, server: int) -> Iterator[str]:
-    """The same cache in a bucket."""
+    """Upload the same cache into a bucket."""
     import s3fs
 
     with pytest.MonkeyPatch.context() as environment:
@@ -69,7 +69,7 @@ def url(local: Config, server: int) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of shards go below the test's own folder."""
+    """Keep copies of shards below the test's own folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "copies"))
 
 
@@ -125,17 +125,6 @@ def test_an_epoch_fetches_each_shard_once_and_not_one_per_clip(
     downloads.clear()
     train(changed(local, tmp_path / "whole", url, 2, shuffle_shards="all"), StopSignal())
     assert downloads.total() > 1.5 * len(holding)
-
-
-def test_copies_with_room_for_five_shards_mix_three_and_fetch_each_once(
-    local: Config, url: str, tmp_path: Path, downloads: Counter[str]
-) -> None:
-    config = changed(local, tmp_path / "run", url, 5, max_train_steps=NUM_CLIPS)
-    train(config, StopSignal())
-    assert max(downloads.values()) <= 2, "two epochs"
-    keys = clips_of(config)
-    assert sorted(keys[:NUM_CLIPS]) == sorted(keys[NUM_CLIPS:])
-    assert keys[:NUM_CLIPS] != keys[NUM_CLIPS:]
 
 
 def test_a_folder_with_the_same_window_makes_the_same_run(local: Config, url: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from shared.config import Train
 from tests.tiny import add_lora, build_transformer
 from tests.train.transformer.test_forward import conventions_of, make_clip, make_clips
 from train import step
-from train.data.dataset import Example
+from train.data.example import Example
 from train.objective import clip_loss
 from train.step import accumulate_gradients, loss_scale, step_gradients
 from train.transformer.engine import Engine

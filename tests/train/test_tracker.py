@@ -13,11 +13,11 @@ from PIL import Image
 from sample.decode import decode
 from shared.config import Config, Sample
 from shared.errors import UsageError
+from shared.metrics_file import read_metrics
 from shared.signals import StopSignal
 from shared.tracker import wandb_options
 from tests import experiments
 from train.loop import train
-from train.metrics import read_metrics
 
 SAMPLE = Sample(num_frames=9, height=experiments.HEIGHT, width=experiments.WIDTH, num_inference_steps=2)
 
@@ -128,7 +128,7 @@ def test_without_a_tracker_nothing_is_written_for_one(cached: Config, tmp_path: 
     train(config, StopSignal())
     decode(config)
     names = {path.name.partition("-")[0] for path in (tmp_path / "run").iterdir()}
-    assert names == {"checkpoint", "config.toml", "export", "loss.png", "metrics.jsonl", "previews"}
+    assert names == {"checkpoint", "config.toml", "export", "metrics.jsonl", "previews"}
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from shared.config import Config
 from shared.errors import UsageError
+from shared.metrics_file import read_metrics
 from shared.model.geometry import Bucket
 from shared.signals import StopSignal
 from tests.experiments import CAPTIONS, FRAMES, HEIGHT, WIDTH, fill_cache, write_experiment
 from tests.media import draw
 from tests.tiny import TEXT_LENGTH, VARIANTS
 from train.checkpoint.files import latest_checkpoint
-from train.data.order import Draw
-from train.evaluate import QUANTILES, held_out_loss
+from train.evaluate import held_out_loss
 from train.loop import train
-from train.metrics import read_metrics
-from train.run import Run, open_run
+from train.open_run import open_run
+from train.run import Run
 from train.transformer.load import load_adapter_weights
 
 LORA = {
@@ -32,22 +32,19 @@ LORA = {
     "learning_rate": 5e-3,
     "lora_target_modules": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out"),
     "checkpointing_steps": 1000,
+    "max_train_steps": 40,
 }
-SHORT = {**LORA, "max_train_steps": 40}
-LONG = {**LORA, "max_train_steps": 300}
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """An experiment that ran, with its held-in velocity losses (fixed noise, fixed quantiles) before and after."""
+    """An experiment that ran, with its velocity loss on the training clips before and after (fixed noise)."""
 
     config: Config
     run: Run
     before: float
     after: float
-    silent: float
-    """The loss of an adapter that makes the model answer zero, for scale."""
 
 
 def run_both_stages(variant: str, folder: Path, settings: dict[str, object]) -> Trained:
@@ -59,9 +56,9 @@ def run_both_stages(variant: str, folder: Path, settings: dict[str, object]) -> 
     checkpoint = latest_checkpoint(config.train.output_dir, report=pytest.fail)
     assert checkpoint is not None
     load_adapter_weights(run.transformer, checkpoint.tensors["adapter"])
-    after, silent = held_in_loss(run), silent_loss(run)
-    logger.info("%s: %.4f -> %.4f (-%.0f%%), silent %.4f", variant, before, after, 100 * (1 - after / before), silent)
-    return Trained(config, run, before, after, silent)
+    after = held_in_loss(run)
+    logger.info("%s: %.4f -> %.4f (-%.0f%%)", variant, before, after, 100 * (1 - after / before))
+    return Trained(config, run, before, after)
 
 
 def train_to_its_end(config: Config) -> None:
@@ -70,19 +67,15 @@ def train_to_its_end(config: Config) -> None:
 
 
 def held_in_loss(run: Run) -> float:
-    return held_out_loss(replace(run, held_out=run.dataset), stopped=lambda: False)
-
-
-def silent_loss(run: Run) -> float:
-    timesteps = [round(quantile * (len(run.schedule) - 1)) for quantile in QUANTILES]
-    targets = [run.dataset.fixed_example(row, timestep).target for row in range(2) for timestep in timesteps]
-    return sum(float(target.square().mean()) for target in targets) / len(targets)
+    loss = held_out_loss(replace(run, held_out=run.dataset), stopped=lambda: False)
+    assert loss is not None
+    return loss
 
 
 @pytest.fixture(scope="module")
 def experiments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     return {
-        variant: run_both_stages(variant, tmp_path_factory.mktemp(variant.replace(".", "_")), SHORT)
+        variant: run_both_stages(variant, tmp_path_factory.mktemp(variant.replace(".", "_")), LORA)
         for variant in VARIANTS
     }
 
@@ -92,14 +85,6 @@ def test_forty_steps_lower_the_held_in_velocity_loss(variant: str, experiments: 
     trained = experiments[variant]
     assert len(trained.run.dataset.rows) == 2
     assert trained.after < 0.85 * trained.before
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_three_hundred_steps_overfit_two_clips(variant: str, tmp_path: Path) -> None:
-    trained = run_both_stages(variant, tmp_path, LONG)
-    assert trained.after < 0.85 * trained.before
-    assert trained.after < 0.97 * trained.silent, "the adapter has learned no more than to be silent"
 
 
 @pytest.mark.parametrize("variant", ["2b", "1.5-5b", "5b-i2v", "1.5-5b-i2v"])
@@ -158,28 +143,6 @@ def test_image_to_video_clips_of_a_step_share_one_pack(experiments: dict[str, Tr
         assert all(line["tokens"] > 2 * TEXT_LENGTH for line in lines)
 
 
-def test_image_condition_is_noised_and_dropped_as_often_as_asked(experiments: dict[str, Trained]) -> None:
-    for variant in ("5b-i2v", "1.5-5b-i2v"):
-        run = experiments[variant].run
-        conditions = [run.dataset.example(Draw(epoch, 0), 500).model_input.latents[:, 16:] for epoch in range(400)]
-        dropped = [condition for condition in conditions if not condition.any()]
-        assert 0.02 < len(dropped) / len(conditions) < 0.09, "noised_image_dropout is 0.05"
-        shown = [condition for condition in conditions if condition.any()]
-        assert all(condition[0].any() and not condition[1:].any() for condition in shown), "one image, then zeros"
-        clean = run.dataset.fixed_example(0, 500).model_input.latents[:, 16:]
-        nearest = min(float((condition - clean).abs().max()) for condition in shown)
-        assert nearest > 0, "training never shows the clean frame when noised ones are stored"
-
-
-def test_noise_dropout_of_one_and_of_zero_are_always_and_never(experiments: dict[str, Trained]) -> None:
-    config = experiments["5b-i2v"].config
-    for dropout, expected in ((1.0, 0), (0.0, 20)):
-        settings = config.train.model_copy(update={"noised_image_dropout": dropout, "output_dir": Path("unused")})
-        dataset = open_run(config.model_copy(update={"train": settings})).dataset
-        shown = [dataset.example(Draw(epoch, 1), 10).model_input.latents[:, 16:].any() for epoch in range(20)]
-        assert sum(map(bool, shown)) == expected
-
-
 def test_learned_table_refuses_other_shapes_and_can_be_dropped(tmp_path: Path) -> None:
     config = write_experiment("5b-i2v", tmp_path, max_train_steps=3)
     other = config.data.model_copy(update={"resolution_buckets": ((64, 64),), "frame_buckets": (5,)})
@@ -200,7 +163,7 @@ def test_learned_table_refuses_other_shapes_and_can_be_dropped(tmp_path: Path) -
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
-def test_view_carries_the_recipe_that_stage_2_reads_instead_of_the_vae(experiments: dict[str, Trained]) -> None:
+def test_the_view_names_the_recipe_with_the_config_of_the_vae(experiments: dict[str, Trained]) -> None:
     for variant, trained in experiments.items():
         view = trained.run.view
         recipe = Path(trained.config.precompute.cache) / view.latents.folder / "recipe.json"

@@ -1,7 +1,7 @@
 """Checkpoints to resume from: `checkpoint-000020/` with safetensors files, `state.json` and `COMMIT.json`.
 
-A save writes a temporary folder, its COMMIT.json last (size and sha256 of each file), and renames the folder. What
-differs from its COMMIT.json by one bit is refused. Only JSON and safetensors are ever read, nothing that runs code.
+A save writes a temporary folder, COMMIT.json (size and sha256 of each file) last, and renames the folder. A checkpoint
+that differs from its COMMIT.json by one bit is refused. Only JSON and safetensors are read, nothing that runs code.
 """
 
 import hashlib
@@ -30,10 +30,11 @@ FORMAT = 1
 STATE, COMMIT = "state.json", "COMMIT.json"
 MAX_JSON_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 4 * 2**20
-"""Of a safetensors file: some 30,000 tensors. The library alone takes 100 MB of header, and minutes to read it."""
-NAME = re.compile(r"checkpoint-([0-9]{6,12})(\.old)?")
-"""`.old` is on its way to being replaced by another checkpoint of the same step."""
+"""Limit of a safetensors header, some 30,000 tensors. The library itself reads 100 MB, which takes minutes."""
+NAME = re.compile(r"checkpoint-([0-9]{6,12})")
 PROCESS_START_SECONDS = time.time()
+Seal = dict[str, Any]
+"""A file's entry in COMMIT.json: {"bytes": size, "sha256": hash}."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,48 +47,38 @@ class Checkpoint:
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
-    commit: str
-    """sha256 in its COMMIT.json, which names all its bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Seal:
-    """One file's entry in COMMIT.json."""
-
-    bytes: int
-    sha256: str
-
-
-class _Damage(Exception):
-    """The file that is not to be trusted, and why."""
 
 
 def save_checkpoint(
     run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Json]
 ) -> Path:
-    """Write `run/checkpoint-{step}` with `{name}.safetensors` per entry of `tensors`; it appears whole or not at all.
+    """Write `run/checkpoint-{step}` with `{name}.safetensors` per entry of `tensors`, whole or not at all.
 
-    A checkpoint of that step with the same content stays as it is; a damaged or different one is replaced. Raises
-    `PrecogError` if the disk is full or fails; the checkpoints there were are then still there.
+    A checkpoint of the same step is replaced. Raises `PrecogError` if the disk is full or fails; older checkpoints
+    stay.
     """
     final = run / f"checkpoint-{step:06d}"
     temporary = run / f"{TEMPORARY}{secrets.token_hex(8)}"
+    state_bytes = canonical_json(state)
+    assert len(state_bytes) <= MAX_JSON_BYTES, "too large to be read again"
     try:
         run.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        seals = {STATE: _write_file(temporary / STATE, _state_bytes(state))}
+        seals = {STATE: _write_file(temporary / STATE, state_bytes)}
         for name, group in sorted(tensors.items()):
-            file_name = f"{name}.safetensors"
-            assert _is_file_name(file_name), name
-            seals[file_name] = _write_file(temporary / file_name, _tensor_bytes(group))
+            assert _is_file_name(f"{name}.safetensors"), name
+            data = save({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()})
+            assert _header_bytes(data) <= MAX_HEADER_BYTES, "too many tensors to be read again"
+            seals[f"{name}.safetensors"] = _write_file(temporary / f"{name}.safetensors", data)
         _write_file(temporary / COMMIT, _commit_bytes(step, seals))
         sync_folder(temporary)
-        if _valid_seals(final) != seals:
-            _move_into_place(temporary, final)
+        _delete(final)  # a damaged one, which this run has passed over
+        temporary.rename(final)
         sync_folder(run)
     except OSError as error:
         raise PrecogError(
-            f"{final}: cannot be saved ({error.strerror or error}); the checkpoints before it are kept"
+            f"{final}: cannot be saved ({error.strerror or error}); "
+            "older checkpoints are kept, free the disk and resume"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -96,20 +87,23 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises `CacheError` with one line that names the file and the reason."""
-    try:
-        step, seals, commit = _read_commit(path)
-        contents = {name: _read_file(path, name, seal) for name, seal in seals.items()}
-        state = _parse_json(contents.pop(STATE), STATE)
-        tensors = {name.removesuffix(".safetensors"): _parse_tensors(data, name) for name, data in contents.items()}
-    except _Damage as damage:
-        raise CacheError(f"{path}: damaged checkpoint: {damage}") from None
-    return Checkpoint(path, step, tensors, state, commit)
+    step, seals = _read_commit(path)
+    contents = {name: _read_file(path / name, seal) for name, seal in seals.items()}
+    state = _parse_json(contents.pop(STATE), path / STATE)
+    tensors = {name.removesuffix(".safetensors"): _parse_tensors(data, path / name) for name, data in contents.items()}
+    return Checkpoint(path, step, tensors, state)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read and verify the `state` of one checkpoint without its tensors. Raises `CacheError`."""
+    _, seals = _read_commit(path)
+    return _parse_json(_read_file(path / STATE, seals[STATE]), path / STATE)
 
 
 def latest_checkpoint(run: Path, *, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest valid checkpoint, or None if there is none of any kind; each damaged newer one is reported.
+    """Return the newest valid checkpoint, None if the folder has none; each damaged newer one is reported.
 
-    Raises `CacheError` if all are damaged: to start from zero again is for a person to decide.
+    Raises `CacheError` if all are damaged: a person decides whether to start again.
     """
     problems: list[str] = []
     for path in newest_first(run):
@@ -119,80 +113,60 @@ def latest_checkpoint(run: Path, *, report: Callable[[str], None]) -> Checkpoint
             problems.append(str(error))
             continue
         for problem in problems:
-            report(f"{problem}; going on from {path.name}")
+            report(f"{problem}; resuming from {path.name}")
         return checkpoint
     if problems:
         raise CacheError(
-            f"{run}: no checkpoint is intact; restore one, or move them away to start from the beginning: "
-            + "; ".join(problems)
+            f"{run}: no checkpoint is valid ({'; '.join(problems)}); "
+            "restore one, or move them away to start from the beginning"
         )
     return None
 
 
 def newest_first(run: Path) -> list[Path]:
-    """Everything in the folder that is named as a checkpoint, intact or not."""
-    found = [(step_of(path), path.suffix != ".old", path) for path in _entries(run) if NAME.fullmatch(path.name)]
-    return [path for _, _, path in sorted(found, reverse=True)]
-
-
-def _entries(folder: Path) -> list[Path]:
+    """Return every folder named as a checkpoint, valid or not, newest first."""
     try:
-        return list(folder.iterdir())
+        paths = [path for path in run.iterdir() if NAME.fullmatch(path.name)]
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise CacheError(f"{folder}: cannot be read ({error.strerror or error})") from None
+        raise CacheError(f"{run}: cannot be read ({error.strerror or error})") from None
+    return sorted(paths, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """By its name."""
+    """Return the step in a checkpoint's name."""
     match = NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1])
 
 
-def commit_of(path: Path) -> str | None:
-    """The hash that a checkpoint's COMMIT.json has of itself; None if there is none that is whole."""
-    try:
-        return _read_commit(path)[2]
-    except _Damage:
-        return None
-
-
 def prune_checkpoints(run: Path, keep: int, saved: Path) -> None:
-    """Delete what is older than the newest `keep` intact checkpoints (two at least), and what dead runs left half done.
+    """Delete checkpoints older than the newest `keep` valid ones (two at least), and temporary folders of dead runs.
 
-    Called after `saved` was saved, which stays in any case. Those kept are read again first. What cannot be deleted is
-    logged and tried again next time.
+    `saved` was just written and always stays. The others that stay are read again first. A folder that cannot be
+    deleted is logged and tried again at the next save.
     """
-    kept: set[str] = set()
+    kept = 0
     for path in newest_first(run):
-        name = path.name.removesuffix(".old")
-        if path != saved and (len(kept) >= max(keep, 2) or name in kept):
+        if path != saved and kept >= max(keep, 2):
             _delete(path)
-        elif _valid_seals(path) is not None:
-            kept.add(name)
+        elif _is_valid(path):
+            kept += 1
     for temporary in run.glob(f"{TEMPORARY}*"):
-        # A younger one may be of another process that is saving now.
+        # A younger one may belong to another process that is saving now.
         if temporary.lstat().st_mtime < PROCESS_START_SECONDS:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_into_place(temporary: Path, final: Path) -> None:
-    """Rename; an intact checkpoint of the same step stays readable as `.old` until the new one stands."""
-    old = final.with_name(f"{final.name}.old")
-    if _valid_seals(final) is not None:
-        _delete(old)
-        final.rename(old)
-    else:
-        _delete(final)
-    temporary.rename(final)
-    sync_folder(final.parent)
-    _delete(old)
+def sync_file(path: Path) -> None:
+    """Flush a file to disk (fsync)."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _delete(path: Path) -> None:
-    """One rename takes it out of sight first, so that no half-deleted checkpoint is ever seen."""
+    """Rename a checkpoint first, so that no half-deleted one is ever seen, then remove it."""
     try:
         if path.exists():
             shutil.rmtree(path.rename(path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")))
@@ -200,104 +174,98 @@ def _delete(path: Path) -> None:
         logger.warning("%s: cannot be deleted (%s)", path, error)
 
 
-def _write_file(path: Path, data: bytes) -> _Seal:
+def _write_file(path: Path, data: bytes) -> Seal:
+    """Write and flush a new file; return its seal."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return _Seal(len(data), hashlib.sha256(data).hexdigest())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _state_bytes(state: Mapping[str, Json]) -> bytes:
-    data = canonical_json(state)
-    assert len(data) <= MAX_JSON_BYTES, "too large to be read again"
-    return data
-
-
-def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    assert _header_bytes(data) <= MAX_HEADER_BYTES, "too many tensors to be read again"
-    return data
-
-
-def _commit_bytes(step: int, seals: Mapping[str, _Seal]) -> bytes:
-    """COMMIT.json, which holds the hash of itself without that hash."""
-    files: dict[str, Json] = {name: {"bytes": seal.bytes, "sha256": seal.sha256} for name, seal in seals.items()}
-    commit: dict[str, Json] = {"format": FORMAT, "step": step, "files": files}
+def _commit_bytes(step: int, seals: Mapping[str, Seal]) -> bytes:
+    """Return COMMIT.json, which holds the hash of its other entries."""
+    commit: dict[str, Json] = {"format": FORMAT, "step": step, "files": dict(seals)}
     return canonical_json({**commit, "sha256": hashlib.sha256(canonical_json(commit)).hexdigest()})
 
 
-def _read_commit(path: Path) -> tuple[int, dict[str, _Seal], str]:
-    """Step, files and own hash of a COMMIT.json that is byte for byte what we would write."""
-    data = _read_bytes(path, COMMIT, MAX_JSON_BYTES)
-    commit = _parse_json(data, COMMIT)
+def _read_commit(path: Path) -> tuple[int, dict[str, Seal]]:
+    """Read step and files of a COMMIT.json; it must be byte for byte what `_commit_bytes` writes."""
+    file = path / COMMIT
+    data = _read_bytes(file, MAX_JSON_BYTES)
+    commit = _parse_json(data, file)
     if commit.get("format") != FORMAT:
-        raise _Damage(f"{COMMIT}: format {commit.get('format')!r}, where this version reads {FORMAT}")
+        raise _damage(file, f"expected format {FORMAT}, got {commit.get('format')!r}")
     try:
-        step, seals = commit["step"], {name: _Seal(**entry) for name, entry in commit["files"].items()}
-        typed = all(type(seal.bytes) is int and type(seal.sha256) is str for seal in seals.values())
-        intact = typed and type(step) is int and _commit_bytes(step, seals) == data
+        step, seals = commit["step"], commit["files"]
+        kinds = [{key: type(value) for key, value in seal.items()} for seal in seals.values()]
+        typed = type(step) is int and all(kind == {"bytes": int, "sha256": str} for kind in kinds)
+        valid = typed and _commit_bytes(step, seals) == data
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        intact = False
-    if not intact:
-        raise _Damage(f"{COMMIT}: does not match its own sha256")
-    if (match := NAME.fullmatch(path.name)) is None or int(match[1]) != step:
-        raise _Damage(f"{COMMIT}: is of step {step}")
+        valid = False
+    if not valid:
+        raise _damage(file, "does not match its own sha256")
+    if step_of(path) != step:
+        raise _damage(file, f"belongs to step {step}")
     if STATE not in seals or not all(_is_file_name(name) for name in seals):
-        raise _Damage(f"{COMMIT}: lists other files than a checkpoint has")
-    return step, seals, commit["sha256"]
+        raise _damage(file, "lists other files than a checkpoint has")
+    return step, seals
 
 
-def _valid_seals(path: Path) -> dict[str, _Seal] | None:
-    """The files of an intact checkpoint, without loading it."""
+def _is_valid(path: Path) -> bool:
+    """Verify the files of a checkpoint without parsing tensors."""
     try:
-        _, seals, _ = _read_commit(path)
-        for name, seal in seals.items():
-            _read_file(path, name, seal)
-    except _Damage:
-        return None
-    return seals
+        for name, seal in _read_commit(path)[1].items():
+            _read_file(path / name, seal)
+    except CacheError:
+        return False
+    return True
 
 
-def _read_file(path: Path, name: str, seal: _Seal) -> bytes:
-    data = _read_bytes(path, name, MAX_JSON_BYTES if name == STATE else seal.bytes)
-    if len(data) != seal.bytes:
-        raise _Damage(f"{name}: {len(data)} bytes instead of {seal.bytes}")
-    if hashlib.sha256(data).hexdigest() != seal.sha256:
-        raise _Damage(f"{name}: its sha256 is not the one in {COMMIT}")
+def _read_file(file: Path, seal: Seal) -> bytes:
+    """Read a file of a checkpoint; its size and sha256 must be those of its seal."""
+    data = _read_bytes(file, MAX_JSON_BYTES if file.name == STATE else seal["bytes"])
+    if len(data) != seal["bytes"]:
+        raise _damage(file, f"expected {seal['bytes']} bytes, got {len(data)}")
+    if hashlib.sha256(data).hexdigest() != seal["sha256"]:
+        raise _damage(file, f"its sha256 is not the one in {COMMIT}")
     return data
 
 
-def _read_bytes(path: Path, name: str, limit: int) -> bytes:
-    """The whole file at once, so that what is verified is what is parsed."""
+def _read_bytes(file: Path, limit: int) -> bytes:
+    """Read the whole file at once, so that the verified bytes are the parsed ones."""
     try:
-        status = (path / name).lstat()
+        status = file.lstat()
         if not stat.S_ISREG(status.st_mode):
-            raise _Damage(f"{name}: not a regular file")
+            raise _damage(file, "not a regular file")
         if status.st_size > limit:
-            raise _Damage(f"{name}: {status.st_size} bytes, more than {limit}")
-        return (path / name).read_bytes()
+            raise _damage(file, f"is {status.st_size} bytes; the limit is {limit} bytes")
+        return file.read_bytes()
     except OSError as error:
-        raise _Damage(f"{name}: {error.strerror}") from None
+        raise _damage(file, error.strerror or str(error)) from None
 
 
-def _parse_json(data: bytes, name: str) -> dict[str, Any]:
+def _parse_json(data: bytes, file: Path) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        raise _Damage(f"{name}: not valid JSON") from None
+        raise _damage(file, "not valid JSON") from None
     if not isinstance(value, dict):
-        raise _Damage(f"{name}: not a JSON object")
+        raise _damage(file, "not a JSON object")
     return value
 
 
-def _parse_tensors(data: bytes, name: str) -> dict[str, Tensor]:
+def _parse_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
     if _header_bytes(data) > MAX_HEADER_BYTES:
-        raise _Damage(f"{name}: a header of {_header_bytes(data)} bytes, more than {MAX_HEADER_BYTES}")
+        raise _damage(file, f"its header is {_header_bytes(data)} bytes; the limit is {MAX_HEADER_BYTES} bytes")
     try:
         return load(data)
     except (SafetensorError, KeyError, RuntimeError) as error:
-        raise _Damage(f"{name}: not valid safetensors ({error})") from None
+        raise _damage(file, f"not valid safetensors ({error})") from None
+
+
+def _damage(file: Path, reason: str) -> CacheError:
+    return CacheError(f"{file}: damaged checkpoint ({reason}); restore it, or move the checkpoint away")
 
 
 def _header_bytes(data: bytes) -> int:

@@ -1,162 +1,132 @@
-"""Where a run goes on: the checkpoint that `train.resume_from_checkpoint` asks for, the same one on every process."""
+"""Where a run resumes: rank 0 chooses and loads the checkpoint, and every process gets it."""
 
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
 
 from shared import console
-from shared.cache.storage import sync_folder
-from shared.errors import CacheError, PrecogError, UsageError
+from shared.config import Config
+from shared.errors import CacheError, UsageError
 from shared.fingerprint import Json
-from train.checkpoint.files import Checkpoint, commit_of, latest_checkpoint, load_checkpoint, newest_first, step_of
-from train.checkpoint.identity import Base, differences, identify_base, identity_of, refuse_another_run
-from train.distributed import gather, on_main, together
+from shared.model.pretrained import present_part
+from train.checkpoint.files import (
+    STATE,
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    load_state,
+    newest_first,
+    step_of,
+)
+from train.checkpoint.identity import Base, base_key, differences, identify_base, identity_of, refuse_another_run
+from train.distributed import all_gather, broadcast, on_all_ranks, on_rank_0, rank_and_world_size
+from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, read_provenance
 from train.run import Run
 
-ABANDONED = "abandoned-"
-"""In the run folder, with a number: checkpoints that the run left for a branch; who wants one back moves it back."""
-BASE = "base"
-"""In state.json: hash and marks of the transformer's weights."""
-BRANCH = "branch"
-"""In state.json: {"from": name, "commit": its hash} of the checkpoint that the user last named to begin at."""
-
-Report = Callable[[str], None]
+BASE, IDENTITY = "base", "identity"
+"""In state.json: hash and marks of the transformer's weights; everything that a resumed run must share."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a run stands before its next step."""
+    """Position of a run before its next step."""
 
     checkpoint: Checkpoint | None
     """None at the beginning."""
     base: Base
     state: dict[str, Json]
-    """What every checkpoint of this run says of it."""
+    """State that every checkpoint of this run stores."""
 
 
 def find_start(run: Run) -> Start:
-    """Choose, load, verify and compare on all processes; if one cannot, all raise the same `PrecogError`."""
-    folder, request = run.config.train.output_dir, run.config.train.resume_from_checkpoint
-    checkpoint = _agreed_checkpoint(folder, request)
-    state = {} if checkpoint is None else checkpoint.state
-    base = together(lambda: identify_base(run.base, state.get(BASE)))
-    identity = together(lambda: identity_of(run, base))
+    """Choose, load, verify and compare the checkpoint; a collective that raises the same `PrecogError` on all ranks."""
+    train = run.config.train
+    checkpoint = _broadcast_checkpoint(
+        on_rank_0(lambda: find_checkpoint(train.output_dir, train.resume_from_checkpoint))
+    )
+    known = None if checkpoint is None else checkpoint.state[BASE]
+    base = on_all_ranks(lambda: identify_base(run.base, known))
+    identity = on_all_ranks(lambda: identity_of(run, base))
     if checkpoint is not None:
-        where = str(checkpoint.path)
-        together(lambda: refuse_another_run(state, identity, where))
-    step = 0 if checkpoint is None else checkpoint.step
-    _refuse_differences(gather({"step": step, "last step": run.num_steps, **identity}))
-    branch = branch_of(checkpoint, request)
-    if checkpoint is not None and branch is not None and checkpoint.path.name == branch["from"]:
-        begun = checkpoint
-        on_main(lambda: abandon_newer(folder, begun, report=console.say))
-    return Start(checkpoint, base, {"identity": identity, BASE: base.as_json(), BRANCH: branch})
+        found, where = checkpoint.state[IDENTITY], str(checkpoint.path)
+        on_all_ranks(lambda: refuse_another_run(found, identity, where))
+    _refuse_different_ranks(all_gather({"last step": run.num_steps, **identity}))
+    return Start(checkpoint, base, {IDENTITY: identity, BASE: base.as_json()})
 
 
-def _agreed_checkpoint(folder: Path, request: str) -> Checkpoint | None:
-    """What rank 0 chooses. The others load the checkpoint of that name, whose COMMIT.json seals all of its bytes."""
-    found = on_main(lambda: find_checkpoint(folder, request, report=console.say))
-    chosen = gather(None if found is None else (found.path.name, found.commit))[0]
-    if chosen is None:
+def find_checkpoint(folder: Path, request: str) -> Checkpoint | None:
+    """Load what `train.resume_from_checkpoint` asks for: "latest", a name, or "none"; None starts from the beginning.
+
+    Raises `UsageError` for a name that is not found, for one with newer checkpoints, and for "none" where there are
+    checkpoints; `CacheError` for a damaged one.
+    """
+    paths, where = newest_first(folder), f"train.resume_from_checkpoint = {request!r}"
+    names = ", ".join(path.name for path in reversed(paths)) or "none"
+    if request == "latest":
+        return _complete(latest_checkpoint(folder, report=console.say))
+    if request == "none":
+        if paths:
+            raise UsageError(
+                f'{where}: {folder} has {names}; choose another train.output_dir, move them away, or set "latest"'
+            )
         return None
-    name, commit = chosen
-    return together(lambda: found or _load_chosen(folder, name, commit))
+    path = folder / request.rstrip("/")
+    if path not in paths:
+        raise UsageError(f"{where}: not found in {folder}; there are {names}")
+    if newer := [other.name for other in reversed(paths) if step_of(other) > step_of(path)]:
+        raise UsageError(
+            f'{where}: {folder} has newer checkpoints; move {", ".join(newer)} to another folder, or set "latest"'
+        )
+    return _complete(load_checkpoint(path))
 
 
-def _load_chosen(folder: Path, name: str, commit: str) -> Checkpoint:
-    hint = "rank 0 chose it, and all processes have to see one and the same train.output_dir"
-    try:
-        checkpoint = load_checkpoint(folder / name)
-    except CacheError as error:
-        raise CacheError(f"{error}; {hint}") from None
-    if checkpoint.commit != commit:
-        raise CacheError(f"{checkpoint.path}: another checkpoint than rank 0 has under this name; {hint}")
+def is_finished(config: Config, view_hash: str) -> bool:
+    """Check that the run folder has the export of this config, view and base model, and no checkpoint of another step.
+
+    A run that was sent back to an older checkpoint is not finished; one whose checkpoints were deleted is.
+    """
+    folder, known = config.train.output_dir, None
+    found, paths = read_provenance(folder), newest_first(folder)
+    if (found.get(CONFIG_KEY), found.get(VIEW_KEY)) != (config_key(config), view_hash):
+        return False
+    if paths:
+        if found.get(STEPS_KEY) != str(step_of(paths[0])):
+            return False
+        with suppress(CacheError):
+            known = load_state(paths[0]).get(BASE)
+    transformer = present_part(config.model, "transformer")
+    return transformer is not None and found.get(BASE_KEY) == base_key(transformer, identify_base(transformer, known))
+
+
+def _complete(checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Raise `CacheError` if the state lacks a field that a resumed run reads."""
+    if checkpoint is not None:
+        base: Any = checkpoint.state.get(BASE)
+        complete = isinstance(base, dict) and {"sha256", "marks"} <= base.keys()
+        if not (complete and isinstance(checkpoint.state.get(IDENTITY), dict)):
+            raise CacheError(f"{checkpoint.path / STATE}: no identity or base; move the checkpoint away")
     return checkpoint
 
 
-def _refuse_differences(runs: list[dict[str, Json]]) -> None:
-    """Raises `CacheError`, the same on every process."""
-    for rank, theirs in enumerate(runs):
-        found = [f"{name} is {there!r} there, {here!r} on rank 0" for name, there, here in differences(theirs, runs[0])]
+def _broadcast_checkpoint(found: Checkpoint | None) -> Checkpoint | None:
+    """Send the checkpoint of rank 0 to the other ranks, whose disks may not have it."""
+    head = broadcast(None if found is None else (found.path, found.step, found.state, sorted(found.tensors)))
+    if head is None or rank_and_world_size()[1] == 1:
+        return found
+    path, step, state, groups = head
+    tensors = {name: load(broadcast(save(found.tensors[name]) if found else b"")) for name in groups}
+    return Checkpoint(path, step, tensors, state)
+
+
+def _refuse_different_ranks(runs: list[dict[str, Json]]) -> None:
+    """Raise `CacheError`, the same on every process, if two ranks are not of one run."""
+    for rank, other in enumerate(runs):
+        found = [f"{name} is {there!r}, {here!r} on rank 0" for name, there, here in differences(other, runs[0])]
         if found:
             raise CacheError(
-                f"rank {rank}: another run than that of rank 0 ({', '.join(found)}); "
-                "all processes need the same config, cache, base model and checkpoints"
+                f"rank {rank}: another run than rank 0's ({', '.join(found)}); "
+                "give all processes the same config, cache and base model"
             )
-
-
-def find_checkpoint(run: Path, request: str, *, report: Report) -> Checkpoint | None:
-    """What `train.resume_from_checkpoint` asks for: "latest", a name, or "none"; None starts from the beginning.
-
-    A name begins a branch there, or goes on with the branch that it began before: with the newest intact checkpoint, if
-    that is of it. Raises `UsageError` for a name that is not there, and for "none" where there are checkpoints.
-    """
-    there = [path.name for path in reversed(newest_first(run))]
-    if request == "latest":
-        return latest_checkpoint(run, report=report)
-    if request == "none":
-        if there:
-            raise UsageError(
-                f'train.resume_from_checkpoint = "none", but {run} has {", ".join(there)}: '
-                'choose another train.output_dir, move them away, or take "latest" to go on'
-            )
-        return None
-    name = request.rstrip("/")
-    if (begun := _begun_at(run, name, report)) is not None:
-        return begun
-    if name not in there:
-        raise UsageError(
-            f"train.resume_from_checkpoint = {request!r} is not in {run}: there are {', '.join(there) or 'none'}"
-        )
-    return load_checkpoint(run / name)
-
-
-def _begun_at(run: Path, name: str, report: Report) -> Checkpoint | None:
-    """The newest intact checkpoint, if it is of a branch that began at `name`, which may have been pruned since."""
-    problems: list[str] = []
-    try:
-        newest = latest_checkpoint(run, report=problems.append)
-    except CacheError:
-        return None
-    branch = None if newest is None else newest.state.get(BRANCH)
-    if branch is None or branch["from"] != name or commit_of(run / name) not in (None, branch["commit"]):
-        return None
-    for problem in problems:
-        report(problem)
-    return newest
-
-
-def branch_of(checkpoint: Checkpoint | None, request: str) -> dict[str, str] | None:
-    """What a run that goes on from `checkpoint`, as asked, writes as its `BRANCH`."""
-    if checkpoint is None:
-        return None
-    if checkpoint.path.name == request.rstrip("/"):
-        return {"from": checkpoint.path.name, "commit": checkpoint.commit}
-    branch: dict[str, str] | None = checkpoint.state.get(BRANCH)
-    return branch
-
-
-def abandon_newer(run: Path, checkpoint: Checkpoint, *, report: Report) -> None:
-    """Move the checkpoints beyond this one into a new folder `run/abandoned-{number}`, where nothing looks for them.
-
-    Raises `PrecogError` if that cannot be done.
-    """
-    newer = [path for path in newest_first(run) if step_of(path) > checkpoint.step]
-    if not newer:
-        return
-    folder = run / f"{ABANDONED}{1 + max(map(_number_of, run.glob(f'{ABANDONED}*')), default=0)}"
-    try:
-        folder.mkdir()
-        for path in newer:
-            path.rename(folder / path.name)
-        sync_folder(folder)
-        sync_folder(run)
-    except OSError as error:
-        raise PrecogError(f"{folder}: {error.filename} cannot be moved there ({error.strerror or error})") from error
-    names = ", ".join(path.name for path in reversed(newer))
-    report(f"a branch begins at {checkpoint.path.name}: {names} moved to {folder}")
-
-
-def _number_of(path: Path) -> int:
-    number = path.name.removeprefix(ABANDONED)
-    return int(number) if number.isascii() and number.isdigit() else 0

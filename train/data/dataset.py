@@ -1,11 +1,11 @@
-"""From the view to the transformer's door: read a clip's moments and prompt, draw latents, noise and timestep.
+"""Training examples: read a clip's moments and prompt from the cache, draw latents, noise and timestep.
 
 Every draw is keyed by (seed, epoch, sample key), so a clip's example depends on nothing else.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,40 +20,9 @@ from shared.errors import CacheError
 from shared.model.conventions import Conventions
 from shared.model.geometry import latent_shape, video_tokens
 from train.data.conditioning import image_condition, pad_front
+from train.data.example import Example, ModelInput
 from train.data.order import Draw, Windows, window_size
 from train.objective import NoiseSchedule, add_noise, min_snr_weight, velocity
-from train.transformer.forward import ModelInput
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One clip of one step."""
-
-    model_input: ModelInput
-    target: Tensor
-    """[F,C,H,W] velocity, fp32."""
-    name: str
-    """For messages: source and time."""
-    draw: str
-    """Epoch and key, which name the draw."""
-    weight: float = 1.0
-    """Of the clip's loss."""
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Example":
-        """On the device, the model's inputs in the model's dtype, the target in fp32."""
-        model_input = ModelInput(
-            _sent(self.model_input.latents.to(dtype), device),
-            _sent(self.model_input.prompt_embeds.to(dtype), device),
-            _sent(self.model_input.timestep, device),
-        )
-        return replace(self, model_input=model_input, target=_sent(self.target, device))
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """To a GPU from pinned memory, so that neither this thread nor the device waits for the copy."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 class Dataset:
@@ -74,9 +43,9 @@ class Dataset:
         room = storage.copies_bytes()
         if room is None:
             latents_up_to = prompts_up_to = math.inf
-        elif split == "held_out":  # one in this shard, one in that: not worth a shard each
+        elif split == "held_out":  # few clips, scattered over the shards
             latents_up_to = prompts_up_to = 0.0
-        else:  # the order goes by the shards of latents, so prompts come from anywhere
+        else:  # the order follows the shards of latents, prompts are scattered
             latents_up_to, prompts_up_to = math.inf, room / 2
         self._latents = SampleReader(storage, view.latents, {row.latent_key for row in self.rows}, latents_up_to)
         self._prompts = SampleReader(storage, view.prompts, prompts, prompts_up_to)
@@ -87,22 +56,25 @@ class Dataset:
         self._check()
 
     def _check(self) -> None:
-        """Raises `CacheError` naming the first clip whose samples are missing or of another shape."""
+        """Raise `CacheError` naming the first clip whose samples are missing or have another shape."""
         text = (self._conventions.text_length, self._conventions.text_embed_dim)
+        fix = "run `precog precompute` with this config"
         for row in self.rows:
             channels, *size = latent_shape(row.bucket, self._conventions.out_channels)
             shapes = self._latents.shapes(row.latent_key)
             if shapes["moments"] != (2 * channels, *size):
-                raise CacheError(f"{name(row)}: moments of shape {shapes['moments']}, expected {(2 * channels, *size)}")
+                found = shapes["moments"]
+                raise CacheError(f"{clip_label(row)}: expected moments {(2 * channels, *size)}, got {found}; {fix}")
             if self._conventions.image_to_video and "image_moments" not in shapes:
-                raise CacheError(f"{name(row)}: no image moments; this cache was made for text-to-video")
+                raise CacheError(
+                    f"{clip_label(row)}: the cache was made for text-to-video, without first frames; {fix}"
+                )
             for key in row.prompt_keys:
-                if self._prompts.shapes(key)["prompt_embeds"] != text:
-                    found = self._prompts.shapes(key)["prompt_embeds"]
-                    raise CacheError(f"{name(row)}: prompt embedding of shape {found}, the transformer takes {text}")
+                if (found := self._prompts.shapes(key)["prompt_embeds"]) != text:
+                    raise CacheError(f"{clip_label(row)}: expected prompt_embeds {text}, got {found}; {fix}")
 
     def windows(self) -> Windows | None:
-        """How the order keeps to a few shards at a time, see `train.shuffle_shards`; None if it shuffles all."""
+        """Return the order that reads a few shards at a time, by `train.shuffle_shards`; None shuffles all clips."""
         sizes = dict(sorted(self._latents.shard_bytes.items()))
         chosen, size = self._train.shuffle_shards, len(sizes)
         if isinstance(chosen, int):
@@ -115,16 +87,16 @@ class Dataset:
         return Windows(size, np.array([numbers[self._latents.shard_of(row.latent_key)] for row in self.rows]))
 
     def tokens(self, row: int) -> int:
-        """Text and video tokens of a clip."""
+        """Return the number of text and video tokens of a clip."""
         conventions = self._conventions
         video = video_tokens(self.rows[row].bucket, conventions.patch_size, conventions.patch_size_t)
         return conventions.text_length + video
 
     def timesteps(self, draws: Sequence[Draw], step: int) -> list[int]:
-        """The timestep of each clip of the global batch of optimizer step `step`.
+        """Return the timestep of each clip of the global batch of optimizer step `step`.
 
-        Uniform: keyed by the clip's draw. Stratified: the schedule in as many equal parts as there are clips, dealt out
-        by the step, and a place in the part by the clip's draw; each clip's timestep is uniform all the same.
+        Uniform: keyed by the clip's draw. Stratified: the schedule is cut into one equal part per clip, the parts are
+        assigned by the step, and the clip's draw chooses within its part. Each clip's timestep is uniform either way.
         """
         train, size = self._train, len(self._schedule)
         generators = [
@@ -140,12 +112,14 @@ class Dataset:
         ]
 
     def example(self, draw: Draw, timestep: int) -> Example:
-        """The training example of one draw, on the CPU in fp32; `timestep` is from `timesteps`."""
+        """Return the training example of one draw, on the CPU in fp32; `timestep` comes from `timesteps`."""
         row, train = self.rows[draw.row], self._train
         where = (train.seed, draw.epoch, row.latent_key)
         samples = self._read(self._latents, row.latent_key, row)
-        latents = self._draw_latents(samples["moments"], "posterior", *where)
-        condition = self._draw_image(samples["image_moments"], len(latents), *where) if self._is_i2v else None
+        latents = self._scaled(posterior_draw(samples["moments"], "posterior", *where))
+        condition = None
+        if self._conventions.image_to_video:
+            condition = self._draw_image(samples["image_moments"], len(latents), *where)
         noise = seeding.normal(tuple(latents.shape), "noise", *where)
         embeds = self._draw_prompt(row, *where)
         example = self._example(row, str(draw.epoch), latents, noise, timestep, embeds, condition)
@@ -154,12 +128,12 @@ class Dataset:
         return replace(example, weight=min_snr_weight(timestep, self._schedule, train.snr_gamma))
 
     def fixed_example(self, row: int, timestep: int) -> Example:
-        """A held-out example: posterior mean, first caption, and noise that depends on clip and timestep alone."""
+        """Return a held-out example: posterior mean, first caption, and noise keyed by clip and timestep."""
         clip = self.rows[row]
         samples = self._read(self._latents, clip.latent_key, clip)
         latents = self._scaled(samples["moments"].float().chunk(2)[0])
         condition = None
-        if self._is_i2v:
+        if self._conventions.image_to_video:
             mean = samples["image_moments"][0].float().chunk(2)[0]
             condition = image_condition(mean.transpose(0, 1), len(latents), self._conventions)
         noise = seeding.normal(tuple(latents.shape), "held-out", clip.latent_key, timestep)
@@ -167,20 +141,16 @@ class Dataset:
         return self._example(clip, "held-out", latents, noise, timestep, embeds, condition)
 
     def first_frame_moments(self, row: int) -> Tensor:
-        """[2C,1,H,W] of the clean first frame, image-to-video only; a copy that keeps no shard open."""
+        """Return a copy of the moments [2C,1,H,W] of the clean first frame; image-to-video only."""
         clip = self.rows[row]
         return self._read(self._latents, clip.latent_key, clip)["image_moments"][0].clone()
 
     def _read(self, reader: SampleReader, key: str, row: ViewRow) -> dict[str, Tensor]:
-        """A sample's tensors; raises `CacheError` naming the clip, the sample and what mends it."""
+        """Read a sample's tensors; raises `CacheError` naming the clip, the sample and the fix."""
         try:
             return reader.read(key)
         except CacheError as error:
-            raise CacheError(f"{name(row)}: {error}") from None
-
-    @property
-    def _is_i2v(self) -> bool:
-        return self._conventions.image_to_video
+            raise CacheError(f"{clip_label(row)}: {error}") from None
 
     def _example(
         self,
@@ -197,17 +167,14 @@ class Dataset:
         target = velocity(latents, noise, step, self._schedule)
         if condition is not None:
             noisy = torch.cat([noisy, condition], dim=1)
-        return Example(ModelInput(noisy, embeds, step), target, name(row), f"{draw}:{row.latent_key}")
+        return Example(ModelInput(noisy, embeds, step), target, clip_label(row), f"{draw}:{row.latent_key}")
 
     def _scaled(self, unscaled: Tensor) -> Tensor:
-        """[C,F,H,W] -> [F,C,H,W] latents, padded in front where the checkpoint wants it."""
+        """Scale [C,F,H,W] to latents [F,C,H,W], padded in front where the checkpoint needs it."""
         return pad_front(unscaled.transpose(0, 1) * self._conventions.scaling_factor, self._conventions)
 
-    def _draw_latents(self, moments: Tensor, *where: str | int) -> Tensor:
-        return self._scaled(posterior_draw(moments, *where))
-
     def _draw_image(self, image_moments: Tensor, num_frames: int, *where: str | int) -> Tensor:
-        """[1+K,2C,1,H,W] -> the condition [F,C,H,W] from one noised image (the clean one if K = 0), or zeros."""
+        """Turn [1+K,2C,1,H,W] into the condition [F,C,H,W] of one noised image (the clean one if K = 0), or zeros."""
         draw = seeding.generator("image", *where)
         number = int(draw.integers(1, len(image_moments))) if len(image_moments) > 1 else 0
         image = posterior_draw(image_moments[number], "image-posterior", *where).transpose(0, 1)
@@ -216,7 +183,7 @@ class Dataset:
         return torch.zeros_like(condition) if dropped else condition
 
     def _draw_prompt(self, row: ViewRow, *where: str | int) -> Tensor:
-        """One of the clip's captions by weight, or the empty prompt."""
+        """Draw one of the clip's captions by weight, or the empty prompt."""
         draw = seeding.generator("caption", *where)
         dropped = draw.random() < self._train.caption_dropout
         weights = torch.tensor(row.caption_weights, dtype=torch.float64).cumsum(0)
@@ -226,12 +193,12 @@ class Dataset:
 
 
 def posterior_draw(moments: Tensor, *where: str | int) -> Tensor:
-    """[2C,...] mean and logvar -> a draw [C,...] in fp32. Source: diffusers `DiagonalGaussianDistribution`."""
+    """Draw [C,...] in fp32 from [2C,...] mean and logvar. Source: diffusers `DiagonalGaussianDistribution`."""
     mean, logvar = moments.float().chunk(2)
     spread = logvar.clamp(-30.0, 20.0).mul(0.5).exp()
     return mean + spread * seeding.normal(tuple(mean.shape), *where)
 
 
-def name(row: ViewRow) -> str:
-    """Source and start of a clip, for messages."""
+def clip_label(row: ViewRow) -> str:
+    """Return source and start of a clip, for messages."""
     return f"{row.source} at {row.start_seconds:.2f} s"

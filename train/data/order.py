@@ -1,10 +1,10 @@
-"""Which clips an optimizer step trains, and how they are cut into packs: pure functions of (view, seed, step).
+"""Clips of an optimizer step and their packs: pure functions of (view, seed, step).
 
 The rows of the view form an endless stream of epochs. Epoch e is a permutation keyed by (view hash, seed, e), and
 optimizer step k (from 0) is positions [k*G, (k+1)*G) of the stream. So each step has G clips, each clip comes once
 per epoch, a batch may span the end of an epoch, and a run's position is one integer, on any number of processes.
 
-Where shards have to be fetched, the permutation is one that reads a few at a time: see `Windows`.
+For shards that must be fetched, the permutation reads a few shards at a time: see `Windows`.
 """
 
 import heapq
@@ -34,24 +34,24 @@ class Draw:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Windows:
-    """An order that needs `num_shards` shards at any moment, and each of them for one stretch of the epoch.
+    """An order that needs `num_shards` shards at any moment, and each shard for one interval of the epoch.
 
-    A cache that holds the last `2 * num_shards - 1` shards that were read fetches each once per epoch.
+    A cache of the `2 * num_shards - 1` shards that were read last fetches each shard once per epoch.
     """
 
     num_shards: int
     shards: npt.NDArray[np.int64]
-    """[rows] the number of the shard that holds the row's clip, from 0 without a gap."""
+    """[rows] number of the shard that holds the row's clip, from 0 without a gap."""
 
     @property
     def name(self) -> str:
-        """Tells this order from any other over the same view and seed."""
+        """Unique name of the order among those of the same view and seed."""
         layout = key_of([int(shard) for shard in self.shards])
         return f"{self.num_shards} of layout {layout[:16]}"
 
 
 def window_size(shard_bytes: Sequence[int], room_bytes: int) -> int:
-    """How many shards at a time leave room for the `2 n - 1` that `Windows` wants kept: 1 to all of them."""
+    """Return the largest n for which `2 n - 1` shards fit into `room_bytes`, from 1 to all shards."""
     if sum(shard_bytes) <= room_bytes:
         return len(shard_bytes)
     largest = np.cumsum(sorted(shard_bytes, reverse=True))
@@ -62,7 +62,7 @@ def window_size(shard_bytes: Sequence[int], room_bytes: int) -> int:
 def global_batch(
     view_hash: str, seed: int, num_rows: int, global_batch_size: int, step: int, windows: Windows | None = None
 ) -> tuple[Draw, ...]:
-    """The clips of optimizer step `step` (from 0), in stream order; without `windows`, epochs are shuffled whole."""
+    """Return the clips of optimizer step `step` (from 0) in stream order; None as `windows` shuffles whole epochs."""
     assert num_rows > 0, "num_train_steps refuses an empty view"
     assert global_batch_size > 0
     assert step >= 0
@@ -81,28 +81,27 @@ def global_batch(
 
 
 def num_train_steps(num_rows: int, global_batch_size: int, max_train_steps: int | None, num_train_epochs: int) -> int:
-    """Optimizer steps of the run, the same on every rank: `max_train_steps`, or enough to see each clip in every epoch.
+    """Return the optimizer steps of the run: `max_train_steps`, or enough to train each clip in every epoch.
 
-    The last batch is filled from the epoch after. Raises `DataError` for a view without clips.
+    The last batch is filled from the next epoch. Raises `DataError` for a view without clips.
     """
     if num_rows < 1:
-        raise DataError("the view has no training clips; check its table of skipped clips and data.held_out_clips")
+        raise DataError("data.name: the view has no training clips; check its skipped clips and data.held_out_clips")
     if max_train_steps is not None:
         return max_train_steps
     return -(-num_train_epochs * num_rows // global_batch_size)
 
 
 def pack_cost(tokens: int, width: int) -> int:
-    """Floating-point operations of one block's forward on one clip: 24 d^2 S (linear layers) + 4 S^2 d (attention)."""
+    """Return the FLOPs of one block's forward on one clip: 24 d^2 S (linear layers) + 4 S^2 d (attention)."""
     return 24 * width**2 * tokens + 4 * tokens**2 * width
 
 
 def divide(tokens: Sequence[int], width: int, world_size: int, max_tokens_per_pack: int) -> tuple[Packs, ...]:
-    """[rank][pack][index into the batch] for clips of `tokens` each; every index once, ranks may be empty.
+    """Return [rank][pack][index into the batch] for clips of `tokens` each; every index once, ranks may be empty.
 
     Ranks are balanced by cost, longest processing time first: no rank is above the mean by more than one clip. Within
-    a rank the largest clip goes first, each into the fullest pack that still holds it (best fit decreasing). A clip
-    above `max_tokens_per_pack` is a pack of its own.
+    a rank the clips are packed by best fit decreasing. A clip above `max_tokens_per_pack` is a pack of its own.
     """
     assert world_size > 0
     assert all(count > 0 for count in tokens)
@@ -132,18 +131,17 @@ def _best_fit(descending: Sequence[int], tokens: Sequence[int], max_tokens_per_p
 
 @lru_cache(maxsize=2)  # a batch spans the end of an epoch
 def _epoch_rows(view_hash: str, seed: int, num_rows: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The epoch's permutation, by sorting raw Philox words: `Generator.permutation` may change with numpy's version."""
+    """Sort raw Philox words into the epoch's permutation; `Generator.permutation` may change with numpy's version."""
     words = generator("order", view_hash, seed, epoch).bit_generator.random_raw(num_rows)
     return np.argsort(words, kind="stable")
 
 
 @lru_cache(maxsize=2)
 def _windowed_rows(view_hash: str, seed: int, windows: Windows, epoch: int) -> npt.NDArray[np.int64]:
-    """The epoch's permutation, in which the shard at place p of a permutation of them is read from time p to p + n.
+    """Return the epoch's permutation: the shard at place p of a permutation of shards is read from time p to p + n.
 
-    Each clip has a time drawn evenly from that stretch, so that n shards are under way at any time and a clip comes
-    from each alike. Before time n - 1 and after the last shard has begun there are fewer: those clips are shuffled
-    among themselves.
+    Each clip has a time drawn uniformly from that interval, so n shards are in use at any time and each is equally
+    likely. Before time n - 1 and after the last shard has begun there are fewer: those clips are shuffled separately.
     """
     size, num_shards = windows.num_shards, int(windows.shards.max()) + 1
     draw = generator("windows", view_hash, seed, epoch).bit_generator

@@ -21,11 +21,12 @@ from shared.errors import UsageError
 from shared.extras import require_extra
 from shared.model.conventions import Conventions, refusal
 from shared.model.geometry import Bucket, latent_shape, padding_frames, video_tokens
-from train.distributed import gather
+from train.data.example import ModelInput
+from train.distributed import all_gather
 from train.memory.tally import Tally
 from train.objective import clip_loss
 from train.transformer.engine import Plan, open_engine
-from train.transformer.forward import ModelInput, predict
+from train.transformer.forward import predict
 from train.transformer.load import add_adapter
 from train.transformer.modulation import is_frozen
 from train.transformer.positions import forget_tables
@@ -162,7 +163,7 @@ def choose_plan(
     if len(plans) == 1:
         return plans[0]
     pack, preview = largest_pack(config.train, conventions, buckets), preview_bucket(config, conventions)
-    free = min(gather(free_bytes(device)))  # so that all processes choose alike
+    free = min(all_gather(free_bytes(device)))  # so that all processes choose alike
     too_large: list[str] = []
     for plan in plans:
         found = predict_peak(transformer.config, conventions, config.train, plan, pack, transformer.dtype, preview)

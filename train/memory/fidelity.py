@@ -7,7 +7,7 @@ from torch import Tensor
 from shared import console
 from shared.errors import UsageError
 from shared.model.conventions import Conventions
-from train.data.dataset import Example
+from train.data.example import Example
 from train.objective import clip_loss
 from train.step import loss_scale
 from train.transformer.engine import Engine, Plan, open_engine

@@ -7,7 +7,6 @@ have the dtype of the clips.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from shared.model.conventions import Conventions
+from train.data.example import ModelInput
 from train.transformer.attention import RotaryTable
 from train.transformer.block import Pack, scale_and_shift
 from train.transformer.checkpointing import run_block
@@ -22,18 +22,6 @@ from train.transformer.engine import EVERYTHING_RESIDENT, Engine
 from train.transformer.lora_linear import linear
 from train.transformer.modulation import block_rows
 from train.transformer.positions import additive_positions, image_rotary_emb
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInput:
-    """One clip at the transformer's door, everything on its device."""
-
-    latents: Tensor
-    """[F,C,H,W] noisy latents in the model's dtype, padded in front; in I2V the image condition follows on channels."""
-    prompt_embeds: Tensor
-    """[L,D] in the model's dtype."""
-    timestep: Tensor
-    """[] int64."""
 
 
 def predict(

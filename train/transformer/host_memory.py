@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from train.distributed import gather, machine
+from train.distributed import all_gather as gather
+from train.distributed import machine
 
 logger = logging.getLogger(__name__)
 

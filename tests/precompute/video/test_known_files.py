@@ -1,20 +1,24 @@
-"""What files hold is remembered only when asked, found again only by the file's own mark, and never trusted damaged."""
+"""Known files are found by their own mark only, kept only when asked, and never trusted when damaged."""
 
-import json
 import os
 import random
+import sqlite3
 from array import array
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import pytest
 
 from precompute.report import Report
-from precompute.video import known_files as remembered
-from precompute.video.known_files import FILE, Remembered
-from precompute.video.probe import Probe, Probed, probe
+from precompute.video import known_files
+from precompute.video.known_files import FILE, KnownFiles
+from precompute.video.probe import Probe, Probed, mark_of
 from tests.corpus import config_for, run, write_corpus, write_video
+
+
+class Run(Protocol):
+    def __call__(self, *, remember_files: bool = False) -> Report: ...
 
 
 @pytest.fixture(autouse=True)
@@ -25,153 +29,158 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def again(pipeline: Path, tmp_path: Path) -> Any:
-    """Runs stage 1 on three clips; `settings` go over [precompute]."""
-    root = write_corpus(tmp_path / "clips", 3)
-    return lambda **settings: run(config_for(pipeline, root, tmp_path / "cache", **settings))
+def again(pipeline: Path, tmp_path: Path) -> Run:
+    """Stage 1 on two clips."""
+    root = write_corpus(tmp_path / "clips", 2)
+
+    def run_again(*, remember_files: bool = False) -> Report:
+        return run(config_for(pipeline, root, tmp_path / "cache", remember_files=remember_files))
+
+    return run_again
 
 
 def read_media(report: Report) -> bool:
-    """Whether any child was given anything to read."""
+    """Return True if a decoding process has read anything."""
     return report.seconds["decode"] > 0
 
 
-def probed(number: int, frames: int = 300) -> Probed:
-    times = array("q", (index * 1_000_000 // 30 for index in range(frames)))
-    mark = (1, number, 2, 3, 4)
-    return Probed(Probe(f"{number:064}", mark, frames, 0, 48, 80, 0, "h264", "mp4", "yuv420p", False, True), times)
+def save(folder: Path, count: int, frames: int = 300) -> dict[Path, Probed]:
+    """Write `count` files and save a probe of each."""
+    known = KnownFiles(folder)
+    saved = {}
+    for number in range(count):
+        path = folder / f"{number}.mp4"
+        path.write_bytes(bytes(number))
+        times = array("q", (index * 1_000_000 // 30 for index in range(frames)))
+        mark = mark_of(path.stat())
+        probe = Probe(f"{number:064}", mark, frames, 0, 48, 80, 0, "h264", "mp4", "yuv420p", False, True)
+        saved[path] = Probed(probe, times)
+        known.add(saved[path])
+    known.save()
+    return saved
 
 
-def test_a_rerun_reads_no_media_when_asked_and_finds_the_same(again: Any, home: Path, tmp_path: Path) -> None:
-    assert again().clips == 3 and not home.exists()
+def found(folder: Path, saved: dict[Path, Probed]) -> list[Path]:
+    """Return the paths that are found, each as it was saved."""
+    known = KnownFiles(folder)
+    answers = {path: known.find(path) for path in saved}
+    known.save()
+    assert all(answer in (None, saved[path]) for path, answer in answers.items())
+    return [path for path, answer in answers.items() if answer]
+
+
+def test_a_rerun_reads_no_media_when_asked_and_finds_the_same(again: Run, home: Path, tmp_path: Path) -> None:
+    assert again().clips == 2 and not home.exists()
     assert read_media(again(remember_files=True)) and home.exists()
     view = (tmp_path / "cache/datasets/corpus.parquet").read_bytes()
     report = again(remember_files=True)
-    assert not read_media(report) and report.clips == 3
+    assert not read_media(report) and report.clips == 2
     assert (tmp_path / "cache/datasets/corpus.parquet").read_bytes() == view
     assert read_media(again())
 
 
-def swap(path: Path, seed: int) -> None:
-    """Other pixels in a file of the same inode, size and time of change."""
-    before = path.stat()
-    other = write_video(path.with_suffix(".other.mp4"), seed)
-    size = max(before.st_size, other.stat().st_size)
-    path.write_bytes(other.read_bytes().ljust(size, b"\0")[:size])
-    other.unlink()
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    after = path.stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-
-
-def forge(home: Path, old: os.stat_result, path: Path) -> None:
-    """Make the memory take the file as it is now for what it was."""
-    memory = Remembered()
-    found = memory.probed(remembered.mark_of(old))
-    memory.add(replace(found, probe=replace(found.probe, mark=remembered.mark_of(path.stat()))))
-    memory.save()
-
-
-def test_an_edit_with_size_and_time_put_back_is_missed_by_a_memory_that_takes_the_mark_for_the_old_one(
-    again: Any, home: Path, tmp_path: Path
-) -> None:
+def test_an_edit_with_size_and_mtime_put_back_is_noticed(again: Run, tmp_path: Path) -> None:
     path = tmp_path / "clips/001.mp4"
-    path.write_bytes(path.read_bytes() + bytes(100_000))  # room for any other video
+    path.write_bytes(path.read_bytes() + bytes(10_000))  # room for any other video
     again(remember_files=True)
     before = path.stat()
-    swap(path, seed=99)
-    assert path.stat().st_size == before.st_size
-    forge(home, before, path)  # as where a file system keeps no time of the last change of anything
-    assert again(remember_files=True).latents.made == 0
-    assert again().latents.made == 1
-    swap(path, seed=98)
-    assert again(remember_files=True).latents.made == 1, "that time tells"
+    other = write_video(tmp_path / "other.mp4", 99).read_bytes()
+    path.write_bytes(other.ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_ino, after.st_mtime_ns, after.st_size) == (before.st_ino, before.st_mtime_ns, before.st_size)
+    assert again(remember_files=True).latents.made == 1
 
 
-def test_lines_are_read_back_as_they_were(tmp_path: Path) -> None:
-    memory = Remembered(tmp_path)
-    for number in range(20):
-        memory.add(probed(number, frames=1 + number * 50))
-    memory.save()
-    memory = Remembered(tmp_path)
-    for number in range(20):
-        assert memory.probed((1, number, 2, 3, 4)) == probed(number, frames=1 + number * 50)
-    assert (tmp_path / FILE).stat().st_size < 20 * 1000
+def test_probes_are_read_back_as_they_were_in_little_space(tmp_path: Path) -> None:
+    saved = save(tmp_path, 20)
+    assert found(tmp_path, saved) == list(saved)
+    assert (tmp_path / FILE).stat().st_size < 20 * 2000
 
 
-def test_a_damaged_line_is_no_line_and_the_others_stay(tmp_path: Path) -> None:
-    memory = Remembered(tmp_path)
-    for number in range(5):
-        memory.add(probed(number))
-    memory.save()
-    content = (tmp_path / FILE).read_bytes()
-    draws = random.Random(1)
-    for _ in range(300):
-        damaged = bytearray(content)
-        damaged[draws.randrange(len(damaged))] ^= 1 << draws.randrange(8)
-        (tmp_path / FILE).write_bytes(damaged[: draws.choice([len(damaged), draws.randrange(len(damaged))])])
-        for mark in Remembered(tmp_path)._lines:
-            assert Remembered(tmp_path).probed(mark) == probed(mark[1])
-    (tmp_path / FILE).write_bytes(content.replace(b'{"body"', b"[[[[", 1))
-    assert len(Remembered(tmp_path)._lines) == 4
-    (tmp_path / FILE).write_bytes(b"[" * 3_000_000)
-    assert Remembered(tmp_path)._lines == {}
-
-
-def test_lines_of_another_reader_are_no_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = Remembered(tmp_path)
-    memory.add(probed(1))
-    memory.save()
-    monkeypatch.setattr(remembered, "READER", "2 av 99")
-    assert Remembered(tmp_path)._lines == {}
-
-
-def test_two_workers_remember_what_both_have_read(tmp_path: Path) -> None:
-    one, two = Remembered(tmp_path), Remembered(tmp_path)
-    one.add(probed(1))
-    two.add(probed(2))
-    one.save()
-    two.save()
-    assert len(Remembered(tmp_path)._lines) == 2
-
-
-def test_the_oldest_lines_go_when_there_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = Remembered(tmp_path)
-    memory.add(probed(1))
-    memory.save()
-    monkeypatch.setattr(remembered, "FILE_BYTES", 3 * (tmp_path / FILE).stat().st_size + 100)
-    for number in range(2, 8):
-        memory = Remembered(tmp_path)
-        memory.add(probed(number))
-        memory.save()
-    assert [mark[1] for mark in Remembered(tmp_path)._lines] == [5, 6, 7]
-
-
-def test_a_folder_that_cannot_be_written_costs_a_warning(again: Any, home: Path, capsys: Any) -> None:
-    home.parent.mkdir()
-    home.write_text("no folder")
-    assert again(remember_files=True).clips == 3
-    assert "precompute.remember_files" in capsys.readouterr().err
-
-
-def test_a_long_variable_rate_fits_a_line(tmp_path: Path) -> None:
+def test_a_long_variable_rate_is_read_back(tmp_path: Path) -> None:
     draws = random.Random(1)
     times = array("q", [0])
     for _ in range(20_000):
         times.append(times[-1] + draws.randrange(1, 60_000))
-    long = Probed(replace(probed(1).probe, num_frames=len(times)), times)
-    memory = Remembered(tmp_path)
-    memory.add(long)
-    memory.save()
-    assert Remembered(tmp_path).probed(long.probe.mark) == long
-    assert json.loads((tmp_path / FILE).read_bytes())["body"]["probe"]["sha256"] == long.probe.sha256
+    (path, short), *_ = save(tmp_path, 1).items()
+    long = Probed(replace(short.probe, num_frames=len(times)), times)
+    known = KnownFiles(tmp_path)
+    known.add(long)
+    known.save()
+    assert KnownFiles(tmp_path).find(path) == long
 
 
-def test_only_a_file_that_is_there_as_it_was_is_known(tmp_path: Path) -> None:
-    memory = Remembered(tmp_path)
-    path = write_video(tmp_path / "clip.mp4", 1)
-    memory.add(probe(path))
-    memory.save()
-    memory = Remembered(tmp_path)
-    assert memory.mark(path) == probe(path).probe.mark
-    assert memory.mark(tmp_path) is None and memory.mark(tmp_path / "nothing.mp4") is None
+def test_a_changed_moved_or_missing_file_is_not_known(tmp_path: Path) -> None:
+    (path, _), (other, _) = save(tmp_path, 2).items()
+    path.write_bytes(b"changed")
+    other.unlink()
+    known = KnownFiles(tmp_path)
+    assert known.find(path) is None and known.find(other) is None and known.find(tmp_path) is None
+
+
+def test_a_damaged_database_gives_no_wrong_answer(tmp_path: Path) -> None:
+    saved = save(tmp_path, 5)
+    content = (tmp_path / FILE).read_bytes()
+    draws = random.Random(1)
+    answers = 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        for _ in range(draws.choice([1, 50])):
+            damaged[draws.randrange(len(damaged))] ^= 1 << draws.randrange(8)
+        (tmp_path / FILE).write_bytes(damaged[: draws.choice([len(damaged), draws.randrange(len(damaged))])])
+        answers += len(found(tmp_path, saved))
+    assert answers > 0
+
+
+def test_a_damaged_database_is_started_afresh_with_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / FILE).write_bytes(b"[" * 30_000)
+    saved = save(tmp_path, 3)
+    assert capsys.readouterr().err.count("warning: precompute.remember_files") == 1
+    assert found(tmp_path, saved) == list(saved)
+    assert capsys.readouterr().err == ""
+
+
+def test_probes_of_another_reader_are_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = save(tmp_path, 1)
+    monkeypatch.setattr(known_files, "READER", "2 av 99")
+    assert found(tmp_path, saved) == []
+
+
+def test_two_workers_keep_what_both_have_read(tmp_path: Path) -> None:
+    first = save(tmp_path, 2)
+    one, two = KnownFiles(tmp_path), KnownFiles(tmp_path)
+    for known, path in zip((one, two), first, strict=True):
+        path.touch()
+        first[path] = replace(first[path], probe=replace(first[path].probe, mark=mark_of(path.stat())))
+        known.add(first[path])
+    one.save()
+    two.save()
+    assert found(tmp_path, first) == list(first)
+
+
+def test_the_oldest_probes_go_when_there_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_files, "MAX_FILES", 3)
+    saved = save(tmp_path, 8)
+    assert found(tmp_path, saved) == list(saved)[-3:]
+
+
+def test_a_database_that_cannot_be_used_costs_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    known = KnownFiles(tmp_path / "file" / "below")
+    assert known.find(tmp_path) is None
+    known.save()
+    assert capsys.readouterr().err.count("warning: precompute.remember_files") == 1
+    saved = save(tmp_path, 1)
+    with sqlite3.connect(tmp_path / FILE, isolation_level=None) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(known_files, "LOCKED_SECONDS", 0.1)
+        assert found(tmp_path, saved) == []
+        assert "database is locked" in capsys.readouterr().err
+        other.execute("ROLLBACK")
+    other.close()
+    assert found(tmp_path, saved) == list(saved)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from precompute.video.pixels import crop_offset, scaled_size, to_clip
+from precompute.video.pixels import Mode, crop_offset, scaled_size, to_clip
 from shared.model.geometry import Bucket
 
 BUCKET = Bucket(2, 16, 32)
@@ -17,7 +17,7 @@ def frames(height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_clip_of_the_right_size_is_only_normalized():
+def test_a_clip_of_the_right_size_is_only_normalized() -> None:
     source = frames(16, 32)
     clip = to_clip(source, BUCKET, mode="center", flip=False, crop_seed="s")
     assert clip.shape == (3, 2, 16, 32) and clip.dtype == torch.float32
@@ -25,12 +25,12 @@ def test_a_clip_of_the_right_size_is_only_normalized():
     assert clip.min() >= -1 and clip.max() <= 1
 
 
-def test_flip_mirrors_left_and_right():
+def test_flip_mirrors_left_and_right() -> None:
     plain, mirrored = (to_clip(frames(16, 32), BUCKET, mode="center", flip=f, crop_seed="s") for f in (False, True))
     assert torch.equal(mirrored, plain.flip(3)) and not torch.equal(mirrored, plain)
 
 
-def test_center_takes_the_middle_and_random_is_drawn_by_its_seed_only():
+def test_center_takes_the_middle_and_random_is_drawn_by_its_seed_only() -> None:
     source = frames(32, 32)
     middle = to_clip(source, BUCKET, mode="center", flip=False, crop_seed="s")
     assert torch.equal(middle, to_clip(source[:, 8:24], BUCKET, mode="center", flip=False, crop_seed="s"))
@@ -50,12 +50,13 @@ def test_center_takes_the_middle_and_random_is_drawn_by_its_seed_only():
         (32, 50, "letterbox", (16, 25), (0, 3)),
     ],
 )
-def test_a_resize_is_pillows_antialiased_bicubic_to_the_nearest_size_set_in_the_middle(
-    height, width, mode, scaled, place
-):
+def test_a_resize_is_pillows_antialiased_bicubic_set_in_the_middle(
+    height: int, width: int, mode: Mode, scaled: tuple[int, int], place: tuple[int, int]
+) -> None:
     source = frames(height, width)
     planes = source.permute(0, 3, 1, 2).reshape(-1, height, width).float().numpy()
-    resized = [Image.fromarray(plane).resize(scaled[::-1], Image.Resampling.BICUBIC) for plane in planes]
+    images = [Image.fromarray(plane).resize(scaled[::-1], Image.Resampling.BICUBIC) for plane in planes]
+    resized = [np.asarray(image) for image in images]
     whole = (torch.from_numpy(np.stack(resized)).reshape(2, 3, *scaled).transpose(0, 1) - 127.5) / 127.5
     clip = to_clip(source, BUCKET, mode=mode, flip=False, crop_seed="")
     (top, left), (tall, wide) = place, (min(scaled[0], 16), min(scaled[1], 32))
@@ -66,12 +67,12 @@ def test_a_resize_is_pillows_antialiased_bicubic_to_the_nearest_size_set_in_the_
         torch.testing.assert_close(clip, whole[..., top : top + tall, left : left + wide], rtol=0, atol=1e-4)
 
 
-def test_a_letterboxed_line_keeps_one_pixel():
+def test_a_letterboxed_line_keeps_one_pixel() -> None:
     assert scaled_size(2000, 1, BUCKET, "letterbox") == (16, 1)
     assert scaled_size(1, 2000, BUCKET, "letterbox") == (1, 32)
 
 
-def test_letterbox_keeps_the_whole_picture_between_black_bars():
+def test_letterbox_keeps_the_whole_picture_between_black_bars() -> None:
     clip = to_clip(
         torch.full((2, 16, 16, 3), 255, dtype=torch.uint8), BUCKET, mode="letterbox", flip=False, crop_seed=""
     )
@@ -81,7 +82,7 @@ def test_letterbox_keeps_the_whole_picture_between_black_bars():
 
 @pytest.mark.parametrize("mode", ["center", "random", "letterbox"])
 @given(height=st.integers(1, 2000), width=st.integers(1, 2000))
-def test_the_scaled_size_covers_the_bucket_or_fits_into_it(mode, height, width):
+def test_the_scaled_size_covers_the_bucket_or_fits_into_it(mode: Mode, height: int, width: int) -> None:
     tall, wide = scaled_size(height, width, BUCKET, mode)
     assert tall == 16 or wide == 32
     if mode == "letterbox":

@@ -3,7 +3,9 @@
 import errno
 import os
 from array import array
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from fractions import Fraction
 from io import FileIO
 from pathlib import Path
@@ -16,75 +18,9 @@ from PIL import ExifTags, Image, ImageOps
 
 from precompute.video import probe as video
 from precompute.video.decode import Requested, choose_decoder, decode
-from precompute.video.probe import BadVideo, MachineFault, Probed, probe
+from precompute.video.probe import Probed, VideoError, parse_probe, probe
 from tests import media
-
-
-@dataclass(frozen=True)
-class Case:
-    """A clip to write; `decord` says whether decord is exact on it, `tick` is the container's clock in microseconds."""
-
-    file: str
-    decord: bool
-    tick: int = 0
-    rate: int = 30
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.file
-
-
-def case(file: str, decord: bool, tick: int = 0, **settings: Any) -> Case:
-    return Case(file, decord, tick, int(settings.get("rate", 30)), settings)
-
-
-CASES = [
-    case("h264.mp4", True),
-    case("h264.mov", True),
-    case("h264.mkv", True, 1000),
-    case("h264_open_gop.mp4", True, open_gop=True, frames=40),
-    case("h264_gop_1.mp4", True, gop=1),
-    case("h264_sound.mp4", True, audio_seconds=0.5),
-    case("h264_fragments.mp4", True, muxer={"movflags": "frag_keyframe+empty_moov"}),
-    case("h264_odd.mp4", True, pixels="yuv444p", height=47, width=81),
-    case("h264_422.mp4", True, pixels="yuv422p"),
-    case("h264_full_range.mp4", True, pixels="yuvj420p"),
-    case("h264_bt709.mp4", True, options={"colorspace": "bt709"}),
-    case("hevc_default.mp4", True, codec="libx265", frames=60, options={"x265-params": ""}),
-    case("hevc_open_gop.mp4", True, codec="libx265", frames=40, bframes=4, open_gop=True),
-    case("mpeg4.mp4", True, codec="mpeg4"),
-    case("mpeg4.avi", True, codec="mpeg4", bframes=0),
-    case("mpeg4_bframes.avi", False, codec="mpeg4"),
-    case("h264.avi", False),
-    case("h264.flv", False, 1000),
-    case("h264.ts", False),
-    case("h264_10_bit.mp4", False, pixels="yuv420p10le"),
-    case("h264_interlaced.mp4", False, options={"flags": "+ildct+ilme"}),
-    case("hevc_10_bit.mp4", False, codec="libx265", pixels="yuv420p10le"),
-    case("mpeg2.ts", False, codec="mpeg2video"),
-    case("mpeg2.mpg", False, codec="mpeg2video"),
-    case("vp9.webm", False, 1000, codec="libvpx-vp9"),
-    case("vp9_odd.webm", False, 1000, codec="libvpx-vp9", height=47, width=81),
-    case("vp8.webm", False, 1000, codec="libvpx"),
-    case("av1.mp4", False, codec="libsvtav1", height=64, width=160),
-    case("ffv1.mkv", False, 1000, codec="ffv1"),
-    case("ten_a_second.gif", False, codec="gif", pixels="rgb8", rate=10),
-    case("one_frame.mp4", True, frames=1),
-    case("image.png", False, codec="png", pixels="rgb24", frames=1, container="image2"),
-    case("image.jpg", False, codec="mjpeg", pixels="yuvj420p", frames=1, container="image2"),
-    case("image.webp", False, codec="libwebp", pixels="bgra", frames=1, container="webp"),
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("clips")
-
-
-def clip(folder: Path, file: str, **settings: Any) -> Path:
-    """The clip `file`, written once per test module."""
-    path = folder / file
-    return path if path.exists() else media.write_clip(path, **settings)
+from tests.media import Case
 
 
 def decode_all(path: Path, decoder: Requested = "pyav") -> tuple[Probed, np.ndarray]:
@@ -92,17 +28,26 @@ def decode_all(path: Path, decoder: Requested = "pyav") -> tuple[Probed, np.ndar
     return found, media.decode_probed(path, found, range(len(found.timestamps_us)), decoder)[0]
 
 
+@contextmanager
+def transient(reason: str) -> Iterator[None]:
+    """Expect a transient failure with a reason that contains `reason`."""
+    with pytest.raises(VideoError, match=reason) as error:
+        yield
+    assert not error.value.permanent
+
+
 def reason_against(path: Path) -> str:
     """Why the whole file cannot be had, from the probe or from decoding."""
-    with pytest.raises(BadVideo) as error:
+    with pytest.raises(VideoError) as error:
         decode_all(path)
-    assert "\n" not in error.value.reason and 0 < len(error.value.reason) <= 200
+    assert error.value.permanent and "\n" not in error.value.reason and 0 < len(error.value.reason) <= 200
     return error.value.reason
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_frame_is_exact_and_timed(case: Case, folder: Path) -> None:
-    found, frames = decode_all(clip(folder, case.file, **case.settings))
+@pytest.mark.parametrize("case", media.CASES, ids=str)
+def test_frames_are_exact_and_timed_and_equal_for_both_decoders(case: Case, folder: Path) -> None:
+    path = media.write_case(folder, case)
+    found, frames = decode_all(path)
     count = case.settings.get("frames", 30)
     assert media.indices_of(frames) == list(range(count))
     size = case.settings.get("height", 48), case.settings.get("width", 80)
@@ -110,37 +55,21 @@ def test_every_frame_is_exact_and_timed(case: Case, folder: Path) -> None:
     exact = [round(Fraction(index * 1_000_000, case.rate)) for index in range(count)]
     assert max(abs(a - b) for a, b in zip(exact, found.timestamps_us, strict=True)) <= case.tick // 2 + 1
 
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.decord], ids=str)
-def test_decord_gives_the_same_bytes_where_it_is_allowed(case: Case, folder: Path) -> None:
-    path = clip(folder, case.file, **case.settings)
-    found, frames = decode_all(path)
-    count = len(found.timestamps_us)
-    indices = sorted({0, count // 4, count // 2, count - 1} | {count // 2})
-    picked, decoder = media.decode_probed(path, found, [*indices, count - 1], "decord")
-    assert decoder == "decord"
+    indices = sorted({0, count // 4, count // 2, count - 1})
+    picked, decoder = media.decode_probed(path, found, [*indices, count - 1], "auto")
     assert np.array_equal(picked, frames[[*indices, count - 1]])
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if not case.decord], ids=str)
-def test_decord_is_refused_where_it_is_not_exact(case: Case, folder: Path) -> None:
-    path = clip(folder, case.file, **case.settings)
-    with pytest.raises(BadVideo, match="decord is not exact here"):
-        decode_all(path, "decord")
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_auto_gives_pyavs_bytes(case: Case, folder: Path) -> None:
-    path = clip(folder, case.file, **case.settings)
-    found, frames = decode_all(path)
-    again, decoder = media.decode_probed(path, found, range(len(frames)), "auto")
-    assert np.array_equal(again, frames)
     assert decoder == choose_decoder(found.probe, "auto") or not case.decord
+    if case.decord:
+        picked, decoder = media.decode_probed(path, found, [*indices, count - 1], "decord")
+        assert decoder == "decord" and np.array_equal(picked, frames[[*indices, count - 1]])
+    else:
+        with pytest.raises(VideoError, match="decord is not exact here"):
+            media.decode_probed(path, found, range(count), "decord")
 
 
 def test_auto_takes_decord_only_for_files_that_pyav_found_intact(folder: Path) -> None:
-    decoded_whole = probe(clip(folder, "mpeg4.avi", codec="mpeg4", bframes=0))
-    packets_counted = probe(clip(folder, "h264.mp4"))
+    decoded_whole = probe(media.clip(folder, "mpeg4.avi", codec="mpeg4", bframes=0))
+    packets_counted = probe(media.clip(folder, "h264.mp4"))
     assert (decoded_whole.probe.intact, choose_decoder(decoded_whole.probe, "auto")) == (True, "decord")
     assert (packets_counted.probe.intact, choose_decoder(packets_counted.probe, "auto")) == (False, "pyav")
     assert choose_decoder(packets_counted.probe, "decord") == "decord"
@@ -148,14 +77,14 @@ def test_auto_takes_decord_only_for_files_that_pyav_found_intact(folder: Path) -
 
 
 def test_chosen_frames_may_repeat_and_start_anywhere(folder: Path) -> None:
-    path = clip(folder, "h264.mp4")
+    path = media.clip(folder, "h264.mp4")
     frames, decoder = media.decode_probed(path, probe(path), [7, 7, 8, 20, 20, 20], "pyav")
     assert (media.indices_of(frames), decoder) == ([7, 7, 8, 20, 20, 20], "pyav")
 
 
 def test_a_variable_rate_keeps_its_time_stamps(folder: Path) -> None:
     times = [index * 33 + (index % 5) * 7 for index in range(30)]
-    found, frames = decode_all(clip(folder, "vfr.mp4", times=times))
+    found, frames = decode_all(media.clip(folder, "vfr.mp4", times=times))
     assert found.timestamps_us.tolist() == [time * 1000 for time in times]
     assert media.indices_of(frames) == list(range(30))
     assert np.array_equal(decode_all(folder / "vfr.mp4", "decord")[1], frames)
@@ -163,17 +92,17 @@ def test_a_variable_rate_keeps_its_time_stamps(folder: Path) -> None:
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
 def test_pictures_hidden_by_an_edit_list_do_not_count(codec: str, folder: Path) -> None:
-    source = clip(folder, f"long_{codec}.mp4", codec=codec, frames=40, gop=20)
+    source = media.clip(folder, f"long_{codec}.mp4", codec=codec, frames=40, gop=20)
     path = media.write_trimmed(folder / f"trimmed_{codec}.mp4", source, hidden=7)
     found, frames = decode_all(path)
     assert media.indices_of(frames) == list(range(7, 40))
     assert found.timestamps_us[:3].tolist() == [0, 33333, 66667]
-    with pytest.raises(BadVideo, match="it counts 40 frames, PyAV 33"):
+    with pytest.raises(VideoError, match="it counts 40 frames, PyAV 33"):
         decode_all(path, "decord")
 
 
 def test_pictures_whose_keyframe_was_cut_away_do_not_count(folder: Path) -> None:
-    source = clip(folder, "open_gop_60.mp4", open_gop=True, frames=60)
+    source = media.clip(folder, "open_gop_60.mp4", open_gop=True, frames=60)
     with av.open(str(source)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
     keyframe = [number for number, packet in enumerate(packets) if packet.is_keyframe][2]
@@ -188,7 +117,7 @@ def test_pictures_whose_keyframe_was_cut_away_do_not_count(folder: Path) -> None
 
 @pytest.mark.parametrize("first_packet", [1, 3])
 def test_pictures_before_the_first_keyframe_do_not_count(first_packet: int, folder: Path) -> None:
-    source = clip(folder, "without_b.mp4", bframes=0)
+    source = media.clip(folder, "without_b.mp4", bframes=0)
     path = media.write_trimmed(folder / f"from_{first_packet}.mp4", source, hidden=0, first_packet=first_packet)
     found, frames = decode_all(path)
     assert found.probe.intact and found.timestamps_us[0] == 0
@@ -198,8 +127,8 @@ def test_pictures_before_the_first_keyframe_do_not_count(first_packet: int, fold
 @pytest.mark.parametrize(
     ("file", "codec"), [("twice.mkv", "libx264"), ("twice.webm", "libvpx-vp9"), ("twice-ffv1.mkv", "ffv1")]
 )
-def test_frames_that_share_a_time_are_counted_and_decoded_from_the_start(file: str, codec: str, folder: Path) -> None:
-    path = clip(folder, file, codec=codec, frames=6, bframes=0, times=[0, 40, 80, 80, 120, 160])
+def test_frames_that_share_a_time_are_decoded_from_the_start(file: str, codec: str, folder: Path) -> None:
+    path = media.clip(folder, file, codec=codec, frames=6, bframes=0, times=[0, 40, 80, 80, 120, 160])
     found, frames = decode_all(path)
     assert found.timestamps_us.tolist() == [0, 40_000, 80_000, 80_000, 120_000, 160_000]
     assert not found.probe.one_to_one
@@ -209,13 +138,13 @@ def test_frames_that_share_a_time_are_counted_and_decoded_from_the_start(file: s
 
 @pytest.mark.parametrize(("angle", "quarters"), [(90, 1), (180, 2), (-90, 3)])
 def test_rotation_is_applied(angle: int, quarters: int, folder: Path) -> None:
-    path = clip(folder, f"turned_{angle}.mp4", rotation=angle, frames=5)
-    plain = decode_all(clip(folder, "plain_5.mp4", frames=5))[1]
+    path = media.clip(folder, f"turned_{angle}.mp4", rotation=angle, frames=5)
+    plain = decode_all(media.clip(folder, "plain_5.mp4", frames=5))[1]
     found, frames = decode_all(path)
     assert found.probe.rotation == angle % 360
     assert (found.probe.height, found.probe.width) == frames.shape[1:3] == ((80, 48) if angle % 180 else (48, 80))
     assert np.array_equal(frames, np.rot90(plain, quarters, axes=(1, 2)))
-    with pytest.raises(BadVideo, match="decord is not exact here: rotation"):
+    with pytest.raises(VideoError, match="decord is not exact here: rotation"):
         decode_all(path, "decord")
 
 
@@ -225,14 +154,14 @@ def test_rotation_is_applied(angle: int, quarters: int, folder: Path) -> None:
     ids=["left-right", "upside-down", "transposed", "slanted"],
 )
 def test_a_mirrored_or_slanted_display_matrix_is_refused(matrix: tuple[float, ...], folder: Path) -> None:
-    data = bytearray(clip(folder, "plain_5.mp4", frames=5).read_bytes())
+    data = bytearray(media.clip(folder, "plain_5.mp4", frames=5).read_bytes())
     # ISO 14496-12, 8.3.2: version 0 `tkhd` has its 3x3 matrix 40 bytes after its type; 16.16 fixed point.
     start = data.index(b"tkhd") + 44
     for place, value in zip((0, 1, 3, 4), matrix, strict=True):
         data[start + 4 * place : start + 4 * place + 4] = int(value * 65536).to_bytes(4, "big", signed=True)
     path = folder / "mirrored.mp4"
     path.write_bytes(data)
-    assert reason_against(path) == "its display matrix is no quarter turn"
+    assert reason_against(path) == "its display matrix is not a rotation by quarter turns"
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
@@ -244,7 +173,7 @@ def test_images_stand_as_their_exif_says(extension: str, tmp_path: Path) -> None
         path = tmp_path / f"{orientation}.{extension}"
         Image.fromarray(np.stack([stripes, stripes.T[:64, :64].repeat(2, 1)[:, :96], stripes], 2)).save(path, exif=exif)
         if orientation in (2, 4, 5, 7):
-            assert reason_against(path) == "its display matrix is no quarter turn"
+            assert reason_against(path) == "its display matrix is not a rotation by quarter turns"
             continue
         _, (frame,) = decode_all(path)
         with Image.open(path) as image:
@@ -253,80 +182,70 @@ def test_images_stand_as_their_exif_says(extension: str, tmp_path: Path) -> None
 
 
 def test_a_wrong_extension_does_not_matter(folder: Path) -> None:
-    path = media.renamed(folder / "really_mp4.avi", clip(folder, "h264.mp4"))
+    path = media.renamed(folder / "really_mp4.avi", media.clip(folder, "h264.mp4"))
     found, frames = decode_all(path)
     plain = probe(folder / "h264.mp4")
     assert found == replace(plain, probe=replace(plain.probe, mark=found.probe.mark))
     assert media.indices_of(frames) == list(range(30))
 
 
-def test_the_hash_is_of_the_files_bytes(folder: Path) -> None:
-    import hashlib
-
-    path = clip(folder, "h264.mp4")
-    found = probe(path).probe
-    assert (found.sha256, found.mark[2]) == (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
-
-
-def test_a_truncated_mp4_is_refused_at_every_length_but_its_whole_frames_can_be_had(folder: Path) -> None:
-    source = clip(folder, "moov_first.mp4", muxer={"movflags": "faststart"})
+def test_a_truncated_mp4_is_refused_but_its_first_frame_decodes(folder: Path) -> None:
+    source = media.clip(folder, "moov_first.mp4", muxer={"movflags": "faststart"})
     size = source.stat().st_size
     counted = 0
-    for step in range(20):
-        path = media.write_truncated(folder / "cut_short.mp4", source, size * step // 20)
+    for step in range(10):
+        path = media.write_truncated(folder / "cut_short.mp4", source, size * step // 10)
         reason_against(path)
         try:
             found = probe(path)
-        except BadVideo:
+        except VideoError:
             continue
         counted += 1
         assert media.indices_of(media.decode_probed(path, found, [0], "pyav")[0]) == [0]
-    assert counted > 5, "no place lies behind the index: the test cannot fail"
+    assert counted > 2, "no place lies behind the index: the test cannot fail"
 
 
 @pytest.mark.parametrize("file", ["h264.mkv", "vp9.webm", "h264.ts"])
 def test_a_truncated_stream_gives_its_first_frames_or_nothing(file: str, folder: Path) -> None:
-    chosen = next(case for case in CASES if case.file == file)
-    source = clip(folder, file, **chosen.settings)
+    source = media.write_case(folder, file)
     exact = 0
-    for step in range(20):
-        path = media.write_truncated(folder / f"cut_{file}", source, source.stat().st_size * step // 20)
+    for step in range(10):
+        path = media.write_truncated(folder / f"cut_{file}", source, source.stat().st_size * step // 10)
         try:
             frames = decode_all(path)[1]
-        except BadVideo:
+        except VideoError:
             continue
         # Without a checksum a picture whose end is missing may pass in VP9; every other must be right.
         assert media.indices_of(frames)[:-1] == list(range(len(frames) - 1))
         exact += 1
-    assert exact > 3 or file == "h264.ts"
+    assert exact > 1 or file == "h264.ts"
 
 
 @pytest.mark.parametrize(
     "file", ["h264.mp4", "h264.mkv", "hevc_open_gop.mp4", "mpeg4.avi", "h264.ts", "vp9.webm", "av1.mp4"]
 )
 def test_damaged_bytes_give_frames_or_a_reason_and_never_two_answers(file: str, folder: Path) -> None:
-    chosen = next(case for case in CASES if case.file == file)
-    source = clip(folder, file, **chosen.settings)
+    source = media.write_case(folder, file)
     refused = 0
-    for seed in range(25):
+    for seed in range(12):
         path = media.write_flipped(folder / f"flipped_{file}", source, flips=1 + seed % 8, seed=seed)
         try:
             found, frames = decode_all(path)
-        except BadVideo:
+        except VideoError:
             refused += 1
-            with pytest.raises(BadVideo):
+            with pytest.raises(VideoError):
                 decode_all(path, "decord")
             continue
         for decoder in ("auto", "decord"):
             try:
                 assert np.array_equal(media.decode_probed(path, found, range(len(frames)), decoder)[0], frames)
-            except BadVideo:
+            except VideoError:
                 assert decoder == "decord"
-    assert refused > 2
+    assert refused > 0
 
 
 def test_files_that_are_no_videos_are_refused_with_one_line(tmp_path: Path, folder: Path) -> None:
-    good = clip(folder, "h264.mp4")
+    good = media.clip(folder, "h264.mp4")
     os.mkfifo(tmp_path / "fifo.mp4")
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "circle.mp4").symlink_to("circle.mp4")
@@ -347,10 +266,6 @@ def test_files_that_are_no_videos_are_refused_with_one_line(tmp_path: Path, fold
         assert reason in reason_against(path), path
 
 
-def test_a_reason_is_one_short_line() -> None:
-    assert BadVideo("two\nlines " + "x" * 300).reason == ("two lines " + "x" * 300)[:200]
-
-
 def test_a_title_that_is_not_utf_8_does_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "latin.mp4"
     with av.open(str(path), "w") as out:
@@ -367,14 +282,9 @@ def test_a_playlist_under_a_videos_name_opens_no_other_file(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)  # where a list without a folder of its own looks
     target = media.write_clip(tmp_path / "other.mp4", frames=5)
     path = media.write_playlist(tmp_path / "innocent.mp4", target)
-    with path.open("rb") as file, av.open(file) as container:
+    with path.open("rb") as file, av.open(file, "r") as container:
         assert len(list(container.decode(video=0))) == 5, "the attack has lost its teeth"
-    opened = []
-    hook = video._refuse
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(video, "_refuse", lambda url, *rest: (opened.append(url), hook(url, *rest)))
-        assert "not a video" in reason_against(path)
-    assert opened == []
+    assert "not a video" in reason_against(path)
     hls = tmp_path / "hls.mp4"
     hls.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n", "utf-8")
     assert "not a video" in reason_against(hls)
@@ -389,16 +299,16 @@ def test_a_cover_picture_is_no_video(tmp_path: Path) -> None:
         cover.disposition = av.stream.Disposition.attached_pic
         out.mux(cover.encode(av.VideoFrame.from_ndarray(media.draw(1, 48, 80), format="rgb24")))
         out.mux(cover.encode(None))
-        media._write_sound(out, sound, 0.5)
+        media.write_sound(out, sound, 0.5)
     assert "no moving pictures" in reason_against(path)
 
 
 def test_a_file_that_is_not_to_be_had_is_no_bad_video(tmp_path: Path, folder: Path) -> None:
-    path = media.renamed(tmp_path / "clip.mp4", clip(folder, "h264.mp4"))
+    path = media.renamed(tmp_path / "clip.mp4", media.clip(folder, "h264.mp4"))
     found = probe(path)
     path.unlink()
     for read in (lambda: probe(path), lambda: media.decode_probed(path, found, [0], "pyav")):
-        with pytest.raises(MachineFault, match="cannot open: No such file"):
+        with transient("cannot open: No such file"):
             read()
 
 
@@ -412,7 +322,7 @@ class FailingFile(FileIO):
         if self.reads > FailingFile.good_reads:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         self._fail()
         return super().read(size)
 
@@ -423,33 +333,32 @@ class FailingFile(FileIO):
 
 @pytest.mark.parametrize("file", ["h264.mp4", "h264.mkv", "mpeg4.avi", "h264.ts", "vp9.webm"])
 def test_a_disk_that_fails_is_no_bad_video(file: str, folder: Path, monkeypatch: Any) -> None:
-    chosen = next(case for case in CASES if case.file == file)
-    path = clip(folder, file, **chosen.settings)
+    path = media.write_case(folder, file)
     found = probe(path)
     monkeypatch.setattr(video, "FileIO", FailingFile)
     for good_reads in (0, 2):
         monkeypatch.setattr(FailingFile, "good_reads", good_reads)
-        with pytest.raises(MachineFault, match="cannot be read: Input/output error"):
+        with transient("cannot be read: Input/output error"):
             probe(path)
     monkeypatch.setattr(FailingFile, "good_reads", 0)
-    with pytest.raises(MachineFault, match="cannot be read: Input/output error"):
+    with transient("cannot be read: Input/output error"):
         media.decode_probed(path, found, [0, 29], "pyav")
 
 
 def test_a_file_that_changed_after_the_probe_is_refused(tmp_path: Path, folder: Path) -> None:
-    path = media.renamed(tmp_path / "clip.mp4", clip(folder, "h264.mp4"))
+    path = media.renamed(tmp_path / "clip.mp4", media.clip(folder, "h264.mp4"))
     found = probe(path)
     with path.open("ab") as file:
         file.write(b"x")
-    with pytest.raises(MachineFault, match="changed after it was probed"):
+    with transient("changed after it was probed"):
         media.decode_probed(path, found, [0], "pyav")
 
 
 @pytest.mark.parametrize("replaced", [True, False], ids=["another file", "the same file"])
-def test_other_bytes_of_the_same_size_are_refused_and_the_same_bytes_anew_are_not(
+def test_other_bytes_of_equal_size_are_refused_and_equal_bytes_not(
     replaced: bool, tmp_path: Path, folder: Path
 ) -> None:
-    path = media.renamed(tmp_path / "clip.mp4", clip(folder, "h264.mp4"))
+    path = media.renamed(tmp_path / "clip.mp4", media.clip(folder, "h264.mp4"))
     found = probe(path)
     content, status = path.read_bytes(), path.stat()
     other = bytearray(content)
@@ -462,15 +371,15 @@ def test_other_bytes_of_the_same_size_are_refused_and_the_same_bytes_anew_are_no
         if data == content:
             assert media.indices_of(media.decode_probed(path, found, [5], "pyav")[0]) == [5]
         else:
-            with pytest.raises(MachineFault, match="changed after it was probed"):
+            with transient("changed after it was probed"):
                 media.decode_probed(path, found, [5], "pyav")
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 10_000])
-def test_what_was_read_of_a_file_that_changed_meanwhile_counts_for_nothing(
+def test_a_file_that_changes_while_it_is_read_is_refused(
     data: bytes, tmp_path: Path, folder: Path, monkeypatch: Any
 ) -> None:
-    path = media.renamed(tmp_path / "clip.mp4", clip(folder, "h264.mp4"))
+    path = media.renamed(tmp_path / "clip.mp4", media.clip(folder, "h264.mp4"))
     demuxer = video.demuxer
 
     def rewriting(file: FileIO) -> Any:
@@ -478,12 +387,12 @@ def test_what_was_read_of_a_file_that_changed_meanwhile_counts_for_nothing(
         return demuxer(file)
 
     monkeypatch.setattr(video, "demuxer", rewriting)
-    with pytest.raises(MachineFault, match="changed while it was read"):
+    with transient("changed while it was read"):
         probe(path)
 
 
 def test_a_file_that_has_its_mark_still_is_not_hashed_again(folder: Path, monkeypatch: Any) -> None:
-    path = clip(folder, "h264.mp4")
+    path = media.clip(folder, "h264.mp4")
     found = probe(path)
     monkeypatch.setattr("precompute.video.decode.hashlib.file_digest", None)
     assert media.indices_of(media.decode_probed(path, found, [4])[0]) == [4]
@@ -491,42 +400,42 @@ def test_a_file_that_has_its_mark_still_is_not_hashed_again(folder: Path, monkey
 
 @pytest.mark.parametrize("indices", [[0], [20]])
 def test_a_picture_of_another_turn_or_size_than_probed_is_refused(indices: list[int], folder: Path) -> None:
-    path = clip(folder, "h264.mp4")
+    path = media.clip(folder, "h264.mp4")
     found = probe(path)
     for changes, reason in (({"rotation": 180}, "the rotation changes"), ({"height": 50}, "the frame size changes")):
-        other = replace(found, probe=replace(found.probe, **changes))
-        with pytest.raises(BadVideo, match=rf"^{reason}: at frame {indices[0]}$"):
+        other = replace(found, probe=parse_probe(asdict(found.probe) | changes))
+        with pytest.raises(VideoError, match=rf"^{reason}: at frame {indices[0]}$"):
             media.decode_probed(path, other, indices)
 
 
 def test_decords_times_have_to_be_the_probes(folder: Path) -> None:
-    path = clip(folder, "h264.mp4")
+    path = media.clip(folder, "h264.mp4")
     found = probe(path)
     times = [found.timestamps_us[4] + 2000]
-    with pytest.raises(BadVideo, match="decord is not exact here: it gives the frames other times than PyAV"):
+    with pytest.raises(VideoError, match="decord is not exact here: its frame times differ from PyAV's"):
         decode(path, replace(found.probe, intact=True), [4], times, "decord")
 
 
 def test_a_frame_at_another_time_than_probed_is_refused(folder: Path) -> None:
-    path = clip(folder, "h264.mp4")
+    path = media.clip(folder, "h264.mp4")
     found = probe(path)
     later = replace(found, timestamps_us=array("q", [time + 700 for time in found.timestamps_us]))
-    with pytest.raises(BadVideo, match="frame 5 comes at another time"):
+    with pytest.raises(VideoError, match="frame 5 comes at another time"):
         media.decode_probed(path, later, [5], "pyav")
 
 
 def test_fewer_frames_than_counted_are_refused(folder: Path) -> None:
-    path = clip(folder, "h264.mp4")
+    path = media.clip(folder, "h264.mp4")
     found = probe(path)
     longer = Probed(replace(found.probe, num_frames=31), found.timestamps_us + array("q", [1_000_000]))
     for decoder in ("pyav", "auto", "decord"):
-        with pytest.raises(BadVideo, match="truncated: decoded 30 of 31 frames"):
+        with pytest.raises(VideoError, match="truncated: decoded 30 of 31 frames"):
             media.decode_probed(path, longer, [3, 30], decoder)
         assert media.indices_of(media.decode_probed(path, found, [3, 29], decoder)[0]) == [3, 29]
 
 
 def test_joined_streams_whose_clock_restarts_are_refused(tmp_path: Path, folder: Path) -> None:
-    part = clip(folder, "h264.ts").read_bytes()
+    part = media.clip(folder, "h264.ts").read_bytes()
     path = tmp_path / "joined.ts"
     path.write_bytes(part + part)
     assert "time stamps go backwards" in reason_against(path)
@@ -542,19 +451,19 @@ def test_pictures_too_wide_and_clips_too_long_are_refused(tmp_path: Path, folder
         assert "8200x12" in reason_against(wide), "the container's own figure counts before anything is decoded"
     grows = tmp_path / "grows.ts"
     larger = media.write_clip(tmp_path / "larger.ts", frames=10, height=96, width=160)
-    grows.write_bytes(clip(folder, "h264.ts").read_bytes() + larger.read_bytes())
+    grows.write_bytes(media.clip(folder, "h264.ts").read_bytes() + larger.read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(video, "MAX_SIDE", 100)
         assert reason_against(grows) == "too large: 160x96 pixels, more than 100 a side"
     monkeypatch.setattr(video, "MAX_FRAMES", 29)
-    assert reason_against(clip(folder, "h264.mp4")) == "more than 29 frames"
-    assert reason_against(clip(folder, "h264.ts")) == "more than 29 frames"
+    assert reason_against(media.clip(folder, "h264.mp4")) == "more than 29 frames"
+    assert reason_against(media.clip(folder, "h264.ts")) == "more than 29 frames"
 
 
 def test_reading_good_and_bad_files_leaves_no_descriptor_open(tmp_path: Path, folder: Path) -> None:
-    good = clip(folder, "h264.mp4")
+    good = media.clip(folder, "h264.mp4")
     bad = media.write_truncated(
-        tmp_path / "bad.mp4", clip(folder, "moov_first.mp4", muxer={"movflags": "faststart"}), 3000
+        tmp_path / "bad.mp4", media.clip(folder, "moov_first.mp4", muxer={"movflags": "faststart"}), 3000
     )
     decode_all(good, "decord")
 

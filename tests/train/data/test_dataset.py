@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -23,7 +24,8 @@ from shared.fingerprint import key_of
 from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import Bucket, latent_shape
 from tests import tiny
-from train.data.dataset import Dataset, Example, posterior_draw
+from train.data.dataset import Dataset, posterior_draw
+from train.data.example import Example
 from train.data.order import Draw, global_batch
 from train.objective import NoiseSchedule, min_snr_weight, read_schedule, schedule_from
 
@@ -66,22 +68,22 @@ def example(data: Dataset, epoch: int) -> Example:
     return data.example(draw, *data.timesteps([draw], 0))
 
 
-def captions(data: Dataset, epochs: int = 400) -> list[int]:
+def captions(data: Dataset, epochs: int = 200) -> list[int]:
     return [int(example(data, epoch).model_input.prompt_embeds[0, 0]) for epoch in range(epochs)]
 
 
 def test_captions_come_as_often_as_their_weights_say(tmp_path: Path) -> None:
     drawn = captions(dataset(tmp_path))
-    assert drawn.count(2) / len(drawn) == pytest.approx(0.75, abs=0.06)
+    assert drawn.count(2) / len(drawn) == pytest.approx(0.75, abs=0.08)
     assert drawn.count(0) == drawn.count(3) == 0
     assert drawn == captions(dataset(tmp_path))
     assert drawn != captions(dataset(tmp_path, seed=7))
 
 
-def test_captions_are_dropped_as_often_as_asked_and_nothing_else_changes(tmp_path: Path) -> None:
+def test_dropped_captions_change_nothing_else(tmp_path: Path) -> None:
     dropping, always = dataset(tmp_path, caption_dropout=0.3), dataset(tmp_path)
     drawn, kept = captions(dropping), captions(always)
-    assert drawn.count(0) / len(drawn) == pytest.approx(0.3, abs=0.06)
+    assert drawn.count(0) / len(drawn) == pytest.approx(0.3, abs=0.08)
     assert all(caption in (0, other) for caption, other in zip(drawn, kept, strict=True))
     left, right = example(dropping, 0), example(always, 0)
     assert torch.equal(left.model_input.latents, right.model_input.latents)
@@ -99,7 +101,7 @@ def test_image_conditions_are_dropped_as_often_as_asked(tmp_path: Path) -> None:
     assert drawn.count(0.0) / len(drawn) == pytest.approx(0.3, abs=0.08)
 
 
-def test_each_epoch_takes_one_of_the_noised_images_and_never_the_clean_one(tmp_path: Path) -> None:
+def test_each_epoch_draws_one_of_the_noised_images(tmp_path: Path) -> None:
     data = dataset(tmp_path, "5b-i2v", noised_image_dropout=0)
     first = [float(example(data, epoch).model_input.latents[0, 16, 0, 0]) for epoch in range(60)]
     scale = conventions_of("5b-i2v").image_scaling_factor
@@ -107,19 +109,22 @@ def test_each_epoch_takes_one_of_the_noised_images_and_never_the_clean_one(tmp_p
     assert seen == {1, 2}
 
 
-def test_every_epoch_has_other_noise_and_the_same_epoch_the_same(tmp_path: Path) -> None:
+def test_noise_depends_on_the_epoch(tmp_path: Path) -> None:
     data = dataset(tmp_path)
     first, again, second = (example(data, epoch) for epoch in (0, 0, 1))
     assert torch.equal(first.target, again.target)
     assert not torch.equal(first.target, second.target)
 
 
-def test_every_draw_is_named_by_what_it_is_for_and_by_seed_epoch_and_clip(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_draw_is_keyed_by_kind_seed_epoch_and_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[tuple[str | int, ...]] = []
     generator = seeding.generator
-    monkeypatch.setattr(seeding, "generator", lambda *parts: (names.append(parts), generator(*parts))[1])
+
+    def recorded(*parts: str | int) -> np.random.Generator:
+        names.append(parts)
+        return generator(*parts)
+
+    monkeypatch.setattr(seeding, "generator", recorded)
     one = example(dataset(tmp_path, "5b-i2v", seed=3), epoch=5)
     assert {name[1:] for name in names} == {(3, 5, key_of("clip"))}
     kinds = {name[0] for name in names}
@@ -129,7 +134,7 @@ def test_every_draw_is_named_by_what_it_is_for_and_by_seed_epoch_and_clip(
 
 
 def timesteps(data: Dataset, size: int, steps: int) -> torch.Tensor:
-    """[steps, size], for batches of one clip in `size` epochs each."""
+    """Return [steps, size] for batches of one clip in `size` epochs each."""
     batches = [[Draw(step * size + index, 0) for index in range(size)] for step in range(steps)]
     return torch.tensor([data.timesteps(batch, step) for step, batch in enumerate(batches)])
 
@@ -140,7 +145,7 @@ def test_uniform_timesteps_cover_the_schedule(tmp_path: Path) -> None:
     assert float(drawn.float().mean()) == pytest.approx(499.5, abs=15)
 
 
-def test_stratified_timesteps_have_one_clip_in_each_part_of_the_schedule(tmp_path: Path) -> None:
+def test_stratified_timesteps_cover_every_part(tmp_path: Path) -> None:
     data = dataset(tmp_path, timestep_sampling="stratified", seed=1)
     drawn = timesteps(data, 8, 500)
     assert torch.equal(drawn.div(125, rounding_mode="floor").sort().values, torch.arange(8).expand(500, 8))
@@ -166,7 +171,7 @@ def test_min_snr_weights_are_the_published_ones(tmp_path: Path) -> None:
     assert weighted.to(torch.device("cpu"), torch.bfloat16).weight == expected
 
 
-def test_a_held_out_example_depends_on_clip_and_timestep_alone(tmp_path: Path) -> None:
+def test_a_held_out_example_depends_on_clip_and_timestep(tmp_path: Path) -> None:
     one, other = (
         dataset(tmp_path, seed=1, caption_dropout=1.0).fixed_example(0, 500),
         dataset(tmp_path).fixed_example(0, 500),
@@ -176,7 +181,7 @@ def test_a_held_out_example_depends_on_clip_and_timestep_alone(tmp_path: Path) -
     assert not torch.equal(one.target, dataset(tmp_path).fixed_example(0, 501).target)
 
 
-def test_a_held_out_example_has_the_first_caption_and_the_clean_image(tmp_path: Path) -> None:
+def test_a_held_out_example_has_first_caption_and_clean_image(tmp_path: Path) -> None:
     data = dataset(tmp_path, "5b-i2v", noised_image_dropout=1.0)
     shown = data.fixed_example(0, 500).model_input
     image = torch.full((16, *shown.latents.shape[2:]), 10 * conventions_of("5b-i2v").image_scaling_factor)
@@ -185,15 +190,16 @@ def test_a_held_out_example_has_the_first_caption_and_the_clean_image(tmp_path: 
     assert (data.first_frame_moments(0)[:16] == 10).all()
 
 
-def test_a_sample_is_compared_with_its_receipt_once_and_never_copied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sample_is_verified_once_and_never_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[str] = []
     data = dataset(tmp_path)
     hash_of = MappedShard.payload_sha256
-    monkeypatch.setattr(
-        MappedShard, "payload_sha256", lambda shard, place: (compared.append(place.key), hash_of(shard, place))[1]
-    )
+
+    def recorded(shard: MappedShard, place: Any) -> Any:
+        compared.append(place.key)
+        return hash_of(shard, place)
+
+    monkeypatch.setattr(MappedShard, "payload_sha256", recorded)
     for epoch in range(3):
         example(data, epoch)
     assert compared.count(key_of("clip")) == 1
@@ -206,9 +212,14 @@ def test_a_sample_is_compared_with_its_receipt_once_and_never_copied(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_an_example_goes_to_the_gpu_through_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, pinned = example(dataset(tmp_path), 0), []
-    pin = torch.Tensor.pin_memory
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(pin(tensor)), pinned[-1])[1])
+    here, pin = example(dataset(tmp_path), 0), torch.Tensor.pin_memory
+    pinned: list[torch.Tensor] = []
+
+    def recorded(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(pin(tensor))
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", recorded)
     there = here.to(torch.device("cuda"), torch.bfloat16)
     assert [tensor.is_pinned() for tensor in pinned] == [True] * 4
     assert torch.equal(there.model_input.latents.cpu(), here.model_input.latents.to(torch.bfloat16))
@@ -241,7 +252,7 @@ def remote(tmp_path: Path) -> Iterator[Callable[..., Dataset]]:
         chosen = [*texts[number : number + 2 * PER_SHARD], *([key_of("")] if number == 0 else [])]
         write_shard(storage, prompts.folder, [Sample(key, {"prompt_embeds": embeds}, {}) for key in chosen])
 
-    def make(room: float, split: str = "train", **values: Any) -> Dataset:
+    def make(room: float, split: Literal["train", "held_out"] = "train", **values: Any) -> Dataset:
         storage = open_storage(
             "memory://data/cache", local_cache_gib=room * shard_bytes / 2**30, local_folder=tmp_path / "copies"
         )
@@ -254,7 +265,7 @@ def remote(tmp_path: Path) -> Iterator[Callable[..., Dataset]]:
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
-def test_latents_are_drawn_from_the_posterior_as_diffusers_has_it() -> None:
+def test_latents_are_drawn_as_diffusers_draws_them() -> None:
     mean, logvar = seeding.normal((2, 4, 3, 2, 2), "moments") * torch.tensor([1.0, 20.0]).view(2, 1, 1, 1, 1)
     moments = torch.cat([mean, logvar])
     posterior = DiagonalGaussianDistribution(moments[None])
@@ -263,7 +274,7 @@ def test_latents_are_drawn_from_the_posterior_as_diffusers_has_it() -> None:
     torch.testing.assert_close(posterior_draw(moments, "a", 1), expected, rtol=1e-6, atol=0)
 
 
-def test_every_clip_epoch_and_seed_has_latents_and_noise_of_its_own(remote: Callable[..., Dataset]) -> None:
+def test_clip_epoch_and_seed_have_their_own_draws(remote: Callable[..., Dataset]) -> None:
     """The moments are those of a standard normal; latents and noise follow from what the network sees and its target.
 
     Sorted, because numbers used twice may stand in another order.
@@ -303,7 +314,7 @@ def downloads_of_an_epoch(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> Cou
 
 
 @pytest.mark.parametrize(("room", "size"), [(2, 1), (5, 3), (13, 3)])
-def test_each_shard_is_fetched_once_per_epoch_however_little_room_there_is(
+def test_each_shard_is_fetched_once_per_epoch(
     room: int, size: int, remote: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With room for thirteen, the prompts' shards (the space of six) are kept whole beside the latents'."""
@@ -315,7 +326,7 @@ def test_each_shard_is_fetched_once_per_epoch_however_little_room_there_is(
     assert fetched["prompts"] == (NUM_SHARDS // 2 if room == 13 else 0)
 
 
-def test_shuffling_all_shards_at_once_would_fetch_one_for_nearly_every_clip(
+def test_shuffling_all_shards_fetches_one_for_most_clips(
     remote: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = remote(2, shuffle_shards="all")
@@ -323,7 +334,7 @@ def test_shuffling_all_shards_at_once_would_fetch_one_for_nearly_every_clip(
     assert downloads_of_an_epoch(data, monkeypatch)["latents"] > 0.8 * NUM_SHARDS * PER_SHARD
 
 
-def test_where_all_copies_fit_all_shards_are_shuffled_at_once(
+def test_all_shards_are_shuffled_where_they_fit(
     remote: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = remote(1000)
@@ -393,17 +404,15 @@ def test_the_order_in_the_table_changes_no_example(experiment: Config, settings:
         assert torch.equal(left.target, right.target)
 
 
-def test_samples_of_other_shapes_than_clip_and_transformer_take_are_refused_by_name(
-    experiment: Config, settings: Settings
-) -> None:
+def test_samples_of_other_shapes_are_refused_by_name(experiment: Config, settings: Settings) -> None:
     storage = open_storage(experiment.precompute.cache, local_cache_gib=1)
     view, conventions = read_view(storage, "clips"), conventions_of("2b")
     turned = replace(view, rows=tuple(replace(row, height=row.width, width=row.height) for row in view.rows))
     schedule = read_schedule(tiny.scheduler_config("2b"))
     for table, taken, line in (
-        (turned, conventions, r"moments of shape \(32, .*\), expected \(32, "),
-        (view, replace(conventions, image_to_video=True), "no image moments; this cache was made for text-to-video"),
-        (view, replace(conventions, text_length=20), r"prompt embedding of shape \(16, 32\), the transformer takes"),
+        (turned, conventions, r"expected moments \(32, .*\), got \(32, "),
+        (view, replace(conventions, image_to_video=True), "the cache was made for text-to-video"),
+        (view, replace(conventions, text_length=20), r"expected prompt_embeds \(20, 32\), got \(16, 32\)"),
     ):
         with pytest.raises(CacheError, match=rf"\.mp4 at \d+\.\d\d s: {line}"):
             Dataset(storage, table, "train", taken, schedule, settings().train)

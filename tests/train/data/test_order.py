@@ -16,7 +16,7 @@ GOLDEN = [(0, 0), (0, 3), (0, 4), (0, 2), (0, 1), (1, 2), (1, 3), (1, 0), (1, 1)
 WINDOWED = [6, 7, 4, 3, 2, 5, 0, 1]
 worlds = st.integers(1, 64)
 batch_sizes = st.integers(1, 64)
-quick = settings(max_examples=60)
+quick = settings(max_examples=30)
 
 
 def mixed_tokens(count: int, seed: int) -> list[int]:
@@ -48,7 +48,7 @@ def test_every_step_has_exactly_the_global_batch(num_rows: int, global_batch_siz
 
 @quick
 @given(st.integers(1, 500), batch_sizes, st.lists(st.tuples(worlds, st.integers(1, 8)), min_size=1, max_size=5))
-def test_the_order_is_the_same_list_whatever_the_worlds_and_restarts(
+def test_the_order_is_the_same_for_any_world_and_restart(
     num_rows: int, global_batch_size: int, runs: list[tuple[int, int]]
 ) -> None:
     tokens = mixed_tokens(num_rows, num_rows)
@@ -130,7 +130,7 @@ def test_every_clip_comes_exactly_once_per_epoch_of_windows(
 
 @quick
 @given(windows(), st.integers(0, 3))
-def test_no_more_shards_are_under_way_than_the_window_has(order_of: Windows, epoch: int) -> None:
+def test_no_more_shards_are_in_use_than_the_window_has(order_of: Windows, epoch: int) -> None:
     shards = order_of.shards[windowed_epoch(order_of, epoch)].tolist()
     stretches = [(shards.index(shard), len(shards) - 1 - shards[::-1].index(shard)) for shard in set(shards)]
     for place in range(len(shards)):
@@ -139,7 +139,7 @@ def test_no_more_shards_are_under_way_than_the_window_has(order_of: Windows, epo
 
 @quick
 @given(windows())
-def test_what_keeps_the_last_shards_fetches_each_once_per_epoch(order_of: Windows) -> None:
+def test_a_cache_of_the_last_shards_fetches_each_once(order_of: Windows) -> None:
     for epoch in range(2):
         fetched: list[int] = []
         kept: list[int] = []  # the least recently used first
@@ -209,9 +209,7 @@ def test_a_view_without_clips_is_refused_before_training() -> None:
 
 @quick
 @given(st.lists(st.integers(1, 20_000), max_size=64), worlds, st.integers(1, 60_000))
-def test_packs_hold_every_clip_once_within_the_budget_and_ranks_are_balanced(
-    tokens: list[int], world_size: int, budget: int
-) -> None:
+def test_packs_hold_every_clip_once_and_ranks_are_balanced(tokens: list[int], world_size: int, budget: int) -> None:
     shares = divide(tokens, WIDTH, world_size, budget)
     assert len(shares) == world_size
     packs = [pack for share in shares for pack in share]
@@ -246,16 +244,16 @@ def test_the_longest_clips_are_placed_first() -> None:
     assert divide([4, 4, 6, 6], WIDTH, 1, 10) == (((0, 2), (1, 3)),)
 
 
-@pytest.mark.parametrize("budget", [27_000, 36_000, 72_000])
-@pytest.mark.parametrize("seed", range(3))
-def test_packs_of_a_thousand_mixed_shapes_are_over_95_percent_full(budget: int, seed: int) -> None:
+@pytest.mark.parametrize("budget", [27_000, 72_000])
+@pytest.mark.parametrize("seed", range(2))
+def test_packs_of_mixed_shapes_are_over_95_percent_full(budget: int, seed: int) -> None:
     tokens = mixed_tokens(1000, seed)
     (packs,) = divide(tokens, WIDTH, 1, budget)
     assert sum(tokens) / (budget * len(packs)) > 0.95
 
 
 @pytest.mark.parametrize("budget", [27_000, 36_000, 72_000])
-def test_no_rank_has_more_than_one_pack_above_the_fewest_possible(budget: int) -> None:
+def test_ranks_have_at_most_one_pack_above_the_fewest(budget: int) -> None:
     tokens = mixed_tokens(1000, 0)
     for packs in divide(tokens, WIDTH, 8, budget):
         assert len(packs) <= 1 + -(-sum(tokens[index] for pack in packs for index in pack) // budget)

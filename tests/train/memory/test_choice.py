@@ -260,7 +260,7 @@ def test_every_process_takes_the_plan_that_fits_the_fullest_card(monkeypatch: py
     transformer = build_transformer("5b", lora_rank=4)
     conventions = read_conventions(transformer_config("5b"), vae_config("5b"), scheduler_config("5b"))
     for frees in ([0, 2**50], [2**50, 0]):
-        monkeypatch.setattr(memory, "gather", lambda own, frees=frees: frees)
+        monkeypatch.setattr(memory, "all_gather", lambda own, frees=frees: frees)
         plan = choose_plan(config_of({}), transformer, conventions, [Bucket(9, 64, 96)], CPU)
         assert plan.activations == "block_input"
 

@@ -1,0 +1,1 @@
+"""Self-contained HTML pages about the data and the runs."""

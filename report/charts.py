@@ -1,0 +1,110 @@
+"""The charts of the pages as Altair specifications; a page draws them offline with the bundled Vega-Lite."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import altair as alt
+
+from report.verdict import HeldOut, difference
+
+MAX_POINTS = 1000
+"""Of a line; longer ones are thinned."""
+WIDTH, HEIGHT = 320, 200
+"""Pixels; the page lets them wrap."""
+COLORS = ["#2a78b5", "#c2571a", "#2e8540", "#8a4fa0", "#b8860b", "#5f6b76"]
+
+Line = dict[str, Any]
+Spec = dict[str, Any]
+
+
+def thinned(lines: Sequence[Line]) -> list[Line]:
+    """Return at most `MAX_POINTS` of the lines, evenly spread, with the last one."""
+    stride = -(-len(lines) // MAX_POINTS)
+    return [*lines[:-1:stride], lines[-1]] if len(lines) > MAX_POINTS else list(lines)
+
+
+def loss_chart(lines: Sequence[Line], evaluations: Sequence[HeldOut], base: HeldOut | None) -> Spec:
+    """Return the raw and smoothed training loss with the held-out loss, its margin and the base model's."""
+    rows = [{"step": line["step"], "loss": line[name], "kind": kind} for line in thinned(lines) for name, kind in NAMES]
+    held_out: list[Line] = [{"step": one.step, "loss": one.mean, "kind": "held out"} for one in evaluations]
+    if base is not None and lines:
+        ends = (lines[0]["step"], lines[-1]["step"])
+        held_out += [{"step": step, "loss": base.mean, "kind": "base model, held out"} for step in ends]
+        for row, evaluation in zip(held_out, evaluations, strict=False):
+            margin = difference(base, evaluation)[1]
+            row |= {"low": row["loss"] - margin, "high": row["loss"] + margin} if margin < float("inf") else {}
+    kinds = ["loss", "smoothed loss", "held out", "base model, held out"]
+    legend = alt.Legend(orient="bottom", title=None, columns=2)
+    color = alt.Color(
+        "kind:N", scale=alt.Scale(domain=kinds, range=["#b9c4ce", COLORS[2], COLORS[0], COLORS[1]]), legend=legend
+    )
+    step = alt.X("step:Q", title="optimizer step")
+    scale = alt.Scale(zero=False)
+    training = _chart(rows).mark_line(strokeWidth=1.5)
+    points = _chart(held_out)
+    layers = [
+        training.encode(x=step, y=alt.Y("loss:Q", title="velocity loss", scale=scale), color=color),
+        points.mark_errorband(opacity=0.25).encode(x=step, y=alt.Y("low:Q", title=""), y2="high:Q", color=color)
+        if any("low" in row for row in held_out)
+        else None,
+        points.mark_line(point=True).encode(x=step, y=alt.Y("loss:Q", title="", scale=scale), color=color),
+    ]
+    return _spec(alt.layer(*[layer for layer in layers if layer is not None]), "Loss", "container")
+
+
+NAMES = (("loss", "loss"), ("ema_loss", "smoothed loss"))
+
+
+def quantile_charts(evaluations: Sequence[HeldOut], base: HeldOut, quantiles: Sequence[float]) -> list[Spec]:
+    """Return one small chart for each timestep quantile: the held-out loss and the base model's."""
+    charts = []
+    for number, quantile in enumerate(quantiles):
+        rows = [{"step": one.step, "loss": one.by_quantile[number], "kind": "held out"} for one in evaluations] + [
+            {"step": step, "loss": base.by_quantile[number], "kind": "base model"}
+            for step in (evaluations[0].step, evaluations[-1].step)
+        ]
+        chart = _chart(rows).mark_line(point=True)
+        chart = chart.encode(
+            x=alt.X("step:Q", title=None),
+            y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=False)),
+            color=alt.Color("kind:N", scale=alt.Scale(domain=["held out", "base model"], range=COLORS), legend=None),
+        )
+        charts.append(_spec(chart, f"timesteps around {quantile:.0%}", WIDTH // 2, HEIGHT // 2))
+    return charts
+
+
+def step_chart(lines: Sequence[Line], field: str, title: str, *, unit: float = 1.0, rule: float | None = None) -> Spec:
+    """Return one quantity over the steps, divided by `unit`, with a dashed line at `rule`."""
+    rows = [{"step": line["step"], "value": line[field] / unit} for line in thinned(lines) if field in line]
+    chart = _chart(rows).mark_line(strokeWidth=1.5, color=COLORS[0])
+    chart = chart.encode(x=alt.X("step:Q", title="optimizer step"), y=alt.Y("value:Q", title=None))
+    if rule is not None:
+        dashed = _chart([{"value": rule}]).mark_rule(strokeDash=[4, 4], strokeWidth=2, color=COLORS[1])
+        chart = alt.layer(chart, dashed.encode(y="value:Q"))
+    return _spec(chart, title)
+
+
+def runs_chart(runs: Iterable[tuple[str, Sequence[HeldOut], HeldOut | None]]) -> Spec:
+    """Return the held-out loss of several runs over their steps, less the base model's where it is known."""
+    rows = [
+        {"step": one.step, "loss": one.mean - (base.mean if base else 0.0), "run": name}
+        for name, evaluations, base in runs
+        for one in evaluations
+    ]
+    chart = _chart(rows).mark_line(point=True)
+    chart = chart.encode(
+        x=alt.X("step:Q", title="optimizer step"),
+        y=alt.Y("loss:Q", title="held-out loss less the base model's", scale=alt.Scale(zero=False)),
+        color=alt.Color("run:N", scale=alt.Scale(range=COLORS)),
+    )
+    return _spec(chart, "Held-out loss", "container")
+
+
+def _chart(rows: Sequence[Line]) -> Any:
+    return alt.Chart(alt.Data(values=list(rows)))  # type: ignore[no-untyped-call]
+
+
+def _spec(chart: Any, title: str, width: int | str = WIDTH, height: int = HEIGHT) -> Spec:
+    sized = chart.properties(title=title, width=width, height=height, background="transparent")
+    spec: Spec = sized.to_dict()
+    return spec
