@@ -14,8 +14,7 @@ from typing import Any
 
 from prepare.folder import look_into
 from prepare.probe import VideoSummary
-from prepare.table import PrepareReport, Row, captions_of, lint_rows, read_rows, write_rows
-from shared.cache.storage import replacing
+from prepare.table import PrepareReport, Row, captions_of, lint_rows, read_rows, replace_text, write_rows
 from shared.caption_lint import with_trigger
 from shared.cards import find_card
 from shared.config import load_config
@@ -119,9 +118,7 @@ def init_project(name: str, folder: Path, model: str, trigger: str = "", card: s
         write_rows(table, rows)
     written = not config_file.exists()
     if written:
-        with replacing(config_file) as pending:
-            text = config_text(base.name, folder, table, model, buckets, rows, trigger, gib)
-            pending.write_text(text, "utf-8")
+        replace_text(config_file, config_text(base.name, folder, table, model, buckets, rows, trigger, gib))
     notes = [*contents.notes, *buckets.notes]
     if gib - RESERVE_GIB < choice.leanest_gib:
         notes.append(f"--card: the leanest plan takes about {choice.leanest_gib:g} GiB, so the base is stored in int8")
@@ -201,69 +198,89 @@ def _cropped(video: VideoSummary, size: Size) -> float:
     return 1 - min(ratio, 1 / ratio)
 
 
-def config_text(
-    name: str,
-    folder: Path,
-    table: Path,
-    model: str,
-    buckets: Buckets,
-    rows: Sequence[Row],
-    trigger: str,
-    gib: float,
-) -> str:
-    """Return the text of NAME.toml, with a comment where a person may choose otherwise."""
-    choice, clips, toml = MODELS[model], len(rows), _toml
-    height, width = Counter(buckets.sizes.values()).most_common(1)[0][0]
-    texts = list(dict.fromkeys(text for row in rows for text in captions_of(row) if text.isprintable()))
-    prompts = [with_trigger(trigger, text) for text in texts[:: max(1, len(texts) // 2)][:2]]
-    rank = 32 if gib <= 24 and model != "2b" else 64
-    small = gib - RESERVE_GIB < choice.leanest_gib
-    tiled = gib - RESERVE_GIB < choice.encode_gib
-    images = "# images = [...]                   # a first frame for each prompt" if model.endswith("i2v") else ""
-    return f"""\
-# Written by `precog init` for {model}; edit it freely. The clips are in {table.name}.
+CONFIG = """\
+# Written by `precog init` for {model}; edit it freely. The clips are in {table_name}.
 [model]
-pretrained_model_name_or_path = {toml(choice.hub_name)}
+pretrained_model_name_or_path = {hub_name}
 
 [data]
-name = {toml(name)}
-instance_data_root = {toml(str(folder))}
-dataset_name = {toml(str(table))}
-id_token = {toml(trigger)}                      # put before every caption
-fps = {choice.fps}
-max_num_frames = {max(buckets.frames)}
-frame_buckets = {toml(buckets.frames)}
-resolution_buckets = {toml(sorted(set(buckets.sizes.values())))}    # height x width
-validation_prompts = {toml(prompts)}
-held_out_clips = {0 if clips < 5 else min(8, max(1, clips // 10))}
+name = {name}
+instance_data_root = {folder}
+dataset_name = {table}
+id_token = {trigger}                      # put before every caption
+fps = {fps}
+max_num_frames = {num_frames}
+frame_buckets = {frames}
+resolution_buckets = {sizes}    # height x width
+validation_prompts = {prompts}
+held_out_clips = {held_out}
 
 [precompute]
 cache = "cache"
-enable_tiling = {toml(tiled)}              # true: the VAE takes less memory
+enable_tiling = {tiled}              # true: the VAE takes less memory
 
 [train]
-output_dir = {toml(f"runs/{name}")}
+output_dir = {run}
 lora_rank = {rank}                     # 64 for what the model cannot do yet, 16 or 32 for what it nearly can
 lora_alpha = {rank}
-learning_rate = {"1e-3" if model == "2b" and clips >= ENOUGH_CLIPS else "1e-4"}               # 1e-3 to 1e-4
+learning_rate = {rate}               # 1e-3 to 1e-4
 lr_scheduler = "constant_with_warmup"
 lr_warmup_steps = 100
-max_train_steps = {min(4000, max(1500, 40 * clips))}             # 1,500 to 4,000: about 40 times the number of clips
+max_train_steps = {steps}             # 1,500 to 4,000: about 40 times the number of clips
 checkpointing_steps = 250
 validation_steps = 250
 
 [memory]
-{'base_precision = "int8"             # the card is small for this model' if small else '# "auto" suits the card'}
+{memory}
 
 [sample]
-output_dir = {toml(f"runs/{name}/samples")}
-{"# " if images or not prompts else ""}prompts = {toml(prompts)}
-{images}
-num_frames = {max(buckets.frames)}
+output_dir = {samples}
+{sample_prompts}
+num_frames = {num_frames}
 height = {height}
 width = {width}
-fps = {choice.fps}
+fps = {fps}
 """
+"""NAME.toml, with a comment where a person may choose otherwise."""
+
+
+def config_text(
+    name: str, folder: Path, table: Path, model: str, buckets: Buckets, rows: Sequence[Row], trigger: str, gib: float
+) -> str:
+    """Return the text of NAME.toml for `rows` and a card of `gib` GiB."""
+    choice, clips = MODELS[model], len(rows)
+    height, width = Counter(buckets.sizes.values()).most_common(1)[0][0]
+    texts = list(dict.fromkeys(text for row in rows for text in captions_of(row) if text.isprintable()))
+    prompts = [with_trigger(trigger, text) for text in texts[:: max(1, len(texts) // 2)][:2]]
+    sample_prompts = f"prompts = {_toml(prompts)}"
+    if model.endswith("i2v"):
+        sample_prompts = f"# {sample_prompts}\n# images = [...]                   # a first frame for each prompt"
+    small = gib - RESERVE_GIB < choice.leanest_gib
+    return CONFIG.format(
+        model=model,
+        table_name=table.name,
+        hub_name=_toml(choice.hub_name),
+        name=_toml(name),
+        folder=_toml(str(folder)),
+        table=_toml(str(table)),
+        trigger=_toml(trigger),
+        fps=choice.fps,
+        num_frames=max(buckets.frames),
+        frames=_toml(buckets.frames),
+        sizes=_toml(sorted(set(buckets.sizes.values()))),
+        prompts=_toml(prompts),
+        held_out=0 if clips < 5 else min(8, max(1, clips // 10)),
+        tiled=_toml(gib - RESERVE_GIB < choice.encode_gib),
+        run=_toml(f"runs/{name}"),
+        rank=32 if gib <= 24 and model != "2b" else 64,
+        rate="1e-3" if model == "2b" and clips >= ENOUGH_CLIPS else "1e-4",
+        steps=min(4000, max(1500, 40 * clips)),
+        memory='base_precision = "int8"             # the card is small' if small else '# "auto" suits the card',
+        samples=_toml(f"runs/{name}/samples"),
+        sample_prompts=sample_prompts,
+        height=height,
+        width=width,
+    )
 
 
 def _toml(value: object) -> str:

@@ -64,8 +64,13 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Replace the table; a crash leaves the old one whole."""
+    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write the whole file; a crash leaves the old one."""
     with replacing(path) as pending:
-        pending.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        pending.write_text(text, "utf-8")
 
 
 def captions_of(row: Row, column: str = "text") -> list[str]:
