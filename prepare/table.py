@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.cache.storage import replacing
+from shared.atomic_files import replacing
 from shared.caption_lint import CaptionFinding, lint_captions, with_trigger
 from shared.config import Config
 from shared.errors import DataError, UsageError
