@@ -7,6 +7,7 @@ import typer
 
 from precompute.cli import app as precompute_app
 from precompute.cli import cache_app, show_plan
+from prepare.cli import app as prepare_app
 from sample.cli import app as sample_app
 from shared.command import ConfigFile, JsonOutput, Overrides, exits
 from train.cli import app as train_app
@@ -14,7 +15,7 @@ from train.cli import app as train_app
 __version__ = "0.1.0"
 
 app = typer.Typer(name="precog", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for stage in (precompute_app, train_app, sample_app):
+for stage in (prepare_app, precompute_app, train_app, sample_app):
     app.registered_commands += stage.registered_commands
 app.add_typer(cache_app, name="cache")
 
