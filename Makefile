@@ -11,8 +11,8 @@ SHELL := bash
 
 # pip with one updating line (plain lines without a terminal) in place of hundreds; errors go to stderr as they are.
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-PROGRESS = | awk -v end="$$([ -t 2 ] && printf '\r' || printf '\n')" \
-	'/^(Collecting|Obtaining) / { printf "  %3d %-60.60s%s", ++n, $$2, end; fflush() } \
+PROGRESS = | awk -v end="$$([ -t 2 ] && echo '\r' || echo '\n')" \
+	'/^(Collecting|Obtaining|Processing) / { sub(".*/", "", $$2); printf "  %3d %-60.60s%s", ++n, $$2, end; fflush() } \
 	/^Installing collected/ { printf "  installing %d packages%-50s\n", NF - 3, ""; fflush() }'
 
 help:  ## List the targets

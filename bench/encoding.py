@@ -14,11 +14,12 @@ from transformers import T5Config, T5EncoderModel
 from bench.media import write_corpus
 from precompute import encoders
 from precompute.discover import survey
+from precompute.estimate import find_work
 from precompute.latents import encode_latents
 from precompute.prompts import encode_prompts
 from precompute.report import Report
 from precompute.run import decode_pool
-from precompute.stage import open_stage
+from precompute.stage import PassResult, open_stage
 from shared.config import Config
 from shared.fingerprint import sha256_file
 from shared.model.geometry import Bucket
@@ -126,19 +127,18 @@ def config_for(scene: Scene, clips: Path, cache: Path, settings: dict[str, Any])
     )
 
 
-def one_pass(scene: Scene, clips: Path, kind: str, settings: dict[str, Any]) -> Report:
+def one_pass(scene: Scene, clips: Path, kind: str, settings: dict[str, Any]) -> PassResult:
     """Run the pass over "clips" or "prompts" into a temporary cache."""
     with tempfile.TemporaryDirectory() as cache:
         config = config_for(scene, clips, Path(cache), settings)
         stage = open_stage(config)
         with decode_pool(config) as pool:
             wanted = survey(stage, pool)
+            latents, prompts = find_work(stage, wanted)
             if kind == "clips":
-                encode_latents(stage, wanted.latents, wanted.clips, pool)
-            else:
-                tokenizer = encoders.load_tokenizer(str(stage.encoders.tokenizer))
-                encode_prompts(stage, wanted.prompts, wanted.texts, tokenizer)
-    return stage.report
+                return encode_latents(stage, latents, wanted.by_key, pool)
+            tokenizer = encoders.load_tokenizer(str(stage.encoders.tokenizer))
+            return encode_prompts(stage, prompts, wanted.texts, tokenizer)
 
 
 def measure(scene: Scene, kind: str, settings: dict[str, Any]) -> dict[str, float]:
@@ -148,7 +148,8 @@ def measure(scene: Scene, kind: str, settings: dict[str, Any]) -> dict[str, floa
     if scene.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    report = one_pass(scene, scene.clips, kind, settings)
+    result = one_pass(scene, scene.clips, kind, settings)
+    report = Report(latents=result.samples, prompts=result.samples, seconds=result.seconds)
     found = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if scene.device.type == "cuda" else 0.0}
     if kind == "prompts":
         seconds = report.seconds["encode_prompts"]

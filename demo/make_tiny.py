@@ -19,7 +19,7 @@ TEXT_LENGTH = 226
 
 
 def make_tokenizer(captions: list[str]) -> T5Tokenizer:
-    """A sentencepiece model trained on the captions, in T5's id layout: pad 0, end 1, unknown 2."""
+    """Return a sentencepiece model trained on the captions, in T5's id layout: pad 0, end 1, unknown 2."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions),
@@ -39,7 +39,7 @@ def make_tokenizer(captions: list[str]) -> T5Tokenizer:
 
 
 def make_pipeline(captions: list[str]) -> CogVideoXPipeline:
-    """The conventions of CogVideoX-2B at a hundredth of its width; the same weights on every run."""
+    """Build a transformer like CogVideoX-2B's at a hundredth of its width, with the same weights on every run."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(captions)
     text_encoder = T5EncoderModel(

@@ -203,7 +203,7 @@ def _open_cache(cache: str, **options: Any) -> "Storage":
     from shared.errors import UsageError
 
     storage = open_storage(cache, **options)
-    if not any(storage.names(folder, ".json") for folder in ("latents", "prompts", "datasets")):
+    if not any(storage.files(folder) for folder in ("latents", "prompts", "datasets")):
         raise UsageError(f"{cache}: cache not found; give the folder or URL of precompute.cache")
     return storage
 

@@ -1,4 +1,4 @@
-"""The two encoders: the VAE's encoder half, and T5. Never on the device together."""
+"""The two encoders: the VAE's encoder half, and T5. They are never on the device together."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,16 +11,13 @@ from shared.device import DTYPES
 from shared.errors import UsageError
 from shared.model.geometry import ENCODE_CHUNK_FRAMES
 from shared.model.pretrained import Part
-from shared.model.quantize import QuantizedLinear
 
-INT8 = "int8-2"
-"""Names the arithmetic of `quantize`; part of the recipe, so changing the arithmetic means changing the name."""
 TEXTS_PER_BLOCK = 250
-"""Texts that are tokenized at once where only the number of tokens matters; one of 150 words takes 0.2 MB."""
+"""Texts tokenized at once to count their tokens; a text of 150 words takes 0.2 MB."""
 
 
 def vae_precision(requested: str, part: Part) -> str:
-    """`auto` is the published one, fp16 raised to fp32: fp16 encoding gives NaN on some clips (CogVideo#343)."""
+    """Resolve `auto` to the published precision, but fp16 to fp32: fp16 gives NaN on some clips (CogVideo#343)."""
     if requested != "auto":
         return requested
     own = part.dtype()
@@ -29,9 +26,9 @@ def vae_precision(requested: str, part: Part) -> str:
 
 @contextmanager
 def no_tf32() -> Iterator[None]:
-    """fp32 means fp32 within, as on a CPU with the same keys. cuDNN's default is TF32, with a mantissa of 10 bits.
+    """Turn TF32 off while entered, so that fp32 has the CPU's precision; torch's switches are restored.
 
-    torch's switches are put back as they were.
+    cuDNN's default is TF32, with a mantissa of 10 bits.
     """
     switches: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
@@ -45,7 +42,7 @@ def no_tf32() -> Iterator[None]:
 
 
 class VaeEncoder:
-    """Clips -> moments of the posterior, in 8-frame chunks as diffusers encodes them."""
+    """The VAE's encoder: clips -> moments of the posterior, in 8-frame chunks as in diffusers."""
 
     def __init__(
         self,
@@ -64,7 +61,7 @@ class VaeEncoder:
             str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
         )
         assert vae.num_sample_frames_batch_size == ENCODE_CHUNK_FRAMES
-        vae.decoder = None  # only the encoder's weights travel to the device
+        vae.decoder = None  # only the encoder's weights go to the device
         if tiling:
             vae.enable_tiling()
         if slicing:
@@ -75,22 +72,22 @@ class VaeEncoder:
                 if isinstance(module, nn.Conv3d):
                     module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self._layout = torch.channels_last_3d if channels_last else torch.contiguous_format
-        self._vae = vae.eval().requires_grad_(False).to(device)
+        self.vae = vae.eval().requires_grad_(False).to(device)
         if compiled:
-            self._vae.encoder = _Compiled(self._vae.encoder)
+            self.vae.encoder = CompiledModule(self.vae.encoder)
         self._dtype = DTYPES[precision]
         self.device = device
 
     @torch.no_grad()
     @no_tf32()
     def encode(self, clips: torch.Tensor) -> torch.Tensor:
-        """float32 [B,3,F,H,W] -> [B,2C,F',H/8,W/8] mean and logvar, unscaled, in the encoder's precision, on the CPU.
+        """Encode float32 [B,3,F,H,W] to moments [B,2C,F',H/8,W/8]: unscaled mean and logvar, on the CPU.
 
-        Out of GPU memory, the batch is halved until one clip is left; then the error passes through.
+        Out of GPU memory, the batch is halved until one clip is left; then the error is raised.
         """
         try:
             pixels = clips.to(self.device, self._dtype, memory_format=self._layout)
-            moments: torch.Tensor = self._vae.encode(pixels).latent_dist.parameters
+            moments: torch.Tensor = self.vae.encode(pixels).latent_dist.parameters
             return moments.contiguous().cpu()
         except torch.cuda.OutOfMemoryError:
             if len(clips) == 1:
@@ -100,15 +97,15 @@ class VaeEncoder:
         return torch.cat([self.encode(clips[:half]), self.encode(clips[half:])])
 
 
-class _Compiled(nn.Module):
-    """torch.compile, which compiles at the first call of a shape; raises `UsageError` where that fails."""
+class CompiledModule(nn.Module):
+    """A module under torch.compile, which compiles at the first call of a shape; `UsageError` if that fails."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self._compiled = torch.compile(module)
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        from torch._dynamo.exc import TorchDynamoException  # two seconds, and diffusers has it loaded by now
+        from torch._dynamo.exc import TorchDynamoException  # two seconds, but diffusers has imported it by now
 
         try:
             return self._compiled(*arguments, **named)
@@ -116,13 +113,13 @@ class _Compiled(nn.Module):
             cause = getattr(error, "inner_exception", error)
             reason = (str(cause).strip() or "no reason given").splitlines()[0]
             raise UsageError(
-                f"precompute.compile_vae = true: torch.compile fails here ({type(cause).__name__}: {reason}); "
-                "it needs a C++ compiler, and on a GPU triton; or leave it false"
+                f"precompute.compile_vae = true: torch.compile fails ({type(cause).__name__}: {reason}); "
+                "install a C++ compiler, and triton for a GPU, or leave it false"
             ) from error
 
 
 class TextEncoder:
-    """Captions -> T5's last hidden state, all pad positions kept, no mask: as the CogVideoX pipelines call it."""
+    """T5: captions -> last hidden state, all pad positions kept, no mask, as in diffusers' CogVideoX pipelines."""
 
     def __init__(
         self,
@@ -132,16 +129,21 @@ class TextEncoder:
         device: torch.device,
         text_length: int,
         *,
-        int8: bool = False,
+        offload: bool = False,
     ) -> None:
+        """Load T5; with `offload`, each layer's weights stay in host memory until the layer runs."""
         from transformers import T5EncoderModel
 
         model: Any = T5EncoderModel.from_pretrained(
             str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
         )
-        if int8:
-            quantize(model)  # before it travels: the device never holds the wide weights
-        self._model = model.eval().requires_grad_(False).to(device)
+        model = model.eval().requires_grad_(False)
+        if offload:
+            from accelerate import cpu_offload
+
+            self.model = cpu_offload(model, execution_device=device)
+        else:
+            self.model = model.to(device)
         self._tokenizer = tokenizer
         self._dtype = DTYPES[precision]
         self._text_length = text_length
@@ -150,7 +152,7 @@ class TextEncoder:
     @torch.no_grad()
     @no_tf32()
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
-        """B texts -> [B,L,D] in the encoder's precision, on the CPU."""
+        """Encode B texts to prompt_embeds [B,L,D] in the encoder's precision, on the CPU."""
         ids = self._tokenizer(
             list(texts),
             padding="max_length",
@@ -159,41 +161,19 @@ class TextEncoder:
             add_special_tokens=True,
             return_tensors="pt",
         ).input_ids
-        embeds: torch.Tensor = self._model(ids.to(self.device))[0]
+        embeds: torch.Tensor = self.model(ids.to(self.device))[0]
         return embeds.to(self._dtype).cpu()
 
 
-class _KeptPrecision(QuantizedLinear):
-    """Its product has the precision of the wide layer, whatever its tokens have.
-
-    transformers keeps T5's `wo` in fp32 within an fp16 model (`_keep_in_fp32_modules`), since its values may be beyond
-    65504; it casts the tokens itself, but not for a weight of type int8.
-    """
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer)
-        self._precision = layer.weight.dtype
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return super().forward(tokens.to(self._precision))
-
-
-def quantize(model: nn.Module) -> None:
-    """Put every linear layer in int8, in place; embeddings, norms and the position biases stay as they are."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
-            model.set_submodule(name, _KeptPrecision(layer))
-
-
 def load_tokenizer(folder: str) -> Any:
-    """T5's tokenizer from its folder; raises `OSError` if its files are not there."""
+    """Load T5's tokenizer; raises `OSError` if its files are missing."""
     from transformers import T5Tokenizer
 
     return T5Tokenizer.from_pretrained(folder)
 
 
 def truncated_tokens(tokenizer: Any, texts: Sequence[str], text_length: int) -> list[int]:
-    """How many tokens of each text lie beyond the text length and are cut off."""
+    """Return how many tokens of each text are cut off because they exceed the text length."""
     beyond: list[int] = []
     for start in range(0, len(texts), TEXTS_PER_BLOCK):
         block = tokenizer(list(texts[start : start + TEXTS_PER_BLOCK]), return_attention_mask=False)

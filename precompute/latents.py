@@ -1,23 +1,24 @@
-"""The VAE pass: decode ahead, encode batch by batch, write behind. The report says who waited for whom."""
+"""The VAE pass: clips are decoded ahead, encoded batch by batch and written behind."""
 
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
 from precompute import provenance, recipes
-from precompute.assignments import Inventory, PlannedShard, make_missing
+from precompute.assignments import PlannedShard, shards_to_make, unmade
 from precompute.clip import Clip, Skipped
 from precompute.encoders import VaeEncoder, vae_precision
-from precompute.report import Report
-from precompute.stage import Stage
+from precompute.report import Tally, Timer
+from precompute.stage import PassResult, Stage, Work
 from precompute.video.child import Decoded, DecodeJob
 from precompute.video.pixels import to_clip
 from precompute.video.pool import DecodePool
 from shared import console, seeding
-from shared.cache.collection import Collection
 from shared.cache.shard import Sample, write_shard
 from shared.cache.storage import Storage
 from shared.device import choose_device
@@ -25,54 +26,62 @@ from shared.errors import UsageError
 from shared.fingerprint import Json
 from shared.model.geometry import Bucket, latent_shape
 
+DECODED_BATCHES = 2
+"""Batches that are decoded ahead of the encoder."""
+MAX_WRITING = 2
+"""Shards in memory that wait for the disk."""
 
-def encode_latents(stage: Stage, collection: Collection, clips: Sequence[Clip], pool: DecodePool) -> Inventory:
-    """Encode the clips that are not stored; what the collection holds of them afterwards.
 
-    Clips of a source in `stage.faults` may be neither stored nor skipped then.
+@dataclass(frozen=True, slots=True)
+class EncodedShard:
+    """The results for one planned shard."""
+
+    planned: PlannedShard
+    samples: list[Sample]
+    skipped: dict[str, str]
+    """Key -> reason of a permanent failure."""
+    failed: dict[str, Skipped]
+    """Key -> transient failure."""
+
+
+def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: DecodePool) -> PassResult:
+    """Encode the clips (key -> clip) that are not stored; the VAE is loaded only if there are any.
+
+    Clips with a transient failure are neither stored nor skipped, unless another worker made them.
     """
-    given_up: dict[str, str] = {}
-    by_key = {clip.key: clip for clip in clips}
-    settings, report = stage.config.precompute, stage.report
-
-    def make(todo: Iterator[PlannedShard], total: int) -> None:
-        started = time.perf_counter()
-        encoder = load_vae(stage)
-        report.spend("load_vae", started)
-        provenance.record(stage.storage, collection, encoder.device)
-        pass_started = time.perf_counter()
-        with console.Progress("clips", total) as bar, ThreadPoolExecutor(1) as writer:
-            writing: deque[Future[int]] = deque()
-            for shard, samples, skipped in _encoded_shards(stage, todo, by_key, encoder, pool, bar, given_up):
-                if len(writing) == 2:
-                    started = time.perf_counter()
-                    report.written_bytes += writing.popleft().result()
-                    report.spend("wait_for_write", started)
-                writing.append(writer.submit(_write, stage.storage, shard, samples, skipped, report))
-                report.latents.made += len(samples)
-            report.written_bytes += sum(future.result() for future in writing)
-        report.spend("video_pass", pass_started)
-
-    folders = {key: f"{collection.folder}/{clip.window.bucket}" for key, clip in by_key.items()}
-    inventory = make_missing(
-        stage.storage,
-        collection,
-        folders,
-        make,
-        stage.part,
-        keys_per_shard=settings.clips_per_shard,
-        keys_per_batch=settings.vae_batch_size,
-        retry_skipped=settings.retry_skipped,
-        given_up=given_up,
-    )
-    lost = given_up.keys() - inventory.stored - inventory.skipped.keys()  # or else another worker had them meanwhile
-    stage.faults.update({by_key[key].source.name: given_up[key] for key in lost})
-    report.latents.reused = len(inventory.stored & set(by_key)) - report.latents.made
-    return inventory
+    timer, encoder, wanted = Timer(), None, work.wanted
+    failed: dict[str, Skipped] = {}
+    writes: list[Future[tuple[int, float]]] = []
+    made = 0
+    shards, inventory = shards_to_make(stage.storage, wanted, work.inventory, stage.part)
+    while shards:
+        if encoder is None:
+            with timer.measure("load_vae"):
+                encoder = load_vae(stage)
+            provenance.record(stage.storage, wanted.collection, encoder.device)
+        with (
+            timer.measure("video_pass"),
+            console.Progress("clips", sum(len(shard.keys) for shard in shards)) as bar,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            for shard in _encode_shards(stage, unmade(stage.storage, shards), clips, encoder, pool, timer, bar):
+                if len(writes) >= MAX_WRITING:
+                    with timer.measure("wait_for_write"):
+                        writes[-MAX_WRITING].result()
+                writes.append(writer.submit(_write, stage.storage, shard))
+                made += len(shard.samples)
+                failed |= shard.failed
+        for write in writes:
+            write.result()
+        shards, inventory = shards_to_make(stage.storage, wanted, inventory, stage.part, failed)
+    seconds = {**timer.seconds, "write": sum(write.result()[1] for write in writes)}
+    reused = len(inventory.stored & clips.keys()) - made
+    failed = {key: skip for key, skip in failed.items() if key not in inventory.stored | inventory.skipped.keys()}
+    return PassResult(inventory, Tally(made, reused), sum(write.result()[0] for write in writes), seconds, failed)
 
 
 def load_vae(stage: Stage) -> VaeEncoder:
-    """The VAE's encoder as the config wants it, on its device."""
+    """Load the VAE's encoder with the config's settings."""
     settings, vae = stage.config.precompute, stage.encoders.vae
     return VaeEncoder(
         vae,
@@ -85,77 +94,76 @@ def load_vae(stage: Stage) -> VaeEncoder:
     )
 
 
-def _write(
-    storage: Storage, shard: PlannedShard, samples: Sequence[Sample], skipped: Mapping[str, str], report: Report
-) -> int:
-    """Bytes written. A shard whose clips were not all to be had holds the others, under the name of their keys."""
-    made = len(samples) + len(skipped)
-    if not made or (made < len(shard.keys) and storage.exists(shard.receipt)):  # another worker had them all
-        return 0
+def _write(storage: Storage, shard: EncodedShard) -> tuple[int, float]:
+    """Write a shard; return bytes and seconds. Without the failed clips it has another name, from its other keys."""
     started = time.perf_counter()
-    _, written_bytes = write_shard(storage, shard.folder, samples, skipped, shard.attempt)
-    report.spend("write", started)
-    return written_bytes
+    if not shard.samples and not shard.skipped:
+        return 0, 0.0
+    if shard.failed and storage.size(shard.planned.receipt) is not None:  # another worker had all clips
+        return 0, 0.0
+    planned = shard.planned
+    _, written_bytes = write_shard(storage, planned.folder, shard.samples, shard.skipped, planned.attempt)
+    return written_bytes, time.perf_counter() - started
 
 
 def decode_job(stage: Stage, clip: Clip) -> DecodeJob:
-    """What a decoding process needs to know of a clip."""
+    """Return the job that decodes a clip's frames."""
     window = clip.window
     return DecodeJob(
         clip.source.path, clip.probe, window.indices, window.timestamps_us, stage.config.precompute.decoder
     )
 
 
-def _encoded_shards(
+def _encode_shards(
     stage: Stage,
-    todo: Iterator[PlannedShard],
+    shards: Iterator[PlannedShard],
     clips: Mapping[str, Clip],
     encoder: VaeEncoder,
     pool: DecodePool,
+    timer: Timer,
     bar: console.Progress,
-    given_up: dict[str, str],
-) -> Iterator[tuple[PlannedShard, list[Sample], dict[str, str]]]:
-    """Shards: their samples, and key -> reason of what failed; what the machine spoilt is added to `given_up`, too."""
-    under_way: deque[tuple[PlannedShard, tuple[str, ...], str]] = deque()
-
-    def jobs() -> Iterator[DecodeJob]:
-        for shard in todo:
-            for batch in shard.batches:
-                for key in batch:
-                    under_way.append((shard, batch, key))
-                    yield decode_job(stage, clips[key])
-
-    samples: list[Sample] = []
-    skipped: dict[str, str] = {}
-    decoded: dict[str, Decoded] = {}
-    started = time.perf_counter()
-    for result in pool.decode_all(jobs(), ahead=2 * stage.config.precompute.vae_batch_size):
-        shard, batch, key = under_way.popleft()
-        if isinstance(result, Skipped):
-            (skipped if result.permanent else given_up)[key] = result.reason
-        else:
-            decoded[key] = result
-        if key == batch[-1]:
-            stage.report.spend("wait_for_decode", started)
-            started = time.perf_counter()
+) -> Iterator[EncodedShard]:
+    """Yield each shard when its last batch is encoded."""
+    samples, skipped, failed = list[Sample](), dict[str, str](), dict[str, Skipped]()
+    for shard, outcomes in timer.waiting("wait_for_decode", _decode_batches(stage, shards, clips, pool)):
+        decoded = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Decoded)}
+        skips = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Skipped)}
+        skipped |= {key: skip.reason for key, skip in skips.items() if skip.permanent}
+        failed |= {key: skip for key, skip in skips.items() if not skip.permanent}
+        with timer.measure("encode_latents"):
             for sample in encode_clips(stage, clips, decoded, encoder):
                 if all(torch.isfinite(tensor).all() for tensor in sample.tensors.values()):
                     samples.append(sample)
                 else:
-                    skipped[sample.key] = "non-finite latents; precompute.vae_dtype = 'fp32' has more range"
-            decoded = {}
-            stage.report.spend("encode_latents", started)
-            bar.advance(len(batch))
-            if key == shard.keys[-1]:
-                yield shard, samples, skipped
-                samples, skipped = [], {}
-            started = time.perf_counter()
+                    skipped[sample.key] = "non-finite latents; set precompute.vae_dtype = 'fp32'"
+        bar.advance(len(outcomes))
+        if shard.keys[-1] in outcomes:
+            yield EncodedShard(shard, samples, skipped, failed)
+            samples, skipped, failed = [], {}, {}
+
+
+def _decode_batches(
+    stage: Stage, shards: Iterator[PlannedShard], clips: Mapping[str, Clip], pool: DecodePool
+) -> Iterator[tuple[PlannedShard, dict[str, Decoded | Skipped]]]:
+    """Yield every encode batch in order, as its shard and key -> frames or the reason why there are none."""
+    planned: deque[tuple[PlannedShard, tuple[str, ...]]] = deque()
+
+    def jobs() -> Iterator[DecodeJob]:
+        for shard in shards:
+            for batch in shard.batches:
+                planned.append((shard, batch))
+                yield from (decode_job(stage, clips[key]) for key in batch)
+
+    outcomes = pool.decode_all(jobs(), ahead=DECODED_BATCHES * stage.config.precompute.vae_batch_size)
+    for first in outcomes:
+        shard, batch = planned.popleft()
+        yield shard, dict(zip(batch, [first, *islice(outcomes, len(batch) - 1)], strict=True))
 
 
 def encode_clips(
     stage: Stage, clips: Mapping[str, Clip], decoded: Mapping[str, Decoded], encoder: VaeEncoder
 ) -> list[Sample]:
-    """One encode batch of one bucket -> samples; raises `UsageError` if training could not use them."""
+    """Encode one batch of one bucket; raises `UsageError` if training could not use the result."""
     if not decoded:
         return []
     pixels = {
@@ -181,15 +189,15 @@ def encode_clips(
 
 
 def _check_shape(stage: Stage, bucket: Bucket, moments: torch.Tensor) -> None:
-    """Raises `UsageError` for moments [B,2C,F,H,W] of another size than the bucket's, before hours go into them."""
+    """Raise `UsageError` for moments [B,2C,F,H,W] of another size than the bucket's, before hours are spent."""
     channels, *size = latent_shape(bucket, stage.encoders.conventions.out_channels)
     expected, found = (2 * channels, *size), tuple(moments.shape[1:])
     if found == expected:
         return
     assert stage.config.precompute.enable_tiling, f"{found} is not {expected}"
     raise UsageError(
-        f"precompute.enable_tiling = true: the VAE's tiles do not fit clips of {bucket}, whose moments come as "
-        f"{_by(found)} instead of {_by(expected)}; leave it false or choose other data.resolution_buckets"
+        f"precompute.enable_tiling = true: the VAE's tiles do not fit clips of {bucket}: expected moments of "
+        f"{_by(expected)}, got {_by(found)}; leave it false or choose other data.resolution_buckets"
     )
 
 
@@ -198,7 +206,7 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def conditioning_images(first_frame: torch.Tensor, noised: int, key: str) -> list[torch.Tensor]:
-    """[3,1,H,W] -> the clean frame and `noised` copies + sigma * noise, sigma = exp(N(-3, 0.5)) drawn by key.
+    """Return the clean frame [3,1,H,W] and `noised` copies + sigma * noise, sigma = exp(N(-3, 0.5)) drawn by key.
 
     Source: diffusers `train_cogvideox_image_to_video_lora.py` (noise in pixel space before the VAE).
     """

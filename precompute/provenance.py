@@ -1,8 +1,7 @@
-"""With which library versions and devices a collection was made: on record, and in no key.
+"""Record of the library versions and devices that made a collection. It is in no key.
 
-Recipe, shards and receipts have to be the same bytes whoever makes them, so this stands in none of them. Each
-environment that encodes for a recipe is one file, `made_by/<recipe>/<hash>.json`, named by its content: any number of
-workers write it once.
+Recipe, shards and receipts must be the same bytes on every machine, so they do not hold it. Each environment that
+encodes for a recipe is one file, `made_by/<recipe>/<hash>.json`, named by its content and written once.
 """
 
 import json
@@ -19,7 +18,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "sentencepiece"
 
 
 def environment(device: torch.device) -> dict[str, Json]:
-    """Everything beside the recipe that may change the rounding of what is encoded on `device` here."""
+    """Return what may change the rounding on `device`, apart from the recipe."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
         "device": _device(device),
@@ -27,7 +26,7 @@ def environment(device: torch.device) -> dict[str, Json]:
 
 
 def record(storage: Storage, collection: Collection, device: torch.device) -> None:
-    """Note this environment beside the collection, before its first shard; raises as `Storage.publish`."""
+    """Write this environment before the first shard; raises as `Storage.publish`."""
     found = environment(device)
     name = f"made_by/{collection.recipe}/{key_of(found)}.json"
     storage.publish(name, json.dumps(found, indent=1, sort_keys=True).encode())
@@ -47,5 +46,5 @@ def _device(device: torch.device) -> dict[str, Json]:
         "name": torch.cuda.get_device_name(device),
         "capability": list(torch.cuda.get_device_capability(device)),
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "cudnn": torch.backends.cudnn.version(),
     }

@@ -1,15 +1,16 @@
-"""What shaped the bytes: the recipes of latents and prompts, and the keys that follow from them.
+"""Recipes of latents and prompts, and the keys that follow from them.
 
-Everything that changes a stored byte is in a recipe or a key; names, paths, times, batch and worker counts are not.
+Everything that changes a stored byte is in a recipe or a key. Names, paths, times, batch and worker counts are not.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from precompute.clip import Clip
-from precompute.encoders import INT8, vae_precision
+from precompute.encoders import vae_precision
 from precompute.video import pixels
 from precompute.video.windows import Window
+from shared.cache.collection import FORMAT
 from shared.config import Config
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of, sha256_files
@@ -28,7 +29,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Encoders:
-    """What stage 1 encodes with: the parts on disk, not loaded yet."""
+    """The parts of the checkpoint that stage 1 encodes with: on disk, not loaded yet."""
 
     vae: Part
     text_encoder: Part
@@ -37,22 +38,24 @@ class Encoders:
 
 
 def find_encoders(config: Config) -> Encoders:
-    """Locate the parts and read the conventions; raises `UsageError` naming what is missing."""
+    """Find the parts and read the conventions; raises `UsageError` naming what is missing."""
     vae = pretrained_part(config.model, "vae")
     transformer = pretrained_config(config.model, "transformer")
     scheduler = pretrained_config(config.model, "scheduler")
     conventions = read_conventions(transformer, vae.config, scheduler)
     tokenizer = pretrained_folder(config.model, "tokenizer")
     if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES[:2]):
-        raise UsageError(f"{tokenizer}: has neither {TOKENIZER_FILES[0]} nor {TOKENIZER_FILES[1]}")
+        found = f"{TOKENIZER_FILES[0]} and {TOKENIZER_FILES[1]} not found"
+        raise UsageError(f"{tokenizer}: {found}; download the checkpoint again")
     return Encoders(vae, pretrained_part(config.model, "text_encoder"), tokenizer, conventions)
 
 
 def latents_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
-    """Everything but the clip itself that shapes its moments; also what stage 2 needs to know of the VAE."""
+    """Return everything but the clip itself that shapes its moments."""
     settings = config.precompute
     image = encoders.conventions.image_to_video
     return {
+        "format": FORMAT,
         "kind": "latents",
         "transform": pixels.TRANSFORM,
         "vae": {"weights": encoders.vae.sha256(), "config": encoders.vae.settings},
@@ -68,22 +71,22 @@ def latents_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
 
 
 def prompts_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
-    """Everything but the text itself that shapes its embedding."""
+    """Return everything but the text itself that shapes its embedding."""
     part = encoders.text_encoder
     tokenizer = [encoders.tokenizer / name for name in TOKENIZER_FILES if (encoders.tokenizer / name).is_file()]
     return {
+        "format": FORMAT,
         "kind": "prompts",
         "text_encoder": {"weights": part.sha256(), "config": part.settings},
         "tokenizer": dict(sha256_files(tokenizer)),
         "text_length": encoders.conventions.text_length,
         "precision": part.precision(config.precompute.text_dtype),
-        "quantization": INT8 if config.precompute.text_quantization == "int8" else "none",
         "attention_mask": False,
     }
 
 
 def latent_key(source_sha256: str, window: Window, mode: str, recipe: str) -> str:
-    """Names the moments of one window: the source's bytes, which frames, what size and crop, made how."""
+    """Return the key of one window's moments."""
     return key_of(
         {
             "source": source_sha256,
@@ -98,10 +101,10 @@ def latent_key(source_sha256: str, window: Window, mode: str, recipe: str) -> st
 
 
 def crop_seed(clip: Clip) -> str:
-    """What places a random crop: the clip's bytes and time, whatever it is encoded with."""
+    """Return the seed of a random crop: the clip's bytes and times, independent of the recipe."""
     return key_of([clip.probe.sha256, list(clip.window.timestamps_us)])
 
 
 def prompt_key(text: str, recipe: str) -> str:
-    """Names the embedding of one text."""
+    """Return the key of one text's embedding."""
     return key_of({"text": text, "recipe": recipe})

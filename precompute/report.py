@@ -1,17 +1,47 @@
-"""What a run of stage 1 did, and where the time went."""
+"""The report of a run of stage 1: what it made, and where the time went."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from shared.cache.view import View
 from shared.config import Data
 
+Item = TypeVar("Item")
 
-@dataclass(slots=True)
+
+class Timer:
+    """A stopwatch with one total per activity."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time of the block to the activity `name`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def waiting(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield the items; the time until each one comes is added to the activity `name`."""
+        iterator = iter(items)
+        while True:
+            with self.measure(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+
+@dataclass(frozen=True, slots=True)
 class Tally:
-    """Samples of one kind: made by this run (in an estimate: to be made), and stored already."""
+    """Samples of one kind: made by this run (or to be made by the planned one), and stored before."""
 
     made: int = 0
     reused: int = 0
@@ -22,40 +52,41 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Truncated:
-    """A caption longer than the text length, of which `tokens` are cut off."""
+    """A caption longer than the text length; `tokens` of it are cut off."""
 
     source: str
-    """The clip's, or the field of [data] for a validation prompt."""
+    """Of the clip, or the field of [data] for a validation prompt."""
     caption: int
-    """Its number among those of its clip or field, from 1."""
+    """Its number within its clip or field, from 1."""
     tokens: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Report:
-    """What a run did; `as_json` is the `--json` contract."""
+    """The results of a run; `as_json` is the `--json` contract."""
 
     clips: int = 0
-    latents: Tally = field(default_factory=Tally)
-    prompts: Tally = field(default_factory=Tally)
+    latents: Tally = Tally()
+    prompts: Tally = Tally()
     truncated: list[Truncated] = field(default_factory=list)
     written_bytes: int = 0
-    """Shards and receipts, but for what was there already."""
+    """Shards and receipts; files that existed before are not counted."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Source and reason, by source."""
+    """Source and reason, sorted by source."""
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def clips_per_second(self) -> float:
-        """Of the video pass, loading left out; 0 if there was none."""
+        """Rate of the video pass without loading; 0 if there was none."""
         return self.latents.made / max(self.seconds.get("video_pass", 0.0), 1e-9)
 
     def waited_share(self, name: str) -> float:
-        """The part of the video pass in which the encoder waited for "decode" or "write"."""
+        """Return the share of the video pass in which the encoder waited for "decode" or "write"."""
         return self.seconds.get(f"wait_for_{name}", 0.0) / max(self.seconds.get("video_pass", 0.0), 1e-9)
 
     def as_json(self) -> dict[str, Any]:
+        """Return the object that `--json` prints."""
         return {
             "clips": self.clips,
             "latents": {"encoded": self.latents.made, "reused": self.latents.reused},
@@ -69,25 +100,27 @@ class Report:
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
 
-    def spend(self, name: str, started: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
 
 def truncated_captions(data: Data, view: View, tokens: Mapping[str, int]) -> list[Truncated]:
-    """Every caption and prompt of which some tokens (prompt key -> how many) are cut off, in the view's order."""
+    """Return every caption and prompt that is cut off, in the view's order; `tokens` is prompt key -> cut tokens."""
     keys = [(row.source, row.prompt_keys) for row in view.rows]
     keys += [("data.validation_prompts", tuple(view.special_prompts[text] for text in data.validation_prompts))]
     keys += [("data.negative_prompt", (view.special_prompts[data.negative_prompt],))]
-    found = [Truncated(source, number, tokens[key]) for source, its in keys for number, key in enumerate(its, start=1)]
+    found = [
+        Truncated(source, number, tokens[key])
+        for source, prompt_keys in keys
+        for number, key in enumerate(prompt_keys, start=1)
+    ]
     return list(dict.fromkeys(caption for caption in found if caption.tokens))  # windows of a video share captions
 
 
 def reasons_json(reasons: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """Return (source, reason) pairs as JSON objects."""
     return [{"source": source, "reason": reason} for source, reason in reasons]
 
 
 def merge(reports: Sequence[Report]) -> Report:
-    """What workers did together: what they encoded is summed, times are those of the slowest."""
+    """Merge the reports of workers: encoded samples are summed, times are those of the slowest."""
     return replace(
         reports[0],
         latents=_merge([report.latents for report in reports]),
@@ -101,6 +134,6 @@ def merge(reports: Sequence[Report]) -> Report:
 
 
 def _merge(tallies: Sequence[Tally]) -> Tally:
-    """To each worker, what the others made meanwhile looks reused."""
+    """Merge tallies; a worker counts samples that other workers made meanwhile as reused."""
     made = sum(tally.made for tally in tallies)
     return Tally(made, max(0, tallies[0].made + tallies[0].reused - made))

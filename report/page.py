@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from shared.cache.storage import replacing
+from shared.atomic_files import replacing
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from sample.video import contact_sheet, write_mp4
 from shared import console
-from shared.cache.storage import replacing
+from shared.atomic_files import replacing
 from shared.config import Config, Train
 from shared.device import DTYPES, choose_device
 from shared.errors import DataError, UsageError

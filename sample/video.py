@@ -8,7 +8,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from shared.cache.storage import replacing
+from shared.atomic_files import replacing
 
 LABEL_PIXELS = 14
 MARGIN_PIXELS = 4

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from shared.cache.storage import replacing
+from shared.atomic_files import replacing
 from shared.errors import UsageError
 from shared.field_meaning import (
     BUCKETS,
@@ -173,8 +173,8 @@ class Precompute(Table):
     """Precision of the VAE and of the stored moments; auto is the checkpoint's own, fp16 raised to fp32."""
     text_dtype: Annotated[Precision, Shapes("prompts", "precision")] = "auto"
     """Precision of T5 and of the stored embeddings; auto is the one that T5 is published in."""
-    text_quantization: Annotated[Literal["none", "int8"], Shapes("prompts", "quantization")] = "none"
-    """int8: T5's linear weights take half of bf16's memory; other embeddings."""
+    text_offload: Annotated[bool, FREE] = False
+    """Keep T5's weights in host memory, for a small card: slower, the same embeddings."""
     enable_tiling: Annotated[bool, Shapes("latents", "tiling")] = False
     """Encode in spatial tiles: less memory, other latents."""
     enable_slicing: Annotated[bool, Shapes("latents", "slicing")] = False

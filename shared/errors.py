@@ -39,3 +39,8 @@ class Preempted(PrecogError):
     """A stop by a signal; the same command continues."""
 
     exit_code = 75
+
+
+def one_line(error: Exception) -> str:
+    """Return the start of an exception's message on one line, or its type's name if there is no message."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,10 +1,11 @@
-"""Hashes that name things: bytes, weights, settings. Names, paths, times and hosts never enter one."""
+"""Hashes that name bytes, weights and settings. Names, paths, times and hosts are never part of one."""
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
@@ -13,21 +14,41 @@ KEY_LENGTH = 32
 
 
 def canonical_json(value: Json) -> bytes:
-    """One spelling for equal values: sorted keys, no spaces, UTF-8; raises `ValueError` on NaN."""
+    """Return the one spelling of `value`: sorted keys, no spaces, UTF-8; raises `ValueError` on NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def key_of(value: Json) -> str:
-    """The key that names `value`."""
+    """Return the key that names `value`."""
     return hashlib.sha256(canonical_json(value)).hexdigest()[:KEY_LENGTH]
 
 
 def is_key(text: str) -> bool:
+    """Return True for the spelling of a key."""
     return re.fullmatch(rf"[0-9a-f]{{{KEY_LENGTH}}}", text) is not None
 
 
+def sealed(body: Mapping[str, Any]) -> bytes:
+    """Return `body` as readable JSON that also holds its own hash; `unsealed` is the inverse."""
+    seal = hashlib.sha256(canonical_json(body)).hexdigest()
+    return json.dumps({**body, "self_sha256": seal}, sort_keys=True, indent=1, ensure_ascii=False).encode()
+
+
+def unsealed(content: bytes) -> dict[str, Any]:
+    """Return the body of sealed JSON; raises `ValueError` if it differs from its hash in a single bit."""
+    try:
+        body: dict[str, Any] = json.loads(content)
+        claimed = body.pop("self_sha256")
+        found = hashlib.sha256(canonical_json(body)).hexdigest()
+    except (AttributeError, KeyError, TypeError, RecursionError, UnicodeError) as error:
+        raise ValueError(f"not a JSON object with its own hash ({type(error).__name__})") from None
+    if claimed != found:
+        raise ValueError("its own hash does not match")
+    return body
+
+
 def sha256_file(path: Path) -> str:
-    """Hash of a file's bytes; a hub blob is a link to a file named by its sha256, so that name is used."""
+    """Return the hash of a file's bytes; a hub blob is a symlink to a file named by its sha256, which is used."""
     if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob := path.resolve().name):
         return blob
     with path.open("rb") as file:
@@ -35,5 +56,5 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_files(paths: Sequence[Path]) -> dict[str, str]:
-    """File name -> sha256, for the parts of one component."""
+    """Return file name -> sha256 for the parts of one component."""
     return {path.name: sha256_file(path) for path in sorted(paths)}

@@ -1,16 +1,19 @@
 """Many cheap, different clips and the config that reads them, for tests of stage 1."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import pytest
 
 from precompute.assignments import Part
 from precompute.report import Report
 from precompute.run import precompute
-from shared.cache.storage import TEMPORARY
+from shared.atomic_files import TEMPORARY
+from shared.cache.storage import LocalStorage
 from shared.config import Config
 
 FRAMES, SIDE = 5, 32
@@ -77,15 +80,33 @@ def config_for(
 
 
 def run(config: Config, part: Part = Part()) -> Report:  # noqa: B008
-    """One run of stage 1 in this process."""
+    """Run stage 1 in this process."""
     return precompute(config, part)
 
 
 def stored_files(cache: Path) -> dict[str, bytes]:
-    """Everything that must not depend on who made it when: shards, receipts, recipes, tables."""
+    """Return the files that must be the same in every cache: shards, receipts, recipes, views."""
     return {
         path.relative_to(cache).as_posix(): path.read_bytes()
         for path in sorted(cache.rglob("*"))
         if path.is_file() and not path.name.startswith(TEMPORARY)
         if path.relative_to(cache).parts[0] in ("latents", "prompts", "datasets")
     }
+
+
+def count_storage_calls(patch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
+    """Count the calls of `LocalStorage` that look at files from now on, by method and by file or folder."""
+    calls: Counter[tuple[str, str]] = Counter()
+
+    def counted(method: str) -> Callable[..., Any]:
+        original = getattr(LocalStorage, method)
+
+        def call(storage: LocalStorage, name: str, *arguments: Any, **named: Any) -> Any:
+            calls[method, name] += 1
+            return original(storage, name, *arguments, **named)
+
+        return call
+
+    for method in ("files", "read", "read_part", "size", "path"):
+        patch.setattr(LocalStorage, method, counted(method))
+    return calls

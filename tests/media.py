@@ -80,7 +80,7 @@ CASES = [
 
 
 def draw(index: int, height: int, width: int) -> np.ndarray:
-    """The picture of frame `index`, uint8 [H, W, 3]: bars, a moving colour ramp, and the bars' complement."""
+    """Draw frame `index` as uint8 [H, W, 3]: bars, a moving color ramp, and the bars' complement."""
     assert 0 <= index < 2**BITS
     bits = np.array([index >> (BITS - 1 - place) & 1 for place in range(BITS)])
     bars = np.where(bits[np.arange(width) * BITS // width] == 1, BRIGHT, DARK)
@@ -93,7 +93,7 @@ def draw(index: int, height: int, width: int) -> np.ndarray:
 
 
 def read(picture: np.ndarray) -> int | None:
-    """The index that a decoded picture (uint8 [H, W, 3]) shows, or None where the two bar codes disagree."""
+    """Return the index that a decoded picture (uint8 [H, W, 3]) shows, None where the two bar codes disagree."""
     height, width, _ = picture.shape
     codes = []
     for rows in (slice(height // 12, height * 4 // 12), slice(height * 8 // 12, height * 11 // 12)):
@@ -136,8 +136,11 @@ def write_clip(
     options: dict[str, str] | None = None,
     muxer: dict[str, str] | None = None,
 ) -> Path:
-    """A bar-coded clip at `path`; `times` are presentation times in milliseconds (variable rate), `rotation` is the
-    display matrix's, in degrees counter-clockwise; `options` go to the encoder, `muxer` to the container."""
+    """Write a bar-coded clip; `options` go to the encoder, `muxer` to the container.
+
+    `times` are presentation times in milliseconds (variable rate). `rotation` is that of the display matrix, in degrees
+    counter-clockwise.
+    """
     settings = dict(options or {})
     if codec == "libx264":
         settings = {"preset": "ultrafast", "bf": str(bframes), "b-pyramid": "none", **settings}
@@ -186,7 +189,7 @@ def write_case(folder: Path, case: Case | str) -> Path:
 
 
 def write_audio(path: Path, seconds: float = 0.5) -> Path:
-    """A file with sound and no picture."""
+    """Write a file with sound and no picture."""
     with av.open(str(path), "w") as out:
         stream: Any = out.add_stream("aac", rate=16000)
         write_sound(out, stream, seconds)
@@ -203,7 +206,7 @@ def write_sound(out: Any, stream: Any, seconds: float) -> None:
 
 
 def write_trimmed(path: Path, source: Path, *, hidden: int, first_packet: int = 0) -> Path:
-    """A copy of `source`'s packets from `first_packet` on whose first `hidden` pictures lie before time 0.
+    """Copy the packets of `source` from `first_packet` on; the first `hidden` pictures lie before time 0.
 
     The mov muxer hides them by an edit list, as `ffmpeg -ss T -c copy` does.
     """
@@ -234,13 +237,13 @@ def write_text(path: Path) -> Path:
 
 
 def write_playlist(path: Path, target: Path) -> Path:
-    """An ffconcat list under a video's name, which opens `target` in a reader that trusts it."""
+    """Write an ffconcat list under a video's name; a reader that trusts it opens `target`."""
     path.write_text(f"ffconcat version 1.0\nfile {target.name}\n", "utf-8")
     return path
 
 
 def write_truncated(path: Path, source: Path, size: int) -> Path:
-    """The first `size` bytes of `source`."""
+    """Write the first `size` bytes of `source`."""
     path.write_bytes(source.read_bytes()[:size])
     return path
 
@@ -262,6 +265,6 @@ def write_flipped(path: Path, source: Path, *, flips: int, seed: int) -> Path:
 
 
 def renamed(path: Path, source: Path) -> Path:
-    """A copy of `source` under another name."""
+    """Copy `source` to another name."""
     shutil.copyfile(source, path)
     return path

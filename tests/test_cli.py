@@ -85,7 +85,7 @@ def test_the_command_completes_itself(shell: str) -> None:
         ),
         ("precompute", "model.pretrained_model_name_or_path=demo", 2, ["demo", "vae/ not found"]),
         ("train", 'train.lora_target_modules="to_q"', 2, ["a list such as", "quoted for the shell"]),
-        ("train", "data.name=other", 4, ["datasets/other", "no such view", "precog precompute"]),
+        ("train", "data.name=other", 4, ["datasets/other", "view not found", "precog precompute"]),
         ("sample", "sample.lora=no-such-file", 2, ["no-such-file", "adapter not found"]),
         ("sample", "sample.prompts=[]", 2, ["sample.prompts: must not be empty"]),
     ],

@@ -73,7 +73,7 @@ def test_quick_commands_of_every_page_run(checkout: Path, monkeypatch: pytest.Mo
     for command in dict.fromkeys(tuple(command) for page in PAGES for command in commands(page)):
         if is_quick(list(command)):
             run(list(command), checkout)
-    assert "Nothing to encode: everything is stored already." in run(PRECOMPUTE, checkout)
+    assert "Nothing was encoded: everything is stored already." in run(PRECOMPUTE, checkout)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -63,12 +63,15 @@ def sweep_command(
     """Train one LoRA per combination of settings on one cache; the same command resumes."""
     import json
 
+    from shared.config import load_config
     from shared.errors import PrecogError, UsageError
     from shared.signals import StopSignal
-    from train.sweep import CSV_NAME, plan_sweep, run_sweep, show_rows
 
     if not grid:
         raise UsageError("--grid: not found; add --grid table.field=value,value")
+    load_config(config, overrides)  # a wrong key is refused before torch is imported
+    from train.sweep import CSV_NAME, plan_sweep, run_sweep, show_rows
+
     runs = plan_sweep(config, overrides or [], grid)
     with StopSignal() as stop:
         rows = run_sweep(config, runs, jobs, stop)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.cache.storage import sync_folder
+from shared.atomic_files import sync_folder
 from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of

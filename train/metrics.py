@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from shared import console
-from shared.cache.storage import replacing
+from shared.atomic_files import replacing
 from shared.config import Config
 from shared.metrics_file import FILE_NAME, read_metrics
 from shared.tracker import starting_tracker, wandb_options

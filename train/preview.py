@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shared import console
+from shared.atomic_files import replacing
 from shared.cache.collection import SampleReader
-from shared.cache.storage import open_storage, replacing
+from shared.cache.storage import open_storage
 from shared.config import Config, Sample, field_value, fields_shaping
 from shared.errors import CacheError, UsageError
 from shared.model.conventions import refusal

@@ -18,9 +18,10 @@ from typing import Any
 import tomli_w
 
 from shared import console
+from shared.atomic_files import replacing
 from shared.cache.collection import read_recipe
-from shared.cache.settings import stale_settings
-from shared.cache.storage import open_storage, replacing
+from shared.cache.staleness import stale_settings
+from shared.cache.storage import open_storage
 from shared.cache.view import View, read_view
 from shared.config import Config, dump_config, fields_shaping, load_config
 from shared.errors import CacheError, DataError, Preempted, UsageError

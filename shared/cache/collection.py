@@ -1,26 +1,33 @@
-"""What is stored: the samples of one recipe, found by key, read by offset, verified by hash.
+"""Collections of samples: found by key, read by offset, verified by hash.
 
-A collection is `latents/<recipe>` or `prompts/<recipe>`: all in it was made by the settings in its `recipe.json`.
+A collection is the folder `latents/<recipe>` or `prompts/<recipe>`. All its shards were made by the settings in its
+`recipe.json`.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from shared.cache.shard import MappedShard, Receipt, SamplePlace, read_receipt, sample_tensors
-from shared.cache.storage import Storage
+from shared.cache.storage import VERIFY, Storage
 from shared.errors import CacheError
 from shared.fingerprint import Json, key_of
 
+FORMAT = 2
+"""The cache format, in every recipe and so in every key."""
 KINDS = ("latents", "prompts")
 RECIPE_BYTES = 2**20
-PLAN_BYTES = 256 * 2**20
+READERS = 16
+"""Receipts read at the same time; an object store answers each after tens of milliseconds."""
+MAPPED_SHARDS = 2
+"""Shards that a reader keeps mapped; their pages count as its memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,51 +45,59 @@ class Collection:
 
 
 def collection_for(kind: str, recipe: Mapping[str, Json]) -> Collection:
-    """The collection of that recipe, whether or not anything is stored yet."""
+    """Return the collection of a recipe, which may not exist yet."""
     return Collection(kind, key_of(recipe))
 
 
+def collections(storage: Storage) -> list[Collection]:
+    """List the collections that have a recipe."""
+    names = [name for kind in KINDS for name in storage.files(kind) if name.endswith("/recipe.json")]
+    return [Collection(*name.split("/")[:2]) for name in names]
+
+
 def write_recipe(storage: Storage, collection: Collection, recipe: Mapping[str, Json]) -> None:
-    """Put `recipe.json` beside the shards, readable."""
+    """Write `recipe.json` unless it exists."""
     assert key_of(recipe) == collection.recipe
     storage.publish(f"{collection.folder}/recipe.json", json.dumps(recipe, indent=1, sort_keys=True).encode())
 
 
 def read_recipe(storage: Storage, collection: Collection) -> dict[str, Any]:
-    """Raises `CacheError` if it is missing, damaged or not the one its folder is named by."""
+    """Read a recipe; raises `CacheError` if it is missing, damaged or not the one that names its folder."""
     name = f"{collection.folder}/recipe.json"
     try:
         recipe: dict[str, Any] = json.loads(storage.read(name, limit_bytes=RECIPE_BYTES))
         if key_of(recipe) != collection.recipe:
             raise ValueError("its hash is not its folder's name")
     except (ValueError, RecursionError) as error:
-        repair = "`precog cache verify --repair` sets it aside, then precompute writes it again"
-        raise CacheError(f"{storage}/{name}: damaged ({error}); {repair}") from None
+        raise CacheError(f"{storage}/{name}: damaged ({error}); {VERIFY}") from None
     return recipe
 
 
-def shards(storage: Storage, folder: str) -> Iterator[tuple[str, Receipt]]:
-    """Tar name and receipt of every finished shard below `folder`; a tar without a receipt does not exist yet.
+def receipt_names(files: Iterable[str]) -> list[str]:
+    """Return the names of receipts among the files of collections."""
+    return [name for name in files if name.endswith(".json") and not name.endswith("/recipe.json")]
 
-    Raises `CacheError` if a receipt is damaged or its tar is missing or has another size.
+
+def shards(storage: Storage, folder: str, known: Container[str] = frozenset()) -> list[tuple[str, Receipt]]:
+    """Return tar name and receipt of every shard below `folder` whose receipt's name is not `known`.
+
+    Lists the folder once and reads each receipt once, several at a time. A tar without a receipt does not exist.
+    Raises `CacheError` if a receipt is damaged, or its tar is missing or has another size.
     """
-    names = [name for name in storage.names(folder, ".json") if not name.endswith("/recipe.json")]
-    tars = [name.removesuffix(".json") + ".tar" for name in names]
-    with ThreadPoolExecutor(8) as pool:
-        receipts = pool.map(lambda name: read_receipt(storage, name), names)
-        for tar, receipt, size in zip(tars, receipts, pool.map(storage.size, tars), strict=True):
-            if size != receipt.size:
-                found = "is missing" if size is None else f"has {size} bytes where its receipt says {receipt.size}"
-                raise CacheError(f"{storage}/{tar}: {found}; `precog cache verify --repair` sets it aside")
-            yield tar, receipt
-
-
-MAPPED_SHARDS = 2
-"""A reader holds so many shards mapped, because pages that were read count as its memory for as long as they are."""
+    sizes = storage.files(folder)
+    names = [name for name in receipt_names(sizes) if name not in known]
+    with ThreadPoolExecutor(READERS) as pool:
+        receipts = list(pool.map(partial(read_receipt, storage), names))
+    for receipt in receipts:
+        size = sizes.get(receipt.tar)
+        if size != receipt.size and (size := storage.size(receipt.tar)) != receipt.size:  # the listing may be older
+            found = "not found" if size is None else f"{size} bytes, expected {receipt.size}"
+            raise CacheError(f"{storage}/{receipt.tar}: {found}; {VERIFY}")
+    return [(receipt.tar, receipt) for receipt in receipts]
 
 
 class SampleReader:
-    """Reads samples of a collection by key, zero-copy; what it holds in memory does not grow with what it has read."""
+    """Reads samples of a collection by key, zero-copy; its memory does not grow with what it has read."""
 
     def __init__(
         self,
@@ -91,10 +106,10 @@ class SampleReader:
         keys: Container[str] | None = None,
         whole_up_to_bytes: float = math.inf,
     ) -> None:
-        """`keys` are those that will be asked for, all if None.
+        """Read the collection's receipts; `keys` are those that will be read, None for all.
 
-        Their shards are mapped, which fetches remote ones whole, if they take `whole_up_to_bytes` at most; else each
-        sample is read alone, whenever it is asked for.
+        Their shards are mapped, which fetches remote ones whole, if they take at most `whole_up_to_bytes`. Otherwise
+        each read fetches one sample.
         """
         self._storage = storage
         self._collection = collection
@@ -111,29 +126,29 @@ class SampleReader:
 
     @property
     def shard_bytes(self) -> dict[str, int]:
-        """Tar -> its size, of the shards with the samples that will be asked for."""
+        """Tar -> size in bytes, of the shards that hold the wanted samples."""
         return {tar: receipt.size for tar, receipt in self._receipts.items()}
 
     @property
     def copies_bytes(self) -> int:
-        """What local copies of those shards take when all have been read."""
+        """Size of the local copies of those shards once all have been read."""
         return sum(self.shard_bytes.values()) if self._whole else 0
 
     def shard_of(self, key: str) -> str:
-        """The tar that holds the sample."""
+        """Return the tar that holds the sample."""
         return self._place(key)[0]
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
     def shapes(self, key: str) -> dict[str, tuple[int, ...]]:
-        """Tensor shapes without touching the data."""
+        """Return the tensors' shapes without reading the data."""
         return {name: tensor.shape for name, tensor in self._place(key)[1].tensors.items()}
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
-        """The sample's tensors, views of the mapped file; raises `CacheError` if it is not stored or damaged.
+        """Return the sample's tensors, views of the mapped file; raises `CacheError` if it is missing or damaged.
 
-        Its bytes are compared with the receipt's hash the first time that this reader is asked for them.
+        The first read of a sample compares its bytes with the receipt's hash.
         """
         tar, place = self._place(key)
         if not self._whole:
@@ -147,10 +162,7 @@ class SampleReader:
 
     def _compare(self, tar: str, place: SamplePlace, found: str) -> None:
         if found != place.sha256:
-            raise CacheError(
-                f"{self._storage}/{tar}: sample {place.key} is damaged; `precog cache verify --repair` sets the shard "
-                "aside, then precompute makes it again"
-            )
+            raise CacheError(f"{self._storage}/{tar}: sample {place.key} is damaged; {VERIFY}")
 
     def _place(self, key: str) -> tuple[str, SamplePlace]:
         try:
@@ -160,15 +172,9 @@ class SampleReader:
             raise CacheError(f"{where}: sample {key} is not stored; run `precog precompute` with this config") from None
 
     def _shard(self, tar: str) -> MappedShard:
-        """Mapped, and the last in line to be let go; a tensor that is still used keeps its own shard mapped."""
+        """Return the mapped shard and unmap the least recently used; its tensors keep a shard mapped."""
         shard = self._mapped.pop(tar, None) or MappedShard(self._storage, tar, self._receipts[tar])
         self._mapped[tar] = shard
         if len(self._mapped) > MAPPED_SHARDS:
             del self._mapped[next(iter(self._mapped))]
         return shard
-
-
-def collections(storage: Storage) -> list[Collection]:
-    """Everything in the cache that has a recipe."""
-    names = [name for kind in KINDS for name in storage.names(kind, "/recipe.json")]
-    return [Collection(*name.split("/")[:2]) for name in names]

@@ -1,7 +1,7 @@
-"""A cache behind fsspec (s3://, gs://, hf://, memory://): whole objects in, whole objects out.
+"""A cache behind fsspec (s3://, gs://, hf://, memory://): objects are written whole and read whole or by range.
 
-An object store shows an upload under its final name when it is complete, so there are no temporary names; where a
-torn file could be seen all the same, it has no receipt. Shards are fetched whole into a bounded local folder.
+An object store shows an upload under its final name only when it is complete, so there are no temporary names. Where a
+torn object is visible all the same, it has no receipt. Shards are fetched whole into a bounded local folder.
 """
 
 import contextlib
@@ -12,28 +12,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.cache.storage import TEMPORARY, user_folder
-from shared.errors import CacheError, UsageError
+from shared.atomic_files import TEMPORARY
+from shared.cache.storage import user_folder
+from shared.errors import CacheError, UsageError, one_line
 from shared.fingerprint import key_of
 
 UNSUITABLE = ("http", "https", "data", "zip", "tar", "filecache", "simplecache", "blockcache", "cached", "reference")
-"""fsspec protocols that cannot be written, or that cache on their own."""
+"""fsspec protocols that cannot be written, or that have a cache of their own."""
 ABANDONED_SECONDS = 24 * 60 * 60.0
-"""Nobody fetches one shard for so long."""
+"""An unfinished copy older than this belongs to a process that was killed."""
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system and the root's path in it; raises `UsageError` naming what is missing."""
+    """Return fsspec's file system and the root's path in it; raises `UsageError` naming what is missing."""
     import fsspec
 
     protocol = url.partition("://")[0]
     if "::" in url or protocol in UNSUITABLE:
-        raise UsageError(f"precompute.cache = {url!r}: give a folder or a plain URL that can be written, such as s3://")
+        raise UsageError(f"precompute.cache = {url!r}: cannot be written; give a folder or a plain URL such as s3://")
     try:
         filesystem, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
     except ImportError as error:
-        extra = "pip install 'precog[s3]'" if protocol in ("s3", "s3a") else str(error).splitlines()[0]
-        raise UsageError(f"precompute.cache = {url!r}: no driver for {protocol}:// is installed: {extra}") from None
+        extra = "`make setup EXTRAS=\"s3\"` or `pip install -e '.[s3]'` from the clone"
+        advice = f"run {extra}" if protocol in ("s3", "s3a") else str(error).splitlines()[0]
+        raise UsageError(f"precompute.cache = {url!r}: no driver for {protocol}:// is installed; {advice}") from None
     except ValueError as error:
         raise UsageError(f"precompute.cache = {url!r}: {error}") from None
     return filesystem, root.rstrip("/")
@@ -53,12 +55,11 @@ class RemoteStorage:
         return self._url
 
     def path(self, name: str) -> Path:
-        """The local copy, made if it is not there; its name holds the object's version, so a new one is fetched."""
         with self._driver(name, "cannot be fetched"):
             version = key_of([self._url, name, self._filesystem.ukey(self._at(name))])
             local = self._local / f"{version}{Path(name).suffix}"
             if local.is_file():
-                os.utime(local)  # the least recently used go first
+                os.utime(local)  # the least recently used copies are deleted first
                 return local
             self._local.mkdir(parents=True, exist_ok=True)
             self._make_room(self._filesystem.size(self._at(name)) or 0)
@@ -70,20 +71,20 @@ class RemoteStorage:
                 temporary.unlink(missing_ok=True)
         return local
 
-    def names(self, folder: str, suffix: str) -> list[str]:
+    def files(self, folder: str) -> dict[str, int]:
         with self._driver(folder, "cannot be listed"):
             try:
-                found = self._filesystem.find(self._at(folder))
+                found = self._filesystem.find(self._at(folder), detail=True)
             except FileNotFoundError:
-                return []
-        names = (path.removeprefix(self._root).lstrip("/") for path in found)
-        return sorted(name for name in names if name.endswith(suffix))
+                return {}
+        sizes = {path.removeprefix(self._root).lstrip("/"): about["size"] for path, about in found.items()}
+        return dict(sorted(sizes.items()))
 
     def read(self, name: str, *, limit_bytes: int) -> bytes:
         with self._driver(name, "cannot be read"):
-            if (self._filesystem.size(self._at(name)) or 0) > limit_bytes:
-                raise CacheError(f"{self}/{name}: larger than {limit_bytes} bytes, which no such file is")
-            content: bytes = self._filesystem.cat_file(self._at(name))
+            content: bytes = self._filesystem.cat_file(self._at(name), start=0, end=limit_bytes + 1)
+            if len(content) > limit_bytes:
+                raise CacheError(f"{self}/{name}: more than the limit of {limit_bytes} bytes; delete this object")
         return content
 
     def read_part(self, name: str, offset: int, length: int) -> bytes:
@@ -93,11 +94,8 @@ class RemoteStorage:
                 raise CacheError(f"{self}/{name}: ends before byte {offset + length}")
         return content
 
-    def exists(self, name: str) -> bool:
-        return self.size(name) is not None
-
     def size(self, name: str) -> int | None:
-        with self._driver(name, "cannot be looked up"):
+        with self._driver(name, "cannot be found out"):
             try:
                 size: int | None = self._filesystem.size(self._at(name))
             except FileNotFoundError:
@@ -111,7 +109,7 @@ class RemoteStorage:
         return self._limit_bytes
 
     def set_aside(self, name: str) -> None:
-        if self.exists(name):
+        if self.size(name) is not None:
             with self._driver(name, "cannot be renamed"):
                 self._filesystem.mv(self._at(name), self._at(f"{name}.damaged"))
 
@@ -125,7 +123,7 @@ class RemoteStorage:
             except FileExistsError:
                 return False
             except NotImplementedError:  # equal names hold equal bytes, so the race of look and write is harmless
-                if self.exists(name):
+                if self.size(name) is not None:
                     return False
                 self._filesystem.pipe_file(self._at(name), content)
         return True
@@ -140,18 +138,17 @@ class RemoteStorage:
         except CacheError:
             raise
         except Exception as error:  # drivers raise whatever the libraries below them raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CacheError(f"{self}/{name}: {what} ({reason}); the same command goes on from here") from error
+            raise CacheError(f"{self}/{name}: {what} ({one_line(error)}); run the same command again") from error
 
     def _make_room(self, size: int) -> None:
-        """Delete the least recently used copies until `size` fits; a mapped copy lives on until it is let go."""
-        for path in self._local.glob(f"{TEMPORARY}*"):  # of a process that was killed while it fetched
+        """Delete the least recently used copies until `size` fits; a mapped copy stays readable."""
+        for path in self._local.glob(f"{TEMPORARY}*"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                     path.unlink()
         copies = []
         for path in self._local.glob("*.tar"):
-            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+            with contextlib.suppress(FileNotFoundError):  # another process deletes copies too
                 copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         total = sum(copy_size for _, copy_size, _ in copies)
         for _, copy_size, path in sorted(copies):

@@ -1,38 +1,40 @@
-"""One shard: a plain tar of safetensors + JSON that any webdataset reader streams, and a receipt to read it by offset.
+"""One shard: a tar of safetensors and JSON that any webdataset reader streams, and a receipt to read it by offset.
 
 Sample `key` is two members, `<key>.json` and `<key>.safetensors`. The tar is uncompressed ustar with sorted members and
-no times or owners, so equal samples give equal bytes. Payloads start on 512-byte blocks and safetensors pads its header
-to 8 bytes, so a tensor is a zero-copy view of the mapped file.
+no times or owners, so equal samples give equal bytes. The tar is named by the sha256 of its bytes, the receipt by the
+keys that the shard was assigned. Payloads start on 512-byte blocks and safetensors pads its header to 8 bytes, so a
+tensor is a zero-copy view of the mapped file.
 """
 
 import hashlib
 import io
 import json
+import math
 import mmap
 import struct
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
+from pydantic import Field, TypeAdapter
 from safetensors.torch import save as safetensors_bytes
 
-from shared.cache.storage import Storage
-from shared.errors import CacheError
-from shared.fingerprint import Json, canonical_json, is_key, key_of
+from shared.cache.storage import VERIFY, Storage, open_file
+from shared.errors import CacheError, one_line
+from shared.fingerprint import KEY_LENGTH, Json, canonical_json, is_key, key_of, sealed, unsealed
 
 RECEIPT_BYTES = 16 * 2**20
 SHARD_BYTES = 4 * 2**30
 HEADER_BYTES = 64 * 2**10
 SAMPLES_PER_SHARD = 50_000
-ROUNDING = 0.25
-"""Of a tensor's root mean square: far above what GPUs round apart, below what a lost page or exponent bit does."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The safetensors dtypes a sample may hold."""
+"""The safetensors dtypes that a sample may hold."""
+
+Key = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{KEY_LENGTH}}}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,38 +42,59 @@ class TensorPlace:
     """A tensor's bytes, counted from the start of the tar."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, Field(gt=0)], ...]
     offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return DTYPES[self.dtype].itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplePlace:
     """A sample's safetensors member, counted from the start of the tar."""
 
-    key: str
-    offset: int
-    length: int
-    sha256: str
+    key: Key
+    offset: Annotated[int, Field(ge=0)]
+    length: Annotated[int, Field(gt=0)]
+    sha256: Sha256
     tensors: dict[str, TensorPlace]
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What a shard holds. It is written last: the shard exists when its receipt does."""
+    """The contents of a shard. It is written last: the shard exists when its receipt does."""
 
-    shard: str
-    sha256: str
-    size: int
-    samples: tuple[SamplePlace, ...]
-    skipped: dict[str, str]
+    folder: str
+    """Of the shard, relative to the cache."""
+    shard: Key
+    sha256: Sha256
+    """Of the tar, which names it."""
+    size: Annotated[int, Field(gt=0, le=SHARD_BYTES)]
+    """Of the tar, in bytes."""
+    samples: Annotated[tuple[SamplePlace, ...], Field(max_length=SAMPLES_PER_SHARD)]
+    skipped: dict[Key, str]
     """Key -> reason, for the clips of this shard that could not be encoded."""
     attempt: int
-    """How often clips of this shard had been skipped before."""
+    """How often the clips of this shard had been skipped before."""
+    tar: str = field(init=False)
+    """Name of the tar, relative to the cache."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tar", f"{self.folder}/{self.sha256}.tar")
+
+    @property
+    def name(self) -> str:
+        """The receipt's own name, relative to the cache."""
+        return f"{self.folder}/{self.shard}.json"
+
+
+RECEIPT = TypeAdapter(Receipt)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one key holds, before writing: tensors on the CPU and the facts that explain them."""
+    """The content of one key before writing: tensors on the CPU, and facts in JSON."""
 
     key: str
     tensors: Mapping[str, torch.Tensor]
@@ -79,50 +102,47 @@ class Sample:
 
 
 def shard_name(keys: Iterable[str], attempt: int = 0) -> str:
-    """A shard is named by the keys it was planned for, so any machine gives the same work the same name."""
+    """Return the name of the shard with these keys; it is the same on every machine."""
     return key_of([*sorted(keys), attempt])
 
 
 def pack_shard(
-    samples: Sequence[Sample], skipped: Mapping[str, str] | None = None, attempt: int = 0
+    folder: str, samples: Sequence[Sample], skipped: Mapping[str, str] | None = None, attempt: int = 0
 ) -> tuple[bytes, Receipt]:
-    """The tar's bytes and its receipt."""
+    """Return the tar's bytes and its receipt."""
+    from webdataset.writer import TarWriter
+
     skipped = dict(skipped or {})
-    assert len({sample.key for sample in samples}) == len(samples), "a key comes twice"
+    payloads: dict[str, bytes] = {}
     stream = io.BytesIO()
-    places = []
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with TarWriter(stream, user="", group="", mode=0o644, encoder=False, mtime=0) as writer:
         for sample in sorted(samples, key=lambda sample: sample.key):
-            assert is_key(sample.key), sample.key
-            _add(tar, f"{sample.key}.json", canonical_json(sample.facts))
-            payload = safetensors_bytes({name: tensor.contiguous() for name, tensor in sample.tensors.items()})
-            _add(tar, f"{sample.key}.safetensors", payload)
-            offset = stream.tell() - -(-len(payload) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            digest = hashlib.sha256(payload).hexdigest()
-            places.append(SamplePlace(sample.key, offset, len(payload), digest, _tensor_places(payload, offset)))
+            assert is_key(sample.key) and sample.key not in payloads, sample.key
+            tensors = {name: tensor.contiguous() for name, tensor in sample.tensors.items()}
+            payloads[sample.key] = safetensors_bytes(tensors)
+            members = {"json": canonical_json(sample.facts), "safetensors": payloads[sample.key]}
+            writer.write({"__key__": sample.key, **members})
     content = stream.getvalue()
-    name = shard_name([*(sample.key for sample in samples), *skipped], attempt)
-    return content, Receipt(name, hashlib.sha256(content).hexdigest(), len(content), tuple(places), skipped, attempt)
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        offsets = {member.name: member.offset_data for member in tar}
+    places = tuple(_sample_place(key, payload, offsets[f"{key}.safetensors"]) for key, payload in payloads.items())
+    name = shard_name([*payloads, *skipped], attempt)
+    digest = hashlib.sha256(content).hexdigest()
+    return content, Receipt(folder, name, digest, len(content), places, skipped, attempt)
 
 
-def _add(tar: tarfile.TarFile, name: str, payload: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(payload)
-    info.mode = 0o644
-    tar.addfile(info, io.BytesIO(payload))
-
-
-def _tensor_places(payload: bytes, offset: int) -> dict[str, TensorPlace]:
-    """Where the tensors of a safetensors blob that we made ourselves lie."""
+def _sample_place(key: str, payload: bytes, offset: int) -> SamplePlace:
+    """Return the places of a sample and its tensors; its safetensors `payload` is at `offset`."""
     (header_length,) = struct.unpack("<Q", payload[:8])
     assert header_length <= HEADER_BYTES
     header = json.loads(payload[8 : 8 + header_length])
     start = offset + 8 + header_length
-    return {
+    tensors = {
         name: TensorPlace(entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
         for name, entry in sorted(header.items())
         if name != "__metadata__"
     }
+    return SamplePlace(key, offset, len(payload), hashlib.sha256(payload).hexdigest(), tensors)
 
 
 def write_shard(
@@ -132,152 +152,73 @@ def write_shard(
     skipped: Mapping[str, str] | None = None,
     attempt: int = 0,
 ) -> tuple[Receipt, int]:
-    """Publish the tar, then its receipt; the receipt that is there then, and how many bytes this call wrote.
+    """Write the tar, then its receipt; return the valid receipt and how many bytes this call wrote.
 
-    The first writer wins. Whoever finds a whole tar without a receipt (a crash left it, or another writer is about to
-    finish it) writes the receipt of that tar, not of its own bytes: two GPUs may round differently, and receipt and
-    tar must belong together whoever comes when. A tar that differs from the samples by more than rounding has been
-    damaged while nothing vouched for it, and is replaced. Raises `CacheError` if the disk is full.
+    The first receipt wins. Two GPUs may round differently; then the second tar has no receipt and is garbage.
+    Raises `CacheError` if the disk is full.
     """
-    content, receipt = pack_shard(samples, skipped, attempt)
-    tar_name, receipt_name = f"{folder}/{receipt.shard}.tar", f"{folder}/{receipt.shard}.json"
+    content, receipt = pack_shard(folder, samples, skipped, attempt)
+    if storage.size(receipt.name) is not None:
+        return read_receipt(storage, receipt.name), 0
     written_bytes = len(content)
-    if not storage.publish(tar_name, content):
-        if storage.exists(receipt_name):
-            return read_receipt(storage, receipt_name), 0
-        theirs = _receipt_of(storage.read(tar_name, limit_bytes=SHARD_BYTES), samples, receipt)
-        if theirs is None:
-            storage.publish(tar_name, content, replace=True)
-        else:
-            receipt, written_bytes = theirs, 0
-    vouching = receipt_bytes(receipt)
-    if not storage.publish(receipt_name, vouching):
-        return read_receipt(storage, receipt_name), written_bytes
-    return receipt, written_bytes + len(vouching)
+    if not storage.publish(receipt.tar, content):
+        if _holds(storage, receipt.tar, content):
+            written_bytes = 0
+        else:  # a crash left it torn, on a disk that ignores fsync
+            storage.publish(receipt.tar, content, replace=True)
+    body = receipt_bytes(receipt)
+    if not storage.publish(receipt.name, body):
+        return read_receipt(storage, receipt.name), written_bytes
+    return receipt, written_bytes + len(body)
 
 
-def _receipt_of(content: bytes, ours: Sequence[Sample], wanted: Receipt) -> Receipt | None:
-    """The receipt of a tar made for the same keys, or None if it is damaged.
-
-    Packing what a whole one holds gives it again, and it holds what is `ours` up to rounding.
-    """
-    keys = {*(place.key for place in wanted.samples), *wanted.skipped}
-    try:
-        samples = _unpack(content)
-    except (tarfile.TarError, SafetensorError, ValueError, KeyError, RecursionError):
-        return None
-    missing = keys - {sample.key for sample in samples}
-    if len(samples) + len(missing) != len(keys):
-        return None
-    if missing - wanted.skipped.keys() and len(content) == wanted.size:
-        return None  # a tar without them is shorter: they are lost zeros, not skipped
-    known = {sample.key: sample for sample in ours}
-    if not all(_alike(sample, known[sample.key]) for sample in samples if sample.key in known):
-        return None
-    skipped = {key: wanted.skipped.get(key, "skipped by another worker") for key in missing}
-    again, receipt = pack_shard(samples, skipped, wanted.attempt)
-    return receipt if again == content else None
-
-
-def _alike(one: Sample, other: Sample) -> bool:
-    """Whether two machines may have encoded the same: no value is off by more than a part of the tensor's size."""
-    if [(name, value.dtype, value.shape) for name, value in sorted(one.tensors.items())] != [
-        (name, value.dtype, value.shape) for name, value in sorted(other.tensors.items())
-    ]:
-        return False
-    for name, value in one.tensors.items():
-        expected = other.tensors[name].double()
-        size = expected.square().mean().sqrt()
-        if not (value.double() - expected).abs().max() <= ROUNDING * size:  # also false for NaN
-            return False
-    return True
-
-
-def _unpack(content: bytes) -> list[Sample]:
-    """The samples of a tar that nobody has vouched for; whatever is wrong with it raises."""
-    files = {}
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-        for member in tar:
-            stream = tar.extractfile(member)
-            if stream is None or member.name in files:
-                raise ValueError(f"unexpected member {member.name!r}")
-            files[member.name] = stream.read()
-    keys = sorted({name.partition(".")[0] for name in files})
-    if not all(is_key(key) for key in keys):
-        raise ValueError("a member is not named by a key")
-    return [
-        Sample(key, load_safetensors(files[f"{key}.safetensors"]), json.loads(files[f"{key}.json"])) for key in keys
-    ]
+def _holds(storage: Storage, name: str, content: bytes) -> bool:
+    """Return True if the file has exactly these bytes."""
+    return storage.size(name) == len(content) and storage.read(name, limit_bytes=len(content)) == content
 
 
 def read_receipt(storage: Storage, name: str) -> Receipt:
-    """Raises `CacheError` naming the file if it is missing or damaged."""
-    return parse_receipt(storage.read(name, limit_bytes=RECEIPT_BYTES), f"{storage}/{name}")
-
-
-def receipt_bytes(receipt: Receipt) -> bytes:
-    """JSON that ends with a hash of itself."""
-    body: dict[str, Any] = asdict(receipt)
-    return json.dumps({**body, "receipt_sha256": _receipt_hash(body)}, sort_keys=True, indent=1).encode()
-
-
-def _receipt_hash(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(body)).hexdigest()
-
-
-def parse_receipt(content: bytes, where: str) -> Receipt:
-    """Check and read a receipt; raises `CacheError` naming the file if a single bit is off."""
-    try:
-        body = json.loads(content)
-        claimed = body.pop("receipt_sha256")
-        if claimed != _receipt_hash(body):
-            raise ValueError("its own hash does not match")
-        places = tuple(_sample_place(entry) for entry in body["samples"])
-        receipt = Receipt(body["shard"], body["sha256"], body["size"], places, dict(body["skipped"]), body["attempt"])
-        if receipt.shard != shard_name([*(place.key for place in places), *receipt.skipped], receipt.attempt):
-            raise ValueError("its name does not match its keys")
-        if not 0 < receipt.size <= SHARD_BYTES or len(places) > SAMPLES_PER_SHARD:
-            raise ValueError("impossible size")
-        for place in places:
-            _check_place(place, receipt.size)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CacheError(f"{where}: damaged receipt ({error}); `precog cache verify --repair` sets it aside") from None
+    """Read a receipt; raises `CacheError` naming the file if it is missing, damaged or of another place."""
+    receipt = parse_receipt(storage.read(name, limit_bytes=RECEIPT_BYTES), f"{storage}/{name}")
+    if receipt.name != name:
+        raise CacheError(f"{storage}/{name}: the receipt of {receipt.name}; {VERIFY}")
     return receipt
 
 
-def _sample_place(entry: Mapping[str, Any]) -> SamplePlace:
-    tensors = {
-        name: TensorPlace(place["dtype"], tuple(place["shape"]), place["offset"])
-        for name, place in entry["tensors"].items()
-    }
-    return SamplePlace(entry["key"], entry["offset"], entry["length"], entry["sha256"], tensors)
+def receipt_bytes(receipt: Receipt) -> bytes:
+    """Return the receipt as JSON with its own hash."""
+    return sealed(asdict(receipt))
+
+
+def parse_receipt(content: bytes, where: str) -> Receipt:
+    """Read and check a receipt; raises `CacheError` naming the file `where` if a single bit is off."""
+    try:
+        receipt = RECEIPT.validate_python(unsealed(content))
+        if receipt.shard != shard_name([*(place.key for place in receipt.samples), *receipt.skipped], receipt.attempt):
+            raise ValueError("its name does not match its keys")
+        for place in receipt.samples:
+            _check_place(place, receipt.size)
+    except ValueError as error:
+        raise CacheError(f"{where}: damaged receipt ({one_line(error)}); {VERIFY}") from None
+    return receipt
 
 
 def _check_place(place: SamplePlace, size: int) -> None:
-    if not is_key(place.key):
-        raise ValueError(f"bad key {place.key!r}")
-    if not 0 <= place.offset < place.offset + place.length <= size:
+    """Raise `ValueError` if a sample leaves its tar of `size` bytes, or a tensor its sample."""
+    if place.offset + place.length > size:
         raise ValueError(f"sample {place.key} lies outside the tar")
     for name, tensor in place.tensors.items():
-        num_bytes = DTYPES[tensor.dtype].itemsize * _product(tensor.shape)
-        if not place.offset <= tensor.offset <= tensor.offset + num_bytes <= place.offset + place.length:
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"tensor {name} of {place.key} has dtype {tensor.dtype}")
+        if not place.offset <= tensor.offset <= tensor.offset + tensor.num_bytes <= place.offset + place.length:
             raise ValueError(f"tensor {name} of {place.key} lies outside its sample")
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for side in shape:
-        if side <= 0:
-            raise ValueError(f"bad shape {shape}")
-        total *= side
-    return total
-
-
 def sample_tensors(place: SamplePlace, content: mmap.mmap | bytearray, start: int) -> dict[str, torch.Tensor]:
-    """Zero-copy CPU tensors of one sample; `content` is of the tar from byte `start` on."""
+    """Return zero-copy CPU tensors of one sample; `content` is the tar from byte `start` on."""
     return {
         name: torch.frombuffer(
-            content, dtype=DTYPES[tensor.dtype], count=_product(tensor.shape), offset=tensor.offset - start
+            content, dtype=DTYPES[tensor.dtype], count=math.prod(tensor.shape), offset=tensor.offset - start
         ).view(tensor.shape)
         for name, tensor in place.tensors.items()
     }
@@ -287,25 +228,24 @@ class MappedShard:
     """A tar mapped into memory; its samples are views of the page cache."""
 
     def __init__(self, storage: Storage, tar_name: str, receipt: Receipt) -> None:
-        self.where = where = f"{storage}/{tar_name}"
+        where = f"{storage}/{tar_name}"
         try:
-            with storage.path(tar_name).open("rb") as file:
+            with open_file(storage.path(tar_name)) as file:
                 self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise CacheError(
-                f"{where}: cannot be opened ({reason}); `precog cache verify --repair` sets it aside"
-            ) from None
+            raise CacheError(f"{where}: cannot be opened ({reason}); {VERIFY}") from None
         if len(self._map) != receipt.size:
-            raise CacheError(f"{where}: {len(self._map)} bytes where its receipt says {receipt.size}")
+            raise CacheError(f"{where}: {len(self._map)} bytes, expected {receipt.size}; {VERIFY}")
 
     def tensors(self, place: SamplePlace) -> dict[str, torch.Tensor]:
-        """Zero-copy CPU tensors of one sample; writing to one changes private memory only."""
+        """Return zero-copy CPU tensors of one sample; writing to one changes private memory only."""
         return sample_tensors(place, self._map, 0)
 
     def payload_sha256(self, place: SamplePlace) -> str:
-        """Hash of the bytes that are there now, to compare with the receipt's."""
+        """Return the hash of a sample's present bytes, to compare with the receipt's."""
         return hashlib.sha256(memoryview(self._map)[place.offset : place.offset + place.length]).hexdigest()
 
     def sha256(self) -> str:
+        """Return the hash of the whole tar."""
         return hashlib.sha256(self._map).hexdigest()

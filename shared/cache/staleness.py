@@ -1,59 +1,91 @@
-"""Whether the cache comes from this config's settings and this checkpoint's VAE, T5 and tokenizer.
+"""Compare a view with a config's settings and checkpoint, without reading the encoders' weights.
 
-It is found out without reading their weights.
+Fields that only name places (names, roots, paths) are not compared, so a cache may move between machines.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from shared.cache.settings import stale_settings
 from shared.cache.view import View
-from shared.config import Config
+from shared.config import Config, field_value, fields_shaping
 from shared.errors import CacheError
-from shared.fingerprint import sha256_file
+from shared.fingerprint import Json, sha256_file
 from shared.model.pretrained import Part, present_folder, present_part
 
-Recipe = dict[str, Any]
+Recipe = Mapping[str, Any]
 NAMES = {"vae": "VAE", "text_encoder": "T5"}
+AGAIN = "run `precog precompute` with this config, which encodes only what is not stored"
+
+
+def shaping_settings(config: Config, *, image_to_video: bool) -> dict[str, Json]:
+    """Return field -> value of the settings that shape a view; buckets that no clip can take are left out."""
+    images = ("image_latents",) if image_to_video else ()
+    settings = {name: field_value(config, name) for name in fields_shaping("clips", "view", "latents", "prompts")}
+    settings |= {name: field_value(config, name) for name in fields_shaping(*images)}
+    frames = {count for count in config.data.frame_buckets if count <= config.data.max_num_frames}
+    resolutions = [list(size) for size in config.data.resolutions]
+    return settings | {"data.frame_buckets": sorted(frames), "data.resolution_buckets": resolutions}
 
 
 def check_cache(config: Config, view: View, latents: Recipe, prompts: Recipe) -> None:
-    """Raises `CacheError` for the first of `cache_problems`."""
+    """Raise `CacheError` for the first of `cache_problems`."""
     for problem in cache_problems(config, view, latents, prompts):
         raise CacheError(problem)
 
 
 def cache_problems(config: Config, view: View, latents: Recipe, prompts: Recipe) -> Iterator[str]:
-    """One line for all that the config's view is not made with: other settings first, then other encoders."""
+    """Yield one line for each difference between the config and the view with these recipes."""
     yield from stale_settings(config, view, latents, prompts)
     yield from other_encoders(config, view, latents, prompts)
 
 
-def other_encoders(config: Config, view: View, latents: Recipe, prompts: Recipe) -> Iterator[str]:
-    """One line for each part of the checkpoint that did not make the view's samples, whose recipes these are.
+def stale_settings(config: Config, view: View, latents: Recipe, prompts: Recipe) -> Iterator[str]:
+    """Yield a line for the settings that differ from those of the view, and one for each prompt it lacks."""
+    if changes := list(_changes(config, view, latents, prompts)):
+        yield f"view {view.name}: made with other settings than this config's: {', '.join(changes)}; {AGAIN}"
+    wanted = {
+        "data.validation_prompts": config.data.validation_prompts,
+        "data.negative_prompt": (config.data.negative_prompt,),
+    }
+    for field, texts in wanted.items():
+        if missing := [text for text in texts if text not in view.special_prompts]:
+            yield f"view {view.name}: {field}: {missing[0]!r} is not in it; {AGAIN}"
 
-    A part that this machine does not have is no problem, and nothing is downloaded. Weight files are as they were when
-    their sizes and times are those of the view; else, as on another machine, they are hashed (a hub file's name is its
-    hash).
+
+def _changes(config: Config, view: View, latents: Recipe, prompts: Recipe) -> Iterator[str]:
+    resolved = {"precompute.vae_dtype": latents["precision"], "precompute.text_dtype": prompts["precision"]}
+    now = shaping_settings(config, image_to_video=latents["image_conditions"] is not None)
+    for field, value in now.items():
+        before = view.settings.get(field)
+        if value not in (before, resolved.get(field, before)):
+            yield f"{field} was {before!r}, is {value!r}"
+
+
+def other_encoders(config: Config, view: View, latents: Recipe, prompts: Recipe) -> Iterator[str]:
+    """Yield a line for each part of the checkpoint that differs from the one that made the view.
+
+    A part that this machine lacks is no problem, and nothing is downloaded. Weight files whose sizes and times are
+    those in the view are taken as equal. Others, as on another machine, are hashed (a hub file's name is its hash).
     """
-    made_by = {"vae": latents["vae"], "text_encoder": prompts["text_encoder"]}
-    for name, recipe in made_by.items():
+    for name, recipe in (("vae", latents["vae"]), ("text_encoder", prompts["text_encoder"])):
         part = present_part(config.model, name)
         if part is not None and (problem := _difference(part, recipe, view.encoders.get(name, ()))):
             yield f"view {view.name}: the cache was made with another {NAMES[name]} than {part.folder}: {problem}"
     tokenizer = present_folder(config.model, "tokenizer")
     for name, sha256 in prompts["tokenizer"].items():
         if tokenizer is not None and (tokenizer / name).is_file() and sha256_file(tokenizer / name) != sha256:
-            yield f"view {view.name}: the cache was made with another tokenizer than {tokenizer}: {name} differs"
+            yield (
+                f"view {view.name}: the cache was made with another tokenizer than {tokenizer}: {name} differs; {AGAIN}"
+            )
 
 
 def _difference(part: Part, recipe: Recipe, marks: tuple[tuple[int, int], ...]) -> str | None:
-    """What differs, and what to do; None if nothing does."""
+    """Return the first difference and the remedy, or None."""
     advice = "run `precog precompute` with this config, or train with the checkpoint that made the cache"
-    theirs, ours = recipe["config"], part.settings
-    for key in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(key) != ours.get(key):
-            return f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}; {advice}"
+    before, now = recipe["config"], part.settings
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            return f"{key} was {before.get(key)!r}, is {now.get(key)!r}; {advice}"
     if part.marks == marks or part.sha256() == recipe["weights"]:
         return None
     return f"the weights differ; {advice}"

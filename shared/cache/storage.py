@@ -1,79 +1,75 @@
-"""Where cache files live, and the one way they are written: whole or not at all, first writer wins.
+"""Storage of cache files: every file is written whole or not at all, and the first writer wins.
 
-A `Storage` names files by posix paths relative to its root. On a local folder a file is published by unique temporary
--> fsync -> link to its final name (no clobber) -> fsync of the folder; `shared/cache/remote.py` has the other kind.
+A `Storage` names files by posix paths relative to its root. `LocalStorage` publishes a file by unique temporary ->
+fsync -> link to its final name (no clobber) -> fsync of the folder. `shared/cache/remote.py` has the object stores.
 """
 
 import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import stat
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
+from shared import atomic_files
+from shared.atomic_files import TEMPORARY
 from shared.errors import CacheError, UsageError
-
-TEMPORARY = ".tmp-"
-"""Prefix of files in the making; readers never look at them and nobody deletes another writer's."""
 
 
 class Storage(Protocol):
-    """A cache, wherever it is; `str` is its root, for messages."""
+    """A cache folder or object store; `str` is its root, for messages."""
 
     def path(self, name: str) -> Path:
-        """A local path of the file, for mapping; a remote file is fetched whole first."""
+        """Return a local path of the file, for mapping; a remote file is fetched whole first."""
 
-    def names(self, folder: str, suffix: str) -> list[str]:
-        """Sorted names of the files below `folder` that end with `suffix`; [] if there is no such folder."""
+    def files(self, folder: str) -> dict[str, int]:
+        """Return name -> size in bytes of the regular files below `folder`, sorted by name."""
 
     def read(self, name: str, *, limit_bytes: int) -> bytes:
-        """The whole file; raises `CacheError` if it is missing or larger than `limit_bytes`."""
+        """Return the whole file; raises `CacheError` if it is missing or larger than `limit_bytes`."""
 
     def read_part(self, name: str, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` on; raises `CacheError` if they are not there."""
-
-    def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Return `length` bytes from `offset` on; raises `CacheError` if the file ends before."""
 
     def size(self, name: str) -> int | None:
-        """Bytes, or None if there is no such file."""
+        """Return the size in bytes, or None if there is no such file."""
 
     def free_bytes(self) -> int | None:
-        """What can still be written, or None where nobody can tell."""
+        """Return how many bytes can still be written, or None if unknown."""
 
     def copies_bytes(self) -> int | None:
-        """What the local copies behind `path` may take together, or None where it needs none."""
+        """Return the limit for local copies of remote files, or None if there are no copies."""
 
     def set_aside(self, name: str) -> None:
-        """Rename a file to `<name>.damaged`, out of every reader's sight, if it is there.
+        """Rename a file, if it exists, to `<name>.damaged`, which no reader looks at.
 
-        Raises `CacheError` if that cannot be.
+        Raises `CacheError` if it cannot be renamed.
         """
 
     def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
-        """Write a file whole or not at all; False if another writer's is already there (it stays unless `replace`).
+        """Write a file whole; return False if the name is taken, which keeps its file unless `replace`.
 
         Raises `CacheError` if the disk is full or a remote cannot be written.
         """
 
 
 def open_storage(cache: str, *, local_cache_gib: float = 50, local_folder: Path | None = None) -> Storage:
-    """The storage of `precompute.cache`: a folder, or a URL that fsspec knows.
+    """Open `precompute.cache`: a folder, or a URL that fsspec knows.
 
-    `local_cache_gib` bounds the copies of remote shards in `local_folder` (the user's cache folder unless given).
-    Raises `UsageError` if nothing here can open the URL, or a file is in the folder's place.
+    `local_cache_gib` bounds the copies of remote shards in `local_folder` (default: the user's cache folder).
+    Raises `UsageError` if the URL cannot be opened, or the folder is a file.
     """
     if cache.startswith("file://"):
         cache = cache.removeprefix("file://")
         if not cache.startswith("/"):
-            raise UsageError(f"precompute.cache = 'file://{cache}': write it as file:///folder or as a plain folder")
+            raise UsageError(f"precompute.cache = 'file://{cache}': not absolute; write file:///folder or a folder")
     if "://" not in cache:
         folder = Path(cache).absolute()
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        if not there.is_dir():
-            raise UsageError(f"precompute.cache = {cache!r}: '{there}' is a file, not a folder")
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir():
+            raise UsageError(f"precompute.cache = {cache!r}: '{existing}' is a file; choose a folder")
         return LocalStorage(cache)
     from shared.cache.remote import RemoteStorage, open_filesystem
 
@@ -82,19 +78,8 @@ def open_storage(cache: str, *, local_cache_gib: float = 50, local_folder: Path 
 
 
 def user_folder() -> Path:
-    """What is kept from run to run on this machine and can be had again: local copies, marks of files."""
+    """Return the folder for what this machine can make again: local copies, marks of files."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "precog"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` if all goes well; nobody sees half a file, and none is left."""
-    pending = path.with_name(f"{TEMPORARY}{path.name}")
-    try:
-        yield pending
-        pending.replace(path)
-    finally:
-        pending.unlink(missing_ok=True)
 
 
 class LocalStorage:
@@ -109,46 +94,43 @@ class LocalStorage:
     def path(self, name: str) -> Path:
         return self.root / name
 
-    def names(self, folder: str, suffix: str) -> list[str]:
-        found = (self.root / folder).rglob(f"*{suffix.rpartition('/')[2]}")
-        names = (path.relative_to(self.root).as_posix() for path in found if not path.name.startswith(TEMPORARY))
-        return sorted(name for name in names if name.endswith(suffix))
+    def files(self, folder: str) -> dict[str, int]:
+        sizes = {}
+        for path in (self.root / folder).rglob("*"):
+            with suppress(OSError):  # a dangling link, or a file renamed meanwhile
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode) and not path.name.startswith(TEMPORARY):
+                    sizes[path.relative_to(self.root).as_posix()] = status.st_size
+        return dict(sorted(sizes.items()))
 
     def read(self, name: str, *, limit_bytes: int) -> bytes:
-        path = self.root / name
-        try:
-            with path.open("rb") as file:
-                content = file.read(limit_bytes + 1)
-        except OSError as error:
-            raise CacheError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from None
+        with self._open(name) as file:
+            content = file.read(limit_bytes + 1)
         if len(content) > limit_bytes:
-            raise CacheError(f"{path}: larger than {limit_bytes} bytes, which no such file is")
+            raise CacheError(f"{self.root / name}: more than the limit of {limit_bytes} bytes; delete this file")
         return content
 
     def read_part(self, name: str, offset: int, length: int) -> bytes:
-        path = self.root / name
-        try:
-            with path.open("rb") as file:
-                file.seek(offset)
-                content = file.read(length)
-        except OSError as error:
-            raise CacheError(f"{path}: cannot be read ({os.strerror(error.errno or 0)})") from None
+        with self._open(name) as file:
+            file.seek(offset)
+            content = file.read(length)
         if len(content) != length:
-            raise CacheError(f"{path}: ends before byte {offset + length}")
+            raise CacheError(f"{self.root / name}: ends before byte {offset + length}; {VERIFY}")
         return content
 
-    def exists(self, name: str) -> bool:
-        return (self.root / name).is_file()
+    def _open(self, name: str) -> BinaryIO:
+        try:
+            return open_file(self.root / name)
+        except OSError as error:
+            raise CacheError(f"{self.root / name}: cannot be read ({error.strerror}); {VERIFY}") from None
 
     def size(self, name: str) -> int | None:
-        try:
-            return (self.root / name).stat().st_size
-        except FileNotFoundError:
-            return None
+        path = self.root / name
+        return path.stat().st_size if path.is_file() else None
 
     def free_bytes(self) -> int | None:
-        there = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.is_dir())
-        return shutil.disk_usage(there).free
+        existing = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.is_dir())
+        return shutil.disk_usage(existing).free
 
     def copies_bytes(self) -> int | None:
         return None
@@ -160,19 +142,19 @@ class LocalStorage:
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise CacheError(f"{path}: cannot be set aside ({error.strerror})") from error
+            raise CacheError(f"{path}: cannot be renamed ({error.strerror}); check its permissions") from error
 
     def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
         final = self.root / name
         temporary = final.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{final.name}")
         try:
-            _make_folder(final.parent)
+            atomic_files.make_folder(final.parent)
             with temporary.open("xb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            published = _move(temporary, final, replace)
-            sync_folder(final.parent)
+            published = atomic_files.publish(temporary, final, replace=replace)
+            atomic_files.sync_folder(final.parent)
             return published
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -180,43 +162,19 @@ class LocalStorage:
             where = f": {error.filename}" if error.filename else ""
             raise CacheError(f"{final}: cannot be written ({error.strerror}{where})") from error
         finally:
-            with suppress(OSError):  # it may never have been there, for whatever reason
+            with suppress(OSError):  # the temporary may not exist
                 temporary.unlink()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the folder's entries durable; file systems that cannot are left alone."""
-    descriptor = os.open(folder, os.O_RDONLY)
+VERIFY = "run `precog cache verify --repair`, then precompute again"
+"""The remedy for a damaged file of a cache."""
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading; raises `OSError` for anything else, without waiting for a FIFO's writer."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
+        return os.fdopen(descriptor, "rb")  # raises IsADirectoryError
+    except OSError:
         os.close(descriptor)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the folder and its parents where they are missing, each durable in its own parent."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
-
-
-def _move(temporary: Path, final: Path, replace: bool) -> bool:
-    """Give the file its final name; False if another writer was first."""
-    if replace:
-        temporary.replace(final)
-        return True
-    try:
-        os.link(temporary, final)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise
-        if final.exists():  # no hard links here; equal names hold equal bytes, so the small race is harmless
-            return False
-        temporary.rename(final)
-    return True
+        raise

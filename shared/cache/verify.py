@@ -1,68 +1,86 @@
-"""Every byte of a cache compared with what vouches for it: `precog cache verify`."""
+"""Compare every byte of a cache with its hash: `precog cache verify`."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
+from typing import Any
 
-from shared.cache.collection import KINDS, PLAN_BYTES, Collection, read_recipe
+from shared.cache.collection import KINDS, Collection, read_recipe, receipt_names
 from shared.cache.shard import MappedShard, read_receipt
-from shared.cache.storage import Storage
+from shared.cache.storage import VERIFY, Storage
 from shared.cache.view import read_view, view_names
-from shared.errors import CacheError
-from shared.fingerprint import is_key
+from shared.errors import CacheError, Preempted, one_line
+from shared.fingerprint import unsealed
+
+ASSIGNMENT_BYTES = 256 * 2**20
 
 
 def verify(storage: Storage, *, repair: bool) -> tuple[int, list[str]]:
-    """Check shards, recipes, plans and views: (shards checked, one line per damaged file).
+    """Check shards, recipes, assignments and views; return (shards checked, one line per damaged file).
 
-    With `repair`, a damaged file is renamed to `*.damaged`, together with what is nothing without it; precompute makes
-    them again.
+    A damaged file never ends the check, whatever it raises. With `repair`, it is renamed to `*.damaged`, together with
+    its second file; precompute makes both again.
     """
     checked, damaged = 0, []
-    for check, files in _checks(storage):
-        checked += files[-1].endswith(".tar")
+    for name, check in _checks(storage):
+        checked += check.func is check_shard
         try:
             check()
-        except CacheError as error:
-            damaged.append(str(error))
+        except Preempted:
+            raise
+        except Exception as error:
+            line = str(error) if isinstance(error, CacheError) else f"{storage}/{name}: {one_line(error)}"
+            damaged.append(line.partition(f"; {VERIFY}")[0])
             if repair:
-                for name in files:
-                    storage.set_aside(name)
+                _set_aside(storage, name)
     return checked, damaged
 
 
-def _checks(storage: Storage) -> Iterator[tuple[Callable[[], object], tuple[str, ...]]]:
-    """What raises `CacheError`, and the names of the files that it is about."""
-    for name in [name for kind in KINDS for name in storage.names(kind, ".json")]:
-        if name.endswith("/recipe.json"):
-            yield partial(read_recipe, storage, Collection(*name.split("/")[:2])), (name,)
-        else:
-            yield partial(check_shard, storage, name), (name, name.removesuffix(".json") + ".tar")
-    for name in storage.names("plans", ".json"):
-        yield partial(check_plan, storage, name), (name,)
+def _checks(storage: Storage) -> Iterator[tuple[str, "partial[Any]"]]:
+    """Yield the name of each file with a check that raises if it is damaged."""
+    for kind in KINDS:
+        files = storage.files(kind)
+        for name in files:
+            if name.endswith("/recipe.json"):
+                yield name, partial(read_recipe, storage, Collection(*name.split("/")[:2]))
+        for name in receipt_names(files):
+            yield name, partial(check_shard, storage, name)
+    for name in storage.files("assignments"):
+        if name.endswith(".json"):
+            yield name, partial(read_assignment, storage, name)
     for name in view_names(storage):
-        yield partial(read_view, storage, name), (f"datasets/{name}.json", f"datasets/{name}.parquet")
+        yield f"datasets/{name}.json", partial(read_view, storage, name)
+
+
+def _set_aside(storage: Storage, name: str) -> None:
+    """Rename a damaged file, and the tar of a receipt or the table of a view."""
+    names = [name]
+    if name.startswith("datasets/"):
+        names.append(name.removesuffix(".json") + ".parquet")
+    elif name.startswith(KINDS):
+        with suppress(CacheError):  # a damaged receipt names no tar; precompute writes it again
+            names.append(read_receipt(storage, name).tar)
+    for each in names:
+        storage.set_aside(each)
 
 
 def check_shard(storage: Storage, receipt_name: str) -> None:
-    """Compare all bytes of a shard with its receipt; raises `CacheError` naming what is damaged."""
-    tar = receipt_name.removesuffix(".json") + ".tar"
+    """Compare all bytes of a shard with its receipt; raises `CacheError` naming the damaged file."""
     receipt = read_receipt(storage, receipt_name)
-    mapped = MappedShard(storage, tar, receipt)
+    mapped = MappedShard(storage, receipt.tar, receipt)
     for place in receipt.samples:
         if mapped.payload_sha256(place) != place.sha256:
-            raise CacheError(f"{storage}/{tar}: sample {place.key} is damaged")
+            raise CacheError(f"{storage}/{receipt.tar}: sample {place.key} is damaged; {VERIFY}")
     if mapped.sha256() != receipt.sha256:
-        raise CacheError(f"{storage}/{tar}: the bytes between samples are damaged")
+        raise CacheError(f"{storage}/{receipt.tar}: the bytes between samples are damaged; {VERIFY}")
 
 
-def check_plan(storage: Storage, name: str) -> None:
-    """Raises `CacheError` if a plan is no list of shards of keys; that they are the wanted ones, its reader checks."""
+def read_assignment(storage: Storage, name: str) -> object:
+    """Read the shards of an assignment file; raises `CacheError` if it is damaged or another file's."""
     try:
-        for shard in json.loads(storage.read(name, limit_bytes=PLAN_BYTES)):
-            keys = [key for batch in shard["batches"] for key in batch]
-            if not keys or not all(map(is_key, keys)) or shard["folder"].partition("/")[0] not in KINDS:
-                raise ValueError("not a list of shards")
-            int(shard["attempt"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CacheError(f"{storage}/{name}: damaged plan ({error})") from None
+        body = unsealed(storage.read(name, limit_bytes=ASSIGNMENT_BYTES))
+        if body["name"] != name:
+            raise ValueError(f"the assignment {body['name']}")
+        return body["shards"]
+    except (ValueError, KeyError) as error:
+        raise CacheError(f"{storage}/{name}: damaged ({error}); {VERIFY}") from None

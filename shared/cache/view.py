@@ -1,20 +1,22 @@
-"""The data set's table: one parquet row per clip with its keys, its split, and why it was left out if it was."""
+"""The view of a data set: a parquet row per clip with its keys and split, or the reason why it was left out."""
 
+import hashlib
 import io
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from shared.cache.collection import Collection
 from shared.cache.storage import Storage
-from shared.errors import CacheError
-from shared.fingerprint import Json, key_of
+from shared.errors import CacheError, one_line
+from shared.fingerprint import Json, key_of, sealed, unsealed
 from shared.model.geometry import Bucket
 from shared.model.pretrained import FileMark
 
 VIEW_BYTES = 2**30
+SPLITS = ("train", "held_out", "skipped")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,9 @@ class ViewRow:
     """Per caption, tokens beyond the text length."""
     split: Literal["train", "held_out", "skipped"]
     skipped: str
-    """Why the clip was left out; empty when it was not."""
+    """The reason why the clip was left out; empty if it was not."""
     source_sha256: str = ""
-    """Of the source's bytes; empty where it could not be read."""
+    """Of the source's bytes; empty if it could not be read."""
 
     @property
     def bucket(self) -> Bucket:
@@ -48,7 +50,7 @@ class ViewRow:
 
 @dataclass(frozen=True)
 class View:
-    """A data set as stage 2 sees it; what follows from its rows, which may be many, is worked out once."""
+    """A data set as stage 2 reads it; splits and hash are computed once."""
 
     name: str
     latents: Collection
@@ -57,12 +59,12 @@ class View:
     """Text -> key of the prompts encoded beside the captions: empty, negative, validation."""
     rows: tuple[ViewRow, ...]
     encoders: dict[str, tuple[FileMark, ...]] = field(default_factory=dict)
-    """Part -> marks of the weight files it was made with, so that stage 2 knows them again without reading them."""
+    """Part -> marks of its weight files, so that stage 2 recognizes them without reading them."""
     settings: dict[str, Json] = field(default_factory=dict)
-    """Field -> value, of the fields that shaped it (`shared.cache.settings`)."""
+    """Field -> value of the settings that shaped the view (`shared.cache.staleness`)."""
 
     def split(self, name: str) -> tuple[ViewRow, ...]:
-        """The rows of one split in canonical order: by what they hold, not by where they were listed."""
+        """Return the rows of one split, ordered by their keys, not by the user's listing."""
         return self._splits.get(name, ())
 
     @cached_property
@@ -74,95 +76,86 @@ class View:
 
     @cached_property
     def hash(self) -> str:
-        """Names what training depends on: keys, weights and splits, in canonical order."""
-        content: dict[str, Json] = {
-            "latents": self.latents.recipe,
-            "prompts": self.prompts.recipe,
-            **{
-                split: [[row.latent_key, list(row.prompt_keys), list(row.caption_weights)] for row in self.split(split)]
-                for split in ("train", "held_out")
-            },
+        """Hash of what training depends on: keys, weights and splits, in canonical order."""
+        splits: dict[str, Json] = {
+            split: [[row.latent_key, list(row.prompt_keys), list(row.caption_weights)] for row in self.split(split)]
+            for split in ("train", "held_out")
         }
-        return key_of(content)
+        return key_of({"latents": self.latents.recipe, "prompts": self.prompts.recipe, **splits})
+
+
+ROWS = TypeAdapter(tuple[ViewRow, ...])
+MARKS = TypeAdapter(dict[str, tuple[FileMark, ...]])
 
 
 def write_view(storage: Storage, view: View) -> None:
-    """Publish `datasets/<name>.parquet`, then the `.json` that makes it valid; replaces an older view of that name."""
+    """Publish `datasets/<name>.parquet`, then the `.json` that makes it valid; an older view is replaced."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {column.name: [getattr(row, column.name) for row in view.rows] for column in fields(ViewRow)}
-    table = pa.table(columns, schema=_schema())
+    columns = {name: [getattr(row, name) for row in view.rows] for name in _schema().names}
     stream = io.BytesIO()
-    pq.write_table(table, stream, compression="zstd")
-    about = {
+    pq.write_table(pa.table(columns, schema=_schema()), stream, compression="zstd")
+    body = {
         "name": view.name,
         "latents": view.latents.recipe,
         "prompts": view.prompts.recipe,
         "special_prompts": view.special_prompts,
-        "clips": {split: len(view.split(split)) for split in ("train", "held_out", "skipped")},
+        "clips": {split: len(view.split(split)) for split in SPLITS},
         "hash": view.hash,
         "encoders": view.encoders,
         "settings": view.settings,
+        "table_sha256": hashlib.sha256(stream.getbuffer()).hexdigest(),
     }
     storage.publish(f"datasets/{view.name}.parquet", stream.getvalue(), replace=True)
-    content = json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False).encode()
-    storage.publish(f"datasets/{view.name}.json", content, replace=True)
+    storage.publish(f"datasets/{view.name}.json", sealed(body), replace=True)
 
 
 def read_view(storage: Storage, name: str) -> View:
-    """Raises `CacheError` if there is no such view or its two files do not belong together."""
+    """Read a view; raises `CacheError` if it does not exist, is damaged, or its two files do not belong together."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     where = f"{storage}/datasets/{name}"
-    if not storage.exists(f"datasets/{name}.json"):
-        raise CacheError(f"{where}: no such view; run `precog precompute` with this config first")
+    if storage.size(f"datasets/{name}.json") is None:
+        raise CacheError(f"{where}: view not found; run `precog precompute` with this config first")
     try:
-        about = json.loads(storage.read(f"datasets/{name}.json", limit_bytes=VIEW_BYTES))
+        body = unsealed(storage.read(f"datasets/{name}.json", limit_bytes=VIEW_BYTES))
         content = storage.read(f"datasets/{name}.parquet", limit_bytes=VIEW_BYTES)
-        # The threaded data set reader of pyarrow 26 aborts now and then at exit beside torch; this one does not.
+        if hashlib.sha256(content).hexdigest() != body["table_sha256"]:
+            raise ValueError("its table is damaged or another view's")
+        # The threaded data set reader of pyarrow 26 sometimes aborts at exit beside torch; this one does not.
         table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
         if not table.schema.equals(_schema()):
             raise ValueError("other columns than this version writes")
-        rows = tuple(_row(values) for values in table.to_pylist())
         view = View(
-            about["name"],
-            Collection("latents", about["latents"]),
-            Collection("prompts", about["prompts"]),
-            about["special_prompts"],
-            rows,
-            {part: tuple((size, mtime) for size, mtime in files) for part, files in about["encoders"].items()},
-            dict(about["settings"]),
+            body["name"],
+            Collection("latents", body["latents"]),
+            Collection("prompts", body["prompts"]),
+            body["special_prompts"],
+            ROWS.validate_python(table.to_pylist()),
+            MARKS.validate_python(body["encoders"]),
+            body["settings"],
         )
-        if view.hash != about["hash"]:
-            raise ValueError("table and description do not belong together")
-    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        again = "`precog precompute` with its config makes it again"
-        raise CacheError(f"{where}: damaged view ({error}); {again}") from None
+        if view.name != name:
+            raise ValueError(f"it is the view {view.name}")
+    except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
+        raise CacheError(
+            f"{where}: damaged view ({one_line(error)}); run `precog precompute` with its config again"
+        ) from None
     return view
 
 
 def view_names(storage: Storage) -> list[str]:
-    """The views of a cache."""
-    return [name.removeprefix("datasets/").removesuffix(".json") for name in storage.names("datasets", ".json")]
-
-
-def _row(values: Mapping[str, Any]) -> ViewRow:
-    arguments: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return ViewRow(**arguments)
+    """List the views of a cache."""
+    names = [name for name in storage.files("datasets") if name.endswith(".json")]
+    return [name.removeprefix("datasets/").removesuffix(".json") for name in names]
 
 
 def _schema() -> Any:
     import pyarrow as pa
 
-    types = {
-        str: pa.string(),
-        float: pa.float64(),
-        int: pa.int64(),
-        bool: pa.bool_(),
-        tuple[str, ...]: pa.list_(pa.string()),
-        tuple[float, ...]: pa.list_(pa.float64()),
-        tuple[int, ...]: pa.list_(pa.int64()),
-    }
-    return pa.schema([(name, types.get(kind, pa.string())) for name, kind in ViewRow.__annotations__.items()])
+    types: dict[Any, Any] = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
+    types |= {tuple[str, ...]: pa.list_(pa.string()), tuple[float, ...]: pa.list_(pa.float64())}
+    types[tuple[int, ...]] = pa.list_(pa.int64())
+    return pa.schema([(column.name, types.get(column.type, pa.string())) for column in fields(ViewRow)])

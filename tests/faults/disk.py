@@ -1,4 +1,4 @@
-"""What a disk may hold after the power has failed: a record of effects, and the states that a crash leaves of them.
+"""Disk states after a power loss: a record of effects, and the states that a crash may leave.
 
 A crash keeps a prefix of the effects, of which all that no fsync had secured may be missing: a new file's bytes are
 there, lost, zeroed or cut in half, and names that were added or removed are old or new, in any combination. This is a
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 DAMAGES: tuple[Callable[[bytes], bytes], ...] = (
     lambda content: content,
@@ -62,7 +63,7 @@ EMPTY = State()
 class Log:
     """Records what happens below `root`, while entered; `ignored` fsyncs are not done ("fsync", "fsync folder")."""
 
-    heard: "Log | None" = None
+    active: "Log | None" = None
 
     def __init__(self, root: Path, ignored: tuple[str, ...] = ()) -> None:
         self.root, self.ignored = root, ignored
@@ -71,21 +72,21 @@ class Log:
         """Of every file that was made, by its first name, once it has another one or is removed."""
 
     def __enter__(self) -> "Log":
-        Log.heard = self
+        Log.active = self
         self._fsync, os.fsync = os.fsync, self.fsync
         return self
 
     def __exit__(self, *_: object) -> None:
-        Log.heard = None
+        Log.active = None
         os.fsync = self._fsync
 
-    def fsync(self, descriptor: int) -> None:
-        path = Path(f"/proc/self/fd/{descriptor}").readlink()
-        kind = "fsync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync"
+    def fsync(self, fd: Any) -> None:
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        kind = "fsync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "fsync"
         if path.is_relative_to(self.root) and kind not in self.ignored:
             self._add(kind, path)
 
-    def hear(self, event: str, arguments: tuple[object, ...]) -> None:
+    def notice(self, event: str, arguments: tuple[object, ...]) -> None:
         """Audit events come before the effect, and for what will fail too."""
         if event == "open" and str(arguments[1])[:1] in ("x", "w"):
             self._add("create", Path(str(arguments[0])))
@@ -109,16 +110,16 @@ class Log:
         self.effects.append(Effect(kind, name, str(target.relative_to(self.root)) if target else ""))
 
 
-def _hear(event: str, arguments: tuple[object, ...]) -> None:
-    if Log.heard is not None:
-        Log.heard.hear(event, arguments)
+def _notice(event: str, arguments: tuple[object, ...]) -> None:
+    if Log.active is not None:
+        Log.active.notice(event, arguments)
 
 
-sys.addaudithook(_hear)
+sys.addaudithook(_notice)
 
 
 def crashed(log: Log, count: int, lost: set[int], damages: dict[str, int], before: State = EMPTY) -> State:
-    """The first `count` effects on top of `before`, without those `lost`, new files' bytes as `damages` says."""
+    """Return the state after `count` effects on top of `before`, without those `lost`, with new files damaged."""
     folders, files = set(before.folders), dict(before.files)
     for number, effect in enumerate(log.effects[:count]):
         if number in lost or not effect.folders <= folders:

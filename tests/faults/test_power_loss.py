@@ -1,6 +1,6 @@
-"""The power fails: in every state that the disk may then be in, a rerun ends in the undisturbed cache.
+"""Power losses: from every state that the disk may be in, a rerun ends in the undisturbed cache.
 
-One stage-1 write (recipe, plan, shards, receipts, view) is recorded effect by effect, and replayed by `disk`.
+One stage-1 write (recipe, assignment, shards, receipts, view) is recorded effect by effect, and replayed by `disk`.
 """
 
 import os
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from shared.cache.collection import SampleReader, collection_for
+from shared.cache.shard import MappedShard
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
 from shared.cache.view import View, ViewRow, read_view, view_names, write_view
@@ -21,14 +22,14 @@ from shared.fingerprint import key_of
 from shared.model.geometry import Bucket
 from tests.corpus import config_for, run, stored_files, write_corpus
 from tests.faults.disk import EMPTY, Log, State, crash_states, crashed, insecure
-from tests.faults.test_writer import COLLECTION, SAMPLES, SKIPPED, work
-from tests.tiny import save_pipeline
+from tests.faults.writer import COLLECTION, SAMPLES, SKIPPED, work
 
+Files = dict[str, bytes]
 PROMPTS = collection_for("prompts", {"kind": "prompts", "test": "writer"})
 
 
 def write_all(root: Path) -> None:
-    """What stage 1 writes, without its encoders."""
+    """Write all that stage 1 writes, without its encoders."""
     work(root)
     bucket = Bucket(9, 32, 48)
     rows = tuple(
@@ -54,7 +55,7 @@ def write_all(root: Path) -> None:
 
 
 def wrong_reads(root: Path) -> list[str]:
-    """Keys whose sample is handed out with other values than were written; refusing is right."""
+    """Return the keys whose sample is read with other values than were written; an error is right."""
     storage = LocalStorage(str(root))
     wrong = []
     try:
@@ -76,12 +77,7 @@ def wrong_reads(root: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_pipeline("2b", tmp_path_factory.mktemp("pipeline") / "2b")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Files:
     root = tmp_path_factory.mktemp("undisturbed")
     write_all(root)
     return stored_files(root)
@@ -89,7 +85,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The states are made, not suffered: a real fsync would only cost time."""
+    """Skip real fsyncs: the states are computed."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -101,18 +97,18 @@ def recorded(root: Path, ignored: tuple[str, ...] = (), before: State = EMPTY) -
 
 
 @dataclass
-class Tally:
-    """Crash states by what came of them."""
+class Ends:
+    """Numbers of crash states and of their bad ends."""
 
     states: int = 0
     wrong_reads: int = 0
     wrong_ends: int = 0
-    """The rerun refused to go on, or ended in another cache."""
+    """Reruns that failed or ended in another cache."""
 
 
-def replay(states: Iterable[State], folder: Path, undisturbed: dict[str, bytes], *, repaired: bool = False) -> Tally:
-    """A rerun on every state, after `precog cache verify --repair` if `repaired`."""
-    tally = Tally()
+def replay(states: Iterable[State], folder: Path, undisturbed: Files, *, repaired: bool = False) -> Ends:
+    """Rerun on every state, after `precog cache verify --repair` if `repaired`."""
+    tally = Ends()
     for state in states:
         root = folder / str(tally.states)
         state.write(root)
@@ -129,13 +125,13 @@ def replay(states: Iterable[State], folder: Path, undisturbed: dict[str, bytes],
     return tally
 
 
-def test_after_a_power_loss_nothing_wrong_is_read_and_a_rerun_ends_in_the_undisturbed_cache(tmp_path, undisturbed):
-    states = crash_states(recorded(tmp_path / "log"), 7, random.Random(0))
+def test_rerun_after_a_power_loss_ends_in_the_same_cache(tmp_path: Path, undisturbed: Files) -> None:
+    states = crash_states(recorded(tmp_path / "log"), 11, random.Random(0))
     tally = replay(states, tmp_path, undisturbed)
     assert (tally.wrong_reads, tally.wrong_ends) == (0, 0) and tally.states > 100
 
 
-def test_what_a_finished_run_has_written_survives_a_power_loss(tmp_path, undisturbed):
+def test_finished_run_survives_a_power_loss(tmp_path: Path, undisturbed: Files) -> None:
     log = recorded(tmp_path / "log")
     names, contents = insecure(log, len(log.effects))
     assert contents == []
@@ -144,35 +140,41 @@ def test_what_a_finished_run_has_written_survives_a_power_loss(tmp_path, undistu
 
 
 def some(log: Log, draws: random.Random) -> list[State]:
-    """Enough to show that a mutant is caught."""
-    return draws.sample(list(crash_states(log, 3, draws)), 60)
+    """Return enough states to show that a mutant is caught."""
+    return draws.sample(list(crash_states(log, 5, draws)), 40)
 
 
 @pytest.mark.parametrize("ignored", [("fsync",), ("fsync folder",), ("fsync", "fsync folder")])
-def test_without_fsync_a_rerun_does_not_end_right_but_still_nothing_wrong_is_read(tmp_path, undisturbed, ignored):
-    """The replay has teeth; and on a disk that does not do what it is told, hashes protect the reader."""
+def test_missing_fsync_is_noticed_but_nothing_wrong_is_read(
+    tmp_path: Path, undisturbed: Files, ignored: tuple[str, ...]
+) -> None:
+    """The replay finds the fault; on a disk that ignores fsync, hashes protect the reader."""
     log = recorded(tmp_path / "log", ignored)
     tally = replay(some(log, random.Random(1)), tmp_path, undisturbed)
     assert tally.wrong_reads == 0 and tally.wrong_ends > 0
 
 
-def test_without_fsync_and_with_sizes_trusted_wrong_values_are_read(tmp_path, undisturbed, monkeypatch):
-    monkeypatch.setattr(SampleReader, "_compare", lambda *_: None)
+def test_missing_fsync_and_hash_check_read_wrong_values(
+    tmp_path: Path, undisturbed: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MappedShard, "payload_sha256", lambda _, place: place.sha256)
     tally = replay(some(recorded(tmp_path / "log", ("fsync",)), random.Random(2)), tmp_path, undisturbed)
     assert tally.wrong_reads > 0
 
 
-def test_with_the_receipt_before_its_shard_a_rerun_does_not_end_right(tmp_path, undisturbed, monkeypatch):
-    publish, waiting = LocalStorage.publish, {}
+def test_receipt_written_before_its_shard_is_noticed(
+    tmp_path: Path, undisturbed: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = LocalStorage.publish
+    waiting: list[tuple[str, bytes]] = []
 
-    def receipt_first(storage, name, content, *, replace=False):
+    def receipt_first(storage: LocalStorage, name: str, content: bytes, *, replace: bool = False) -> bool:
         if name.endswith(".tar"):
-            waiting[name] = content
+            waiting.append((name, content))
             return True
         published = publish(storage, name, content, replace=replace)
-        tar = f"{name.removesuffix('.json')}.tar"
-        if tar in waiting:
-            publish(storage, tar, waiting.pop(tar))
+        while waiting:
+            publish(storage, *waiting.pop())
         return published
 
     with monkeypatch.context() as patch:
@@ -183,14 +185,14 @@ def test_with_the_receipt_before_its_shard_a_rerun_does_not_end_right(tmp_path, 
 
 
 @pytest.mark.faults
-def test_even_without_fsync_a_repaired_cache_ends_in_the_undisturbed_one(tmp_path, undisturbed):
+def test_repaired_cache_ends_the_same_even_without_fsync(tmp_path: Path, undisturbed: Files) -> None:
     log = recorded(tmp_path / "log", ("fsync", "fsync folder"))
     tally = replay(crash_states(log, 2, random.Random(4)), tmp_path, undisturbed, repaired=True)
     assert (tally.wrong_reads, tally.wrong_ends) == (0, 0) and tally.states > 1000
 
 
 @pytest.mark.faults
-def test_after_any_of_thousands_of_power_losses_a_rerun_ends_in_the_undisturbed_cache(tmp_path, undisturbed):
+def test_rerun_after_thousands_of_power_losses_ends_in_the_same_cache(tmp_path: Path, undisturbed: Files) -> None:
     """Every prefix; then the reruns of some states are hit by a second loss."""
     draws = random.Random(5)
     states = list(crash_states(recorded(tmp_path / "log"), 1, draws))
@@ -205,8 +207,8 @@ def test_after_any_of_thousands_of_power_losses_a_rerun_ends_in_the_undisturbed_
 
 
 @pytest.mark.faults
-def test_a_whole_stage_1_hit_by_a_power_loss_is_finished_by_the_next_one(pipeline, tmp_path):
-    """With its decoders and encoders, where the log has effects of two threads."""
+def test_whole_stage_1_after_a_power_loss_is_finished(pipeline: Path, tmp_path: Path) -> None:
+    """With decoders and encoders, so that the log has effects of two threads."""
     root, cache = write_corpus(tmp_path / "clips", 12), tmp_path / "cache"
     cache.mkdir()
     with Log(cache) as log:

@@ -1,4 +1,4 @@
-"""Whole workers, with decoders and encoders: together, late, killed, stopped; the cache is the undisturbed one.
+"""Whole workers with decoders and encoders, together, late, killed or stopped: the cache is always the same.
 
 Workers are forks of this process, which has the libraries loaded already; the long form starts real commands.
 """
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from precompute.assignments import Part
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
 from shared.config import Config, save_config
+from shared.console import run_command
+from shared.signals import raise_on_signal
 from tests.corpus import config_for, run, stored_files, write_corpus
 from tests.faults.test_writer import ended, in_child
 from tests.tiny import save_pipeline
@@ -25,10 +28,12 @@ from tests.tiny import save_pipeline
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 CLIPS = 12
+Files = dict[str, bytes]
+Sources = tuple[Path, Path]
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     """Pipeline and clips, one of them bad."""
     folder = tmp_path_factory.mktemp("workers")
     root = write_corpus(folder / "clips", CLIPS)
@@ -37,7 +42,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def undisturbed(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Files:
     cache = tmp_path_factory.mktemp("undisturbed") / "cache"
     report = run(config_for(*sources, cache))
     assert (report.latents.made, len(report.skipped)) == (CLIPS - 1, 1)
@@ -45,11 +50,11 @@ def undisturbed(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFac
 
 
 def start(config: Config, part: Part) -> int:
-    return in_child(lambda: run(config, part) and None)
+    return in_child(partial(run, config, part))
 
 
-def check_same(cache: Path, undisturbed: dict[str, bytes]) -> None:
-    """Byte by byte, and every key in exactly one shard."""
+def check_same(cache: Path, undisturbed: Files) -> None:
+    """Compare the caches byte by byte; litter counts."""
     found = stored_files(cache)
     assert found.keys() == undisturbed.keys()
     assert [name for name in found if found[name] != undisturbed[name]] == []
@@ -57,7 +62,9 @@ def check_same(cache: Path, undisturbed: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_any_number_of_workers_make_the_same_cache(sources, undisturbed, tmp_path, count):
+def test_any_number_of_workers_make_the_same_cache(
+    sources: Sources, undisturbed: Files, tmp_path: Path, count: int
+) -> None:
     config = config_for(*sources, tmp_path / "cache")
     children = []
     for index in range(count):
@@ -67,8 +74,10 @@ def test_any_number_of_workers_make_the_same_cache(sources, undisturbed, tmp_pat
     check_same(tmp_path / "cache", undisturbed)
 
 
-def test_a_late_worker_of_another_division_finds_the_same_plan(sources, undisturbed, tmp_path):
-    """Other batch and shard sizes too: what is planned stays planned."""
+def test_late_worker_with_other_settings_makes_the_same_cache(
+    sources: Sources, undisturbed: Files, tmp_path: Path
+) -> None:
+    """Another share, other batch and shard sizes: what is assigned stays assigned."""
     config = config_for(*sources, tmp_path / "cache")
     child = start(config, Part(1, 2))
     while not list((tmp_path / "cache").glob("latents/*/*/*.json")):
@@ -79,8 +88,8 @@ def test_a_late_worker_of_another_division_finds_the_same_plan(sources, undistur
     check_same(tmp_path / "cache", undisturbed)
 
 
-def killed_and_finished(sources: tuple[Path, Path], cache: Path, draws: random.Random) -> int:
-    """Two workers, each killed at a random moment unless it was faster; then a third finishes. Kills that landed."""
+def killed_and_finished(sources: Sources, cache: Path, draws: random.Random) -> int:
+    """Kill two workers at random moments and let a third finish; return how many were killed in time."""
     config = config_for(*sources, cache)
     children = [start(config, Part(index, 2)) for index in range(2)]
     for child in children:
@@ -92,17 +101,14 @@ def killed_and_finished(sources: tuple[Path, Path], cache: Path, draws: random.R
     return kills
 
 
-def test_workers_killed_at_random_moments_lose_nothing(sources, undisturbed, tmp_path):
-    draws = random.Random(3)
-    kills = 0
-    for number in range(2):
-        kills += killed_and_finished(sources, tmp_path / str(number), draws)
-        check_same(tmp_path / str(number), undisturbed)
-    assert kills >= 2
+def test_workers_killed_at_random_moments_lose_nothing(sources: Sources, undisturbed: Files, tmp_path: Path) -> None:
+    kills = killed_and_finished(sources, tmp_path / "cache", random.Random(3))
+    check_same(tmp_path / "cache", undisturbed)
+    assert kills >= 1
 
 
 @pytest.mark.faults
-def test_thirty_random_kills_lose_nothing(sources, undisturbed, tmp_path):
+def test_thirty_random_kills_lose_nothing(sources: Sources, undisturbed: Files, tmp_path: Path) -> None:
     draws, kills = random.Random(4), 0
     for number in range(30):
         kills += killed_and_finished(sources, tmp_path / str(number), draws)
@@ -111,16 +117,12 @@ def test_thirty_random_kills_lose_nothing(sources, undisturbed, tmp_path):
 
 
 def stopped(config: Config, number: int, now: Callable[[], bool]) -> tuple[int, float]:
-    """Exit code of the whole command after a signal once `now()` is true, and how long it took to end."""
+    """Send a signal once `now()` is true; return the command's exit code and the seconds until it ended."""
 
     def body() -> None:
-        from precompute.run import precompute
-        from shared.console import run_command
-        from shared.signals import raise_on_signal
-
         def command() -> None:
             with raise_on_signal("finished shards are stored"):
-                precompute(config)
+                run(config)
 
         try:
             run_command(command)
@@ -136,33 +138,43 @@ def stopped(config: Config, number: int, now: Callable[[], bool]) -> tuple[int, 
     return ended(child), time.monotonic() - sent
 
 
-def test_a_stopped_worker_ends_soon_with_75_and_the_next_one_goes_on(sources, undisturbed, tmp_path):
+def any_file(cache: Path, pattern: str) -> bool:
+    return any(cache.glob(pattern))
+
+
+def is_past(moment: float) -> bool:
+    return time.monotonic() > moment
+
+
+def test_signal_ends_a_worker_with_75_and_a_rerun_finishes(
+    sources: Sources, undisturbed: Files, tmp_path: Path
+) -> None:
     config = config_for(*sources, tmp_path / "cache")
     for number, stored in ((signal.SIGTERM, "prompts/*/*.json"), (signal.SIGINT, "latents/*/*/*.json")):
-        code, took = stopped(config, number, lambda stored=stored: any((tmp_path / "cache").glob(stored)))
+        code, took = stopped(config, number, partial(any_file, tmp_path / "cache", stored))
         assert code == 75 and took < 10
     run(config)
     check_same(tmp_path / "cache", undisturbed)
 
 
 @pytest.mark.faults
-def test_signals_at_random_moments_end_the_work_in_time_and_lose_nothing(sources, undisturbed, tmp_path):
-    draws, heard = random.Random(6), 0
+def test_signals_at_random_moments_lose_nothing(sources: Sources, undisturbed: Files, tmp_path: Path) -> None:
+    draws, stopped_runs = random.Random(6), 0
     for number in range(30):
         config = config_for(*sources, tmp_path / str(number // 5))
         moment = time.monotonic() + 0.2 + 2 * draws.random()
         kind = draws.choice([signal.SIGTERM, signal.SIGINT])
-        code, took = stopped(config, kind, lambda moment=moment: time.monotonic() > moment)
+        code, took = stopped(config, kind, partial(is_past, moment))
         assert code in (0, 75) and took < 10
-        heard += code == 75
+        stopped_runs += code == 75
         if number % 5 == 4:
             run(config)
             check_same(tmp_path / str(number // 5), undisturbed)
-    assert heard > 5
+    assert stopped_runs > 5
 
 
 @pytest.mark.faults
-def test_a_command_that_is_stopped_while_it_loads_its_libraries_ends_with_75(sources, tmp_path):
+def test_signal_during_imports_ends_the_command_with_75(sources: Sources, tmp_path: Path) -> None:
     save_config(config_for(*sources, tmp_path / "cache"), tmp_path / "config.toml")
     command = [sys.executable, "-m", "precog", "precompute", str(tmp_path / "config.toml")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
@@ -174,7 +186,7 @@ def test_a_command_that_is_stopped_while_it_loads_its_libraries_ends_with_75(sou
 
 
 @pytest.mark.faults
-def test_real_commands_share_the_work_and_survive_kills(sources, undisturbed, tmp_path):
+def test_real_commands_share_the_work_and_survive_kills(sources: Sources, undisturbed: Files, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     save_config(config_for(*sources, cache), tmp_path / "config.toml")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

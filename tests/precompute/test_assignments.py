@@ -1,9 +1,8 @@
-"""Who makes what: the same plan for everybody, disjoint shares, nothing planned that is stored."""
+"""Assignments: the same for every worker, disjoint shares, nothing assigned that is stored."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,29 +12,31 @@ from precompute.assignments import (
     Inventory,
     Part,
     PlannedShard,
-    agree,
+    Wanted,
+    assigned_shards,
+    assignment_name,
     group,
-    make_missing,
-    missing_keys,
-    plan_name,
     propose,
-    read_plan,
-    still_to_make,
+    shards_to_make,
     take_inventory,
+    unmade,
 )
 from shared.cache.collection import Collection
 from shared.cache.shard import Sample, write_shard
 from shared.cache.storage import LocalStorage
 from shared.errors import CacheError
-from shared.fingerprint import key_of
+from shared.fingerprint import key_of, sealed
+from tests.corpus import count_storage_calls
 
 LATENTS = Collection("latents", "r")
 KEYS = sorted(key_of(number) for number in range(20))
-NOTHING = Inventory(frozenset(), {})
 
 
-def folders_of(keys: list[str]) -> dict[str, str]:
-    return {key: f"latents/r/{'a' if int(key, 16) % 3 else 'b'}" for key in keys}
+def wanted_of(
+    keys: list[str], per_shard: int = 2, per_batch: int = 1, *, buckets: int = 1, retry: Mapping[str, int] | None = None
+) -> Wanted:
+    folders = {key: f"latents/r/{int(key, 16) % buckets}" for key in keys}
+    return Wanted(LATENTS, folders, per_shard, per_batch, retry or {})
 
 
 @pytest.fixture
@@ -45,65 +46,76 @@ def storage(tmp_path: Path) -> LocalStorage:
 
 def store(storage: LocalStorage, shard: PlannedShard, skipped: dict[str, str] | None = None) -> None:
     samples = [Sample(key, {}, {}) for key in shard.keys if key not in (skipped or {})]
-    write_shard(storage, shard.folder, samples, skipped, shard.attempt)
+    skips = {key: reason for key, reason in (skipped or {}).items() if key in shard.keys}
+    write_shard(storage, shard.folder, samples, skips, shard.attempt)
 
 
-def make_all(storage: LocalStorage, made: list[PlannedShard]) -> object:
-    def make(todo: Iterator[PlannedShard], _total: int) -> None:
-        for shard in todo:
-            store(storage, shard)
+def make_all(
+    storage: LocalStorage,
+    wanted: Wanted,
+    part: Part = Part(),  # noqa: B008
+    skipped: dict[str, str] | None = None,
+) -> tuple[list[PlannedShard], Inventory]:
+    """Make what is missing; return the shards made here and the inventory at the end."""
+    made: list[PlannedShard] = []
+    shards, inventory = shards_to_make(storage, wanted, take_inventory(storage, LATENTS), part)
+    while shards:
+        for shard in unmade(storage, shards):
+            store(storage, shard, skipped)
             made.append(shard)
-
-    return make
+        shards, inventory = shards_to_make(storage, wanted, inventory, part)
+    return made, inventory
 
 
 @given(st.permutations(KEYS), st.integers(1, 7), st.integers(1, 7))
-def test_a_grouping_does_not_depend_on_the_order_and_loses_no_key(keys, per_shard, per_batch):
-    planned = group(dict.fromkeys(keys, 0), folders_of(keys), keys_per_shard=per_shard, keys_per_batch=per_batch)
-    usual = group(dict.fromkeys(KEYS, 0), folders_of(KEYS), keys_per_shard=per_shard, keys_per_batch=per_batch)
-    assert planned == usual
+def test_grouping_ignores_the_order_and_loses_no_key(keys: list[str], per_shard: int, per_batch: int) -> None:
+    wanted = wanted_of(keys, per_shard, per_batch, buckets=3)
+    planned = group(wanted, dict.fromkeys(keys, 0))
+    assert planned == group(wanted, dict.fromkeys(KEYS, 0))
     assert sorted(key for shard in planned for key in shard.keys) == KEYS
     for shard in planned:
         assert len(shard.keys) <= per_shard and all(len(batch) <= per_batch for batch in shard.batches)
-        assert {folders_of(KEYS)[key] for key in shard.keys} == {shard.folder}
+        assert {wanted.folders[key] for key in shard.keys} == {shard.folder}
 
 
-@given(st.integers(1, 40), st.integers(1, 12))
-def test_shares_are_disjoint_and_every_worker_would_do_everything(num_shards, count):
-    planned = [PlannedShard("latents/r/a", ((key_of(number),),), 0) for number in range(num_shards)]
-    storage = LocalStorage("/nonexistent")
-    orders = [list(still_to_make(storage, planned, NOTHING, Part(index, count))) for index in range(count)]
-    shares = [[s for n, s in enumerate(planned) if n % count == index] for index in range(count)]
-    for order, share in zip(orders, shares, strict=True):
-        assert order[: len(share)] == share and sorted(s.receipt for s in order) == sorted(s.receipt for s in planned)
-    assert sum(map(len, shares)) == num_shards
+@pytest.mark.parametrize(("num_keys", "count"), [(1, 3), (7, 1), (20, 3), (20, 12)])
+def test_shares_are_disjoint_and_every_worker_would_make_all(storage: LocalStorage, num_keys: int, count: int) -> None:
+    wanted = wanted_of(KEYS[:num_keys], per_shard=1)
+    orders = [shards_to_make(storage, wanted, Inventory(), Part(index, count))[0] for index in range(count)]
+    planned = assigned_shards(storage, wanted, 0)
+    for index, order in enumerate(orders):
+        share = planned[index::count]
+        assert order[: len(share)] == share
+        assert sorted(shard.receipt for shard in order) == sorted(shard.receipt for shard in planned)
+    assert len(list(storage.files("assignments"))) == 1
 
 
-def test_a_worker_makes_its_share_and_helps_with_what_is_left(storage):
-    planned = group(dict.fromkeys(KEYS, 0), dict.fromkeys(KEYS, "latents/r/a"), keys_per_shard=2, keys_per_batch=1)
-    order = [planned.index(shard) for shard in still_to_make(storage, planned, NOTHING, Part(1, 3))]
-    assert order[:3] == [1, 4, 7]
-    assert sorted(order) == list(range(len(planned)))
-    stream = still_to_make(storage, planned, NOTHING, Part(1, 3))
-    assert planned.index(next(stream)) == 1
-    store(storage, planned[4])  # another worker was there meanwhile
-    assert planned.index(next(stream)) == 7
+def test_share_does_not_shift_when_others_have_stored_shards(storage: LocalStorage) -> None:
+    wanted = wanted_of(KEYS)
+    planned, _ = shards_to_make(storage, wanted, Inventory(), Part())
+    for index in (0, 4):
+        store(storage, planned[index])
+    order, _ = shards_to_make(storage, wanted, Inventory(), Part(1, 3))
+    assert [planned.index(shard) for shard in order[:2]] == [1, 7] and len(order) == len(planned) - 2
 
 
-def test_workers_that_are_done_seldom_help_with_the_same_shard():
+def test_shards_made_meanwhile_are_left_out(storage: LocalStorage) -> None:
+    planned, _ = shards_to_make(storage, wanted_of(KEYS), Inventory(), Part())
+    stream = unmade(storage, planned)
+    assert next(stream) == planned[0]
+    store(storage, planned[1])
+    assert next(stream) == planned[2]
+
+
+def test_idle_workers_seldom_make_the_same_shard(storage: LocalStorage) -> None:
     """Time in shards: sixteen workers of ten shards each, two of which never come."""
-    planned = [PlannedShard(f"latents/r/{number}", ((key_of(number),),), 0) for number in range(160)]
+    wanted = wanted_of([key_of(number) for number in range(160)], per_shard=1)
+    orders = [shards_to_make(storage, wanted, Inventory(), Part(index, 16))[0] for index in range(14)]
     made: set[str] = set()
-
-    class Made:
-        def exists(self, receipt: str) -> bool:
-            return receipt in made
-
-    storage: Any = Made()
-    workers = [still_to_make(storage, planned, NOTHING, Part(index, 16)) for index in range(14)]
     encoded = rounds = 0
-    while len(made) < len(planned):
-        under_way = [shard.receipt for worker in workers if (shard := next(worker, None)) is not None]
+    while len(made) < 160:
+        nexts = [next((shard.receipt for shard in order if shard.receipt not in made), None) for order in orders]
+        under_way = [receipt for receipt in nexts if receipt is not None]
         made |= set(under_way)
         encoded += len(under_way)
         rounds += 1
@@ -111,106 +123,108 @@ def test_workers_that_are_done_seldom_help_with_the_same_shard():
     assert encoded <= 190, "160 is ideal"
 
 
-def test_everybody_gets_the_plan_that_was_written_first(storage):
-    folders = folders_of(KEYS)
-    first = group(dict.fromkeys(KEYS, 0), folders, keys_per_shard=4, keys_per_batch=2)
-    second = group(dict.fromkeys(KEYS, 0), folders, keys_per_shard=7, keys_per_batch=1)
-    assert agree(storage, folders, 0, first) == agree(storage, folders, 0, second) == first
-    assert plan_name(folders, 0) != plan_name(folders, 1) != plan_name(folders_of(KEYS[1:]), 0)
+def test_first_assignment_wins(storage: LocalStorage) -> None:
+    first, _ = shards_to_make(storage, wanted_of(KEYS, 4, 2), Inventory(), Part())
+    assert shards_to_make(storage, wanted_of(KEYS, 7, 1), Inventory(), Part())[0] == first
+    assert propose(storage, wanted_of(KEYS, 7, 1), Inventory()) == first
+    names = {assignment_name(wanted_of(KEYS), 0), assignment_name(wanted_of(KEYS), 1)}
+    assert len({*names, assignment_name(wanted_of(KEYS[1:]), 0)}) == 3
 
 
-def test_a_plan_that_is_damaged_or_points_elsewhere_is_refused(storage):
-    folders = folders_of(KEYS)
-    path = storage.path(plan_name(folders, 0))
-    path.parent.mkdir()
-    entry = {"folder": "latents/r/a", "batches": [[KEYS[0]]], "attempt": 0}
-    elsewhere = json.dumps([{**entry, "folder": "../../etc"}])
-    foreign = json.dumps([{**entry, "batches": [[key_of("not wanted")]]}])
-    for content in ("", "[", "{}", "[1]", '[{"folder": 1}]', elsewhere, foreign):
-        path.write_text(content)
-        with pytest.raises(CacheError, match=r"damaged plan .*; delete this file and run again"):
-            read_plan(storage, folders, 0)
+def test_damaged_or_foreign_assignment_is_refused(storage: LocalStorage) -> None:
+    wanted = wanted_of(KEYS)
+    name = assignment_name(wanted, 0)
+    good = asdict(group(wanted, {KEYS[0]: 0})[0])
+    bodies: list[dict[str, object]] = [
+        {},
+        {"name": name, "shards": [1]},
+        {"name": "another", "shards": [good]},
+        {"name": name, "shards": [good | {"folder": "../../etc"}]},
+        {"name": name, "shards": [good | {"batches": [[key_of("not wanted")]]}]},
+    ]
+    whole = sealed({"name": name, "shards": [good]})
+    for content in (b"", b"[", whole[:-3], whole.replace(b'"attempt": 0', b'"attempt": 1'), *map(sealed, bodies)):
+        storage.publish(name, content, replace=True)
+        with pytest.raises(CacheError, match=rf"{name}: damaged .*; run `precog cache verify --repair`"):
+            assigned_shards(storage, wanted, 0)
+    storage.publish(name, whole, replace=True)
+    assert len(assigned_shards(storage, wanted, 0)) == 1
 
 
-def test_making_what_is_missing_ends_with_everything_stored_and_nothing_twice(storage):
-    made: list[PlannedShard] = []
-    settings = {"keys_per_shard": 3, "keys_per_batch": 2}
-    inventory = make_missing(storage, LATENTS, folders_of(KEYS[:12]), make_all(storage, made), Part(), **settings)
+def test_everything_is_stored_at_the_end_and_nothing_twice(storage: LocalStorage) -> None:
+    first, inventory = make_all(storage, wanted_of(KEYS[:12], 3, 2, buckets=2))
     assert inventory.stored == frozenset(KEYS[:12])
-    inventory = make_missing(storage, LATENTS, folders_of(KEYS), make_all(storage, made), Part(1, 2), **settings)
+    second, inventory = make_all(storage, wanted_of(KEYS, 3, 2, buckets=2), Part(1, 2))
     assert inventory.stored == frozenset(KEYS)
-    assert sorted(key for shard in made for key in shard.keys) == KEYS
-    make_missing(storage, LATENTS, folders_of(KEYS[3:]), make_all(storage, made), Part(), **settings)
-    assert sum(len(shard.keys) for shard in made) == len(KEYS)
+    assert sorted(key for shard in first + second for key in shard.keys) == KEYS
+    assert make_all(storage, wanted_of(KEYS[3:], 3, 2, buckets=2))[0] == []
 
 
-def test_an_unfinished_plan_does_not_make_again_what_another_data_set_has_made(storage):
-    """Plan A stops after its first shard; B wants more, groups otherwise and finishes; A comes back."""
-    made: list[PlannedShard] = []
-    folders = dict.fromkeys(KEYS[:12], "latents/r/a")
-
-    def one_shard(todo: Iterator[PlannedShard], _total: int) -> None:
-        store(storage, next(todo))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        make_missing(storage, LATENTS, folders, one_shard, Part(), keys_per_shard=5, keys_per_batch=1)
-    more = dict.fromkeys(KEYS, "latents/r/a")
-    make_missing(storage, LATENTS, more, make_all(storage, made), Part(), keys_per_shard=4, keys_per_batch=1)
-    assert len(made) == 4
-    make_missing(storage, LATENTS, folders, make_all(storage, made), Part(), keys_per_shard=5, keys_per_batch=1)
-    assert len(made) == 4
+def test_each_receipt_is_read_once_in_a_run(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_all(storage, wanted_of(KEYS[:6]))
+    calls = count_storage_calls(monkeypatch)
+    make_all(storage, wanted_of(KEYS))
+    reads = {name: count for (method, name), count in calls.items() if method == "read" and name.startswith("latents")}
+    assert len(reads) == 10 and set(reads.values()) == {1}
+    calls.clear()
+    assert make_all(storage, wanted_of(KEYS))[0] == []
+    assert calls == {("files", "latents/r"): 1} | dict.fromkeys([("read", name) for name in reads], 1)
 
 
-def test_what_is_finished_between_looking_and_planning_is_not_planned_again(tmp_path):
-    """The other worker's last receipt appears just after this one has read the receipts."""
-    folders = dict.fromkeys(KEYS[:6], "latents/r/a")
-    planned = group(dict.fromkeys(folders, 0), folders, keys_per_shard=2, keys_per_batch=1)
-
-    class Crowded(LocalStorage):
-        def names(self, folder: str, suffix: str) -> list[str]:
-            found = super().names(folder, suffix)
-            for shard in planned:
-                store(LocalStorage(str(tmp_path)), shard)
-            return found
-
-    storage = Crowded(str(tmp_path))
-    agree(storage, folders, 0, planned)
-    made: list[PlannedShard] = []
-    inventory = make_missing(
-        storage, LATENTS, folders, make_all(storage, made), Part(), keys_per_shard=6, keys_per_batch=1
-    )
-    assert made == [] and inventory.stored == frozenset(folders)
-    assert len(list((tmp_path / "plans").iterdir())) == 1
+def test_shards_of_another_data_set_are_not_made_again(storage: LocalStorage) -> None:
+    """Data set A stops after its first shard; B wants more, groups otherwise and finishes; A continues."""
+    wanted = wanted_of(KEYS[:12], 5)
+    shards, _ = shards_to_make(storage, wanted, Inventory(), Part())
+    store(storage, shards[0])
+    assert len(make_all(storage, wanted_of(KEYS, 4))[0]) == 4
+    assert make_all(storage, wanted)[0] == []
 
 
-def test_a_skipped_key_stays_skipped_until_it_is_asked_for_again(storage):
-    folders, bad = dict.fromkeys(KEYS[:4], "latents/r/a"), KEYS[1]
-
-    def make(todo: Iterator[PlannedShard], _total: int) -> None:
-        for shard in todo:
-            store(storage, shard, {bad: f"reason {shard.attempt}"} if bad in shard.keys else {})
-
-    settings = {"keys_per_shard": 4, "keys_per_batch": 1}
-    for retry, reason in ((False, "reason 0"), (False, "reason 0"), (True, "reason 1"), (True, "reason 2")):
-        found = make_missing(storage, LATENTS, folders, make, Part(), retry_skipped=retry, **settings)
-        assert found.skipped[bad][0] == reason and found.stored == frozenset(folders) - {bad}
-    found = make_missing(storage, LATENTS, folders, make_all(storage, []), Part(), retry_skipped=True, **settings)
-    assert found.stored == frozenset(folders) and found.skipped == {}
+def test_shards_stored_after_the_inventory_are_not_assigned_again(storage: LocalStorage) -> None:
+    old = take_inventory(storage, LATENTS)
+    make_all(storage, wanted_of(KEYS[:5]))
+    make_all(storage, wanted_of(KEYS[:6]))
+    shards, inventory = shards_to_make(storage, wanted_of(KEYS[:6], 6), old, Part())
+    assert shards == [] and inventory.stored == frozenset(KEYS[:6])
 
 
-def test_a_proposal_is_what_would_be_made_and_writes_nothing(storage, tmp_path):
-    folders = dict.fromkeys(KEYS[:6], "latents/r/a")
-    settings = {"keys_per_shard": 2, "keys_per_batch": 1}
-    planned = propose(storage, folders, NOTHING, **settings)
+def test_skipped_key_is_retried_only_on_demand(storage: LocalStorage) -> None:
+    wanted, bad = wanted_of(KEYS[:4], 4), KEYS[1]
+    for retry, attempt in ((False, 0), (False, 0), (True, 1), (True, 2)):
+        before = take_inventory(storage, LATENTS)
+        attempts = {key: attempt for key, (_, attempt) in before.skipped.items()}
+        made, found = make_all(
+            storage, replace(wanted, retry=attempts if retry else {}), skipped={bad: f"reason {attempt}"}
+        )
+        assert found.skipped == {bad: (f"reason {attempt}", attempt)} and found.stored == frozenset(KEYS[:4]) - {bad}
+        assert len(made) == (attempt not in {a for _, a in before.skipped.values()})
+    _, found = make_all(storage, replace(wanted, retry={bad: 2}))
+    assert found.stored == frozenset(KEYS[:4]) and found.skipped == {}
+
+
+def test_given_up_keys_are_left_to_the_next_run(storage: LocalStorage) -> None:
+    wanted, lost = wanted_of(KEYS[:6], 3), set(KEYS[:4])
+    shards, inventory = shards_to_make(storage, wanted, Inventory(), Part())
+    for shard in shards:
+        kept = tuple(key for key in shard.keys if key not in lost)
+        if kept:
+            store(storage, PlannedShard(shard.folder, (kept,), shard.attempt))
+    assert shards_to_make(storage, wanted, inventory, Part(), lost)[0] == []
+    made, inventory = make_all(storage, wanted)
+    assert inventory.stored == frozenset(KEYS[:6]) and sorted(key for s in made for key in s.keys) == KEYS[:4]
+
+
+def test_proposal_is_what_would_be_made_and_writes_nothing(storage: LocalStorage, tmp_path: Path) -> None:
+    wanted = wanted_of(KEYS[:6])
+    planned = propose(storage, wanted, Inventory())
     assert len(planned) == 3 and list(tmp_path.iterdir()) == []
-    agree(storage, folders, 0, planned)
+    assert shards_to_make(storage, wanted, Inventory(), Part())[0] == planned
     store(storage, planned[0])
-    inventory = take_inventory(storage, LATENTS)
-    assert propose(storage, folders, inventory, keys_per_shard=5, keys_per_batch=5) == planned[1:]
+    assert propose(storage, wanted_of(KEYS[:6], 5, 5), take_inventory(storage, LATENTS)) == planned[1:]
 
 
-def test_missing_is_what_is_neither_stored_nor_given_up():
-    inventory = Inventory(frozenset({"a"}), {"b": ("broken", 0), "c": ("broken", 2)})
-    assert missing_keys(["a", "b", "c", "d"], inventory, {}) == {"d": 0}
-    assert missing_keys(["a", "b", "c", "d"], inventory, {"b": 0, "c": 1}) == {"b": 1, "d": 0}
+def test_missing_keys_are_neither_stored_nor_skipped_nor_given_up() -> None:
+    inventory = Inventory(frozenset(), frozenset({"a"}), {"b": ("broken", 0), "c": ("broken", 2)})
+    wanted = Wanted(LATENTS, dict.fromkeys("abcde", "latents/r"), 1, 1)
+    assert wanted.missing(inventory, {"e"}) == {"d": 0}
+    assert replace(wanted, retry={"b": 0, "c": 1}).missing(inventory) == {"b": 1, "d": 0, "e": 0}

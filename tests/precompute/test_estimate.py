@@ -1,27 +1,29 @@
-"""`precog plan`: what it says is what `precompute` then does, and nothing is written."""
+"""`precog plan`: its figures are those of the next run, and nothing is written."""
 
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from precompute import recipes
-from precompute.changes import FIELDS, recipe_changes
+from precompute.changes import recipe_changes
 from precompute.estimate import Estimate, estimate
 from precompute.run import decode_pool
 from precompute.sources.rows import read_sources
 from precompute.stage import open_stage
 from shared.cache.collection import collection_for, write_recipe
-from shared.cache.settings import PRECOMPUTE_FIELDS
 from shared.cache.shard import write_shard
 from shared.cache.storage import LocalStorage
 from shared.cache.view import read_view
-from shared.config import Config
+from shared.config import Config, fields_shaping
 from shared.errors import UsageError
 from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
+
+Filled = tuple[Path, Path]
 
 
 def look(config: Config) -> Estimate:
@@ -30,13 +32,13 @@ def look(config: Config) -> Estimate:
 
 
 @pytest.fixture
-def filled(tmp_path: Path, pipeline: Path) -> tuple[Path, Path]:
+def filled(tmp_path: Path, pipeline: Path) -> Filled:
     root, cache = write_corpus(tmp_path / "clips", 6), tmp_path / "cache"
     run(config_for(pipeline, root, cache))
     return root, cache
 
 
-def test_a_plan_promises_what_the_run_then_does_and_writes_nothing(pipeline, tmp_path):
+def test_plan_is_what_the_run_does_and_writes_nothing(pipeline: Path, tmp_path: Path) -> None:
     root, cache = write_corpus(tmp_path / "clips", 6), tmp_path / "cache"
     (root / "003.mp4").write_bytes(b"no video")
     config = config_for(pipeline, root, cache)
@@ -55,7 +57,9 @@ def test_a_plan_promises_what_the_run_then_does_and_writes_nothing(pipeline, tmp
     assert again.stored_bytes == sum(path.stat().st_size for path in cache.rglob("*.tar"))
 
 
-def test_a_file_that_cannot_be_read_now_is_pointed_out_and_not_counted(pipeline, filled, monkeypatch):
+def test_file_with_a_transient_failure_is_a_warning(
+    pipeline: Path, filled: Filled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, cache = filled
     config = config_for(pipeline, root, cache)
     sources = read_sources(config.data)
@@ -66,14 +70,14 @@ def test_a_file_that_cannot_be_read_now_is_pointed_out_and_not_counted(pipeline,
     assert (found.clips, found.skipped) == (5, [])
 
 
-def test_json_has_the_fields_of_a_run_with_planned_for_encoded(pipeline, filled):
+def test_json_has_a_runs_fields_with_planned_for_encoded(pipeline: Path, filled: Filled) -> None:
     body = json.loads(json.dumps(look(config_for(pipeline, *filled)).as_json()))
     assert body["latents"] == {"planned": 0, "reused": 6} and body["prompts"] == {"planned": 0, "reused": 8}
     assert body["clips"] == 6 and body["skipped"] == [] and body["seconds"]["total"] > 0
     assert body["bytes"]["free"] > 0
 
 
-def test_each_change_is_named_and_what_it_leaves_behind_is_counted(pipeline, filled, tmp_path):
+def test_each_change_is_named_and_orphans_are_counted(pipeline: Path, filled: Filled, tmp_path: Path) -> None:
     root, cache = filled
     write_video(root / "002.mp4", seed=99)
     write_video(root / "new.mp4", seed=98)
@@ -107,7 +111,7 @@ def test_each_change_is_named_and_what_it_leaves_behind_is_counted(pipeline, fil
     assert revised.latents.reused == 0 and revised.orphaned["latents"] == 8
 
 
-def test_a_clip_whose_start_moved_within_its_table_is_named_by_its_window(pipeline, tmp_path):
+def test_clip_whose_start_moved_has_a_changed_window(pipeline: Path, tmp_path: Path) -> None:
     root, cache = write_corpus(tmp_path / "clips", 1), tmp_path / "cache"
     data = {"dataset_name": str(tmp_path / "t.jsonl"), "caption_column": "text", "video_column": "video"}
     row = {"video": "000.mp4", "text": "a"}
@@ -118,35 +122,35 @@ def test_a_clip_whose_start_moved_within_its_table_is_named_by_its_window(pipeli
     assert look(config).changed == [("000.mp4", "window changed")]
 
 
-def test_what_another_view_uses_is_no_orphan(pipeline, filled):
+def test_samples_of_another_view_are_no_orphans(pipeline: Path, filled: Filled) -> None:
     root, cache = filled
     found = look(config_for(pipeline, root, cache, data={"name": "other", "video_reshape_mode": "random"}))
     assert found.orphaned["latents"] == 0 and found.new == 6
 
 
-def test_a_damaged_view_is_a_warning_and_no_end(pipeline, filled):
+def test_damaged_view_is_a_warning(pipeline: Path, filled: Filled) -> None:
     root, cache = filled
     config = config_for(pipeline, root, cache)
     for name in ("other", config.data.name):
         (cache / "datasets" / f"{name}.json").write_bytes(b"{}")
         found = look(config)
-        assert [line for line in found.warnings if f"datasets/{name}" in line and "no data set" in line]
+        assert [line for line in found.warnings if f"datasets/{name}" in line and "count as unused" in line]
     assert found.latents.made == 0 and found.changed == []
 
 
-def test_a_shard_that_is_gone_is_named_as_such(pipeline, filled):
+def test_lost_shard_is_named(pipeline: Path, filled: Filled) -> None:
     root, cache = filled
     for path in cache.glob("latents/*/5x16x32/*"):
         path.unlink()
     assert {reason for _, reason in look(config_for(pipeline, root, cache)).changed} == {"no longer stored"}
 
 
-def test_a_clip_that_was_skipped_and_is_tried_again_is_named_as_such(pipeline, filled):
+def test_retried_clip_is_named(pipeline: Path, filled: Filled) -> None:
     root, cache = filled
     storage = LocalStorage(str(cache))
     view = read_view(storage, "corpus")
     [key] = [row.latent_key for row in view.rows if row.source == "002.mp4"]
-    for path in [*cache.glob("latents/*/5x16x32/*"), *cache.glob("plans/*")]:
+    for path in [*cache.glob("latents/*/5x16x32/*"), *cache.glob("assignments/*")]:
         path.unlink()
     write_shard(storage, f"{view.latents.folder}/5x16x32", [], {key: "broken"})
     assert run(config_for(pipeline, root, cache)).skipped == [("002.mp4", "broken")]
@@ -154,35 +158,34 @@ def test_a_clip_that_was_skipped_and_is_tried_again_is_named_as_such(pipeline, f
     assert look(config_for(pipeline, root, cache, retry_skipped=True)).changed == [("002.mp4", "skipped before")]
 
 
-def test_every_change_of_a_field_that_a_recipe_has_is_named_by_the_field(pipeline, tmp_path):
+def test_every_field_in_a_recipe_is_named_when_it_changes(pipeline: Path, tmp_path: Path) -> None:
     config = config_for(pipeline, tmp_path, tmp_path / "cache")
     storage, found = LocalStorage(str(tmp_path / "cache")), recipes.find_encoders(config)
     i2v = replace(found, conventions=replace(found.conventions, image_to_video=True))
     makers = {"latents": recipes.latents_recipe, "prompts": recipes.prompts_recipe}
-    values = {"vae_dtype": "bf16", "text_dtype": "fp16", "text_quantization": "int8", "noised_image_count": 1}
-    fields = {field for names in FIELDS.values() for field in names.values()}
-    assert fields == {f"precompute.{name}" for name in (*PRECOMPUTE_FIELDS, "noised_image_count")}
+    values: dict[str, Any] = {"vae_dtype": "bf16", "text_dtype": "fp16", "noised_image_count": 1}
     for kind, make in makers.items():
         before = make(config, i2v)
         old = collection_for(kind, before)
         write_recipe(storage, old, before)
-        for field in FIELDS[kind].values():
+        for field in fields_shaping("latents", "image_latents") if kind == "latents" else fields_shaping("prompts"):
             name = field.removeprefix("precompute.")
             changed = config_for(pipeline, tmp_path, tmp_path / "cache", **{name: values.get(name, True)})
             assert recipe_changes(storage, old, make(changed, i2v)) == [field]
 
 
-def test_costly_buckets_are_pointed_out(pipeline, filled):
+def test_costly_frame_buckets_are_warnings(pipeline: Path, filled: Filled) -> None:
     found = look(config_for(pipeline, *filled, data={"frame_buckets": [5, 13]}))
     assert len(found.warnings) == 1 and "frame bucket 13" in found.warnings[0]
 
 
-def test_shards_that_no_reader_would_take_are_refused_before_they_are_planned(pipeline, tmp_path, monkeypatch):
+def test_shards_too_large_to_read_are_refused(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, cache = write_corpus(tmp_path / "clips", 6), tmp_path / "cache"
     monkeypatch.setattr("precompute.estimate.MAX_SHARD_BYTES", 40_000)
     for change in ({"clips_per_shard": 6}, {"prompts_per_shard": 6}):
-        config = config_for(pipeline, root, cache, **({"clips_per_shard": 1, "prompts_per_shard": 1} | change))
+        settings: dict[str, Any] = {"clips_per_shard": 1, "prompts_per_shard": 1} | change
+        config = config_for(pipeline, root, cache, **settings)
         for attempt in (look, run):
-            with pytest.raises(UsageError, match=rf"precompute.{next(iter(change))} = 6: 6 of .* so \d here"):
+            with pytest.raises(UsageError, match=rf"precompute.{next(iter(change))} = 6: 6 of .*; set it to \d"):
                 attempt(config)
     assert not list(cache.rglob("*.json"))

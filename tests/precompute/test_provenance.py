@@ -1,22 +1,27 @@
-"""Which versions and devices made a collection is on record, and no shared byte depends on it."""
+"""The record of versions and devices: complete, and part of no shared file."""
 
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from precompute import provenance
 from tests.corpus import config_for, run, stored_files, write_corpus
 
 
-def records(cache: Path) -> dict[str, list[dict]]:
-    """Recipe -> what has encoded for it."""
+def records(cache: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return recipe -> the environments that encoded for it."""
     return {
         folder.name: [json.loads(path.read_bytes()) for path in sorted(folder.iterdir())]
         for folder in (cache / "made_by").iterdir()
     }
 
 
-def test_each_environment_that_encodes_is_recorded_once_for_each_recipe(pipeline, tmp_path, monkeypatch):
+def test_each_environment_is_recorded_once_per_recipe(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, cache = write_corpus(tmp_path / "clips", 2), tmp_path / "cache"
     run(config_for(pipeline, root, cache))
     run(config_for(pipeline, root, cache))

@@ -1,7 +1,4 @@
-"""`--engine ray`: the same cache as one process makes, a killed worker started again, nothing open to the network.
-
-The runs need Ray (`pip install 'precog[ray]'`) and are left out without it.
-"""
+"""`--engine ray`: the same cache as one process makes, killed workers restarted, no server beyond the loopback."""
 
 import contextlib
 import os
@@ -9,22 +6,25 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from precompute.assignments import Part
-from precompute.ray_engine import Worker, _slots, precompute_with_ray
-from precompute.report import Report, Tally, merge
+from precompute.ray_engine import Worker, precompute_with_ray, worker_slots
+from precompute.report import Report
+from shared.cache.shard import Receipt, write_shard
 from shared.config import Config
 from shared.errors import DataError, Preempted, UsageError
 from tests.corpus import config_for, run, stored_files, write_corpus
 
 
-def test_without_ray_the_extra_is_named(pipeline, tmp_path, monkeypatch):
+def test_missing_ray_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"pip install 'precog\[ray\]'"):
-        precompute_with_ray(config_for(pipeline, tmp_path, "cache"))
+    with pytest.raises(UsageError, match=r'Ray is not installed; run `make setup EXTRAS="ray"`'):
+        precompute_with_ray(config_for(tmp_path, tmp_path, "cache"))
 
 
 @pytest.mark.parametrize(
@@ -36,45 +36,39 @@ def test_without_ray_the_extra_is_named(pipeline, tmp_path, monkeypatch):
         ({"CPU": 2.0}, 3, 1, {"num_cpus": 2}),
     ],
 )
-def test_there_is_a_worker_for_every_gpu_or_for_every_slot_of_processors(resources, decode_workers, count, needs):
-    assert _slots(resources, decode_workers) == (count, needs)
-
-
-def test_workers_reports_add_up():
-    one = Report(clips=9, latents=Tally(4, 5), written_bytes=10, seconds={"total": 2.0})
-    two = Report(clips=9, latents=Tally(3, 6), written_bytes=20, seconds={"total": 3.0, "write": 1.0})
-    both = merge([one, two])
-    assert (both.clips, both.latents.made, both.latents.reused, both.written_bytes) == (9, 7, 2, 30)
-    assert both.seconds == {"total": 3.0, "write": 1.0}
+def test_there_is_a_worker_per_gpu_or_per_cpu_slot(
+    resources: dict[str, float], decode_workers: int, count: int, needs: dict[str, float]
+) -> None:
+    assert worker_slots(resources, decode_workers) == (count, needs)
 
 
 @pytest.mark.parametrize(("address", "reason"), [("auto", "Could not find any"), ("nonsense", "Invalid address")])
-def test_a_cluster_that_is_not_there_is_one_line(pipeline, tmp_path, monkeypatch, address, reason):
-    pytest.importorskip("ray")
+def test_missing_cluster_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, reason: str
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a cluster of this machine would be noted
-    with pytest.raises(
-        UsageError, match=rf"RAY_ADDRESS = '{address}': no Ray cluster answers there \({reason}"
-    ) as caught:
-        precompute_with_ray(config_for(pipeline, tmp_path, "cache"))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # the place where a cluster of this machine would be noted
+    with pytest.raises(UsageError, match=rf"RAY_ADDRESS = '{address}': no cluster answers \({reason}") as caught:
+        precompute_with_ray(config_for(tmp_path, tmp_path, "cache"))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.faults
-def test_a_cluster_made_here_listens_on_the_loopback_only():
-    pytest.importorskip("ray")
+def test_local_cluster_listens_on_the_loopback_only() -> None:
     script = """
-import psutil
+import psutil, ray
 from precompute import ray_engine
 
-def listeners(ray, config, workers):
+def listeners(*_):
     ray.get(ray.remote(lambda: None).remote())
     here = psutil.Process()
     sockets = [socket for process in (here, *here.children(recursive=True)) for socket in process.net_connections()]
     print(*{socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN})
+    raise SystemExit
 
-ray_engine._run = listeners
-ray_engine.precompute_with_ray(None)
+ray_engine.worker_slots = listeners
+from types import SimpleNamespace as Table
+ray_engine.precompute_with_ray(Table(precompute=Table(decode_workers=1)))
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
@@ -83,26 +77,50 @@ ray_engine.precompute_with_ray(None)
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """Four slots, whatever the machine has, on the loopback."""
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    ray = pytest.importorskip("ray")
+def cluster() -> Iterator[None]:
+    """Start a cluster of two slots on the loopback."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when Ray is imported
+    import ray
+
     ray.init(num_cpus=4, include_dashboard=False, configure_logging=False)
-    yield ray
+    yield
     ray.shutdown()
 
 
-@pytest.mark.faults
-def test_two_workers_make_what_one_process_makes(cluster, pipeline, tmp_path):
-    root = write_corpus(tmp_path / "clips", 10)
+class KilledOnce(Worker):
+    """A worker; the first one that has written a shard of clips dies then."""
+
+    def precompute(self, config: Config, part: Part) -> Report:
+        from precompute import latents
+
+        mark = Path(config.precompute.cache).with_name("killed")
+
+        def write_and_die(*arguments: Any) -> tuple[Receipt, int]:
+            written = write_shard(*arguments)
+            with contextlib.suppress(FileExistsError):
+                mark.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return written
+
+        vars(latents)["write_shard"] = write_and_die
+        return super().precompute(config, part)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_killed_worker_is_restarted_and_the_cache_is_the_same(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, cache = write_corpus(tmp_path / "clips", 12), tmp_path / "cache"
     run(config_for(pipeline, root, tmp_path / "alone"))
-    report = precompute_with_ray(config_for(pipeline, root, tmp_path / "cache"))
-    assert stored_files(tmp_path / "cache") == stored_files(tmp_path / "alone")
-    assert (report.clips, report.latents.reused) == (10, 0) and report.latents.made >= 10
+    monkeypatch.setattr("precompute.ray_engine.Worker", KilledOnce)
+    report = precompute_with_ray(config_for(pipeline, root, cache))
+    assert (tmp_path / "killed").exists() and report.clips == 12
+    assert stored_files(cache) == stored_files(tmp_path / "alone")
 
 
 @pytest.mark.faults
-def test_a_users_fault_is_raised_here_as_it_was_there(cluster, pipeline, tmp_path):
+@pytest.mark.usefixtures("cluster")
+def test_workers_error_is_raised_as_it_was(pipeline: Path, tmp_path: Path) -> None:
     root = write_corpus(tmp_path / "clips", 2)
     (root / "prompts.txt").write_text("only one")
     with pytest.raises(DataError) as caught:
@@ -111,36 +129,8 @@ def test_a_users_fault_is_raised_here_as_it_was_there(cluster, pipeline, tmp_pat
 
 
 @pytest.mark.faults
-def test_a_killed_worker_is_started_again_and_finishes(cluster, pipeline, tmp_path, monkeypatch):
-    root, cache = write_corpus(tmp_path / "clips", 24), tmp_path / "cache"
-    run(config_for(pipeline, root, tmp_path / "alone"))
-
-    class KilledOnce(Worker):
-        """Whoever writes the first shard of clips dies then."""
-
-        def precompute(self, config: Config, part: Part) -> Report:
-            from precompute import latents
-
-            mark, write = Path(config.precompute.cache).with_name("killed"), latents.write_shard
-
-            def write_and_die(*arguments):
-                written = write(*arguments)
-                with contextlib.suppress(FileExistsError):
-                    mark.touch(exist_ok=False)
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return written
-
-            latents.write_shard = write_and_die
-            return super().precompute(config, part)
-
-    monkeypatch.setattr("precompute.ray_engine.Worker", KilledOnce)
-    report = precompute_with_ray(config_for(pipeline, root, cache))
-    assert (tmp_path / "killed").exists() and report.clips == 24
-    assert stored_files(cache) == stored_files(tmp_path / "alone")
-
-
-@pytest.mark.faults
-def test_a_signal_ends_the_workers_and_the_next_run_goes_on(cluster, pipeline, tmp_path):
+@pytest.mark.usefixtures("cluster")
+def test_signal_ends_the_workers_and_a_rerun_finishes(pipeline: Path, tmp_path: Path) -> None:
     root, cache = write_corpus(tmp_path / "clips", 12), tmp_path / "cache"
     timer = threading.Timer(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     timer.start()

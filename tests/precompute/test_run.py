@@ -1,4 +1,4 @@
-"""Stage 1 from end to end: what a change costs, what is skipped, and that nothing is lost."""
+"""Stage 1 from end to end: the cost of each change, skips, failures and reruns."""
 
 import os
 import shutil
@@ -11,23 +11,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from precompute import latents, prompts
-from precompute.assignments import Inventory, take_inventory
 from precompute.encoders import VaeEncoder
 from precompute.report import Report
 from precompute.sources.rows import read_sources
-from shared.cache.collection import Collection, SampleReader, shards
+from precompute.stage import PassResult
+from shared.cache.collection import SampleReader, receipt_names, shards
+from shared.cache.shard import Receipt, Sample, write_shard
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
 from shared.cache.view import read_view
 from shared.errors import CacheError, DataError, UsageError
-from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
+from tests.corpus import config_for, count_storage_calls, run, stored_files, write_captions, write_corpus, write_video
 from tests.tiny import save_pipeline
 
-CLIPS = 100
+CLIPS = 30
+Small = tuple[Path, Path]
 
 
 def counts(report: Report) -> tuple[int, int, int, int]:
-    """Latents encoded and reused, prompts encoded and reused."""
+    """Return the latents encoded and reused, and the prompts encoded and reused."""
     return report.latents.made, report.latents.reused, report.prompts.made, report.prompts.reused
 
 
@@ -38,23 +40,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, corpus: Path) -> Path:
-    """A cache with the whole corpus in it."""
+    """Fill a cache with the whole corpus."""
     folder = tmp_path_factory.mktemp("run") / "cache"
-    report = run(config_for(pipeline, corpus, folder, clips_per_shard=64, vae_batch_size=10))
+    report = run(config_for(pipeline, corpus, folder, clips_per_shard=20, vae_batch_size=10))
     assert counts(report) == (CLIPS, 0, CLIPS + 2, 0)
     return folder
 
 
 @pytest.fixture
-def small(tmp_path: Path, pipeline: Path) -> tuple[Path, Path]:
-    """Five clips and a cache that has them."""
+def small(tmp_path: Path, pipeline: Path) -> Small:
+    """Fill a cache with five clips."""
     root, cache = write_corpus(tmp_path / "clips", 5), tmp_path / "cache"
     run(config_for(pipeline, root, cache))
     return root, cache
 
 
-def test_each_change_costs_what_it_touches_and_no_more(pipeline, corpus, cache, tmp_path):
-    settings = {"clips_per_shard": 64, "vae_batch_size": 10}
+def test_each_change_costs_only_what_it_touches(pipeline: Path, corpus: Path, cache: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"clips_per_shard": 20, "vae_batch_size": 10}
     assert counts(run(config_for(pipeline, corpus, cache, **settings))) == (0, CLIPS, 0, CLIPS + 2)
 
     root = tmp_path / "moved"
@@ -82,7 +84,7 @@ def test_each_change_costs_what_it_touches_and_no_more(pipeline, corpus, cache, 
     assert counts(run(config_for(other, root, cache, **settings))) == (CLIPS, 0, 0, CLIPS + 2)
 
 
-def test_stored_moments_are_the_vaes_own(pipeline, small):
+def test_stored_moments_are_the_vaes_own(pipeline: Path, small: Small) -> None:
     import av
     from diffusers import AutoencoderKLCogVideoX
 
@@ -99,7 +101,7 @@ def test_stored_moments_are_the_vaes_own(pipeline, small):
     torch.testing.assert_close(SampleReader(storage, view.latents).read(row.latent_key)["moments"], expected)
 
 
-def test_stored_image_moments_are_of_the_clips_own_first_frame_mirrored_where_the_clip_is(tmp_path):
+def test_image_moments_are_of_the_clips_own_first_frame(tmp_path: Path) -> None:
     from precompute.latents import conditioning_images
     from precompute.video.decode import decode
     from precompute.video.probe import probe
@@ -128,7 +130,7 @@ def test_stored_image_moments_are_of_the_clips_own_first_frame_mirrored_where_th
         )
 
 
-def test_bad_clips_are_skipped_with_reasons_and_all_else_is_stored(pipeline, tmp_path):
+def test_bad_clips_are_skipped_with_reasons(pipeline: Path, tmp_path: Path) -> None:
     root, cache = write_corpus(tmp_path / "clips", 3), tmp_path / "cache"
     (root / "bad.mp4").write_bytes(b"no video at all")
     (root / "cut.mp4").write_bytes((root / "001.mp4").read_bytes()[:300])
@@ -143,7 +145,7 @@ def test_bad_clips_are_skipped_with_reasons_and_all_else_is_stored(pipeline, tmp
     assert report.as_json()["skipped"][0].keys() == {"source", "reason"}
 
 
-def test_a_clip_that_cannot_be_encoded_is_skipped_once_and_tried_again_when_asked(pipeline, tmp_path):
+def test_clip_that_cannot_be_encoded_is_retried_on_demand(pipeline: Path, tmp_path: Path) -> None:
     root, cache = write_corpus(tmp_path / "clips", 3), tmp_path / "cache"
     other = tmp_path / "pipeline"
     shutil.copytree(pipeline, other)
@@ -154,7 +156,7 @@ def test_a_clip_that_cannot_be_encoded_is_skipped_once_and_tried_again_when_aske
     with pytest.raises(DataError, match="no clip is left to train on"):
         run(config_for(other, root, cache))
     [(_, receipt)] = shards(LocalStorage(str(cache)), "latents")
-    assert list(receipt.skipped.values()) == ["non-finite latents; precompute.vae_dtype = 'fp32' has more range"] * 3
+    assert list(receipt.skipped.values()) == ["non-finite latents; set precompute.vae_dtype = 'fp32'"] * 3
     receipts = set(cache.glob("latents/*/5x16x32/*.json"))
     with pytest.raises(DataError):
         run(config_for(other, root, cache))
@@ -164,7 +166,7 @@ def test_a_clip_that_cannot_be_encoded_is_skipped_once_and_tried_again_when_aske
     assert len(set(cache.glob("latents/*/5x16x32/*.json"))) == 2 * len(receipts)
 
 
-def test_the_bytes_reported_are_those_that_came_to_the_disk(pipeline, tmp_path):
+def test_written_bytes_are_those_on_the_disk(pipeline: Path, tmp_path: Path) -> None:
     config = config_for(pipeline, write_corpus(tmp_path / "clips", 6), tmp_path / "cache")
 
     def shard_files() -> dict[Path, int]:
@@ -179,13 +181,15 @@ def test_the_bytes_reported_are_those_that_came_to_the_disk(pipeline, tmp_path):
     assert run(config).written_bytes == sum(receipts.values())
 
 
-def test_one_clip_whose_latents_are_not_finite_is_counted_as_skipped_and_not_held_out(pipeline, tmp_path, monkeypatch):
+def test_clip_with_non_finite_latents_is_skipped_and_not_held_out(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, encode = write_corpus(tmp_path / "clips", 4), latents.encode_clips
     data = {"held_out_clips": 1}
     run(config_for(pipeline, root, tmp_path / "whole", data=data))
     [first] = read_view(LocalStorage(str(tmp_path / "whole")), "corpus").split("held_out")
 
-    def poisoned(*arguments):
+    def poisoned(*arguments: Any) -> list[Sample]:
         samples = encode(*arguments)
         infinite = {"image_moments": torch.full((1,), float("inf"))}
         return [
@@ -202,7 +206,7 @@ def test_one_clip_whose_latents_are_not_finite_is_counted_as_skipped_and_not_hel
     assert view.split("held_out")[0].source != first.source
 
 
-def test_a_shard_that_verify_set_aside_is_made_again_with_the_same_bytes(pipeline, small):
+def test_shard_set_aside_is_made_again_with_the_same_bytes(pipeline: Path, small: Small) -> None:
     root, cache = small
     before = stored_files(cache)
     tar = min(cache.glob("latents/*/*/*.tar"))
@@ -217,7 +221,7 @@ def test_a_shard_that_verify_set_aside_is_made_again_with_the_same_bytes(pipelin
     assert after == before
 
 
-def test_a_smaller_and_a_larger_data_set_share_what_they_have_in_common(pipeline, small):
+def test_data_sets_share_their_common_clips(pipeline: Path, small: Small) -> None:
     root, cache = small
     write_video(root / "new.mp4", seed=77)
     write_captions(root, [f"clip number {number}" for number in range(6)])
@@ -227,7 +231,7 @@ def test_a_smaller_and_a_larger_data_set_share_what_they_have_in_common(pipeline
     assert counts(run(config_for(pipeline, root, cache))) == (0, 5, 0, 7)
 
 
-def test_two_sources_of_equal_bytes_are_stored_once(pipeline, tmp_path):
+def test_sources_of_equal_bytes_are_stored_once(pipeline: Path, tmp_path: Path) -> None:
     root, cache = write_corpus(tmp_path / "clips", 2), tmp_path / "cache"
     shutil.copy(root / "000.mp4", root / "copy.mp4")
     write_captions(root, ["a", "b", "c"])
@@ -235,23 +239,15 @@ def test_two_sources_of_equal_bytes_are_stored_once(pipeline, tmp_path):
     assert (report.clips, report.latents.made) == (3, 2)
 
 
-def test_a_full_disk_is_refused_before_anything_is_encoded(pipeline, tmp_path, monkeypatch):
+def test_full_disk_is_refused_before_encoding(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, cache = write_corpus(tmp_path / "clips", 2), tmp_path / "cache"
     monkeypatch.setattr(LocalStorage, "free_bytes", lambda _: 10_000)
-    with pytest.raises(CacheError, match=r"about .* KiB are needed, 9\.8 KiB are free"):
+    with pytest.raises(CacheError, match=r"needs about .* KiB, has 9\.8 KiB free"):
         run(config_for(pipeline, root, cache))
     assert not cache.exists()
 
 
-def test_costly_frame_buckets_are_pointed_out(pipeline, small):
-    root, cache = small
-    report = run(config_for(pipeline, root, cache, data={"frame_buckets": [5, 9]}))
-    assert report.warnings == report.as_json()["warnings"] == []
-    report = run(config_for(pipeline, root, cache, data={"frame_buckets": [5, 13]}))
-    assert len(report.warnings) == 1 and "frame bucket 13" in report.warnings[0]
-
-
-def test_moments_that_training_would_refuse_end_the_run_at_the_first_batch(pipeline, tmp_path):
+def test_moments_of_another_shape_end_the_run(pipeline: Path, tmp_path: Path) -> None:
     root, cache, other = write_corpus(tmp_path / "clips", 3), tmp_path / "cache", tmp_path / "pipeline"
     shutil.copytree(pipeline, other)
     config = other / "vae" / "config.json"
@@ -260,39 +256,40 @@ def test_moments_that_training_would_refuse_end_the_run_at_the_first_batch(pipel
     with pytest.raises(UsageError) as error:
         run(config_for(other, root, cache, data=data, enable_tiling=True))
     assert str(error.value) == (
-        "precompute.enable_tiling = true: the VAE's tiles do not fit clips of 5x64x64, whose moments come as 32x2x9x8 "
-        "instead of 32x2x8x8; leave it false or choose other data.resolution_buckets"
+        "precompute.enable_tiling = true: the VAE's tiles do not fit clips of 5x64x64: expected moments of "
+        "32x2x8x8, got 32x2x9x8; leave it false or choose other data.resolution_buckets"
     )
     assert not list(cache.glob("latents/*/*/*"))
     assert run(config_for(other, root, cache, data=data)).latents.made == 3
 
 
-def test_a_run_that_leaves_no_clip_to_train_on_keeps_the_view_that_was_there(pipeline, small):
+def test_run_without_clips_to_train_on_keeps_the_old_view(pipeline: Path, small: Small) -> None:
     root, cache = small
     views = {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()}
-    with pytest.raises(DataError, match=r"left to train on \(data\.held_out_clips takes the \d there are"):
+    with pytest.raises(DataError, match=r"left to train on \(data\.held_out_clips takes all \d\)"):
         run(config_for(pipeline, root, cache, data={"held_out_clips": 100}))
     (root / "bad.mp4").write_bytes(b"no video")
     (root / "prompts.txt").write_text("\n".join("abcde"), "utf-8")
     (root / "videos.txt").write_text("\n".join(["bad.mp4"] * 5), "utf-8")
-    with pytest.raises(DataError, match=r"bad\.mp4: not a video: .*; and 2 more\)"):
+    with pytest.raises(DataError, match=r"train on \(bad\.mp4: not a video: [^;]*\); add clips"):
         run(config_for(pipeline, root, cache))
     assert {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()} == views
 
 
-def losing(monkeypatch, *paths: Path) -> None:
-    """Makes the files vanish once they are probed."""
+def losing(patch: pytest.MonkeyPatch, *paths: Path) -> None:
+    """Make the files vanish after they are probed."""
 
-    def encode_prompts(*arguments: Any) -> None:
-        prompts.encode_prompts(*arguments)
+    def encode_and_lose(*arguments: Any) -> PassResult:
+        result = prompts.encode_prompts(*arguments)
         for path in paths:
             path.unlink(missing_ok=True)
+        return result
 
-    monkeypatch.setattr("precompute.run.encode_prompts", encode_prompts)
+    patch.setattr("precompute.run.encode_prompts", encode_and_lose)
 
 
 def keys_in(cache: Path) -> dict[str, list[str]]:
-    """Key -> the shards it is stored in or skipped by."""
+    """Return key -> the shards that store or skip it."""
     found: dict[str, list[str]] = {}
     for tar, receipt in shards(LocalStorage(str(cache)), "latents"):
         for key in (*(place.key for place in receipt.samples), *receipt.skipped):
@@ -300,7 +297,9 @@ def keys_in(cache: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_a_file_that_vanishes_ends_the_run_with_all_else_stored_and_is_no_skip(pipeline, tmp_path, monkeypatch):
+def test_file_that_vanishes_is_a_transient_failure(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, cache = write_corpus(tmp_path / "clips", 6), tmp_path / "cache"
     (root / "004.mp4").write_bytes(b"no video")
     config = config_for(pipeline, root, cache)
@@ -312,8 +311,8 @@ def test_a_file_that_vanishes_ends_the_run_with_all_else_stored_and_is_no_skip(p
             losing(patch, root / "003.mp4")
             run(config)
         assert str(error.value) == (
-            "1 of the files could not be read (003.mp4: cannot open: No such file or directory); all others are "
-            "stored, and the view is as it was: run the same command again"
+            "1 files could not be read (003.mp4: cannot open: No such file or directory); the other clips are stored "
+            "and the previous view is unchanged; run the same command again"
         )
         assert len(keys_in(cache)) == 5 + 4
         assert {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()} == views
@@ -321,39 +320,59 @@ def test_a_file_that_vanishes_ends_the_run_with_all_else_stored_and_is_no_skip(p
     report = run(config)
     assert (report.latents.made, report.latents.reused, report.clips) == (1, 4, 5)
     assert len(keys_in(cache)) == 10 and all(len(tars) == 1 for tars in keys_in(cache).values())
-    assert len(list(cache.glob("plans/*.json"))) < 8, "each failed run leaves another plan"
+    assert len(list(cache.glob("assignments/*.json"))) < 8, "each failed run leaves another assignment"
 
 
-def test_files_that_cannot_be_probed_now_are_named_together(pipeline, tmp_path, monkeypatch):
+def test_files_that_cannot_be_probed_are_named_together(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, cache = write_corpus(tmp_path / "clips", 6), tmp_path / "cache"
     sources = read_sources(config_for(pipeline, root, cache).data)
     for number in range(5):
         (root / f"{number:03}.mp4").unlink()
     monkeypatch.setattr("precompute.discover.read_sources", lambda _: sources)
-    with pytest.raises(DataError, match=r"^5 of the files .*000\.mp4: .*002\.mp4: .*directory; and 2 more\)"):
+    with pytest.raises(DataError, match=r"^5 files .*000\.mp4: .*002\.mp4: .*directory; and 2 more\)"):
         run(config_for(pipeline, root, cache))
     assert len(keys_in(cache)) == 1 and not (cache / "datasets").exists()
 
 
-def test_what_another_worker_could_read_is_no_fault_of_this_run(pipeline, tmp_path, monkeypatch):
+def test_clip_read_by_another_worker_is_no_failure(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, cache, elsewhere = write_corpus(tmp_path / "clips", 3), tmp_path / "cache", tmp_path / "elsewhere"
     shutil.copytree(root, elsewhere)
-    looked: list[str] = []
+    write = write_shard
 
-    def look_after_the_other(storage: LocalStorage, collection: Collection) -> Inventory:
-        looked.append(collection.kind)
-        if collection.kind == "latents" and looked.count("latents") == 2:
-            # The first shards are written, without the lost clip.
-            assert len(keys_in(cache)) == 2
-            run(config_for(pipeline, elsewhere, cache))
-        return take_inventory(storage, collection)
+    def write_before_the_other(*arguments: Any) -> tuple[Receipt, int]:
+        monkeypatch.undo()
+        written = write(*arguments)
+        assert len(keys_in(cache)) == 2, "all but the lost clip"
+        run(config_for(pipeline, elsewhere, cache))
+        return written
 
     losing(monkeypatch, root / "001.mp4")
-    monkeypatch.setattr("precompute.assignments.take_inventory", look_after_the_other)
+    monkeypatch.setattr(latents, "write_shard", write_before_the_other)
     assert run(config_for(pipeline, root, cache)).clips == 3
 
 
-def test_a_missing_part_of_the_checkpoint_is_named(pipeline, tmp_path):
+def test_rerun_reads_each_receipt_once(
+    pipeline: Path, corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(pipeline, corpus, cache, clips_per_shard=20, vae_batch_size=10)
+    run(config)
+    calls = count_storage_calls(monkeypatch)
+    report = run(config)
+    assert (report.latents.made, report.prompts.made) == (0, 0)
+    view = read_view(LocalStorage(str(cache)), "corpus")
+    collections = {view.latents.folder: 1, view.prompts.folder: 1}
+    assert {name: count for (method, name), count in calls.items() if method == "files"} == collections
+    reads = {name: count for (method, name), count in calls.items() if method in ("read", "size", "path")}
+    receipts = [name for folder in collections for name in receipt_names(LocalStorage(str(cache)).files(folder))]
+    view_reads = {"datasets/corpus.json", "datasets/corpus.parquet"}
+    assert {name: count for name, count in reads.items() if name not in view_reads} == dict.fromkeys(receipts, 1)
+
+
+def test_missing_part_of_the_checkpoint_is_named(tmp_path: Path) -> None:
     root = write_corpus(tmp_path / "clips", 1)
     with pytest.raises(UsageError, match="has no vae/ folder"):
         run(config_for(root, root, tmp_path / "cache"))

@@ -40,7 +40,7 @@ def changed(config: Config, folder: Path, **values: Any) -> Config:
 
 @pytest.fixture
 def quiet() -> Iterator[None]:
-    """The trackers use what is deprecated."""
+    """Ignore the deprecation warnings of the trackers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -105,7 +105,7 @@ def test_wandb_keeps_metrics_and_previews_offline_as_one_run(
 
 
 def wandb_history(path: Path) -> list[dict[str, str]]:
-    """What was logged, name -> JSON: protobuf records in LevelDB's log format, in blocks of 32 KiB, after 7 bytes."""
+    """Return what was logged, name -> JSON: protobuf records in LevelDB's log format, in blocks of 32 KiB, after 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, position, record, history = path.read_bytes(), 7, b"", []

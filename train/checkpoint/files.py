@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from shared.cache.storage import TEMPORARY, sync_folder
+from shared.atomic_files import TEMPORARY, sync_folder
 from shared.errors import CacheError, PrecogError
 from shared.fingerprint import Json, canonical_json
 

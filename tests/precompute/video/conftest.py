@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which `media.clip` keeps what it has written."""
+    """Make the folder in which `media.clip` keeps its clips."""
     return tmp_path_factory.mktemp("clips")

@@ -122,7 +122,7 @@ def test_fps_is_the_decimal_number_that_was_written() -> None:
 
 
 def displayed_frames(stamps: Sequence[int], first: int, stop: int, fps: float, end_us: int | None) -> list[int]:
-    """The rule of `lay_out`, read out one output frame at a time."""
+    """Apply the rule of `lay_out` to one output frame after the other."""
     interval = median_low(b - a for a, b in pairwise(stamps))
     slack = min(STAMP_SLACK_US, interval // 2)
     until = stamps[stop - 1] + interval if end_us is None else min(stamps[stop - 1] + interval, end_us)

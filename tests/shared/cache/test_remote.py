@@ -10,34 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
-from shared.cache.collection import SampleReader, collection_for, shards, write_recipe
+from shared.cache.collection import SampleReader, shards
+from shared.cache.remote import RemoteStorage
 from shared.cache.shard import Sample, pack_shard, write_shard
 from shared.cache.storage import Storage, open_storage
 from shared.cache.verify import verify
 from shared.cache.view import read_view
 from shared.errors import CacheError, UsageError
-from shared.fingerprint import key_of
 from tests.corpus import config_for, run, stored_files, write_corpus
-from tests.tiny import save_pipeline
-
-RECIPE = {"kind": "latents", "test": "remote"}
-COLLECTION = collection_for("latents", RECIPE)
-FOLDER = f"{COLLECTION.folder}/5x16x32"
-
-
-def make_samples(count: int = 2, seed: int = 0) -> list[Sample]:
-    return [
-        Sample(key_of([seed, number]), {"moments": torch.full((8, 500), float(seed + number))}, {"number": number})
-        for number in range(count)
-    ]
+from tests.shared.cache.samples import COLLECTION, FOLDER, make_samples, store
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Iterator[Storage]:
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    yield open_storage("memory://bucket/cache", local_folder=tmp_path / "local")
+def memory(tmp_path: Path) -> Iterator[RemoteStorage]:
+    storage = open_storage("memory://bucket/cache", local_folder=tmp_path / "local")
+    assert isinstance(storage, RemoteStorage)
+    yield storage
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
@@ -102,9 +92,9 @@ def relay(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Relay]:
 
 
 @pytest.fixture
-def bucket(relay: Relay) -> Iterator[Any]:
-    """An empty bucket, as s3fs sees it."""
-    import s3fs
+def bucket(relay: Relay) -> Iterator[str]:
+    """Make an empty bucket and return its name."""
+    s3fs: Any = pytest.importorskip("s3fs")
 
     filesystem = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
     name = f"bucket-{relay.port}"
@@ -113,30 +103,29 @@ def bucket(relay: Relay) -> Iterator[Any]:
 
 
 def fill(storage: Storage, count: int = 2) -> list[Sample]:
-    write_recipe(storage, COLLECTION, RECIPE)
-    made = []
-    for seed in range(count):
-        made += make_samples(seed=10 * seed)
-        write_shard(storage, FOLDER, made[-2:])
-    return made
+    """Store shards of two samples and return these."""
+    store(storage, count)
+    return [sample for seed in range(count) for sample in make_samples(2, seed)]
 
 
 def check(storage: Storage, samples: list[Sample]) -> None:
+    """Read each sample twice and compare it."""
     reader = SampleReader(storage, COLLECTION)
     for sample in samples:
         assert torch.equal(reader.read(sample.key)["moments"], sample.tensors["moments"])
         reader.read(sample.key)
 
 
-def test_what_is_stored_in_memory_is_read_back(memory):
+def test_stored_samples_are_read_back(memory: RemoteStorage) -> None:
     samples = fill(memory)
     check(memory, samples)
-    assert memory.names("latents", "/recipe.json") == [f"{COLLECTION.folder}/recipe.json"]
-    assert memory.names("nowhere", ".json") == [] and memory.size("nowhere") is None and not memory.exists("nowhere")
+    assert list(memory.files("latents")) == sorted(memory.files("latents")) and len(memory.files("latents")) == 5
+    assert all(memory.size(name) == size for name, size in memory.files("latents").items())
+    assert memory.files("nowhere") == {} and memory.size("nowhere") is None
     assert str(memory) == "memory://bucket/cache"
 
 
-def test_the_first_writer_wins_there_too(memory):
+def test_first_writer_wins(memory: RemoteStorage) -> None:
     assert memory.publish("a.json", b"first")
     assert not memory.publish("a.json", b"second")
     assert memory.read("a.json", limit_bytes=10) == b"first"
@@ -144,40 +133,40 @@ def test_the_first_writer_wins_there_too(memory):
     assert memory.read("a.json", limit_bytes=10) == b"third"
 
 
-def test_what_is_wrong_is_said_with_the_objects_name(memory):
+def test_errors_name_the_object(memory: RemoteStorage) -> None:
     with pytest.raises(CacheError, match=r"^memory://bucket/cache/gone\.json: cannot be read"):
         memory.read("gone.json", limit_bytes=10)
     memory.publish("big.json", b"x" * 11)
-    with pytest.raises(CacheError, match=r"^memory://bucket/cache/big\.json: larger than 10 bytes"):
+    with pytest.raises(CacheError, match=r"^memory://bucket/cache/big\.json: more than the limit of 10 bytes"):
         memory.read("big.json", limit_bytes=10)
     with pytest.raises(CacheError, match=r"gone\.tar: cannot be fetched"):
         memory.path("gone.tar")
 
 
-def test_damage_is_found_and_set_aside(memory, tmp_path):
+def test_damage_is_found_and_set_aside(memory: RemoteStorage, tmp_path: Path) -> None:
     samples = fill(memory)
     check(memory, samples)
-    tar = next(name for name, _ in shards(memory, "latents"))
+    tar = shards(memory, "latents")[0][0]
     content = bytearray(memory.read(tar, limit_bytes=10**6))
     content[1500] ^= 1
     memory.publish(tar, bytes(content), replace=True)
     fresh = open_storage("memory://bucket/cache", local_folder=tmp_path / "fresh")
     checked, damaged = verify(fresh, repair=True)
     assert checked == 2 and len(damaged) == 1 and tar in damaged[0]
-    assert len(list(shards(fresh, "latents"))) == 1 and fresh.exists(f"{tar}.damaged")
+    assert len(shards(fresh, "latents")) == 1 and fresh.size(f"{tar}.damaged")
 
 
-def test_a_torn_upload_has_no_receipt_and_is_made_whole(memory):
+def test_torn_upload_has_no_receipt_and_is_repeated(memory: RemoteStorage) -> None:
     samples = make_samples()
-    content, receipt = pack_shard(samples)
-    memory.publish(f"{FOLDER}/{receipt.shard}.tar", content[:1000])
-    assert list(shards(memory, "latents")) == []
+    content, receipt = pack_shard(FOLDER, samples)
+    memory.publish(receipt.tar, content[:1000])
+    assert shards(memory, "latents") == []
     assert write_shard(memory, FOLDER, samples)[0] == receipt
-    check(memory, samples)
+    assert memory.read(receipt.tar, limit_bytes=len(content)) == content
 
 
-def test_local_copies_stay_within_their_bound_and_are_fetched_once(tmp_path):
-    size = len(pack_shard(make_samples())[0])
+def test_local_copies_stay_within_their_bound(tmp_path: Path) -> None:
+    size = len(pack_shard(FOLDER, make_samples(2))[0])
     local = tmp_path / "local"
     storage = open_storage("memory://bucket/bounded", local_cache_gib=2.5 * size / 2**30, local_folder=local)
     samples = fill(storage, count=5)
@@ -191,7 +180,7 @@ def test_local_copies_stay_within_their_bound_and_are_fetched_once(tmp_path):
     check(storage, samples)
 
 
-def test_what_a_killed_process_was_fetching_does_not_stay_for_ever(tmp_path):
+def test_abandoned_copy_is_deleted(tmp_path: Path) -> None:
     local = tmp_path / "local"
     storage = open_storage("memory://bucket/abandoned", local_folder=local)
     samples = fill(storage, count=1)
@@ -204,7 +193,7 @@ def test_what_a_killed_process_was_fetching_does_not_stay_for_ever(tmp_path):
     assert not abandoned.exists() and under_way.exists()
 
 
-def test_the_copy_used_last_is_the_last_to_go(tmp_path):
+def test_least_recently_used_copy_is_deleted_first(tmp_path: Path) -> None:
     storage = open_storage("memory://bucket/recent", local_cache_gib=250 / 2**30, local_folder=tmp_path / "local")
     for name in ("a.tar", "b.tar", "c.tar"):
         storage.publish(name, name.encode() * 20)
@@ -216,7 +205,7 @@ def test_the_copy_used_last_is_the_last_to_go(tmp_path):
     assert first.is_file() and third.is_file() and not second.exists()
 
 
-def test_a_part_is_read_alone_and_has_to_be_whole(memory):
+def test_part_is_read_alone_and_whole(memory: RemoteStorage) -> None:
     memory.publish("a.tar", b"0123456789")
     assert memory.read_part("a.tar", 3, 4) == b"3456"
     assert memory.read_part("a.tar", 3, 7) == b"3456789"
@@ -224,94 +213,95 @@ def test_a_part_is_read_alone_and_has_to_be_whole(memory):
         memory.read_part("a.tar", 3, 8)
 
 
-def test_a_fetch_that_fails_leaves_nothing_behind(memory, tmp_path, monkeypatch):
+def test_failed_fetch_leaves_nothing(memory: RemoteStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.publish("a.tar", b"0123456789")
 
-    def torn(_: object, path: str) -> None:
+    def torn(_driver: object, _name: str, path: str, **_: object) -> None:
         Path(path).write_bytes(b"0123")
         raise OSError("connection lost")
 
-    monkeypatch.setattr(memory._filesystem, "get_file", torn)
+    monkeypatch.setattr(MemoryFileSystem, "get_file", torn)
     with pytest.raises(CacheError, match=r"a\.tar: cannot be fetched \(connection lost\)"):
         memory.path("a.tar")
     assert list((tmp_path / "local").iterdir()) == []
 
 
-def test_where_a_driver_cannot_refuse_to_overwrite_the_first_writer_still_wins(memory, monkeypatch):
-    pipe = memory._filesystem.pipe_file
+def test_first_writer_wins_with_a_driver_that_overwrites(
+    memory: RemoteStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = MemoryFileSystem.pipe_file
 
-    def only_overwrites(path: str, content: bytes, mode: str = "overwrite") -> None:
+    def only_overwrites(driver: Any, path: str, content: bytes, mode: str = "overwrite") -> None:
         if mode == "create":
             raise NotImplementedError
-        pipe(path, content)
+        pipe(driver, path, content)
 
-    monkeypatch.setattr(memory._filesystem, "pipe_file", only_overwrites)
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", only_overwrites)
     assert memory.publish("a.json", b"first") and not memory.publish("a.json", b"second")
     assert memory.read("a.json", limit_bytes=10) == b"first"
 
 
-def test_a_shard_made_anew_is_fetched_anew(memory):
-    [first] = (sample for sample in make_samples(1))
-    receipt, _ = write_shard(memory, FOLDER, [first])
-    tar = f"{FOLDER}/{receipt.shard}.tar"
+def test_replaced_object_is_fetched_again(memory: RemoteStorage) -> None:
+    tar = write_shard(memory, FOLDER, make_samples(1))[0].tar
     before = memory.path(tar)
     assert memory.path(tar) == before
     memory.publish(tar, b"other bytes", replace=True)
     assert memory.path(tar) != before and memory.path(tar).read_bytes() == b"other bytes"
 
 
-def test_a_missing_driver_is_named(monkeypatch):
+def test_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # another test may have used it
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(UsageError, match=r"no driver for s3:// is installed: pip install 'precog\[s3\]'"):
+    with pytest.raises(UsageError, match=r'no driver for s3:// is installed; run `make setup EXTRAS="s3"`'):
         open_storage("s3://bucket/cache")
 
 
-def test_s3_gives_back_what_was_stored_and_the_first_writer_wins(bucket, tmp_path):
+def test_s3_reads_back_and_the_first_writer_wins(bucket: str, tmp_path: Path) -> None:
     storage = open_storage(f"s3://{bucket}/cache", local_folder=tmp_path)
     samples = fill(storage)
     check(storage, samples)
     assert storage.publish("a.json", b"first") and not storage.publish("a.json", b"second")
     assert storage.read("a.json", limit_bytes=10) == b"first"
-    assert storage.names("nowhere", ".json") == [] and not storage.exists("nowhere")
+    assert storage.files("nowhere") == {} and storage.size("nowhere") is None
     storage.set_aside("a.json")
-    assert storage.exists("a.json.damaged") and not storage.exists("a.json")
+    assert storage.size("a.json.damaged") == 5 and storage.size("a.json") is None
 
 
-def test_an_upload_that_is_cut_off_leaves_no_shard_and_is_repeated(bucket, relay, tmp_path):
+def test_upload_cut_off_leaves_no_shard_and_is_repeated(bucket: str, relay: Relay, tmp_path: Path) -> None:
     samples = make_samples()
-    content, receipt = pack_shard(samples)
+    content, receipt = pack_shard(FOLDER, samples)
     storage = open_storage(f"s3://{bucket}/cache", local_folder=tmp_path)
     relay.cutting = len(content) // 2
-    with pytest.raises(CacheError, match=rf"^s3://{bucket}/cache/{FOLDER}/{receipt.shard}\.tar: cannot be written"):
+    with pytest.raises(CacheError, match=rf"^s3://{bucket}/cache/{receipt.tar}: cannot be written"):
         write_shard(storage, FOLDER, samples)
     assert relay.cuts > 0
     relay.cutting = None
-    assert storage.names("latents", "") == []
+    assert storage.files("latents") == {}
     assert write_shard(storage, FOLDER, samples)[0] == receipt
-    check(storage, samples)
+    assert storage.read(receipt.tar, limit_bytes=len(content)) == content
 
 
-def test_one_lost_connection_is_repeated_without_a_word(bucket, relay, tmp_path):
+def test_one_lost_connection_is_retried(bucket: str, relay: Relay, tmp_path: Path) -> None:
     samples = make_samples()
+    content, receipt = pack_shard(FOLDER, samples)
     storage = open_storage(f"s3://{bucket}/cache", local_folder=tmp_path)
     relay.cutting = 5000
-    healer = threading.Timer(0.05, lambda: setattr(relay, "cutting", None))
-    healer.start()
+    repair = threading.Timer(0.05, lambda: setattr(relay, "cutting", None))
+    repair.start()
     write_shard(storage, FOLDER, samples)
-    healer.join()
-    check(storage, samples)
+    repair.join()
+    assert storage.read(receipt.tar, limit_bytes=len(content)) == content
 
 
-def test_stage_1_into_s3_gives_the_bytes_that_it_gives_on_a_disk(bucket, tmp_path):
-    pipeline, root = save_pipeline("2b", tmp_path / "2b"), write_corpus(tmp_path / "clips", 3)
+def test_stage_1_stores_the_same_bytes_on_s3_and_disk(bucket: str, pipeline: Path, tmp_path: Path) -> None:
+    root = write_corpus(tmp_path / "clips", 3)
     url = f"s3://{bucket}/cache"
     run(config_for(pipeline, root, tmp_path / "disk"))
     assert run(config_for(pipeline, root, url)).latents.made == 3
     assert run(config_for(pipeline, root, url)).latents.made == 0
     storage = open_storage(url, local_folder=tmp_path / "local")
     on_disk = stored_files(tmp_path / "disk")
-    names = [name for folder in ("latents", "prompts", "datasets") for name in storage.names(folder, "")]
+    names = [name for folder in ("latents", "prompts", "datasets") for name in storage.files(folder)]
     assert {name: storage.read(name, limit_bytes=10**7) for name in names} == on_disk
     view = read_view(storage, "corpus")
     reader = SampleReader(storage, view.latents)

@@ -363,7 +363,9 @@ def test_a_damaged_sample_that_is_read_alone_is_named(remote: Callable[..., Data
         for place in receipt.samples:
             content[place.offset + place.length - 1] ^= 1
         storage.publish(tar, bytes(content), replace=True)
-    line = r"a\.mp4 at 0\.00 s: memory://data/cache/prompts/\w+/\w+\.tar: sample \w+ is damaged; `precog cache verify"
+    line = (
+        r"a\.mp4 at 0\.00 s: memory://data/cache/prompts/\w+/\w+\.tar: sample \w+ is damaged; run `precog cache verify"
+    )
     with pytest.raises(CacheError, match=line):
         data.example(Draw(0, 0), 10)
     for tar, _ in shards(storage, "prompts"):

@@ -1,0 +1,59 @@
+"""Write local files whole or not at all."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY = ".tmp-"
+"""Prefix of unfinished files. Readers ignore them, and no process deletes another one's."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` at the end; an exception leaves `path` unchanged."""
+    pending = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        yield pending
+        pending.replace(path)
+    finally:
+        pending.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries durable, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and its missing parents, each durable in its parent."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def publish(temporary: Path, final: Path, *, replace: bool) -> bool:
+    """Give a finished file its final name; return False if another file already has it and `replace` is off."""
+    if replace:
+        temporary.replace(final)
+        return True
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        if final.exists():  # no hard links here; equal names hold equal bytes, so this race is harmless
+            return False
+        temporary.rename(final)
+    return True

@@ -1,0 +1,36 @@
+"""Samples and shards for tests of the cache."""
+
+import torch
+
+from shared.cache.collection import collection_for, shards, write_recipe
+from shared.cache.shard import Sample, write_shard
+from shared.cache.storage import Storage
+from shared.fingerprint import Json, key_of
+
+FOLDER = "latents/0123/9x32x48"
+RECIPE: dict[str, Json] = {"kind": "latents", "test": "cache"}
+COLLECTION = collection_for("latents", RECIPE)
+
+
+def make_samples(count: int = 3, seed: int = 0, scale: float = 1.0) -> list[Sample]:
+    """Return samples with two tensors each; `scale` stands for another machine's rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Sample(
+            key_of([seed, number]),
+            {
+                "moments": (scale * torch.randn(32, 3, 4, 6 + number, generator=generator)).to(torch.bfloat16),
+                "image_moments": scale * torch.randn(2, 32, 1, 4, 6, generator=generator),
+            },
+            {"bucket": "9x32x48", "number": number},
+        )
+        for number in range(count)
+    ]
+
+
+def store(storage: Storage, count: int = 1) -> list[str]:
+    """Store `count` shards of two samples in COLLECTION; return their tars."""
+    write_recipe(storage, COLLECTION, RECIPE)
+    for seed in range(count):
+        write_shard(storage, f"{COLLECTION.folder}/9x32x48", make_samples(2, seed))
+    return [tar for tar, _ in shards(storage, COLLECTION.folder)]
