@@ -39,7 +39,7 @@ def precog(
 @exits
 def config_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the resolved config as TOML."""
-    from shared.config import dump_config, load_config
+    from shared.config_file import dump_config, load_config
 
     typer.echo(dump_config(load_config(config, overrides)), nl=False)
 
@@ -55,7 +55,7 @@ def plan_command(
     """Show what `precompute` would do, and with --card what `train` would take; write nothing."""
     import json
 
-    from shared.config import load_config
+    from shared.config_file import load_config
     from shared.console import quiet_libraries
 
     settings = load_config(config, overrides)

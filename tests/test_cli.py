@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from precog import __version__, app
-from shared.config import load_config
+from shared.config_file import load_config
 from tests.media import write_clip
 
 ROOT = Path(__file__).parent.parent

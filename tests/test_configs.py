@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import Config, load_config, save_config
+from shared.config import Config
+from shared.config_file import load_config, save_config
 from shared.errors import UsageError
 from shared.model.conventions import read_conventions, refusal
 from shared.model.geometry import Bucket

@@ -18,7 +18,8 @@ import pytest
 from precompute.assignments import Part
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
-from shared.config import Config, save_config
+from shared.config import Config
+from shared.config_file import save_config
 from shared.console import run_command
 from shared.signals import raise_on_signal
 from tests.corpus import config_for, run, stored_files, write_corpus

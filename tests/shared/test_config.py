@@ -7,16 +7,8 @@ from typing import Annotated
 import pytest
 from pydantic import Field
 
-from shared.config import (
-    NO_FIELD,
-    TABLES,
-    Table,
-    field_value,
-    fields_shaping,
-    instead_of_flag,
-    load_config,
-    recipe_fields,
-)
+from shared.config import NO_FIELD, TABLES, Table, field_value, fields_shaping, instead_of_flag, recipe_fields
+from shared.config_file import load_config
 from shared.errors import UsageError
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import Config, save_config
+from shared.config import Config
+from shared.config_file import save_config
 from shared.errors import CacheError, UsageError
 from shared.fingerprint import key_of
 from shared.metrics_file import read_metrics

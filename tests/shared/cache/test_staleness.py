@@ -15,7 +15,8 @@ from shared.cache.collection import Collection
 from shared.cache.staleness import shaping_settings, stale_settings
 from shared.cache.storage import LocalStorage
 from shared.cache.view import View, read_view
-from shared.config import Config, fields_shaping, save_config
+from shared.config import Config, fields_shaping
+from shared.config_file import save_config
 from shared.errors import CacheError
 from shared.model.pretrained import present_part
 from tests.experiments import fill_cache, write_experiment
