@@ -5,25 +5,50 @@ Relative paths are relative to the working directory. Secrets are never a field.
 """
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from shared.field_meaning import (
-    BUCKETS,
-    CLIPS,
-    FIXED_BY_RUN,
-    FREE,
-    IN_PREVIEW,
-    RESOLVED_BY_RUN,
-    VIEW,
-    Part,
-    Replaces,
-    Shapes,
-    annotated_fields,
-    require_meanings,
-)
+ShapedPart = Literal[
+    "clips", "buckets", "view", "latents", "image_latents", "prompts", "run", "resolved_by_run", "preview", "nothing"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The part of the results that a field's value shapes. Recipes, views and runs take their fields from it."""
+
+    part: ShapedPart
+    recipe_entry: str = ""
+    """Dotted name of the recipe's entry that holds the value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replaces:
+    """Flags of diffusers' train_cogvideox_lora.py whose place the field takes."""
+
+    flags: tuple[str, ...]
+    value: str = ""
+    """The value that does what the flag did."""
+
+
+CLIPS = Shapes("clips")
+"""Frames and pixels of a clip: part of its key."""
+BUCKETS = Shapes("buckets")
+"""Acts through data.frame_buckets and data.resolution_buckets."""
+VIEW = Shapes("view")
+"""Choice of clips and captions of the view, without any clip's bytes."""
+FIXED_BY_RUN = Shapes("run")
+"""A resumed run must have the same value."""
+RESOLVED_BY_RUN = Shapes("resolved_by_run")
+"""A resumed run must have the same result of the value: a hash, a dtype, an order."""
+IN_PREVIEW = Shapes("preview")
+"""Written beside each preview."""
+FREE = Shapes("nothing")
+"""May change at any time: a place, an amount of work, something that is only shown."""
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -32,14 +57,14 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b")
+"""Access tokens of the hub and of S3."""
+
+
 def _multiple_of_16(size: int) -> int:
     if size % 16:
         raise ValueError(f"{size} is not a multiple of 16 (VAE factor 8 times patch size 2)")
     return size
-
-
-SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b")
-"""Access tokens of the hub and of S3."""
 
 
 def _not_a_secret(text: str) -> str:
@@ -54,7 +79,7 @@ def _not_empty(value: object) -> object:
     return value
 
 
-def _a_device(name: str) -> str:
+def _device_name(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", name):
         raise ValueError("should be auto, cpu, cuda or a GPU's number as in cuda:1")
     return name
@@ -63,21 +88,16 @@ def _a_device(name: str) -> str:
 Side = Annotated[int, Field(gt=0), AfterValidator(_multiple_of_16)]
 Text = Annotated[str, AfterValidator(_not_a_secret)]
 NotEmpty = BeforeValidator(_not_empty)
-"""Of a path, too: an empty one would be the working directory."""
+"""Also for paths: an empty one would be the working directory."""
 Name = Annotated[Text, NotEmpty]
 Place = Annotated[Path, NotEmpty]
-Device = Annotated[str, AfterValidator(_a_device)]
+Device = Annotated[str, AfterValidator(_device_name)]
 
 
 class Table(BaseModel):
-    """One table of the config; every field says by its metadata what it shapes."""
+    """One table of the config; every field is annotated with what it shapes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        require_meanings(cls)
 
 
 class Model(Table):
@@ -413,14 +433,24 @@ NO_FIELD = {
 """Flags of the reference script without a field of the same meaning, and what to do."""
 
 
-def fields_shaping(*parts: Part) -> list[str]:
+def annotated_fields() -> Iterator[tuple[str, Shapes, Replaces]]:
+    """Yield each field's dotted name, what it shapes and which flags it replaces."""
+    for table, kind in TABLES.items():
+        for name, field in kind.model_fields.items():
+            shapes = [entry for entry in field.metadata if isinstance(entry, Shapes)]
+            assert len(shapes) == 1, f"{table}.{name}: annotate the field with what it shapes, such as FREE"
+            replaces = [entry for entry in field.metadata if isinstance(entry, Replaces)]
+            yield f"{table}.{name}", shapes[0], replaces[0] if replaces else Replaces(())
+
+
+def fields_shaping(*parts: ShapedPart) -> list[str]:
     """Return the dotted names of the fields that shape any of `parts`, sorted."""
-    return sorted(name for name, meaning, _ in annotated_fields(TABLES) if meaning.part in parts)
+    return sorted(name for name, shapes, _ in annotated_fields() if shapes.part in parts)
 
 
-def recipe_fields(*parts: Part) -> dict[str, str]:
+def recipe_fields(*parts: ShapedPart) -> dict[str, str]:
     """Return {dotted name of a recipe's entry: the field that it comes from} for "latents" or "prompts"."""
-    return {shapes.recipe_entry: name for name, shapes, _ in annotated_fields(TABLES) if shapes.part in parts}
+    return {shapes.recipe_entry: name for name, shapes, _ in annotated_fields() if shapes.part in parts}
 
 
 def field_value(config: Config, name: str) -> Any:
@@ -431,6 +461,6 @@ def field_value(config: Config, name: str) -> Any:
 
 def instead_of_flag(flag: str) -> str | None:
     """Return what takes the place of a flag of the reference script; None for a name that is no such flag."""
-    found = [(name, replaces.value) for name, _, replaces in annotated_fields(TABLES) if flag in replaces.flags]
+    found = [(name, replaces.value) for name, _, replaces in annotated_fields() if flag in replaces.flags]
     fields = [f"{name} = {value!r}" if value else name for name, value in found]
     return f"use {' and '.join(fields)}" if fields else NO_FIELD.get(flag)

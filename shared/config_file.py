@@ -1,11 +1,12 @@
-"""Reading and writing a config: TOML, overrides by dotted name, and one line for every mistake.
+"""Read and write config files: TOML, overrides by dotted name, and one line for every mistake.
 
-A mistake is answered with its file and line or its override, the field, what is wrong and what would be right.
+The line names the file and line or the override, the field, what is wrong and what would be right.
 """
 
 import difflib
 import re
 import tomllib
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,23 @@ from shared.errors import UsageError
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read the TOML file, apply `table.field=value` overrides (TOML values; a bare word is text), check everything.
 
-    Raises `UsageError` with one line: file, line, field, what is wrong and what would be right.
+    Raises `UsageError` with one line for each wrong field.
     """
     try:
         source = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        values = tomllib.loads(source)
     except OSError as error:
         raise UsageError(f"{path}: cannot read the config ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not UTF-8 text") from None
-    try:
-        values = tomllib.loads(source)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # of TOML or UTF-8
         raise UsageError(f"{path}: not valid TOML: {error}") from None
+    texts: dict[str, str] = {}
     for override in overrides or []:
-        _apply_override(values, override)
+        texts[_apply_override(values, override)] = override
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        problems: dict[tuple[int | str, ...], list[Any]] = {}
-        for problem in error.errors():
-            problems.setdefault(problem["loc"][:2], []).append(problem)
-        lines = [_explain(found, path, source, overrides or []) for found in problems.values()]
+        fields = groupby(error.errors(), key=lambda problem: problem["loc"][:2])
+        lines = [_explain(list(problems), path, source, texts) for _, problems in fields]
         raise UsageError(SECRET.sub("***", "\n".join(lines))) from None
 
 
@@ -55,76 +52,69 @@ def dump_config(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str) -> str:
+    """Set the field of an override in `values`; return its dotted name."""
     name, separator, raw = override.partition("=")
-    parts = name.strip().split(".")
-    if not separator or len(parts) != 2 or not all(parts):
-        shown = SECRET.sub("***", override)
+    table, _, field = (part.strip() for part in name.partition("."))
+    shown = SECRET.sub("***", override)
+    if not (separator and table and field) or "." in field:
         raise UsageError(f"override {shown!r}: write it as table.field=value, such as train.lora_rank=64")
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw
-    table = values.setdefault(parts[0], {})
-    if not isinstance(table, dict):
-        raise UsageError(f"override {SECRET.sub('***', override)!r}: {parts[0]} is not a table")
-    table[parts[1]] = value
+    fields = values.setdefault(table, {})
+    if not isinstance(fields, dict):
+        raise UsageError(f"override {shown!r}: {table} is not a table")
+    fields[field] = value
+    return f"{table}.{field}"
 
 
-def _explain(problems: list[Any], path: Path, source: str, overrides: list[str]) -> str:
-    """One line for the first of a field's problems; where the field may be this or that, for all it may be."""
-    problem = problems[0]
-    alternatives = [isinstance(part, str) for part in problem["loc"][2:3]] == [True]
-    location = [str(part) for part in problem["loc"][: 2 if alternatives else None]]
-    name = ".".join(location[:2])
-    blamed = _blamed(problem, location, overrides)
-    given = f"override{'s' if len(blamed) > 1 else ''} {', '.join(map(repr, blamed))}"
-    where = given if blamed else f"{path}{_line_of(source, location)}"
-    if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown {'table' if len(location) == 1 else 'key'} {name}{_nearest(location)}"
-    if problem["type"] == "missing":
+def _explain(problems: list[Any], path: Path, source: str, overrides: dict[str, str]) -> str:
+    """Return one line for the problems of a field: of the first, or of all types that a union allows."""
+    first = problems[0]
+    is_union = any(isinstance(part, str) for part in first["loc"][2:3])
+    location = [str(part) for part in first["loc"][: 2 if is_union else None]]
+    name = ".".join(location)
+    table_problem, unknown = len(location) == 1, first["type"] == "extra_forbidden"
+    if table_problem and unknown:
+        blamed = [text for field, text in overrides.items() if field.startswith(f"{name}.")]
+    else:
+        words = [f"{name}.{word}" for word in re.findall(r"\w+", first["msg"])] if table_problem else []
+        blamed = [text for field, text in overrides.items() if field in (".".join(location[:2]), *words)]
+    where = f"{path}{_line_of(source, location)}"
+    if blamed:
+        where = f"override{'s' if len(blamed) > 1 else ''} {', '.join(map(repr, blamed))}"
+    if unknown:
+        return f"{where}: unknown {'table' if table_problem else 'key'} {name}; {_advice(location)}"
+    if first["type"] == "missing":
         return f"{where}: {name} is missing"
-    messages = [each["msg"].removeprefix("Value error, ") for each in (problems if alternatives else [problem])]
-    messages = [
-        message.replace("a valid tuple", 'a list such as ["a", "b"], quoted for the shell') for message in messages
-    ]
-    message = " or ".join(messages).replace("Input should be", "should be").replace(" or should be", ", or")
-    shown = "" if len(location) == 1 else f" = {problem['input']!r}"
-    return f"{where}: {'.'.join(location)}{shown}: {message}"
-
-
-def _blamed(problem: Any, location: list[str], overrides: list[str]) -> list[str]:
-    """Return the overrides that set the field; of a table, those of the fields that the message names."""
-    last = {text.partition("=")[0].strip(): text for text in overrides}
-    fields = [".".join(location[:2])]
-    if len(location) == 1 and problem["type"] == "extra_forbidden":
-        fields = [field for field in last if field.startswith(f"{location[0]}.")]
-    elif len(location) == 1:
-        fields = [f"{location[0]}.{word}" for word in re.findall(r"\w+", problem["msg"])]
-    return [text for field, text in last.items() if field in fields]
+    messages = [problem["msg"].removeprefix("Value error, ") for problem in (problems if is_union else [first])]
+    message = " or ".join(messages).replace("a valid tuple", 'a list such as ["a", "b"], quoted for the shell')
+    message = message.replace("Input should be", "should be").replace(" or should be", ", or")
+    shown = "" if table_problem else f" = {first['input']!r}"
+    return f"{where}: {name}{shown}: {message}"
 
 
 def _line_of(source: str, location: list[str]) -> str:
-    """ ":12" for the line that sets the field, its table's line if it is absent, or nothing."""
-    table, table_line = "", ""
+    """Return ":12" for the line that sets the field, or its table's line; "" if neither is found."""
+    table, found = "", ""
     for number, line in enumerate(source.splitlines(), 1):
         if header := re.match(r"\s*\[\s*([\w-]+)\s*\]", line):
             table = header[1]
-            if table == location[0]:
-                table_line = f":{number}"
-        elif len(location) > 1 and table == location[0] and re.match(rf"\s*{re.escape(location[1])}\s*=", line):
+            found = f":{number}" if table == location[0] else found
+        elif table == location[0] and location[1:] and re.match(rf"\s*{re.escape(location[1])}\s*=", line):
             return f":{number}"
-    return table_line
+    return found
 
 
-def _nearest(location: list[str]) -> str:
+def _advice(location: list[str]) -> str:
+    """Return what to write instead of an unknown table or key."""
     if instead := instead_of_flag(location[-1]):
-        return f"; {instead}"
-    if len(location) == 1:
-        names = list(TABLES)
-    else:
-        names = [f"{location[0]}.{field}" for field in TABLES[location[0]].model_fields]
-        everywhere = [f"{name}.{field}" for name, table in TABLES.items() for field in table.model_fields]
-        names += [name for name in everywhere if name.endswith(f".{location[1]}")]
-    close = difflib.get_close_matches(".".join(location[:2]), names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"
+        return instead
+    names = list(TABLES)
+    if len(location) > 1:
+        fields = [(table, field) for table, kind in TABLES.items() for field in kind.model_fields]
+        names = [f"{table}.{field}" for table, field in fields if table == location[0] or field == location[1]]
+    close = difflib.get_close_matches(".".join(location), names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"

@@ -2,12 +2,10 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
 
 import pytest
-from pydantic import Field
 
-from shared.config import NO_FIELD, TABLES, Table, field_value, fields_shaping, instead_of_flag, recipe_fields
+from shared.config import NO_FIELD, TABLES, field_value, fields_shaping, instead_of_flag, recipe_fields
 from shared.config_file import load_config
 from shared.errors import UsageError
 
@@ -28,13 +26,6 @@ video_reshape_mode width
 """,
 )
 """Of diffusers' train_cogvideox_lora.py and train_cogvideox_image_to_video_lora.py (58eb52c080)."""
-
-
-def test_field_without_meaning_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"Unfinished\.strength: annotate it with what it shapes"):
-
-        class Unfinished(Table):
-            strength: Annotated[float, Field(gt=0)] = 1.0
 
 
 def test_fields_of_recipes_views_and_runs_come_from_metadata() -> None:
