@@ -12,7 +12,7 @@ from report.page import number, write_page
 from report.verdict import RULE, HeldOut, Verdict, judge
 from shared.console import bytes_text
 from shared.errors import UsageError
-from shared.metrics_file import FILE_NAME, read_metrics
+from shared.run_folder import METRICS, read_metrics
 
 PAGE = "report.html"
 MAX_WORST = 12
@@ -63,7 +63,7 @@ def write_run_page(run: Path) -> Path:
     """Write `report.html` into a run folder and return its path. Raise `UsageError` if the folder has no metrics."""
     lines = read_metrics(run)
     if not lines:
-        raise UsageError(f"{run}: no {FILE_NAME} with a step in it; give the run folder of a training run")
+        raise UsageError(f"{run}: no {METRICS} with a step in it; give the run folder of a training run")
     summary = summarize(run, lines)
     specs = {"loss": charts.loss_chart(lines, summary.held_out, summary.base)}
     quantile_ids: list[str] = []

@@ -103,7 +103,7 @@ def test_train_imports_from_upper_to_lower_layers() -> None:
 
 
 def test_cache_and_model_do_not_import_upward() -> None:
-    upper = {"shared.command", "shared.console", "shared.run_folder", "shared.tracker"}
+    upper = {"shared.command", "shared.console", "shared.run_folder"}
     for module in modules("shared/cache", "shared/model"):
         above = reached(module) & (upper | ({name for name in graph() if name.startswith("shared.cache")}))
         if module.startswith("shared.cache"):

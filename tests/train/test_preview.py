@@ -17,7 +17,7 @@ from sample.decode import decode, decode_latents, load_vae
 from sample.generate import load_pipeline, make_video
 from shared.config import Config, Memory, Sample
 from shared.errors import CacheError, DataError, Preempted, UsageError
-from shared.metrics_file import read_metrics
+from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from tests import experiments
 from tests.media import write_clip

@@ -17,8 +17,7 @@ from torch import nn
 
 from shared import console
 from shared.config import Config, Train
-from shared.errors import UsageError
-from shared.extras import require_extra
+from shared.errors import UsageError, require_extra
 from shared.model.conventions import Conventions, refusal
 from shared.model.geometry import Bucket, latent_shape, padding_frames, video_tokens
 from train.data.example import ModelInput

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from shared.config import Config
 from shared.config_file import save_config
-from shared.metrics_file import read_metrics
+from shared.run_folder import read_metrics
 from tests.train import processes
 from train.checkpoint.files import load_checkpoint
 

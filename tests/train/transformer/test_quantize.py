@@ -205,7 +205,7 @@ def test_the_compared_gradients_are_without_dropout_and_training_goes_on_with_it
 
 
 def test_nf4_without_its_extra_is_one_line_before_anything_is_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("shared.errors.find_spec", lambda name: None)
     config = config_of({"base_precision": "nf4"})
     with pytest.raises(UsageError, match=r"'nf4' needs the package bitsandbytes: pip install 'precog\[bitsandbytes\]'"):
         choose_plan(config, build_transformer("5b", lora_rank=4), conventions_of("5b"), [], CPU)
