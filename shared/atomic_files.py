@@ -57,3 +57,8 @@ def publish(temporary: Path, final: Path, *, replace: bool) -> bool:
             return False
         temporary.rename(final)
     return True
+
+
+def user_folder() -> Path:
+    """Return the folder for what this machine can make again: local copies, marks of files."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "precog"

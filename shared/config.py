@@ -5,7 +5,6 @@ Relative paths are relative to the working directory. Secrets are never a field.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,15 +25,6 @@ class Shapes:
     """Dotted name of the recipe's entry that holds the value."""
 
 
-@dataclass(frozen=True, slots=True)
-class Replaces:
-    """Flags of diffusers' train_cogvideox_lora.py whose place the field takes."""
-
-    flags: tuple[str, ...]
-    value: str = ""
-    """The value that does what the flag did."""
-
-
 CLIPS = Shapes("clips")
 """Frames and pixels of a clip: part of its key."""
 BUCKETS = Shapes("buckets")
@@ -50,6 +40,7 @@ IN_PREVIEW = Shapes("preview")
 FREE = Shapes("nothing")
 """May change at any time: a place, an amount of work, something that is only shown."""
 
+LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Positive = Annotated[int, Field(gt=0)]
@@ -107,7 +98,7 @@ class Model(Table):
     """Commit, tag or branch on the hub, for every part."""
     variant: Annotated[Name | None, FREE] = None
     """File variant of the weights, such as "fp16"."""
-    model_cache_dir: Annotated[Place | None, FREE, Replaces(("cache_dir",))] = None
+    model_cache_dir: Annotated[Place | None, FREE] = None
     """Where hub downloads are kept; None is the hub's own default."""
     drop_learned_positions: Annotated[bool, FIXED_BY_RUN] = False
     """Train a checkpoint with a learned position table (5B-I2V) without it, at any frames, height and width."""
@@ -152,9 +143,7 @@ class Data(Table):
     """Crop in the middle, crop at a place drawn by the clip's bytes, or pad with black."""
     random_flip: Annotated[bool, CLIPS] = False
     """Also store a horizontally mirrored copy of every clip."""
-    validation_prompts: Annotated[
-        tuple[Text, ...], FREE, Replaces(("validation_prompt", "validation_prompt_separator"))
-    ] = ()
+    validation_prompts: Annotated[tuple[Text, ...], FREE] = ()
     """Encoded with the captions, so that stage 2 can sample without T5."""
     negative_prompt: Annotated[Text, FREE] = ""
     """Encoded with the captions, for guidance."""
@@ -225,18 +214,13 @@ class Precompute(Table):
 class Train(Table):
     output_dir: Annotated[Place, FREE]
     """The run folder: config, metrics.jsonl, checkpoints, export."""
-    lora_rank: Annotated[Positive, FIXED_BY_RUN, Replaces(("rank",))] = 128
+    lora_rank: Annotated[Positive, FIXED_BY_RUN] = 128
     """`--rank` there; rank alone is a process's number here."""
     lora_alpha: Annotated[float, Field(gt=0), FIXED_BY_RUN] = 128
     """The adapter is scaled by lora_alpha / lora_rank."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.0
     """Dropout before the adapter; masks are drawn per pack, so another number of processes draws others."""
-    lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1), FIXED_BY_RUN] = (
-        "to_k",
-        "to_q",
-        "to_v",
-        "to_out.0",
-    )
+    lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1), FIXED_BY_RUN] = LORA_TARGETS
     """Linear layers that get an adapter."""
     use_rslora: Annotated[bool, FIXED_BY_RUN] = False
     """Scale the adapter by lora_alpha / sqrt(lora_rank) instead (arXiv 2312.03732)."""
@@ -256,11 +240,7 @@ class Train(Table):
     """Restarts of cosine_with_restarts."""
     lr_power: Annotated[float, Field(gt=0), FREE] = 1.0
     """Power of polynomial."""
-    optimizer: Annotated[
-        Literal["adam", "adamw", "adamw8bit", "prodigy"],
-        FIXED_BY_RUN,
-        Replaces(("use_8bit_adam",), "adamw8bit"),
-    ] = "adamw"
+    optimizer: Annotated[Literal["adam", "adamw", "adamw8bit", "prodigy"], FIXED_BY_RUN] = "adamw"
     """adam adds weight decay to the gradient (L2), the others decay the weights; the last two are optional extras."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.9
     """Decay of the first moment."""
@@ -284,11 +264,9 @@ class Train(Table):
     """Optimizer steps; None takes num_train_epochs."""
     num_train_epochs: Annotated[Positive, FREE] = 1
     """Passes over the training clips, when max_train_steps is not set."""
-    global_batch_size: Annotated[
-        Positive, FIXED_BY_RUN, Replaces(("train_batch_size", "gradient_accumulation_steps"))
-    ] = 1
+    global_batch_size: Annotated[Positive, FIXED_BY_RUN] = 1
     """Clips per optimizer step, whatever the number of processes."""
-    max_tokens_per_pack: Annotated[Positive, FREE, Replaces(("train_batch_size", "gradient_accumulation_steps"))] = 1
+    max_tokens_per_pack: Annotated[Positive, FREE] = 1
     """Tokens of one forward; a larger clip is a pack of its own, so 1 is one clip at a time."""
     transformer_engine: Annotated[Literal["packed", "reference"], FREE] = "packed"
     """packed: our forward over packs of clips; reference: diffusers' forward, one clip at a time."""
@@ -324,7 +302,7 @@ class Train(Table):
     A name must be the newest checkpoint: move newer ones out of the run folder first."""
     validation_steps: Annotated[Count, FREE] = 0
     """Optimizer steps between held-out losses, which are taken at the end in any case; 0 is only at the end."""
-    preview_steps: Annotated[Count, FREE, Replaces(("validation_epochs", "num_validation_videos"))] = 0
+    preview_steps: Annotated[Count, FREE] = 0
     """Optimizer steps between previews: data.validation_prompts, as [sample] says, to latents; 0 is never."""
     report_to: Annotated[Literal["none", "tensorboard", "wandb"], FREE] = "none"
     """Where the metrics also go; metrics.jsonl is always written."""
@@ -376,7 +354,7 @@ class Sample(Table):
     """Where the mp4 and PNG files land."""
     prompts: Annotated[tuple[Text, ...], FREE] = ()
     """One video each, with and without the adapter."""
-    images: Annotated[tuple[Place, ...], FREE, Replaces(("validation_images",))] = ()
+    images: Annotated[tuple[Place, ...], FREE] = ()
     """I2V: the first frame for each prompt."""
     lora: Annotated[Place | None, FREE] = None
     """Folder or file of the adapter; None is the export of [train]."""
@@ -423,44 +401,49 @@ TABLES: dict[str, type[Table]] = {
     "memory": Memory,
     "sample": Sample,
 }
-NO_FIELD = {
+INSTEAD_OF_FLAG = {
+    "cache_dir": "use model.model_cache_dir",
     "dataloader_num_workers": "one background reader is always used",
+    "gradient_accumulation_steps": "use train.global_batch_size and train.max_tokens_per_pack",
+    "hub_model_id": "upload the run's folder `export` with `hf upload`",
     "hub_token": "never a field; log in with `hf auth login` or set HF_TOKEN",
     "logging_dir": "the tracker writes into train.output_dir, under train.tracker_name",
+    "num_validation_videos": "use train.preview_steps",
+    "push_to_hub": "upload the run's folder `export` with `hf upload`",
+    "rank": "use train.lora_rank",
     "scale_lr": "train.learning_rate is used as it is",
-    **dict.fromkeys(("hub_model_id", "push_to_hub"), "upload the run's folder `export` with `hf upload`"),
+    "train_batch_size": "use train.global_batch_size and train.max_tokens_per_pack",
+    "use_8bit_adam": "use train.optimizer = 'adamw8bit'",
+    "validation_epochs": "use train.preview_steps",
+    "validation_images": "use sample.images",
+    "validation_prompt": "use data.validation_prompts",
+    "validation_prompt_separator": "use data.validation_prompts",
 }
-"""Flags of the reference script without a field of the same meaning, and what to do."""
+"""Flags of diffusers' train_cogvideox_lora.py without a field of the same name, and what to do."""
 
 
-def annotated_fields() -> Iterator[tuple[str, Shapes, Replaces]]:
-    """Yield each field's dotted name, what it shapes and which flags it replaces."""
+def shaping_fields() -> dict[str, Shapes]:
+    """Return {dotted name of a field: what it shapes}."""
+    found = {}
     for table, kind in TABLES.items():
         for name, field in kind.model_fields.items():
             shapes = [entry for entry in field.metadata if isinstance(entry, Shapes)]
             assert len(shapes) == 1, f"{table}.{name}: annotate the field with what it shapes, such as FREE"
-            replaces = [entry for entry in field.metadata if isinstance(entry, Replaces)]
-            yield f"{table}.{name}", shapes[0], replaces[0] if replaces else Replaces(())
+            found[f"{table}.{name}"] = shapes[0]
+    return found
 
 
 def fields_shaping(*parts: ShapedPart) -> list[str]:
     """Return the dotted names of the fields that shape any of `parts`, sorted."""
-    return sorted(name for name, shapes, _ in annotated_fields() if shapes.part in parts)
+    return sorted(name for name, shapes in shaping_fields().items() if shapes.part in parts)
 
 
 def recipe_fields(*parts: ShapedPart) -> dict[str, str]:
     """Return {dotted name of a recipe's entry: the field that it comes from} for "latents" or "prompts"."""
-    return {shapes.recipe_entry: name for name, shapes, _ in annotated_fields() if shapes.part in parts}
+    return {shapes.recipe_entry: name for name, shapes in shaping_fields().items() if shapes.part in parts}
 
 
 def field_value(config: Config, name: str) -> Any:
     """Return the value of the field with a dotted name, as JSON has it."""
     table, _, field = name.partition(".")
     return getattr(config, table).model_dump(mode="json", include={field})[field]
-
-
-def instead_of_flag(flag: str) -> str | None:
-    """Return what takes the place of a flag of the reference script; None for a name that is no such flag."""
-    found = [(name, replaces.value) for name, _, replaces in annotated_fields() if flag in replaces.flags]
-    fields = [f"{name} = {value!r}" if value else name for name, value in found]
-    return f"use {' and '.join(fields)}" if fields else NO_FIELD.get(flag)

@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from shared.atomic_files import replacing
-from shared.config import SECRET, TABLES, Config, instead_of_flag
+from shared.config import INSTEAD_OF_FLAG, SECRET, TABLES, Config
 from shared.errors import UsageError
 
 
@@ -110,7 +110,7 @@ def _line_of(source: str, location: list[str]) -> str:
 
 def _advice(location: list[str]) -> str:
     """Return what to write instead of an unknown table or key."""
-    if instead := instead_of_flag(location[-1]):
+    if instead := INSTEAD_OF_FLAG.get(location[-1]):
         return instead
     names = list(TABLES)
     if len(location) > 1:

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.atomic_files import TEMPORARY
-from shared.cache.storage import user_folder
+from shared.atomic_files import TEMPORARY, user_folder
 from shared.errors import CacheError, UsageError, one_line
 from shared.fingerprint import key_of
 
@@ -42,7 +41,10 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 
 class RemoteStorage:
-    """A cache in an object store. Errors of the driver become `CacheError` in one line that names the object."""
+    """A cache in an object store, with the methods of `LocalStorage`.
+
+    Errors of the driver become `CacheError` in one line that names the object.
+    """
 
     def __init__(self, filesystem: Any, root: str, url: str, limit_bytes: int, local_folder: Path | None) -> None:
         self._filesystem = filesystem

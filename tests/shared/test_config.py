@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import NO_FIELD, TABLES, field_value, fields_shaping, instead_of_flag, recipe_fields
+from shared.config import INSTEAD_OF_FLAG, TABLES, field_value, fields_shaping, recipe_fields
 from shared.config_file import load_config
 from shared.errors import UsageError
 
@@ -43,8 +43,10 @@ def test_field_value_is_as_json_has_it() -> None:
 
 def test_every_flag_is_a_field_or_has_an_answer() -> None:
     fields = {name for table in TABLES.values() for name in table.model_fields}
-    assert [flag for flag in FLAGS if (flag in fields) == (instead_of_flag(flag) is not None)] == []
-    assert NO_FIELD.keys() <= set(FLAGS)
+    assert [flag for flag in FLAGS if (flag in fields) == (flag in INSTEAD_OF_FLAG)] == []
+    assert INSTEAD_OF_FLAG.keys() <= set(FLAGS)
+    named = re.findall(r"\b([a-z]+)\.(\w+)", " ".join(INSTEAD_OF_FLAG.values()))
+    assert all(field in TABLES[table].model_fields for table, field in named)
 
 
 @pytest.mark.parametrize("table", ["model", "train"])
