@@ -54,30 +54,22 @@ def plan_command(
 ) -> None:
     """Show what `precompute` would do, and with --card what `train` would take; write nothing."""
     import json
+    from dataclasses import asdict
 
+    from shared.cards import find_card
     from shared.config_file import load_config
     from shared.console import quiet_libraries
 
     settings = load_config(config, overrides)
-    if not card:
-        planned = show_plan(settings) | {"train": None}
-    else:
-        from dataclasses import asdict
-
-        from shared.cards import find_card
-        from shared.errors import DataError
+    cost = None
+    if card:
         from train.memory.cost import show_cost, training_cost
 
-        quiet_libraries()
         gpu = find_card(card)
-        try:
-            planned = show_plan(settings)
-        except DataError:  # the cost of training is worth knowing before there are clips
-            show_cost(training_cost(settings, gpu))
-            raise
+        quiet_libraries()
         cost = training_cost(settings, gpu)
-        show_cost(cost)
-        planned["train"] = asdict(cost)
+        show_cost(cost)  # worth knowing even before there are clips
+    planned = show_plan(settings) | {"train": asdict(cost) if cost else None}
     if json_output:
         typer.echo(json.dumps(planned))
 

@@ -70,11 +70,10 @@ class Conventions:
     positions: Positions
     """Additive sincos; RoPE on the crop-region grid; RoPE cut from a grid; crop-region RoPE plus a learned table."""
     in_channels: int
-    """Channels of the transformer's input: those of the latents, twice as many for image-to-video."""
     out_channels: int
-    """Channels of the velocity, as many as of the latents."""
+    """Channels of the velocity and of the latents."""
     image_to_video: bool
-    """The input is [noisy latents, image condition] on channels."""
+    """The input is [noisy latents, image condition] on channels, twice those of the latents."""
     patch_size: int
     """Latent height and width of a token."""
     patch_size_t: int | None
@@ -90,9 +89,8 @@ class Conventions:
     text_length_fixed: bool
     """L must be `text_length`, because positions are added over text and video together."""
     sample_height: int
-    """Latent height of the position grid."""
     sample_width: int
-    """Latent width of the position grid."""
+    """Latent height and width of the position grid."""
     sample_frames: int
     """Pixel frames of the position table."""
     spatial_interpolation_scale: float
@@ -111,15 +109,10 @@ class Conventions:
     @property
     def name(self) -> str:
         """For printing, such as "CogVideoX 1.0 I2V, RoPE + learned positions"."""
-        version = "1.5" if self.patch_size_t else "1.0"
-        task = "I2V" if self.image_to_video else "T2V"
-        words = {
-            "sincos": "sincos positions",
-            "rope_crop": "RoPE positions",
-            "rope_slice": "sliced RoPE positions",
-            "rope_crop_learned": "RoPE + learned positions",
-        }
-        return f"CogVideoX {version} {task}, {words[self.positions]}"
+        words = {"sincos": "sincos", "rope_crop": "RoPE", "rope_slice": "sliced RoPE"}
+        positions = words.get(self.positions, "RoPE + learned")
+        version, task = "1.5" if self.patch_size_t else "1.0", "I2V" if self.image_to_video else "T2V"
+        return f"CogVideoX {version} {task}, {positions} positions"
 
     @property
     def fixed_bucket(self) -> Bucket | None:
@@ -186,9 +179,9 @@ def refusal(conventions: Conventions, bucket: Bucket) -> str | None:
             f"{bucket}: the learned position table of this checkpoint covers only {fixed}; "
             "use that bucket or set model.drop_learned_positions=true"
         )
-    limit = [size * SPATIAL_FACTOR for size in (conventions.sample_height, conventions.sample_width)]
-    if conventions.positions == "rope_slice" and (bucket.height > limit[0] or bucket.width > limit[1]):
-        return f"{bucket}: the position grid of this checkpoint ends at {limit[0]}x{limit[1]} pixels"
+    height, width = conventions.sample_height * SPATIAL_FACTOR, conventions.sample_width * SPATIAL_FACTOR
+    if conventions.positions == "rope_slice" and (bucket.height > height or bucket.width > width):
+        return f"{bucket}: the position grid of this checkpoint ends at {height}x{width} pixels"
     return None
 
 
@@ -206,15 +199,20 @@ def _read(keys: type[Keys], part: str, config: RawConfig) -> Keys:
 
 def _read_positions(keys: TransformerKeys) -> Positions:
     """Return the kind of positions. Raises `UsageError` for combinations that no diffusers forward runs."""
-    learned, temporal = keys.use_learned_positional_embeddings, keys.patch_size_t is not None
-    if learned and temporal:
-        raise UsageError("patch_size_t with use_learned_positional_embeddings; choose a CogVideoX checkpoint")
-    if keys.use_rotary_positional_embeddings:
-        return "rope_slice" if temporal else "rope_crop_learned" if learned else "rope_crop"
-    if learned or temporal:
-        given = "learned positions" if learned else "patch_size_t"
-        raise UsageError(f"{given} without use_rotary_positional_embeddings; choose a CogVideoX checkpoint")
-    return "sincos"
+    rotary, learned = keys.use_rotary_positional_embeddings, keys.use_learned_positional_embeddings
+    kinds: dict[tuple[bool, bool, bool], Positions] = {
+        (False, False, False): "sincos",
+        (True, False, False): "rope_crop",
+        (True, False, True): "rope_slice",
+        (True, True, False): "rope_crop_learned",
+    }
+    try:
+        return kinds[rotary, learned, keys.patch_size_t is not None]
+    except KeyError:
+        raise UsageError(
+            f"transformer config: use_rotary_positional_embeddings = {rotary}, use_learned_positional_embeddings = "
+            f"{learned} and patch_size_t = {keys.patch_size_t} do not go together; choose a CogVideoX checkpoint"
+        ) from None
 
 
 def _check(t: TransformerKeys, v: VaeKeys, s: SchedulerKeys) -> None:
