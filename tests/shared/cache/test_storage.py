@@ -149,7 +149,7 @@ def race(root: str, number: int, rounds: int, barrier: Barrier) -> None:
 def test_racing_writers_leave_one_consistent_shard(tmp_path: Path) -> None:
     """Three writers, bytes that differ, no locks: receipt and tar belong together."""
     context = multiprocessing.get_context("fork")
-    rounds, barrier = 40, context.Barrier(3)
+    rounds, barrier = 12, context.Barrier(3)
     writers = [context.Process(target=race, args=(str(tmp_path), n, rounds, barrier)) for n in range(3)]
     for writer in writers:
         writer.start()
