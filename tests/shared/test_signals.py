@@ -46,7 +46,7 @@ def test_a_stop_that_was_lost_is_raised_again(monkeypatch: pytest.MonkeyPatch) -
             try:
                 if attempt == 0:
                     os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(2)
+                time.sleep(1)
             except KeyboardInterrupt:  # as in a destructor
                 if attempt == 2:
                     raise
