@@ -23,7 +23,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from shared.cache.storage import VERIFY, Storage, open_file
 from shared.errors import CacheError, one_line
-from shared.fingerprint import KEY_LENGTH, Json, canonical_json, is_key, key_of, sealed, unsealed
+from shared.fingerprint import KEY_LENGTH, Json, canonical_json, key_of, sealed, unsealed
 
 RECEIPT_BYTES = 16 * 2**20
 SHARD_BYTES = 4 * 2**30
@@ -117,7 +117,7 @@ def pack_shard(
     stream = io.BytesIO()
     with TarWriter(stream, user="", group="", mode=0o644, encoder=False, mtime=0) as writer:
         for sample in sorted(samples, key=lambda sample: sample.key):
-            assert is_key(sample.key) and sample.key not in payloads, sample.key
+            assert sample.key not in payloads, sample.key
             tensors = {name: tensor.contiguous() for name, tensor in sample.tensors.items()}
             payloads[sample.key] = safetensors_bytes(tensors)
             members = {"json": canonical_json(sample.facts), "safetensors": payloads[sample.key]}

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from shared.atomic_files import TEMPORARY, make_folder, publish, sync_folder
+from shared.atomic_files import TEMPORARY, make_folder, sync_folder
 from shared.cache.remote import RemoteStorage, open_filesystem
 from shared.errors import CacheError, UsageError
 
@@ -104,7 +104,7 @@ class LocalStorage:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
-            published = publish(temporary, final, replace=replace)
+            published = _rename(temporary, final, replace=replace)
             sync_folder(final.parent)
             return published
         except OSError as error:
@@ -115,6 +115,23 @@ class LocalStorage:
         finally:
             with suppress(OSError):  # the temporary may not exist
                 temporary.unlink()
+
+
+def _rename(temporary: Path, final: Path, *, replace: bool) -> bool:
+    """Give a finished file its final name; return False if another file already has it and `replace` is off."""
+    if not replace:
+        try:
+            os.link(temporary, final)
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+            if final.exists():  # no hard links here; equal names hold equal bytes, so this race is harmless
+                return False
+    temporary.replace(final)
+    return True
 
 
 Storage = LocalStorage | RemoteStorage

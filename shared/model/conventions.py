@@ -114,13 +114,6 @@ class Conventions:
         version, task = "1.5" if self.patch_size_t else "1.0", "I2V" if self.image_to_video else "T2V"
         return f"CogVideoX {version} {task}, {positions} positions"
 
-    @property
-    def fixed_bucket(self) -> Bucket | None:
-        """The only bucket of a learned position table; None without one."""
-        if self.positions != "rope_crop_learned":
-            return None
-        return Bucket(self.sample_frames, self.sample_height * SPATIAL_FACTOR, self.sample_width * SPATIAL_FACTOR)
-
 
 def read_conventions(
     transformer: RawConfig, vae: RawConfig, scheduler: RawConfig, *, drop_learned_positions: bool = False
@@ -173,13 +166,13 @@ def refusal(conventions: Conventions, bucket: Bucket) -> str | None:
         return f"{bucket}: height and width must be multiples of {step} (VAE factor times patch size)"
     if bucket.frames % TEMPORAL_FACTOR != 1:
         return f"{bucket}: frames must be {TEMPORAL_FACTOR}k+1, such as 1, 9, 49"
-    fixed = conventions.fixed_bucket
-    if fixed is not None and bucket != fixed:
+    height, width = conventions.sample_height * SPATIAL_FACTOR, conventions.sample_width * SPATIAL_FACTOR
+    learned = Bucket(conventions.sample_frames, height, width)
+    if conventions.positions == "rope_crop_learned" and bucket != learned:
         return (
-            f"{bucket}: the learned position table of this checkpoint covers only {fixed}; "
+            f"{bucket}: the learned position table of this checkpoint covers only {learned}; "
             "use that bucket or set model.drop_learned_positions=true"
         )
-    height, width = conventions.sample_height * SPATIAL_FACTOR, conventions.sample_width * SPATIAL_FACTOR
     if conventions.positions == "rope_slice" and (bucket.height > height or bucket.width > width):
         return f"{bucket}: the position grid of this checkpoint ends at {height}x{width} pixels"
     return None

@@ -198,8 +198,7 @@ def _element_counts_on_hub(model: Model, name: str) -> Counter[str]:
 
     repository, hub = model.pretrained_model_name_or_path, HfApi()
     variant = re.escape(f".{model.variant}" if model.variant else "")
-    shard = r"(-\d+-of-\d+)?"
-    wanted = re.compile(rf"{name}/(diffusion_pytorch_model|model)({variant}{shard}|{shard}{variant})\.safetensors")
+    wanted = re.compile(rf"{name}/[a-z_]+(-\d+-of-\d+)?{variant}(-\d+-of-\d+)?\.safetensors")
     elements: Counter[str] = Counter()
     with _hub(model):
         for file in hub.list_repo_files(repository, revision=model.revision):
