@@ -22,7 +22,7 @@ UNIMPORTANT_SETTINGS = {"_diffusers_version", "_name_or_path", "transformers_ver
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Component:
     """A sub-folder of the pipeline: its config and the weight files that diffusers or transformers load."""
 
     folder: Path
@@ -76,14 +76,14 @@ def pretrained_config(model: Model, name: str) -> dict[str, Any]:
 
 
 def pretrained_dtype(model: Model, name: str) -> str:
-    """Return `Part.dtype`; of weights on the hub that are not on this machine, only headers are fetched."""
+    """Return `Component.dtype`; of weights on the hub that are not on this machine, only headers are fetched."""
     part = present_part(model, name)
     if part is None and not Path(model.pretrained_model_name_or_path).is_dir():
         return _most_common_dtype(_element_counts_on_hub(model, name), f"{model.pretrained_model_name_or_path}/{name}")
     return (part or pretrained_part(model, name)).dtype()
 
 
-def pretrained_part(model: Model, name: str, *, download: bool = True) -> Part:
+def pretrained_part(model: Model, name: str, *, download: bool = True) -> Component:
     """Return a component with weights. Raises `UsageError` that names a missing or a pickled file."""
     folder, variant = pretrained_folder(model, name, download=download), model.variant
     weights = weight_files(folder, variant)
@@ -94,7 +94,7 @@ def pretrained_part(model: Model, name: str, *, download: bool = True) -> Part:
         what = f"only pickled weights ({pickles[0]}), which are not loaded" if pickles else "no safetensors weights"
         of_variant = f" of variant {variant!r}" if variant else ""
         raise UsageError(f"{folder}: {what}{of_variant}; convert them to safetensors or choose another checkpoint")
-    return Part(folder, variant, weights)
+    return Component(folder, variant, weights)
 
 
 def present_folder(model: Model, name: str) -> Path | None:
@@ -104,7 +104,7 @@ def present_folder(model: Model, name: str) -> Path | None:
     return None
 
 
-def present_part(model: Model, name: str) -> Part | None:
+def present_part(model: Model, name: str) -> Component | None:
     """Return a component if all its weights are on this machine; nothing is downloaded."""
     with suppress(UsageError):
         return pretrained_part(model, name, download=False)

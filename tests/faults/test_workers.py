@@ -18,12 +18,12 @@ import pytest
 from precompute.assignments import Part
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
+from shared.command import exits
 from shared.config import Config
 from shared.config_file import save_config
-from shared.command import exits
 from shared.signals import raise_on_signal
 from tests.corpus import config_for, run, stored_files, write_corpus
-from tests.faults.test_writer import ended, in_child
+from tests.faults.writer import ended, in_child
 from tests.tiny import save_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

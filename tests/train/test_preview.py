@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sample.decode import decode, decode_latents, load_vae
 from sample.generate import load_pipeline, make_video
-from shared.config import Config, Memory, Sample
+from shared.config import Config, Memory, Sampling
 from shared.errors import CacheError, DataError, Preempted, UsageError
 from shared.run_folder import read_metrics
 from shared.signals import StopSignal
@@ -28,7 +28,7 @@ from train.preview import denoise, open_previews
 from train.run import Run
 
 NEGATIVE = "a white bird"
-SAMPLE = Sample(
+SAMPLE = Sampling(
     num_frames=9, height=experiments.HEIGHT, width=experiments.WIDTH, num_inference_steps=4, guidance_scale=5, seed=7
 )
 
@@ -57,7 +57,7 @@ def cached(variant: str, folder: Path, held_out_clips: int = 0) -> Config:
     return config
 
 
-def changed(config: Config, folder: Path, sample: Sample = SAMPLE, **values: Any) -> Config:
+def changed(config: Config, folder: Path, sample: Sampling = SAMPLE, **values: Any) -> Config:
     settings = config.train.model_copy(update={"output_dir": folder / "run", **values})
     return config.model_copy(update={"train": settings, "sample": sample})
 
@@ -136,7 +136,7 @@ def test_guidance_and_length_follow_the_pipeline(fields: dict[str, Any], small: 
 
 def test_a_streamed_transformer_makes_the_same_preview(small: Config, tmp_path: Path) -> None:
     config = changed(small, tmp_path)
-    memory = Memory(activations="block_input", stream_weights=2, modulation_table=True)
+    memory = Memory(activations="block_input", stream_weights=2)
     streamed = opened(config.model_copy(update={"memory": memory}))
     torch.testing.assert_close(preview(streamed), preview(opened(config)), rtol=1e-4, atol=1e-4)
 

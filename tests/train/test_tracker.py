@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from sample.decode import decode
-from shared.config import Config, Sample
+from shared.config import Config, Sampling
 from shared.errors import UsageError
 from shared.run_folder import read_metrics, wandb_options
 from shared.signals import StopSignal
 from tests import experiments
 from train.loop import train
 
-SAMPLE = Sample(num_frames=9, height=experiments.HEIGHT, width=experiments.WIDTH, num_inference_steps=2)
+SAMPLE = Sampling(num_frames=9, height=experiments.HEIGHT, width=experiments.WIDTH, num_inference_steps=2)
 
 
 @pytest.fixture(scope="module")
