@@ -30,11 +30,11 @@ def decode(config: Config) -> list[Path]:
     Raises `UsageError` if there are no previews or no tracker, and `DataError` for a damaged preview.
     """
     folder = config.train.output_dir / PREVIEWS
-    steps = sorted({path.parent for path in folder.glob("step-*/[0-9]*.safetensors")}, key=_number)
+    found = {path.parent for path in folder.glob("step-*/[0-9]*.safetensors")}
+    steps = sorted((step for step in found if step.name.removeprefix("step-").isdecimal()), key=_number)
     if not steps:
-        raise UsageError(
-            f"{folder}: no previews found; set train.preview_steps and data.validation_prompts, then train"
-        )
+        advice = "set train.preview_steps and data.validation_prompts, then train"
+        raise UsageError(f"{folder}: no previews found; {advice}")
     missing = [step for step in steps if not (step / SHEET).exists()]
     if not missing:
         console.say(f"{folder}: all previews are decoded already")
@@ -66,11 +66,8 @@ def decode_step(vae: Any, step: Path, fps: int, report: Report) -> list[Path]:
 
 
 def _number(step: Path) -> int:
-    """Return 100 for `step-000100`; raises `DataError` for another name."""
-    try:
-        return int(step.name.removeprefix("step-"))
-    except ValueError:
-        raise DataError(f"{step}: not a folder of previews; move the folder away") from None
+    """Return 100 for `step-000100`."""
+    return int(step.name.removeprefix("step-"))
 
 
 @contextmanager

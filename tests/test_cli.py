@@ -1,6 +1,5 @@
 """The command line: wrong input is one clear line with the right exit code."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from precog import __version__, app
+from shared.command import exits
 from shared.config_file import load_config
-from tests.media import write_clip
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs" / "demo.toml")
@@ -116,16 +115,6 @@ def test_wrong_listings_are_one_line(precog: Callable[..., Result], data: Path) 
     check(("7", "8", "prompts.txt", "videos.txt"))
 
 
-def test_bad_clips_are_skipped_and_named_while_the_rest_is_stored(precog: Callable[..., Result], data: Path) -> None:
-    (data / "videos" / "00003.mp4").write_text("this is not a video")
-    write_clip(data / "videos" / "00004.mp4", frames=3)
-    result = precog("precompute", f"data.instance_data_root={data}")
-    assert result.exit_code == 0, result.stderr
-    assert "skipped videos/00003.mp4: not a video" in result.stderr
-    assert "skipped videos/00004.mp4: too short: 3 frames" in result.stderr
-    assert re.search(r"latents encoded +6, 0 reused", result.stderr)
-
-
 def test_no_clip_left_is_an_error(precog: Callable[..., Result], data: Path) -> None:
     for video in (data / "videos").iterdir():
         video.write_text("this is not a video")
@@ -134,8 +123,11 @@ def test_no_clip_left_is_an_error(precog: Callable[..., Result], data: Path) -> 
     assert "no clip is left to train on" in problem(result)
 
 
-def test_what_the_file_system_refuses_is_one_line(precog: Callable[..., Result], tmp_path: Path) -> None:
-    (tmp_path / "run" / "config.toml").mkdir(parents=True)
-    assert precog("precompute").exit_code == 0
-    result = precog("train")
-    assert result.exit_code == 1 and str(tmp_path / "run") in problem(result)
+def test_an_error_of_the_file_system_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    @exits
+    def command() -> None:
+        tmp_path.read_bytes()
+
+    with pytest.raises(SystemExit) as end:
+        command()
+    assert (end.value.code, capsys.readouterr().err) == (1, f"precog: {tmp_path}: Is a directory\n")
