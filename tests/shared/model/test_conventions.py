@@ -147,12 +147,6 @@ def test_contradicting_configs_are_refused(variant: str, part: int, change: dict
     assert "\n" not in str(caught.value)
 
 
-def test_a_scheduler_that_names_no_prediction_type_is_refused() -> None:
-    transformer, vae, _ = configs("5b")
-    with pytest.raises(UsageError, match="epsilon"):
-        read_conventions(transformer, vae, {})
-
-
 @pytest.mark.parametrize(
     ("variant", "bucket", "message"),
     [
@@ -197,8 +191,5 @@ def test_dropping_the_learned_table_frees_shape_and_text_length() -> None:
     assert freed == read_conventions(*configs("5b-i2v"), drop_learned_positions=True)
     assert freed == dataclasses.replace(conventions, positions="rope_crop", text_length_fixed=False)
     assert refusal(freed, Bucket(33, 256, 384)) is None
-
-
-def test_there_is_no_learned_table_to_drop_elsewhere() -> None:
     with pytest.raises(UsageError, match="no learned table"):
         read_conventions(*configs("5b"), drop_learned_positions=True)
