@@ -152,9 +152,8 @@ class RemoteStorage:
         for path in self._local.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):  # another process deletes copies too
                 copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        total = sum(copy_size for _, copy_size, _ in copies)
+        excess = size + sum(copy_size for _, copy_size, _ in copies) - self._limit_bytes
         for _, copy_size, path in sorted(copies):
-            if total + size <= self._limit_bytes:
-                return
-            path.unlink(missing_ok=True)
-            total -= copy_size
+            if excess > 0:
+                path.unlink(missing_ok=True)
+                excess -= copy_size
