@@ -42,7 +42,7 @@ def precog(
 @exits
 def config_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the resolved config as TOML."""
-    from shared.config import dump_config, load_config
+    from shared.config_file import dump_config, load_config
 
     typer.echo(dump_config(load_config(config, overrides)), nl=False)
 
@@ -57,30 +57,22 @@ def plan_command(
 ) -> None:
     """Show what `precompute` would do, and with --card what `train` would take; write nothing."""
     import json
+    from dataclasses import asdict
 
-    from shared.config import load_config
+    from shared.cards import find_card
+    from shared.config_file import load_config
     from shared.console import quiet_libraries
 
     settings = load_config(config, overrides)
-    if not card:
-        planned = show_plan(settings) | {"train": None}
-    else:
-        from dataclasses import asdict
-
-        from shared.cards import find_card
-        from shared.errors import DataError
+    cost = None
+    if card:
         from train.memory.cost import show_cost, training_cost
 
-        quiet_libraries()
         gpu = find_card(card)
-        try:
-            planned = show_plan(settings)
-        except DataError:  # the cost of training is worth knowing before there are clips
-            show_cost(training_cost(settings, gpu))
-            raise
+        quiet_libraries()
         cost = training_cost(settings, gpu)
-        show_cost(cost)
-        planned["train"] = asdict(cost)
+        show_cost(cost)  # worth knowing even before there are clips
+    planned = show_plan(settings) | {"train": asdict(cost) if cost else None}
     if json_output:
         typer.echo(json.dumps(planned))
 

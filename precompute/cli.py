@@ -38,7 +38,7 @@ def precompute_command(
     ] = "process",
 ) -> None:
     """Encode the config's videos and captions into the cache; stored clips are reused."""
-    from shared.config import load_config
+    from shared.config_file import load_config
 
     with raise_on_signal(SAFE):
         settings = load_config(config, overrides)

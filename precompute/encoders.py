@@ -10,13 +10,13 @@ from torch import nn
 from shared.device import DTYPES
 from shared.errors import UsageError
 from shared.model.geometry import ENCODE_CHUNK_FRAMES
-from shared.model.pretrained import Part
+from shared.model.pretrained import Component
 
 TEXTS_PER_BLOCK = 250
 """Texts tokenized at once to count their tokens; a text of 150 words takes 0.2 MB."""
 
 
-def vae_precision(requested: str, part: Part) -> str:
+def vae_precision(requested: str, part: Component) -> str:
     """Resolve `auto` to the published precision, but fp16 to fp32: fp16 gives NaN on some clips (CogVideo#343)."""
     if requested != "auto":
         return requested
@@ -46,7 +46,7 @@ class VaeEncoder:
 
     def __init__(
         self,
-        part: Part,
+        part: Component,
         precision: str,
         device: torch.device,
         *,
@@ -123,7 +123,7 @@ class TextEncoder:
 
     def __init__(
         self,
-        part: Part,
+        part: Component,
         tokenizer: Any,
         precision: str,
         device: torch.device,

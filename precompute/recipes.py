@@ -16,7 +16,7 @@ from shared.errors import UsageError
 from shared.fingerprint import Json, key_of, sha256_files
 from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import ENCODE_CHUNK_FRAMES
-from shared.model.pretrained import Part, pretrained_config, pretrained_folder, pretrained_part
+from shared.model.pretrained import Component, pretrained_config, pretrained_folder, pretrained_part
 
 TOKENIZER_FILES = (
     "spiece.model",
@@ -31,8 +31,8 @@ TOKENIZER_FILES = (
 class Encoders:
     """The parts of the checkpoint that stage 1 encodes with: on disk, not loaded yet."""
 
-    vae: Part
-    text_encoder: Part
+    vae: Component
+    text_encoder: Component
     tokenizer: Path
     conventions: Conventions
 

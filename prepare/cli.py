@@ -54,7 +54,7 @@ def split_command(
 ) -> None:
     """Cut long videos at scene changes: rows with start_seconds and end_seconds, no video is encoded again."""
     from prepare.split import split_table
-    from shared.config import load_config
+    from shared.config_file import load_config
 
     _show(split_table(load_config(config, overrides), detector, threshold, min_seconds, max_scenes), json_output)
 
@@ -79,7 +79,7 @@ def caption_command(
     """Fill the empty captions of the table; captions that are there stay. The key is read from OPENAI_API_KEY."""
     from prepare.caption import caption_table
     from prepare.engines import Ask, local_model, server
-    from shared.config import load_config
+    from shared.config_file import load_config
     from shared.console import quiet_libraries
     from shared.errors import PrecogError
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from shared.errors import UsageError
-from shared.extras import require_extra
+from shared.errors import UsageError, require_extra
 
 if TYPE_CHECKING:
     import httpx2

@@ -17,7 +17,7 @@ from prepare.probe import VideoSummary
 from prepare.table import PrepareReport, Row, captions_of, lint_rows, read_rows, replace_text, write_rows
 from shared.caption_lint import with_trigger
 from shared.cards import find_card
-from shared.config import load_config
+from shared.config_file import load_config
 from shared.errors import DataError, UsageError
 from shared.model.conventions import Conventions, read_conventions, refusal
 from shared.model.geometry import Bucket, choose_frames, choose_resolution

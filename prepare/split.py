@@ -7,8 +7,7 @@ from prepare.probe import probe
 from prepare.table import PrepareReport, Row, read_rows, table_path, video_file, write_rows
 from shared.config import Config
 from shared.console import Progress
-from shared.errors import DataError
-from shared.extras import require_extra
+from shared.errors import DataError, require_extra
 
 Detector = Literal["adaptive", "content"]
 Scene = tuple[float, float]

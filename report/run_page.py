@@ -12,7 +12,7 @@ from report.page import number, write_page
 from report.verdict import RULE, HeldOut, Verdict, judge
 from shared.console import bytes_text
 from shared.errors import UsageError
-from shared.metrics_file import FILE_NAME, read_metrics
+from shared.run_folder import METRICS, read_metrics
 
 PAGE = "report.html"
 MAX_WORST = 12
@@ -67,7 +67,7 @@ def read_run(run: Path) -> RunSummary:
 def _lines(run: Path) -> list[dict[str, Any]]:
     lines = read_metrics(run)
     if not lines:
-        raise UsageError(f"{run}: no {FILE_NAME} with a step in it; give the run folder of a training run")
+        raise UsageError(f"{run}: no {METRICS} with a step in it; give the run folder of a training run")
     return lines
 
 

@@ -11,7 +11,7 @@ app = typer.Typer()
 @exits
 def sample_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make videos from the config's prompts, with and without the adapter, from the same noise."""
-    from shared.config import load_config
+    from shared.config_file import load_config
 
     settings = load_config(config, overrides)  # refused before torch is imported
     from sample.generate import sample
@@ -26,7 +26,7 @@ def sample_command(config: ConfigFile, overrides: Overrides = None) -> None:
 @exits
 def decode_command(config: ConfigFile, overrides: Overrides = None) -> None:
     """Make videos of the previews that training saved as latents; only the VAE is loaded."""
-    from shared.config import load_config
+    from shared.config_file import load_config
 
     settings = load_config(config, overrides)  # refused before torch is imported
     from sample.decode import decode

@@ -18,36 +18,33 @@ from shared.config import Config, Train
 from shared.device import DTYPES, choose_device
 from shared.errors import DataError, UsageError
 from shared.model.pretrained import pretrained_part
-from shared.run_folder import PREVIEWS, SHEET
-from shared.tracker import require_tracker, starting_tracker, tensorboard_folder, wandb_options
+from shared.run_folder import PREVIEWS, SHEET, require_tracker, starting_tracker, wandb_options
 
 Report = Callable[[int, Image.Image, Sequence[Path]], None]
 """Sends a step's contact sheet and mp4s to a tracker."""
 
 
 def decode(config: Config) -> list[Path]:
-    """Decode every step of the run folder's previews that has no contact sheet yet; return the paths written.
+    """Decode every step of previews that has no contact sheet yet, for the tracker too; return the paths written.
 
-    Videos also go to the tracker of `train.report_to`. Raises `UsageError` if there are no previews or no tracker, and
-    `DataError` for a damaged preview.
+    Raises `UsageError` if there are no previews or no tracker, and `DataError` for a damaged preview.
     """
     folder = config.train.output_dir / PREVIEWS
-    steps = sorted({path.parent for path in folder.glob("step-*/[0-9]*.safetensors")}, key=_number)
+    found = {path.parent for path in folder.glob("step-*/[0-9]*.safetensors")}
+    steps = sorted((step for step in found if step.name.removeprefix("step-").isdecimal()), key=_number)
     if not steps:
-        raise UsageError(
-            f"{folder}: no previews found; set train.preview_steps and data.validation_prompts, then train"
-        )
+        advice = "set train.preview_steps and data.validation_prompts, then train"
+        raise UsageError(f"{folder}: no previews found; {advice}")
     missing = [step for step in steps if not (step / SHEET).exists()]
     if not missing:
         console.say(f"{folder}: all previews are decoded already")
         return []
     written: list[Path] = []
-    with open_report(config.train) as report:
+    with open_report(config.train) as report, console.Progress("steps", len(missing)) as bar:
         vae = load_vae(config)
-        with console.Progress("steps", len(missing)) as bar:
-            for step in missing:
-                written += decode_step(vae, step, config.sample.fps, report)
-                bar.advance()
+        for step in missing:
+            written += decode_step(vae, step, config.sample.fps, report)
+            bar.advance()
     for path in written:
         console.say(str(path))
     return written
@@ -69,11 +66,8 @@ def decode_step(vae: Any, step: Path, fps: int, report: Report) -> list[Path]:
 
 
 def _number(step: Path) -> int:
-    """Return 100 for `step-000100`; raises `DataError` for another name."""
-    try:
-        return int(step.name.removeprefix("step-"))
-    except ValueError:
-        raise DataError(f"{step}: not a folder of previews; move the folder away") from None
+    """Return 100 for `step-000100`."""
+    return int(step.name.removeprefix("step-"))
 
 
 @contextmanager
@@ -86,7 +80,7 @@ def open_report(train: Train) -> Iterator[Report]:
     if train.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(tensorboard_folder(train))) as writer:
+        with SummaryWriter(str(train.output_dir / train.tracker_name)) as writer:  # accelerate's folder
             yield lambda step, sheet, _: writer.add_image("previews", np.asarray(sheet), step, dataformats="HWC")
     elif train.report_to == "wandb":
         import wandb

@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
 from safetensors import SafetensorError
 
 from sample.video import contact_sheet, write_mp4
 from shared import console
 from shared.config import Config
 from shared.device import DTYPES, choose_device
-from shared.errors import UsageError
+from shared.errors import UsageError, one_line
 from shared.model.conventions import Conventions, drop_learned_table, read_conventions
 from shared.model.pretrained import pretrained_config, pretrained_part
 from shared.run_folder import EXPORT, adapter_file
@@ -32,6 +34,7 @@ def sample(config: Config) -> list[Path]:
     images = load_images(config, conventions.image_to_video)
     load_adapter(pipeline, adapter)
     settings.output_dir.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()
     written: list[Path] = []
     with console.Progress("videos", 2 * len(settings.prompts)) as bar:
         for number, prompt in enumerate(settings.prompts):
@@ -68,8 +71,7 @@ def load_adapter(pipeline: Any, path: Path) -> None:
     try:
         pipeline.load_lora_weights(str(path))
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{path}: not an adapter of {model} ({reason})") from error
+        raise UsageError(f"{path}: not an adapter of {model} ({one_line(error)})") from error
     added = [value for name, value in pipeline.transformer.named_parameters() if "lora_B" in name]
     if not added:
         raise UsageError(f"{path}: none of its tensors belongs to {model}; use the adapter of a run's {EXPORT}/")
@@ -79,8 +81,6 @@ def load_adapter(pipeline: Any, path: Path) -> None:
 
 def load_pipeline(config: Config) -> tuple[Any, Conventions]:
     """Load diffusers' text-to-video or image-to-video pipeline, by the checkpoint's configs."""
-    from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
-
     part = pretrained_part(config.model, "transformer")
     vae = pretrained_part(config.model, "vae")
     scheduler = pretrained_config(config.model, "scheduler")
@@ -88,7 +88,6 @@ def load_pipeline(config: Config) -> tuple[Any, Conventions]:
     conventions = read_conventions(part.config, vae.config, scheduler, drop_learned_positions=drop)
     precision = part.precision(config.sample.dtype)
     kind = CogVideoXImageToVideoPipeline if conventions.image_to_video else CogVideoXPipeline
-    disable_progress_bar()
     pipeline = kind.from_pretrained(
         config.model.pretrained_model_name_or_path,
         revision=config.model.revision,
@@ -109,8 +108,6 @@ def load_pipeline(config: Config) -> tuple[Any, Conventions]:
 
 def load_images(config: Config, image_to_video: bool) -> list[Any]:
     """Read one first frame per prompt, for image-to-video checkpoints only; raises `UsageError`."""
-    from PIL import Image, UnidentifiedImageError
-
     images, prompts = config.sample.images, config.sample.prompts
     if not image_to_video:
         if images:
@@ -124,7 +121,7 @@ def load_images(config: Config, image_to_video: bool) -> list[Any]:
     for path in images:
         try:
             loaded.append(Image.open(path).convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
+        except OSError as error:
             raise UsageError(f"sample.images: {path} is not a readable image ({error}); replace the file") from None
     return loaded
 
@@ -132,7 +129,6 @@ def load_images(config: Config, image_to_video: bool) -> list[Any]:
 def make_video(config: Config, pipeline: Any, conventions: Conventions, prompt: str, image: Any) -> np.ndarray:
     """Generate one video, uint8 [F,H,W,3]; the noise depends on `sample.seed` alone."""
     settings = config.sample
-    first_frame = {} if image is None else {"image": image}
     frames = pipeline(
         prompt=prompt,
         negative_prompt=config.data.negative_prompt,
@@ -145,7 +141,7 @@ def make_video(config: Config, pipeline: Any, conventions: Conventions, prompt: 
         max_sequence_length=conventions.text_length,
         generator=torch.Generator().manual_seed(settings.seed),
         output_type="np",
-        **first_frame,
+        **({} if image is None else {"image": image}),
     ).frames[0]
     return (np.asarray(frames) * 255).round().astype(np.uint8)
 

@@ -41,19 +41,6 @@ def make_folder(folder: Path) -> None:
         sync_folder(folder.parent)
 
 
-def publish(temporary: Path, final: Path, *, replace: bool) -> bool:
-    """Give a finished file its final name; return False if another file already has it and `replace` is off."""
-    if replace:
-        temporary.replace(final)
-        return True
-    try:
-        os.link(temporary, final)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise
-        if final.exists():  # no hard links here; equal names hold equal bytes, so this race is harmless
-            return False
-        temporary.rename(final)
-    return True
+def user_folder() -> Path:
+    """Return the folder for what this machine can make again: local copies, marks of files."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "precog"

@@ -1,5 +1,7 @@
 """Arguments and exit codes that every command shares. Nothing heavy is imported."""
 
+import logging
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
@@ -8,7 +10,7 @@ from typing import Annotated, ParamSpec
 
 import typer
 
-from shared.errors import UsageError
+from shared.errors import PrecogError, Preempted, UsageError
 from shared.launcher import rank
 
 
@@ -29,12 +31,25 @@ P = ParamSpec("P")
 
 
 def exits(command: Callable[P, None]) -> Callable[P, None]:
-    """Return `command`, made to end the process with its exit code; see `shared.console.run_command`."""
+    """Return `command`, made to end the process with its exit code; an error that a user can act on is one line."""
 
     @wraps(command)
     def run(*arguments: P.args, **options: P.kwargs) -> None:
-        from shared.console import run_command
+        from shared.console import console
 
-        run_command(lambda: command(*arguments, **options))
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+        try:
+            command(*arguments, **options)
+        except PrecogError as error:
+            message, code = str(error), error.exit_code
+        except OSError as error:  # a full disk, a folder where a file should be
+            where = f"{error.filename}: " if error.filename else ""
+            message, code = f"{where}{error.strerror or error}", PrecogError.exit_code
+        except KeyboardInterrupt:
+            message, code = "interrupted; run the same command to continue", Preempted.exit_code
+        else:
+            sys.exit(0)
+        console.print(f"precog: {message}", markup=False)
+        sys.exit(code)
 
     return run

@@ -4,32 +4,43 @@ Where the diffusers reference script has an option, the field keeps its name and
 Relative paths are relative to the working directory. Secrets are never a field.
 """
 
-import difflib
 import re
-import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tomli_w
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from shared.atomic_files import replacing
-from shared.errors import UsageError
-from shared.field_meaning import (
-    BUCKETS,
-    CLIPS,
-    FIXED_BY_RUN,
-    FREE,
-    IN_PREVIEW,
-    RESOLVED_BY_RUN,
-    VIEW,
-    Part,
-    Replaces,
-    Shapes,
-    annotated_fields,
-    require_meanings,
-)
+ShapedPart = Literal[
+    "clips", "buckets", "view", "latents", "image_latents", "prompts", "run", "resolved_by_run", "preview", "nothing"
+]
 
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The part of the results that a field's value shapes. Recipes, views and runs take their fields from it."""
+
+    part: ShapedPart
+    recipe_entry: str = ""
+    """Dotted name of the recipe's entry that holds the value."""
+
+
+CLIPS = Shapes("clips")
+"""Frames and pixels of a clip: part of its key."""
+BUCKETS = Shapes("buckets")
+"""Acts through data.frame_buckets and data.resolution_buckets."""
+VIEW = Shapes("view")
+"""Choice of clips and captions of the view, without any clip's bytes."""
+FIXED_BY_RUN = Shapes("run")
+"""A resumed run must have the same value."""
+RESOLVED_BY_RUN = Shapes("resolved_by_run")
+"""A resumed run must have the same result of the value: a hash, a dtype, an order."""
+IN_PREVIEW = Shapes("preview")
+"""Written beside each preview."""
+FREE = Shapes("nothing")
+"""May change at any time: a place, an amount of work, something that is only shown."""
+
+LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Positive = Annotated[int, Field(gt=0)]
@@ -37,14 +48,14 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b")
+"""Access tokens of the hub and of S3."""
+
+
 def _multiple_of_16(size: int) -> int:
     if size % 16:
         raise ValueError(f"{size} is not a multiple of 16 (VAE factor 8 times patch size 2)")
     return size
-
-
-SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b")
-"""Access tokens of the hub and of S3."""
 
 
 def _not_a_secret(text: str) -> str:
@@ -59,7 +70,7 @@ def _not_empty(value: object) -> object:
     return value
 
 
-def _a_device(name: str) -> str:
+def _device_name(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", name):
         raise ValueError("should be auto, cpu, cuda or a GPU's number as in cuda:1")
     return name
@@ -68,21 +79,16 @@ def _a_device(name: str) -> str:
 Side = Annotated[int, Field(gt=0), AfterValidator(_multiple_of_16)]
 Text = Annotated[str, AfterValidator(_not_a_secret)]
 NotEmpty = BeforeValidator(_not_empty)
-"""Of a path, too: an empty one would be the working directory."""
+"""Also for paths: an empty one would be the working directory."""
 Name = Annotated[Text, NotEmpty]
 Place = Annotated[Path, NotEmpty]
-Device = Annotated[str, AfterValidator(_a_device)]
+Device = Annotated[str, AfterValidator(_device_name)]
 
 
 class Table(BaseModel):
-    """One table of the config; every field says by its metadata what it shapes."""
+    """One table of the config; every field is annotated with what it shapes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        require_meanings(cls)
 
 
 class Model(Table):
@@ -92,7 +98,7 @@ class Model(Table):
     """Commit, tag or branch on the hub, for every part."""
     variant: Annotated[Name | None, FREE] = None
     """File variant of the weights, such as "fp16"."""
-    model_cache_dir: Annotated[Place | None, FREE, Replaces(("cache_dir",))] = None
+    model_cache_dir: Annotated[Place | None, FREE] = None
     """Where hub downloads are kept; None is the hub's own default."""
     drop_learned_positions: Annotated[bool, FIXED_BY_RUN] = False
     """Train a checkpoint with a learned position table (5B-I2V) without it, at any frames, height and width."""
@@ -137,9 +143,7 @@ class Data(Table):
     """Crop in the middle, crop at a place drawn by the clip's bytes, or pad with black."""
     random_flip: Annotated[bool, CLIPS] = False
     """Also store a horizontally mirrored copy of every clip."""
-    validation_prompts: Annotated[
-        tuple[Text, ...], FREE, Replaces(("validation_prompt", "validation_prompt_separator"))
-    ] = ()
+    validation_prompts: Annotated[tuple[Text, ...], FREE] = ()
     """Encoded with the captions, so that stage 2 can sample without T5."""
     negative_prompt: Annotated[Text, FREE] = ""
     """Encoded with the captions, for guidance."""
@@ -210,18 +214,13 @@ class Precompute(Table):
 class Train(Table):
     output_dir: Annotated[Place, FREE]
     """The run folder: config, metrics.jsonl, checkpoints, export."""
-    lora_rank: Annotated[Positive, FIXED_BY_RUN, Replaces(("rank",))] = 128
+    lora_rank: Annotated[Positive, FIXED_BY_RUN] = 128
     """`--rank` there; rank alone is a process's number here."""
     lora_alpha: Annotated[float, Field(gt=0), FIXED_BY_RUN] = 128
     """The adapter is scaled by lora_alpha / lora_rank."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.0
     """Dropout before the adapter; masks are drawn per pack, so another number of processes draws others."""
-    lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1), FIXED_BY_RUN] = (
-        "to_k",
-        "to_q",
-        "to_v",
-        "to_out.0",
-    )
+    lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1), FIXED_BY_RUN] = LORA_TARGETS
     """Linear layers that get an adapter."""
     use_rslora: Annotated[bool, FIXED_BY_RUN] = False
     """Scale the adapter by lora_alpha / sqrt(lora_rank) instead (arXiv 2312.03732)."""
@@ -241,11 +240,7 @@ class Train(Table):
     """Restarts of cosine_with_restarts."""
     lr_power: Annotated[float, Field(gt=0), FREE] = 1.0
     """Power of polynomial."""
-    optimizer: Annotated[
-        Literal["adam", "adamw", "adamw8bit", "prodigy"],
-        FIXED_BY_RUN,
-        Replaces(("use_8bit_adam",), "adamw8bit"),
-    ] = "adamw"
+    optimizer: Annotated[Literal["adam", "adamw", "adamw8bit", "prodigy"], FIXED_BY_RUN] = "adamw"
     """adam adds weight decay to the gradient (L2), the others decay the weights; the last two are optional extras."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.9
     """Decay of the first moment."""
@@ -269,11 +264,9 @@ class Train(Table):
     """Optimizer steps; None takes num_train_epochs."""
     num_train_epochs: Annotated[Positive, FREE] = 1
     """Passes over the training clips, when max_train_steps is not set."""
-    global_batch_size: Annotated[
-        Positive, FIXED_BY_RUN, Replaces(("train_batch_size", "gradient_accumulation_steps"))
-    ] = 1
+    global_batch_size: Annotated[Positive, FIXED_BY_RUN] = 1
     """Clips per optimizer step, whatever the number of processes."""
-    max_tokens_per_pack: Annotated[Positive, FREE, Replaces(("train_batch_size", "gradient_accumulation_steps"))] = 1
+    max_tokens_per_pack: Annotated[Positive, FREE] = 1
     """Tokens of one forward; a larger clip is a pack of its own, so 1 is one clip at a time."""
     transformer_engine: Annotated[Literal["packed", "reference"], FREE] = "packed"
     """packed: our forward over packs of clips; reference: diffusers' forward, one clip at a time."""
@@ -309,7 +302,7 @@ class Train(Table):
     A name must be the newest checkpoint: move newer ones out of the run folder first."""
     validation_steps: Annotated[Count, FREE] = 0
     """Optimizer steps between held-out losses, which are taken at the end in any case; 0 is only at the end."""
-    preview_steps: Annotated[Count, FREE, Replaces(("validation_epochs", "num_validation_videos"))] = 0
+    preview_steps: Annotated[Count, FREE] = 0
     """Optimizer steps between previews: data.validation_prompts, as [sample] says, to latents; 0 is never."""
     report_to: Annotated[Literal["none", "tensorboard", "wandb"], FREE] = "none"
     """Where the metrics also go; metrics.jsonl is always written."""
@@ -354,12 +347,12 @@ class Memory(Table):
     """Train on a quantized base even if the adapter's gradient strays below cosine 0.99 from the unquantized one."""
 
 
-class Sample(Table):
+class Sampling(Table):
     output_dir: Annotated[Place, FREE] = Path("samples")
     """Where the mp4 and PNG files land."""
     prompts: Annotated[tuple[Text, ...], FREE] = ()
     """One video each, with and without the adapter."""
-    images: Annotated[tuple[Place, ...], FREE, Replaces(("validation_images",))] = ()
+    images: Annotated[tuple[Place, ...], FREE] = ()
     """I2V: the first frame for each prompt."""
     lora: Annotated[Place | None, FREE] = None
     """Folder or file of the adapter; None is the export of [train]."""
@@ -395,7 +388,7 @@ class Config(BaseModel):
     precompute: Precompute
     train: Train
     memory: Memory = Memory()
-    sample: Sample = Sample()
+    sample: Sampling = Sampling()
 
 
 TABLES: dict[str, type[Table]] = {
@@ -404,149 +397,51 @@ TABLES: dict[str, type[Table]] = {
     "precompute": Precompute,
     "train": Train,
     "memory": Memory,
-    "sample": Sample,
+    "sample": Sampling,
 }
-NO_FIELD = {
+INSTEAD_OF_FLAG = {
+    "cache_dir": "use model.model_cache_dir",
     "dataloader_num_workers": "one background reader is always used",
+    "gradient_accumulation_steps": "use train.global_batch_size and train.max_tokens_per_pack",
+    "hub_model_id": "upload the run's folder `export` with `hf upload`",
     "hub_token": "never a field; log in with `hf auth login` or set HF_TOKEN",
     "logging_dir": "the tracker writes into train.output_dir, under train.tracker_name",
+    "num_validation_videos": "use train.preview_steps",
+    "push_to_hub": "upload the run's folder `export` with `hf upload`",
+    "rank": "use train.lora_rank",
     "scale_lr": "train.learning_rate is used as it is",
-    **dict.fromkeys(("hub_model_id", "push_to_hub"), "upload the run's folder `export` with `hf upload`"),
+    "train_batch_size": "use train.global_batch_size and train.max_tokens_per_pack",
+    "use_8bit_adam": "use train.optimizer = 'adamw8bit'",
+    "validation_epochs": "use train.preview_steps",
+    "validation_images": "use sample.images",
+    "validation_prompt": "use data.validation_prompts",
+    "validation_prompt_separator": "use data.validation_prompts",
 }
-"""Flags of the reference script without a field of the same meaning, and what to do."""
+"""Flags of diffusers' train_cogvideox_lora.py without a field of the same name, and what to do."""
 
 
-def fields_shaping(*parts: Part) -> list[str]:
+def shaping_fields() -> dict[str, Shapes]:
+    """Return {dotted name of a field: what it shapes}."""
+    found = {}
+    for table, kind in TABLES.items():
+        for name, field in kind.model_fields.items():
+            shapes = [entry for entry in field.metadata if isinstance(entry, Shapes)]
+            assert len(shapes) == 1, f"{table}.{name}: annotate the field with what it shapes, such as FREE"
+            found[f"{table}.{name}"] = shapes[0]
+    return found
+
+
+def fields_shaping(*parts: ShapedPart) -> list[str]:
     """Return the dotted names of the fields that shape any of `parts`, sorted."""
-    return sorted(name for name, meaning, _ in annotated_fields(TABLES) if meaning.part in parts)
+    return sorted(name for name, shapes in shaping_fields().items() if shapes.part in parts)
 
 
-def recipe_fields(*parts: Part) -> dict[str, str]:
+def recipe_fields(*parts: ShapedPart) -> dict[str, str]:
     """Return {dotted name of a recipe's entry: the field that it comes from} for "latents" or "prompts"."""
-    return {shapes.recipe_entry: name for name, shapes, _ in annotated_fields(TABLES) if shapes.part in parts}
+    return {shapes.recipe_entry: name for name, shapes in shaping_fields().items() if shapes.part in parts}
 
 
 def field_value(config: Config, name: str) -> Any:
     """Return the value of the field with a dotted name, as JSON has it."""
     table, _, field = name.partition(".")
     return getattr(config, table).model_dump(mode="json", include={field})[field]
-
-
-def instead_of_flag(flag: str) -> str | None:
-    """Return what takes the place of a flag of the reference script; None for a name that is no such flag."""
-    found = [(name, replaces.value) for name, _, replaces in annotated_fields(TABLES) if flag in replaces.flags]
-    fields = [f"{name} = {value!r}" if value else name for name, value in found]
-    return f"use {' and '.join(fields)}" if fields else NO_FIELD.get(flag)
-
-
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read the TOML file, apply `table.field=value` overrides (TOML values; a bare word is text), check everything.
-
-    Raises `UsageError` with one line: file, line, field, what is wrong and what would be right.
-    """
-    try:
-        source = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the config ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not UTF-8 text") from None
-    try:
-        values = tomllib.loads(source)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides or []:
-        _apply_override(values, override)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        problems: dict[tuple[int | str, ...], list[Any]] = {}
-        for problem in error.errors():
-            problems.setdefault(problem["loc"][:2], []).append(problem)
-        lines = [_explain(found, path, source, overrides or []) for found in problems.values()]
-        raise UsageError(SECRET.sub("***", "\n".join(lines))) from None
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config; loading the file gives an equal `Config`."""
-    with replacing(path) as pending:
-        pending.write_text(dump_config(config), encoding="utf-8")
-
-
-def dump_config(config: Config) -> str:
-    """The resolved config as TOML; unset (None) fields are left out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    name, separator, raw = override.partition("=")
-    parts = name.strip().split(".")
-    if not separator or len(parts) != 2 or not all(parts):
-        shown = SECRET.sub("***", override)
-        raise UsageError(f"override {shown!r}: write it as table.field=value, such as train.lora_rank=64")
-    try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    table = values.setdefault(parts[0], {})
-    if not isinstance(table, dict):
-        raise UsageError(f"override {SECRET.sub('***', override)!r}: {parts[0]} is not a table")
-    table[parts[1]] = value
-
-
-def _explain(problems: list[Any], path: Path, source: str, overrides: list[str]) -> str:
-    """One line for the first of a field's problems; where the field may be this or that, for all it may be."""
-    problem = problems[0]
-    alternatives = [isinstance(part, str) for part in problem["loc"][2:3]] == [True]
-    location = [str(part) for part in problem["loc"][: 2 if alternatives else None]]
-    name = ".".join(location[:2])
-    blamed = _blamed(problem, location, overrides)
-    given = f"override{'s' if len(blamed) > 1 else ''} {', '.join(map(repr, blamed))}"
-    where = given if blamed else f"{path}{_line_of(source, location)}"
-    if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown {'table' if len(location) == 1 else 'key'} {name}{_nearest(location)}"
-    if problem["type"] == "missing":
-        return f"{where}: {name} is missing"
-    messages = [each["msg"].removeprefix("Value error, ") for each in (problems if alternatives else [problem])]
-    messages = [
-        message.replace("a valid tuple", 'a list such as ["a", "b"], quoted for the shell') for message in messages
-    ]
-    message = " or ".join(messages).replace("Input should be", "should be").replace(" or should be", ", or")
-    shown = "" if len(location) == 1 else f" = {problem['input']!r}"
-    return f"{where}: {'.'.join(location)}{shown}: {message}"
-
-
-def _blamed(problem: Any, location: list[str], overrides: list[str]) -> list[str]:
-    """The override that the field has its value from; of a whole table, those of the fields that the message names."""
-    last = {text.partition("=")[0].strip(): text for text in overrides}
-    fields = [".".join(location[:2])]
-    if len(location) == 1 and problem["type"] == "extra_forbidden":
-        fields = [field for field in last if field.startswith(f"{location[0]}.")]
-    elif len(location) == 1:
-        fields = [f"{location[0]}.{word}" for word in re.findall(r"\w+", problem["msg"])]
-    return [text for field, text in last.items() if field in fields]
-
-
-def _line_of(source: str, location: list[str]) -> str:
-    """ ":12" for the line that sets the field, its table's line if it is absent, or nothing."""
-    table, table_line = "", ""
-    for number, line in enumerate(source.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([\w-]+)\s*\]", line):
-            table = header[1]
-            if table == location[0]:
-                table_line = f":{number}"
-        elif len(location) > 1 and table == location[0] and re.match(rf"\s*{re.escape(location[1])}\s*=", line):
-            return f":{number}"
-    return table_line
-
-
-def _nearest(location: list[str]) -> str:
-    if instead := instead_of_flag(location[-1]):
-        return f"; {instead}"
-    if len(location) == 1:
-        names = list(TABLES)
-    else:
-        names = [f"{location[0]}.{field}" for field in TABLES[location[0]].model_fields]
-        everywhere = [f"{name}.{field}" for name, table in TABLES.items() for field in table.model_fields]
-        names += [name for name in everywhere if name.endswith(f".{location[1]}")]
-    close = difflib.get_close_matches(".".join(location[:2]), names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"

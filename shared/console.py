@@ -1,18 +1,15 @@
 """Output for people: rich on rank 0, plain lines without a terminal. Standard output is kept for `--json`."""
 
 import json
-import logging
 import os
-import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 from pydantic import BaseModel
 from rich import progress
 from rich.console import Console
 
-from shared.errors import PrecogError, Preempted
 from shared.launcher import rank
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -88,24 +85,6 @@ def quiet_libraries() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-
-
-def run_command(command: Callable[[], None]) -> NoReturn:
-    """Run the body of a command and exit with its code; an error that a user can act on is one line."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    try:
-        command()
-    except PrecogError as error:
-        console.print(f"precog: {error}", markup=False)
-        sys.exit(error.exit_code)
-    except OSError as error:  # a full disk, a folder where a file should be
-        where = f"{error.filename}: " if error.filename else ""
-        console.print(f"precog: {where}{error.strerror or error}", markup=False)
-        sys.exit(PrecogError.exit_code)
-    except KeyboardInterrupt:
-        console.print("precog: interrupted; run the same command to continue", markup=False)
-        sys.exit(Preempted.exit_code)
-    sys.exit(0)
 
 
 def bytes_text(size: float) -> str:

@@ -4,6 +4,8 @@ An error that a user can act on is one line: `<field or file>: <what is wrong>; 
 error but a skip with a reason. Our own invariants are `assert`.
 """
 
+from importlib.util import find_spec
+
 
 class PrecogError(Exception):
     """An error that a user can act on; the command prints the message and exits with `exit_code`."""
@@ -44,3 +46,9 @@ class Preempted(PrecogError):
 def one_line(error: Exception) -> str:
     """Return the start of an exception's message on one line, or its type's name if there is no message."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def require_extra(module: str, option: str, extra: str) -> None:
+    """Raise `UsageError` if the package `module` of this project's `extra`, needed by `option`, is not installed."""
+    if find_spec(module) is None:
+        raise UsageError(f"{option}: package {module} not found; run `pip install -e '.[{extra}]'` in the clone")

@@ -23,11 +23,6 @@ def key_of(value: Json) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()[:KEY_LENGTH]
 
 
-def is_key(text: str) -> bool:
-    """Return True for the spelling of a key."""
-    return re.fullmatch(rf"[0-9a-f]{{{KEY_LENGTH}}}", text) is not None
-
-
 def sealed(body: Mapping[str, Any]) -> bytes:
     """Return `body` as readable JSON that also holds its own hash; `unsealed` is the inverse."""
     seal = hashlib.sha256(canonical_json(body)).hexdigest()

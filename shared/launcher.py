@@ -4,9 +4,6 @@ import os
 
 from shared.errors import UsageError
 
-RANK = ("RANK", "SLURM_PROCID")
-WORLD_SIZE = ("WORLD_SIZE", "SLURM_NTASKS")
-
 
 def rank() -> int:
     """Return the rank of this process, 0 without a launcher; raise `UsageError` unless 0 <= rank < world size."""
@@ -20,29 +17,25 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Return the rank of this process on its machine, 0 without a launcher."""
-    return _read(0, "LOCAL_RANK", "SLURM_LOCALID")
+    return _read(0, "LOCAL_RANK", "SLURM_LOCALID")[0]
 
 
 def _rank_and_world_size() -> tuple[int, int]:
-    number, size = _read(0, *RANK), _read(1, *WORLD_SIZE)
+    number, number_shown = _read(0, "RANK", "SLURM_PROCID")
+    size, size_shown = _read(1, "WORLD_SIZE", "SLURM_NTASKS")
     if number >= size:
         raise UsageError(
-            f"{_shown(*RANK)} and {_shown(*WORLD_SIZE)} in the environment: a launcher sets both and counts ranks "
-            "from 0; unset both"
+            f"{number_shown} and {size_shown} in the environment: a launcher sets both and counts ranks from 0; "
+            "unset both"
         )
     return number, size
 
 
-def _shown(*variables: str) -> str:
-    found = next((f"{variable} = {text}" for variable in variables if (text := os.environ.get(variable))), None)
-    return found or f"no {variables[0]}"
-
-
-def _read(default: int, *variables: str) -> int:
-    """Return the value of the first variable that is set; raise `UsageError` if it is not a number."""
+def _read(default: int, *variables: str) -> tuple[int, str]:
+    """Return the value of the first variable that is set, and its text; raise `UsageError` if it is not a number."""
     for variable in variables:
         if text := os.environ.get(variable):
             if not (text.isascii() and text.isdigit()):
                 raise UsageError(f"{variable} = {text!r} in the environment: a launcher sets it to a number; unset it")
-            return int(text)
-    return default
+            return int(text), f"{variable} = {text}"
+    return default, f"no {variables[0]}"

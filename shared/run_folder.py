@@ -1,6 +1,14 @@
-"""Names of what training leaves in a run folder for other commands to read."""
+"""Files of a run folder that several commands share: export, previews, `metrics.jsonl` and the tracker's own."""
 
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from shared.config import Train
+from shared.errors import DataError, UsageError, one_line, require_extra
 
 EXPORT = "export"
 """Folder of the finished adapter."""
@@ -10,6 +18,12 @@ PREVIEWS = "previews"
 """Folder of previews: `step-000100/00.safetensors` and `.json`, and the images of `precog decode`."""
 SHEET = "sheet.png"
 """File that `precog decode` writes last into a step's folder; a folder that has it is decoded."""
+METRICS = "metrics.jsonl"
+"""One JSON object per optimizer step, written by training and read by the pages."""
+METRICS_NUMBERS = ("step", "loss", "ema_loss", "samples", "seconds", "data_wait_seconds", "peak_memory_bytes")
+"""Fields that every line of `metrics.jsonl` must have."""
+WANDB_ID = "wandb-id.txt"
+"""File with wandb's run id, so that a resumed run and its previews stay one run."""
 
 
 def adapter_file(place: Path) -> Path:
@@ -25,3 +39,43 @@ def preview_folder(run: Path, step: int) -> Path:
 def preview_file(run: Path, step: int, number: int) -> Path:
     """Return the file with the latents of a step's prompt `number`."""
     return preview_folder(run, step) / f"{number:02}.safetensors"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Read the steps so far; a torn last line is left out. Raise `DataError` for any other line that is not a step."""
+    path = run / METRICS
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    try:
+        steps = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON lines ({error}); move the file away to go on") from None
+    for number, step in enumerate(steps, start=1):
+        if not isinstance(step, dict) or not all(isinstance(step.get(name), int | float) for name in METRICS_NUMBERS):
+            raise DataError(f"{path} line {number}: not a step of a run; move the file away to go on")
+    return steps
+
+
+def require_tracker(train: Train) -> None:
+    """Raise `UsageError` if the package of `train.report_to` is not installed."""
+    if train.report_to != "none":
+        require_extra(train.report_to, f"train.report_to = {train.report_to!r}", train.report_to)
+
+
+@contextmanager
+def starting_tracker(train: Train) -> Iterator[None]:
+    """Turn any error of a tracker's start into a `UsageError` of one line."""
+    try:
+        yield
+    except Exception as error:
+        hint = "; run `wandb login` or set WANDB_MODE=offline" if train.report_to == "wandb" else ""
+        raise UsageError(f"train.report_to = {train.report_to!r}: {one_line(error).rstrip('.')}{hint}") from error
+
+
+def wandb_options(train: Train) -> dict[str, Any]:
+    """Return the arguments of `wandb.init` for the run folder; write the run id on the first call."""
+    path = train.output_dir / WANDB_ID
+    if not path.exists():
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return {"dir": str(train.output_dir), "id": path.read_text(encoding="utf-8").strip(), "resume": "allow"}

@@ -22,7 +22,8 @@ TRAIN_LAYERS = (
     ("data",),
 )
 """Parts of train/ from top to bottom; the others may be used by any, but lead no part to one above it."""
-LINE_BUDGET = 10_500
+ADDITIONS = ("prepare", "report")
+LINE_BUDGET, LINE_BUDGET_WITH_ADDITIONS = 10_500, 13_000
 FUNCTION_LINES = 60
 FOLDER_FILES = 22
 FORBIDDEN_IMPORTS = {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
@@ -103,7 +104,7 @@ def test_train_imports_from_upper_to_lower_layers() -> None:
 
 
 def test_cache_and_model_do_not_import_upward() -> None:
-    upper = {"shared.command", "shared.console", "shared.run_folder", "shared.tracker"}
+    upper = {"shared.command", "shared.console", "shared.run_folder"}
     for module in modules("shared/cache", "shared/model"):
         above = reached(module) & (upper | ({name for name in graph() if name.startswith("shared.cache")}))
         if module.startswith("shared.cache"):
@@ -135,8 +136,11 @@ def test_folders_and_packages_stay_small() -> None:
         folder: count for folder, count in Counter(path.parent for path in files).items() if count > FOLDER_FILES
     }
     assert crowded == {}
-    lines = sum(len(path.read_text("utf-8").splitlines()) for path in modules(*PACKAGES).values())
-    assert lines <= LINE_BUDGET
+    lines = {
+        name: sum(len(path.read_text("utf-8").splitlines()) for path in modules(name).values()) for name in PACKAGES
+    }
+    assert sum(count for name, count in lines.items() if name not in ADDITIONS) <= LINE_BUDGET
+    assert sum(lines.values()) <= LINE_BUDGET_WITH_ADDITIONS
 
 
 def test_tests_use_no_private_name_of_ours() -> None:
@@ -147,7 +151,7 @@ def test_tests_use_no_private_name_of_ours() -> None:
                 source = "" if isinstance(node, ast.Import) else node.module or ""
                 for alias in node.names:
                     if (source or alias.name).split(".")[0] in (*PACKAGES, "precog"):
-                        assert not alias.name.startswith("_"), f"{path}:{node.lineno}: {alias.name}"
+                        assert not alias.name.startswith("_") or alias.name == "__version__", f"{path}:{node.lineno}"
                         ours.add(alias.asname or alias.name.split(".")[0])
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:

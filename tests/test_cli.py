@@ -1,6 +1,5 @@
 """The command line: wrong input is one clear line with the right exit code."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from precog import __version__, app
-from shared.config import load_config
-from tests.media import write_clip
+from shared.command import exits
+from shared.config_file import load_config
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "configs" / "demo.toml")
@@ -77,12 +76,7 @@ def test_the_command_completes_itself(shell: str) -> None:
         ("train", "train.lora_rank=-1", 2, ["train.lora_rank = -1", "greater than 0"]),
         ("train", "train.optimizer=sgd", 2, ["train.optimizer = 'sgd'", "'adam'"]),
         ("train", "data.height=100", 2, ["data.height = 100", "multiple of 16"]),
-        (
-            "precompute",
-            "model.pretrained_model_name_or_path=no/such-model",
-            2,
-            ["no/such-model", "neither a local folder"],
-        ),
+        ("precompute", "model.pretrained_model_name_or_path=no/such-model", 2, ["neither a local folder"]),
         ("precompute", "model.pretrained_model_name_or_path=demo", 2, ["demo", "vae/ not found"]),
         ("train", 'train.lora_target_modules="to_q"', 2, ["a list such as", "quoted for the shell"]),
         ("train", "data.name=other", 4, ["datasets/other", "view not found", "precog precompute"]),
@@ -105,37 +99,20 @@ def test_a_wrong_part_is_one_line(precog: Callable[..., Result]) -> None:
         assert part in problem(result)
 
 
-def test_counts_that_differ_name_both(precog: Callable[..., Result], data: Path) -> None:
+def test_wrong_listings_are_one_line(precog: Callable[..., Result], data: Path) -> None:
+    root = f"data.instance_data_root={data}"
+
+    def check(words: tuple[str, ...], *overrides: str) -> None:
+        result = precog("precompute", root, *overrides)
+        assert result.exit_code == 3 and all(word in problem(result) for word in words), result.stderr
+
+    columns = ("data.caption_column=caption", "data.video_column=video")
+    check(("caption", "text", "metadata.csv"), f"data.dataset_name={data}/metadata.csv", *columns)
+    (data / "videos" / "00003.mp4").unlink()
+    check(("videos/00003.mp4", "videos.txt"))
     prompts = data / "prompts.txt"
     prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:-1]))
-    result = precog("precompute", f"data.instance_data_root={data}")
-    assert result.exit_code == 3
-    assert all(word in problem(result) for word in ("7", "8", "prompts.txt", "videos.txt"))
-
-
-def test_a_missing_column_names_those_there_are(precog: Callable[..., Result], data: Path) -> None:
-    table = f"data.dataset_name={data}/metadata.csv"
-    columns = ("data.caption_column=caption", "data.video_column=video")
-    result = precog("precompute", f"data.instance_data_root={data}", table, *columns)
-    assert result.exit_code == 3
-    assert all(word in problem(result) for word in ("caption", "text", "metadata.csv"))
-
-
-def test_a_missing_video_names_row_and_path(precog: Callable[..., Result], data: Path) -> None:
-    (data / "videos" / "00003.mp4").unlink()
-    result = precog("precompute", f"data.instance_data_root={data}")
-    assert result.exit_code == 3
-    assert all(word in problem(result) for word in ("videos/00003.mp4", "videos.txt"))
-
-
-def test_bad_clips_are_skipped_and_named_while_the_rest_is_stored(precog: Callable[..., Result], data: Path) -> None:
-    (data / "videos" / "00003.mp4").write_text("this is not a video")
-    write_clip(data / "videos" / "00004.mp4", frames=3)
-    result = precog("precompute", f"data.instance_data_root={data}")
-    assert result.exit_code == 0, result.stderr
-    assert "skipped videos/00003.mp4: not a video" in result.stderr
-    assert "skipped videos/00004.mp4: too short: 3 frames" in result.stderr
-    assert re.search(r"latents encoded +6, 0 reused", result.stderr)
+    check(("7", "8", "prompts.txt", "videos.txt"))
 
 
 def test_no_clip_left_is_an_error(precog: Callable[..., Result], data: Path) -> None:
@@ -146,8 +123,11 @@ def test_no_clip_left_is_an_error(precog: Callable[..., Result], data: Path) -> 
     assert "no clip is left to train on" in problem(result)
 
 
-def test_what_the_file_system_refuses_is_one_line(precog: Callable[..., Result], tmp_path: Path) -> None:
-    (tmp_path / "run" / "config.toml").mkdir(parents=True)
-    assert precog("precompute").exit_code == 0
-    result = precog("train")
-    assert result.exit_code == 1 and str(tmp_path / "run") in problem(result)
+def test_an_error_of_the_file_system_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    @exits
+    def command() -> None:
+        tmp_path.read_bytes()
+
+    with pytest.raises(SystemExit) as end:
+        command()
+    assert (end.value.code, capsys.readouterr().err) == (1, f"precog: {tmp_path}: Is a directory\n")

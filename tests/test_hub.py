@@ -17,6 +17,7 @@ from tests import media
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PLAN = ["plan", "--card=4090"]
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -26,8 +27,8 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         tiny = ROOT / "demo" / "tiny"
         self.files = {path.relative_to(tiny).as_posix(): path for path in tiny.rglob("*.*")}
-        self.fetched: set[str] = set()
-        """Weight files that were requested, with the range if there was one."""
+        self.fetched: list[set[str]] = [set()]
+        """Weight files that each command requested, with the range if there was one."""
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -44,7 +45,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, span = self.path.partition("?")[0], self.headers.get("range")
         file = re.fullmatch(rf"/someone/tiny/resolve/(?:main|{COMMIT})/(.+)", path)
-        if path == "/api/models/someone/tiny/revision/main":
+        if path == "/done":
+            self.server.fetched.append(set())
+            content = b""
+        elif path == "/api/models/someone/tiny/revision/main":
             content = json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": []}).encode()
         elif path.startswith("/api/models/someone/tiny/tree/"):
             entries = [
@@ -55,7 +59,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         elif file and file[1] in self.server.files:
             content = self.server.files[file[1]].read_bytes()
             if self.command == "GET" and file[1].endswith(".safetensors"):
-                self.server.fetched.add(file[1] + (f" {span}" if span else ""))
+                self.server.fetched[-1].add(file[1] + (f" {span}" if span else ""))
         else:
             self.send_error(404)
             return
@@ -79,6 +83,17 @@ def hub() -> Iterator[Hub]:
         server.shutdown()
 
 
+COMMANDS = """
+import json, os, sys, urllib.request
+from typer.testing import CliRunner
+from precog import app
+for number, command in enumerate(json.loads(sys.argv[1])):
+    found = CliRunner().invoke(app, [*command, f"model.model_cache_dir={sys.argv[2]}/{number}"])
+    assert found.exit_code == 0, found.stderr
+    urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/done").read()
+"""
+
+
 def test_each_command_downloads_its_own_part(hub: Hub, tmp_path: Path) -> None:
     """Check above all that stage 1 leaves out the transformer (11 GB of a 5B) and stage 2 T5 and the VAE."""
     (tmp_path / "clips").mkdir()
@@ -94,19 +109,13 @@ def test_each_command_downloads_its_own_part(hub: Hub, tmp_path: Path) -> None:
         "train.max_train_steps": 1,
         "train.global_batch_size": 1,
     }
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    commands = [[*command, "configs/demo.toml", *overrides] for command in (PLAN, ["precompute"], ["train"])]
     online = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1"}
-
-    def fetched_by(*command: str) -> set[str]:
-        hub.fetched.clear()
-        fresh = online | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "-".join(command))}
-        arguments = [*command[:1], "configs/demo.toml", *(f"{name}={value}" for name, value in settings.items())]
-        run = [sys.executable, "-m", "precog", *arguments, *command[1:]]
-        done = subprocess.run(run, cwd=ROOT, env=fresh, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return set(hub.fetched)
-
+    online |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    run = [sys.executable, "-c", COMMANDS, json.dumps(commands), str(tmp_path)]
+    done = subprocess.run(run, cwd=ROOT, env=online, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     vae, transformer = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "transformer"))
     encoders = {vae, "text_encoder/model.safetensors"}
-    assert fetched_by("plan", "--card", "4090") == encoders | {f"{transformer} bytes=0-100000"}
-    assert fetched_by("precompute") == encoders
-    assert fetched_by("train") == {transformer}
+    assert hub.fetched == [encoders | {f"{transformer} bytes=0-100000"}, encoders, {transformer}, set()]

@@ -61,24 +61,15 @@ def transformer_config(variant: str, text_length: int = TEXT_LENGTH) -> dict[str
         "use_rotary_positional_embeddings": False,
         "use_learned_positional_embeddings": False,
     }
-    changes: dict[str, dict[str, Any]] = {
-        "2b": {},
-        "5b": {},
-        "5b-i2v": {"in_channels": 32, "use_learned_positional_embeddings": True},
-        "1.5-5b": {},
-        "1.5-5b-i2v": {"in_channels": 32, "ofs_embed_dim": 48},
-    }
-    config |= changes[variant]
     if variant != "2b":
-        config |= {"use_rotary_positional_embeddings": True}
+        config["use_rotary_positional_embeddings"] = True
+    if variant.endswith("i2v"):
+        config["in_channels"] = 32
+    if variant == "5b-i2v":
+        config["use_learned_positional_embeddings"] = True
     if variant.startswith("1.5"):
-        config |= {
-            "patch_size_t": 2,
-            "patch_bias": False,
-            "sample_height": 300,
-            "sample_width": 300,
-            "sample_frames": 81,
-        }
+        config |= {"patch_size_t": 2, "patch_bias": False, "sample_height": 300, "sample_width": 300}
+        config |= {"sample_frames": 81, "ofs_embed_dim": 48 if variant.endswith("i2v") else None}
     return config
 
 

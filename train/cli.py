@@ -20,7 +20,7 @@ def train_command(
     json_output: JsonOutput = False,
 ) -> None:
     """Train a LoRA from the cache; the same command resumes."""
-    from shared.config import load_config
+    from shared.config_file import load_config
     from shared.errors import UsageError
     from shared.signals import StopSignal
 
@@ -63,7 +63,7 @@ def sweep_command(
     """Train one LoRA per combination of settings on one cache; the same command resumes."""
     import json
 
-    from shared.config import load_config
+    from shared.config_file import load_config
     from shared.errors import PrecogError, UsageError
     from shared.signals import StopSignal
 

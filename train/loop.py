@@ -16,7 +16,8 @@ from typing import Any
 from shared import console
 from shared.cache.storage import open_storage
 from shared.cache.view import read_view
-from shared.config import Config, save_config
+from shared.config import Config
+from shared.config_file import save_config
 from shared.device import peak_memory_bytes
 from shared.errors import Preempted, UsageError
 from shared.run_folder import EXPORT, adapter_file, preview_file

@@ -13,8 +13,7 @@ from accelerate import Accelerator
 from shared import console
 from shared.atomic_files import replacing
 from shared.config import Config
-from shared.metrics_file import FILE_NAME, read_metrics
-from shared.tracker import starting_tracker, wandb_options
+from shared.run_folder import METRICS, read_metrics, starting_tracker, wandb_options
 from train.checkpoint.files import sync_file
 
 CURVE = "loss.png"
@@ -31,7 +30,7 @@ class Metrics:
 
     def __init__(self, run: Path, step: int, num_steps: int) -> None:
         self._ends = deque([time.monotonic()], maxlen=RECENT_STEPS + 1)
-        self._path = run / FILE_NAME
+        self._path = run / METRICS
         self._num_steps = num_steps
         kept = [line for line in read_metrics(run) if line["step"] <= step]
         self._average = EmaLoss()

@@ -18,7 +18,7 @@ from shared.device import choose_device
 from shared.errors import UsageError
 from shared.model.conventions import Conventions, read_conventions, refusal
 from shared.model.pretrained import pretrained_config, pretrained_part
-from shared.tracker import require_tracker
+from shared.run_folder import require_tracker
 from train.data.dataset import Dataset
 from train.data.order import num_train_steps
 from train.export import read_adapter

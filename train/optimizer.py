@@ -12,8 +12,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from shared.config import Train
-from shared.errors import CacheError, UsageError
-from shared.extras import require_extra
+from shared.errors import CacheError, UsageError, require_extra
 
 GROUP_NUMBERS = ("d", "d_max", "d_numerator", "k")
 """Numbers that prodigy keeps in its parameter group between steps."""

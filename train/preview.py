@@ -23,7 +23,7 @@ from shared import console
 from shared.atomic_files import replacing
 from shared.cache.collection import SampleReader
 from shared.cache.storage import open_storage
-from shared.config import Config, Sample, field_value, fields_shaping
+from shared.config import Config, Sampling, field_value, fields_shaping
 from shared.errors import CacheError, UsageError
 from shared.model.conventions import refusal
 from shared.model.geometry import Bucket, latent_shape, padding_frames
@@ -184,7 +184,7 @@ def _velocity(run: Run, clip: ModelInput) -> Tensor:
     return prediction.float()
 
 
-def guidance(settings: Sample, timestep: int) -> float:
+def guidance(settings: Sampling, timestep: int) -> float:
     """Return the guidance scale at a timestep: the pipeline's cosine if `use_dynamic_cfg`."""
     if not settings.use_dynamic_cfg:
         return settings.guidance_scale
@@ -198,5 +198,5 @@ def open_scheduler(config: Config) -> Any:
     return getattr(diffusers, settings["_class_name"]).from_config(settings)
 
 
-def _bucket(settings: Sample) -> Bucket:
+def _bucket(settings: Sampling) -> Bucket:
     return Bucket(settings.num_frames, settings.height, settings.width)

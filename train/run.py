@@ -9,7 +9,7 @@ from diffusers import CogVideoXTransformer3DModel
 from shared.cache.view import View
 from shared.config import Config
 from shared.model.conventions import Conventions
-from shared.model.pretrained import Part
+from shared.model.pretrained import Component
 from train.data.dataset import Dataset
 from train.data.order import Windows
 from train.objective import NoiseSchedule
@@ -30,7 +30,7 @@ class Run:
     windows: Windows | None
     """Order of the training clips; None shuffles all of them."""
     held_out: Dataset
-    base: Part
+    base: Component
     """The transformer's files."""
     transformer: CogVideoXTransformer3DModel
     engine: Engine

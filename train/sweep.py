@@ -23,9 +23,10 @@ from shared.cache.collection import read_recipe
 from shared.cache.staleness import stale_settings
 from shared.cache.storage import open_storage
 from shared.cache.view import View, read_view
-from shared.config import Config, dump_config, fields_shaping, load_config
+from shared.config import Config, fields_shaping
+from shared.config_file import dump_config, load_config
 from shared.errors import CacheError, DataError, Preempted, UsageError
-from shared.metrics_file import read_metrics
+from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from train.checkpoint.resume import is_finished
 

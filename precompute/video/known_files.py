@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from precompute.video.probe import FileMark, Probed, mark_of, parse_probe
-from shared.cache.storage import user_folder
+from shared.atomic_files import user_folder
 from shared.console import say
 
 FILE = "files.sqlite"

@@ -151,18 +151,19 @@ class SampleReader:
         The first read of a sample compares its bytes with the receipt's hash.
         """
         tar, place = self._place(key)
+        found = place.sha256
         if not self._whole:
             content = bytearray(self._storage.read_part(tar, place.offset, place.length))
-            self._compare(tar, place, hashlib.sha256(content).hexdigest())
-            return sample_tensors(place, content, place.offset)
-        if key not in self._checked:
-            self._compare(tar, place, self._shard(tar).payload_sha256(place))
-            self._checked.add(key)
-        return self._shard(tar).tensors(place)
-
-    def _compare(self, tar: str, place: SamplePlace, found: str) -> None:
+            found, tensors = hashlib.sha256(content).hexdigest(), sample_tensors(place, content, place.offset)
+        else:
+            shard = self._shard(tar)
+            if key not in self._checked:
+                found = shard.payload_sha256(place)
+            tensors = shard.tensors(place)
         if found != place.sha256:
             raise CacheError(f"{self._storage}/{tar}: sample {place.key} is damaged; {VERIFY}")
+        self._checked.add(key)
+        return tensors
 
     def _place(self, key: str) -> tuple[str, SamplePlace]:
         try:

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.atomic_files import TEMPORARY
-from shared.cache.storage import user_folder
+from shared.atomic_files import TEMPORARY, user_folder
 from shared.errors import CacheError, UsageError, one_line
 from shared.fingerprint import key_of
 
@@ -42,7 +41,10 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 
 class RemoteStorage:
-    """A cache in an object store. Errors of the driver become `CacheError` in one line that names the object."""
+    """A cache in an object store, with the methods of `LocalStorage`.
+
+    Errors of the driver become `CacheError` in one line that names the object.
+    """
 
     def __init__(self, filesystem: Any, root: str, url: str, limit_bytes: int, local_folder: Path | None) -> None:
         self._filesystem = filesystem
@@ -150,9 +152,8 @@ class RemoteStorage:
         for path in self._local.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):  # another process deletes copies too
                 copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        total = sum(copy_size for _, copy_size, _ in copies)
+        excess = size + sum(copy_size for _, copy_size, _ in copies) - self._limit_bytes
         for _, copy_size, path in sorted(copies):
-            if total + size <= self._limit_bytes:
-                return
-            path.unlink(missing_ok=True)
-            total -= copy_size
+            if excess > 0:
+                path.unlink(missing_ok=True)
+                excess -= copy_size

@@ -23,7 +23,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from shared.cache.storage import VERIFY, Storage, open_file
 from shared.errors import CacheError, one_line
-from shared.fingerprint import KEY_LENGTH, Json, canonical_json, is_key, key_of, sealed, unsealed
+from shared.fingerprint import KEY_LENGTH, Json, canonical_json, key_of, sealed, unsealed
 
 RECEIPT_BYTES = 16 * 2**20
 SHARD_BYTES = 4 * 2**30
@@ -117,7 +117,7 @@ def pack_shard(
     stream = io.BytesIO()
     with TarWriter(stream, user="", group="", mode=0o644, encoder=False, mtime=0) as writer:
         for sample in sorted(samples, key=lambda sample: sample.key):
-            assert is_key(sample.key) and sample.key not in payloads, sample.key
+            assert sample.key not in payloads, sample.key
             tensors = {name: tensor.contiguous() for name, tensor in sample.tensors.items()}
             payloads[sample.key] = safetensors_bytes(tensors)
             members = {"json": canonical_json(sample.facts), "safetensors": payloads[sample.key]}
@@ -162,7 +162,8 @@ def write_shard(
         return read_receipt(storage, receipt.name), 0
     written_bytes = len(content)
     if not storage.publish(receipt.tar, content):
-        if _holds(storage, receipt.tar, content):
+        whole = storage.size(receipt.tar) == len(content)
+        if whole and storage.read(receipt.tar, limit_bytes=len(content)) == content:
             written_bytes = 0
         else:  # a crash left it torn, on a disk that ignores fsync
             storage.publish(receipt.tar, content, replace=True)
@@ -172,9 +173,9 @@ def write_shard(
     return receipt, written_bytes + len(body)
 
 
-def _holds(storage: Storage, name: str, content: bytes) -> bool:
-    """Return True if the file has exactly these bytes."""
-    return storage.size(name) == len(content) and storage.read(name, limit_bytes=len(content)) == content
+def receipt_bytes(receipt: Receipt) -> bytes:
+    """Return the receipt as JSON with its own hash."""
+    return sealed(asdict(receipt))
 
 
 def read_receipt(storage: Storage, name: str) -> Receipt:
@@ -183,11 +184,6 @@ def read_receipt(storage: Storage, name: str) -> Receipt:
     if receipt.name != name:
         raise CacheError(f"{storage}/{name}: the receipt of {receipt.name}; {VERIFY}")
     return receipt
-
-
-def receipt_bytes(receipt: Receipt) -> bytes:
-    """Return the receipt as JSON with its own hash."""
-    return sealed(asdict(receipt))
 
 
 def parse_receipt(content: bytes, where: str) -> Receipt:

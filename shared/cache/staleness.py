@@ -4,13 +4,14 @@ Fields that only name places (names, roots, paths) are not compared, so a cache 
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from shared.cache.view import View
 from shared.config import Config, field_value, fields_shaping
 from shared.errors import CacheError
 from shared.fingerprint import Json, sha256_file
-from shared.model.pretrained import Part, present_folder, present_part
+from shared.model.pretrained import Component, present_folder, present_part
 
 Recipe = Mapping[str, Any]
 NAMES = {"vae": "VAE", "text_encoder": "T5"}
@@ -28,15 +29,11 @@ def shaping_settings(config: Config, *, image_to_video: bool) -> dict[str, Json]
 
 
 def check_cache(config: Config, view: View, latents: Recipe, prompts: Recipe) -> None:
-    """Raise `CacheError` for the first of `cache_problems`."""
-    for problem in cache_problems(config, view, latents, prompts):
-        raise CacheError(problem)
-
-
-def cache_problems(config: Config, view: View, latents: Recipe, prompts: Recipe) -> Iterator[str]:
-    """Yield one line for each difference between the config and the view with these recipes."""
-    yield from stale_settings(config, view, latents, prompts)
-    yield from other_encoders(config, view, latents, prompts)
+    """Raise `CacheError` for the first difference between the config and the view with these recipes."""
+    for difference in chain(
+        stale_settings(config, view, latents, prompts), other_encoders(config, view, latents, prompts)
+    ):
+        raise CacheError(difference)
 
 
 def stale_settings(config: Config, view: View, latents: Recipe, prompts: Recipe) -> Iterator[str]:
@@ -74,12 +71,11 @@ def other_encoders(config: Config, view: View, latents: Recipe, prompts: Recipe)
     tokenizer = present_folder(config.model, "tokenizer")
     for name, sha256 in prompts["tokenizer"].items():
         if tokenizer is not None and (tokenizer / name).is_file() and sha256_file(tokenizer / name) != sha256:
-            yield (
-                f"view {view.name}: the cache was made with another tokenizer than {tokenizer}: {name} differs; {AGAIN}"
-            )
+            line = f"the cache was made with another tokenizer than {tokenizer}: {name} differs"
+            yield f"view {view.name}: {line}; {AGAIN}"
 
 
-def _difference(part: Part, recipe: Recipe, marks: tuple[tuple[int, int], ...]) -> str | None:
+def _difference(part: Component, recipe: Recipe, marks: tuple[tuple[int, int], ...]) -> str | None:
     """Return the first difference and the remedy, or None."""
     advice = "run `precog precompute` with this config, or train with the checkpoint that made the cache"
     before, now = recipe["config"], part.settings

@@ -1,7 +1,7 @@
 """Storage of cache files: every file is written whole or not at all, and the first writer wins.
 
-A `Storage` names files by posix paths relative to its root. `LocalStorage` publishes a file by unique temporary ->
-fsync -> link to its final name (no clobber) -> fsync of the folder. `shared/cache/remote.py` has the object stores.
+A `Storage` names files by posix paths relative to its root; `str` of it is the root. `LocalStorage` publishes a file by
+unique temporary -> fsync -> link to its final name (no clobber) -> fsync of the folder.
 """
 
 import errno
@@ -11,48 +11,140 @@ import shutil
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
-from shared import atomic_files
-from shared.atomic_files import TEMPORARY
+from shared.atomic_files import TEMPORARY, make_folder, sync_folder
+from shared.cache.remote import RemoteStorage, open_filesystem
 from shared.errors import CacheError, UsageError
 
+VERIFY = "run `precog cache verify --repair`, then precompute again"
+"""The remedy for a damaged file of a cache."""
 
-class Storage(Protocol):
-    """A cache folder or object store; `str` is its root, for messages."""
+
+class LocalStorage:
+    """A cache folder on a local or shared file system."""
+
+    def __init__(self, root: str) -> None:
+        self.root = Path(root)
+
+    def __str__(self) -> str:
+        return str(self.root)
 
     def path(self, name: str) -> Path:
         """Return a local path of the file, for mapping; a remote file is fetched whole first."""
+        return self.root / name
 
     def files(self, folder: str) -> dict[str, int]:
         """Return name -> size in bytes of the regular files below `folder`, sorted by name."""
+        sizes = {}
+        for path in (self.root / folder).rglob("*"):
+            with suppress(OSError):  # a dangling link, or a file renamed meanwhile
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode) and not path.name.startswith(TEMPORARY):
+                    sizes[path.relative_to(self.root).as_posix()] = status.st_size
+        return dict(sorted(sizes.items()))
 
     def read(self, name: str, *, limit_bytes: int) -> bytes:
         """Return the whole file; raises `CacheError` if it is missing or larger than `limit_bytes`."""
+        with self._open(name) as file:
+            content = file.read(limit_bytes + 1)
+        if len(content) > limit_bytes:
+            raise CacheError(f"{self.root / name}: more than the limit of {limit_bytes} bytes; delete this file")
+        return content
 
     def read_part(self, name: str, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset` on; raises `CacheError` if the file ends before."""
+        with self._open(name) as file:
+            file.seek(offset)
+            content = file.read(length)
+        if len(content) != length:
+            raise CacheError(f"{self.root / name}: ends before byte {offset + length}; {VERIFY}")
+        return content
+
+    def _open(self, name: str) -> BinaryIO:
+        try:
+            return open_file(self.root / name)
+        except OSError as error:
+            raise CacheError(f"{self.root / name}: cannot be read ({error.strerror}); {VERIFY}") from None
 
     def size(self, name: str) -> int | None:
         """Return the size in bytes, or None if there is no such file."""
+        path = self.root / name
+        return path.stat().st_size if path.is_file() else None
 
     def free_bytes(self) -> int | None:
-        """Return how many bytes can still be written, or None if unknown."""
+        """Return the bytes that can still be written, None if unknown."""
+        existing = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.is_dir())
+        return shutil.disk_usage(existing).free
 
     def copies_bytes(self) -> int | None:
-        """Return the limit for local copies of remote files, or None if there are no copies."""
+        """Return the limit for local copies of remote files, None if there are no copies."""
+        return None
 
     def set_aside(self, name: str) -> None:
-        """Rename a file, if it exists, to `<name>.damaged`, which no reader looks at.
-
-        Raises `CacheError` if it cannot be renamed.
-        """
+        """Rename a file, if it exists, to `<name>.damaged`, which no reader looks at. Raises `CacheError`."""
+        path = self.root / name
+        try:
+            path.replace(path.with_name(f"{path.name}.damaged"))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise CacheError(f"{path}: cannot be renamed ({error.strerror}); check its permissions") from error
 
     def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
         """Write a file whole; return False if the name is taken, which keeps its file unless `replace`.
 
-        Raises `CacheError` if the disk is full or a remote cannot be written.
+        Raises `CacheError` if the disk is full or the file cannot be written.
         """
+        final = self.root / name
+        temporary = final.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{final.name}")
+        try:
+            make_folder(final.parent)
+            with temporary.open("xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            published = _rename(temporary, final, replace=replace)
+            sync_folder(final.parent)
+            return published
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CacheError(f"{final}: the disk is full; free some space and run the same command again") from None
+            where = f": {error.filename}" if error.filename else ""
+            raise CacheError(f"{final}: cannot be written ({error.strerror}{where})") from error
+        finally:
+            with suppress(OSError):  # the temporary may not exist
+                temporary.unlink()
+
+
+def _rename(temporary: Path, final: Path, *, replace: bool) -> bool:
+    """Give a finished file its final name; return False if another file already has it and `replace` is off."""
+    if not replace:
+        try:
+            os.link(temporary, final)
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+            if final.exists():  # no hard links here; equal names hold equal bytes, so this race is harmless
+                return False
+    temporary.replace(final)
+    return True
+
+
+Storage = LocalStorage | RemoteStorage
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading; raises `OSError` for anything else, without waiting for a FIFO's writer."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        return os.fdopen(descriptor, "rb")  # raises IsADirectoryError
+    except OSError:
+        os.close(descriptor)
+        raise
 
 
 def open_storage(cache: str, *, local_cache_gib: float = 50, local_folder: Path | None = None) -> Storage:
@@ -71,110 +163,5 @@ def open_storage(cache: str, *, local_cache_gib: float = 50, local_folder: Path 
         if not existing.is_dir():
             raise UsageError(f"precompute.cache = {cache!r}: '{existing}' is a file; choose a folder")
         return LocalStorage(cache)
-    from shared.cache.remote import RemoteStorage, open_filesystem
-
     filesystem, root = open_filesystem(cache)
     return RemoteStorage(filesystem, root, cache, int(local_cache_gib * 2**30), local_folder)
-
-
-def user_folder() -> Path:
-    """Return the folder for what this machine can make again: local copies, marks of files."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "precog"
-
-
-class LocalStorage:
-    """A cache folder on a local or shared file system."""
-
-    def __init__(self, root: str) -> None:
-        self.root = Path(root)
-
-    def __str__(self) -> str:
-        return str(self.root)
-
-    def path(self, name: str) -> Path:
-        return self.root / name
-
-    def files(self, folder: str) -> dict[str, int]:
-        sizes = {}
-        for path in (self.root / folder).rglob("*"):
-            with suppress(OSError):  # a dangling link, or a file renamed meanwhile
-                status = path.stat()
-                if stat.S_ISREG(status.st_mode) and not path.name.startswith(TEMPORARY):
-                    sizes[path.relative_to(self.root).as_posix()] = status.st_size
-        return dict(sorted(sizes.items()))
-
-    def read(self, name: str, *, limit_bytes: int) -> bytes:
-        with self._open(name) as file:
-            content = file.read(limit_bytes + 1)
-        if len(content) > limit_bytes:
-            raise CacheError(f"{self.root / name}: more than the limit of {limit_bytes} bytes; delete this file")
-        return content
-
-    def read_part(self, name: str, offset: int, length: int) -> bytes:
-        with self._open(name) as file:
-            file.seek(offset)
-            content = file.read(length)
-        if len(content) != length:
-            raise CacheError(f"{self.root / name}: ends before byte {offset + length}; {VERIFY}")
-        return content
-
-    def _open(self, name: str) -> BinaryIO:
-        try:
-            return open_file(self.root / name)
-        except OSError as error:
-            raise CacheError(f"{self.root / name}: cannot be read ({error.strerror}); {VERIFY}") from None
-
-    def size(self, name: str) -> int | None:
-        path = self.root / name
-        return path.stat().st_size if path.is_file() else None
-
-    def free_bytes(self) -> int | None:
-        existing = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.is_dir())
-        return shutil.disk_usage(existing).free
-
-    def copies_bytes(self) -> int | None:
-        return None
-
-    def set_aside(self, name: str) -> None:
-        path = self.root / name
-        try:
-            path.replace(path.with_name(f"{path.name}.damaged"))
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise CacheError(f"{path}: cannot be renamed ({error.strerror}); check its permissions") from error
-
-    def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
-        final = self.root / name
-        temporary = final.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{final.name}")
-        try:
-            atomic_files.make_folder(final.parent)
-            with temporary.open("xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            published = atomic_files.publish(temporary, final, replace=replace)
-            atomic_files.sync_folder(final.parent)
-            return published
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise CacheError(f"{final}: the disk is full; free some space and run the same command again") from None
-            where = f": {error.filename}" if error.filename else ""
-            raise CacheError(f"{final}: cannot be written ({error.strerror}{where})") from error
-        finally:
-            with suppress(OSError):  # the temporary may not exist
-                temporary.unlink()
-
-
-VERIFY = "run `precog cache verify --repair`, then precompute again"
-"""The remedy for a damaged file of a cache."""
-
-
-def open_file(path: Path) -> BinaryIO:
-    """Open a regular file for reading; raises `OSError` for anything else, without waiting for a FIFO's writer."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        return os.fdopen(descriptor, "rb")  # raises IsADirectoryError
-    except OSError:
-        os.close(descriptor)
-        raise

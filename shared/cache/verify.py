@@ -1,14 +1,11 @@
 """Compare every byte of a cache with its hash: `precog cache verify`."""
 
-from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
-from typing import Any
 
-from shared.cache.collection import KINDS, Collection, read_recipe, receipt_names
+from shared.cache.collection import KINDS, Collection, read_recipe
 from shared.cache.shard import MappedShard, read_receipt
 from shared.cache.storage import VERIFY, Storage
-from shared.cache.view import read_view, view_names
+from shared.cache.view import read_view
 from shared.errors import CacheError, Preempted, one_line
 from shared.fingerprint import unsealed
 
@@ -22,10 +19,11 @@ def verify(storage: Storage, *, repair: bool) -> tuple[int, list[str]]:
     its second file; precompute makes both again.
     """
     checked, damaged = 0, []
-    for name, check in _checks(storage):
-        checked += check.func is check_shard
+    files = [name for folder in (*KINDS, "assignments", "datasets") for name in storage.files(folder)]
+    for name in [name for name in files if name.endswith(".json")]:
+        checked += name.startswith(KINDS) and not name.endswith("/recipe.json")
         try:
-            check()
+            _check(storage, name)
         except Preempted:
             raise
         except Exception as error:
@@ -36,20 +34,16 @@ def verify(storage: Storage, *, repair: bool) -> tuple[int, list[str]]:
     return checked, damaged
 
 
-def _checks(storage: Storage) -> Iterator[tuple[str, "partial[Any]"]]:
-    """Yield the name of each file with a check that raises if it is damaged."""
-    for kind in KINDS:
-        files = storage.files(kind)
-        for name in files:
-            if name.endswith("/recipe.json"):
-                yield name, partial(read_recipe, storage, Collection(*name.split("/")[:2]))
-        for name in receipt_names(files):
-            yield name, partial(check_shard, storage, name)
-    for name in storage.files("assignments"):
-        if name.endswith(".json"):
-            yield name, partial(read_assignment, storage, name)
-    for name in view_names(storage):
-        yield f"datasets/{name}.json", partial(read_view, storage, name)
+def _check(storage: Storage, name: str) -> None:
+    """Raise an exception if the file `name`, or the tar or table that belongs to it, is damaged."""
+    if name.startswith("datasets/"):
+        read_view(storage, name.removeprefix("datasets/").removesuffix(".json"))
+    elif name.startswith("assignments/"):
+        read_assignment(storage, name)
+    elif name.endswith("/recipe.json"):
+        read_recipe(storage, Collection(*name.split("/")[:2]))
+    else:
+        check_shard(storage, name)
 
 
 def _set_aside(storage: Storage, name: str) -> None:

@@ -65,14 +65,11 @@ class View:
 
     def split(self, name: str) -> tuple[ViewRow, ...]:
         """Return the rows of one split, ordered by their keys, not by the user's listing."""
-        return self._splits.get(name, ())
+        return tuple(row for row in self._sorted if row.split == name)
 
     @cached_property
-    def _splits(self) -> dict[str, tuple[ViewRow, ...]]:
-        splits: dict[str, list[ViewRow]] = {}
-        for row in sorted(self.rows, key=lambda row: (row.latent_key, row.prompt_keys, row.caption_weights)):
-            splits.setdefault(row.split, []).append(row)
-        return {name: tuple(rows) for name, rows in splits.items()}
+    def _sorted(self) -> list[ViewRow]:
+        return sorted(self.rows, key=lambda row: (row.latent_key, row.prompt_keys, row.caption_weights))
 
     @cached_property
     def hash(self) -> str:
@@ -140,9 +137,8 @@ def read_view(storage: Storage, name: str) -> View:
         if view.name != name:
             raise ValueError(f"it is the view {view.name}")
     except (ValueError, KeyError, TypeError, OSError, pa.ArrowException) as error:
-        raise CacheError(
-            f"{where}: damaged view ({one_line(error)}); run `precog precompute` with its config again"
-        ) from None
+        reason = f"damaged view ({one_line(error)})"
+        raise CacheError(f"{where}: {reason}; run `precog precompute` with its config again") from None
     return view
 
 

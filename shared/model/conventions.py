@@ -4,44 +4,61 @@ Source of every rule: diffusers 0.42, `models/transformers/cogvideox_transformer
 Latent heights and widths are one eighth of those in pixels.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import UsageError
 from shared.model.geometry import SPATIAL_FACTOR, TEMPORAL_FACTOR, Bucket
 
 RawConfig = Mapping[str, Any]
 Positions = Literal["sincos", "rope_crop", "rope_slice", "rope_crop_learned"]
+Size = Annotated[int, Field(gt=0, lt=10**9)]
+Factor = Annotated[float, Field(gt=0, lt=10**9)]
 
-TRANSFORMER_DEFAULTS: RawConfig = {
-    "attention_head_dim": 64,
-    "in_channels": 16,
-    "out_channels": 16,
-    "ofs_embed_dim": None,
-    "text_embed_dim": 4096,
-    "sample_height": 60,
-    "sample_width": 90,
-    "sample_frames": 49,
-    "patch_size": 2,
-    "patch_size_t": None,
-    "temporal_compression_ratio": 4,
-    "max_text_seq_length": 226,
-    "spatial_interpolation_scale": 1.875,
-    "temporal_interpolation_scale": 1.0,
-    "use_rotary_positional_embeddings": False,
-    "use_learned_positional_embeddings": False,
-}
-VAE_DEFAULTS: RawConfig = {
-    "latent_channels": 16,
-    "temporal_compression_ratio": 4,
-    "block_out_channels": (128, 256, 256, 512),
-    "scaling_factor": 1.15258426,
-    "invert_scale_latents": False,
-}
-SCHEDULER_DEFAULTS: RawConfig = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "snr_shift_scale": 3.0}
-"""Values of the diffusers classes for keys that an older checkpoint leaves out."""
 
+class ComponentConfig(BaseModel):
+    """Keys of a component's config; defaults are those of the diffusers class, for an older checkpoint."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class TransformerKeys(ComponentConfig):
+    attention_head_dim: Size = 64
+    in_channels: Size = 16
+    out_channels: Size = 16
+    ofs_embed_dim: Size | None = None
+    text_embed_dim: Size = 4096
+    sample_height: Size = 60
+    sample_width: Size = 90
+    sample_frames: Size = 49
+    patch_size: Size = 2
+    patch_size_t: Size | None = None
+    temporal_compression_ratio: Size = 4
+    max_text_seq_length: Size = 226
+    spatial_interpolation_scale: Factor = 1.875
+    temporal_interpolation_scale: Factor = 1.0
+    use_rotary_positional_embeddings: bool = False
+    use_learned_positional_embeddings: bool = False
+
+
+class VaeKeys(ComponentConfig):
+    latent_channels: Size = 16
+    temporal_compression_ratio: Size = 4
+    block_out_channels: Sequence[Size] = (128, 256, 256, 512)
+    scaling_factor: Factor = 1.15258426
+    invert_scale_latents: bool = False
+
+
+class SchedulerKeys(ComponentConfig):
+    prediction_type: str = "epsilon"
+    rescale_betas_zero_snr: bool = False
+    snr_shift_scale: Factor = 3.0
+
+
+Keys = TypeVar("Keys", bound=ComponentConfig)
 OFS = 2.0
 """The pipeline's constant for checkpoints with an ofs embedding (`pipeline_cogvideox_image2video.py`)."""
 
@@ -53,11 +70,10 @@ class Conventions:
     positions: Positions
     """Additive sincos; RoPE on the crop-region grid; RoPE cut from a grid; crop-region RoPE plus a learned table."""
     in_channels: int
-    """Channels of the transformer's input: those of the latents, twice as many for image-to-video."""
     out_channels: int
-    """Channels of the velocity, as many as of the latents."""
+    """Channels of the velocity and of the latents."""
     image_to_video: bool
-    """The input is [noisy latents, image condition] on channels."""
+    """The input is [noisy latents, image condition] on channels, twice those of the latents."""
     patch_size: int
     """Latent height and width of a token."""
     patch_size_t: int | None
@@ -73,9 +89,8 @@ class Conventions:
     text_length_fixed: bool
     """L must be `text_length`, because positions are added over text and video together."""
     sample_height: int
-    """Latent height of the position grid."""
     sample_width: int
-    """Latent width of the position grid."""
+    """Latent height and width of the position grid."""
     sample_frames: int
     """Pixel frames of the position table."""
     spatial_interpolation_scale: float
@@ -94,22 +109,10 @@ class Conventions:
     @property
     def name(self) -> str:
         """For printing, such as "CogVideoX 1.0 I2V, RoPE + learned positions"."""
-        version = "1.5" if self.patch_size_t else "1.0"
-        task = "I2V" if self.image_to_video else "T2V"
-        words = {
-            "sincos": "sincos positions",
-            "rope_crop": "RoPE positions",
-            "rope_slice": "sliced RoPE positions",
-            "rope_crop_learned": "RoPE + learned positions",
-        }
-        return f"CogVideoX {version} {task}, {words[self.positions]}"
-
-    @property
-    def fixed_bucket(self) -> Bucket | None:
-        """The only bucket of a learned position table; None without one."""
-        if self.positions != "rope_crop_learned":
-            return None
-        return Bucket(self.sample_frames, self.sample_height * SPATIAL_FACTOR, self.sample_width * SPATIAL_FACTOR)
+        words = {"sincos": "sincos", "rope_crop": "RoPE", "rope_slice": "sliced RoPE"}
+        positions = words.get(self.positions, "RoPE + learned")
+        version, task = "1.5" if self.patch_size_t else "1.0", "I2V" if self.image_to_video else "T2V"
+        return f"CogVideoX {version} {task}, {positions} positions"
 
 
 def read_conventions(
@@ -120,32 +123,22 @@ def read_conventions(
     `drop_learned_positions` leaves the learned position table out, see `without_learned_positions`.
     Raises `UsageError` for configs that contradict each other.
     """
-    t = _complete("transformer", transformer, TRANSFORMER_DEFAULTS)
-    v = _complete("vae", vae, VAE_DEFAULTS)
-    s = _complete("scheduler", scheduler, SCHEDULER_DEFAULTS)
+    t = _read(TransformerKeys, "transformer", transformer)
+    v = _read(VaeKeys, "vae", vae)
+    s = _read(SchedulerKeys, "scheduler", scheduler)
     positions = _read_positions(t)
     _check(t, v, s)
     conventions = Conventions(
         positions=positions,
-        in_channels=t["in_channels"],
-        out_channels=t["out_channels"],
-        image_to_video=t["in_channels"] == 2 * v["latent_channels"],
-        patch_size=t["patch_size"],
-        patch_size_t=t["patch_size_t"],
-        attention_head_dim=t["attention_head_dim"],
-        ofs=OFS if t["ofs_embed_dim"] else None,
-        text_embed_dim=t["text_embed_dim"],
-        text_length=t["max_text_seq_length"],
+        image_to_video=t.in_channels == 2 * v.latent_channels,
+        ofs=OFS if t.ofs_embed_dim else None,
+        text_length=t.max_text_seq_length,
         text_length_fixed=positions in ("sincos", "rope_crop_learned"),
-        sample_height=t["sample_height"],
-        sample_width=t["sample_width"],
-        sample_frames=t["sample_frames"],
-        spatial_interpolation_scale=float(t["spatial_interpolation_scale"]),
-        temporal_interpolation_scale=float(t["temporal_interpolation_scale"]),
-        scaling_factor=float(v["scaling_factor"]),
-        image_scaling_factor=1 / v["scaling_factor"] if v["invert_scale_latents"] else float(v["scaling_factor"]),
-        snr_shift_scale=float(s["snr_shift_scale"]),
-        zero_terminal_snr=bool(s["rescale_betas_zero_snr"]),
+        scaling_factor=v.scaling_factor,
+        image_scaling_factor=1 / v.scaling_factor if v.invert_scale_latents else v.scaling_factor,
+        snr_shift_scale=s.snr_shift_scale,
+        zero_terminal_snr=s.rescale_betas_zero_snr,
+        **{field.name: getattr(t, field.name) for field in fields(Conventions) if hasattr(t, field.name)},
     )
     return without_learned_positions(conventions) if drop_learned_positions else conventions
 
@@ -173,74 +166,71 @@ def refusal(conventions: Conventions, bucket: Bucket) -> str | None:
         return f"{bucket}: height and width must be multiples of {step} (VAE factor times patch size)"
     if bucket.frames % TEMPORAL_FACTOR != 1:
         return f"{bucket}: frames must be {TEMPORAL_FACTOR}k+1, such as 1, 9, 49"
-    fixed = conventions.fixed_bucket
-    if fixed is not None and bucket != fixed:
+    height, width = conventions.sample_height * SPATIAL_FACTOR, conventions.sample_width * SPATIAL_FACTOR
+    learned = Bucket(conventions.sample_frames, height, width)
+    if conventions.positions == "rope_crop_learned" and bucket != learned:
         return (
-            f"{bucket}: the learned position table of this checkpoint covers only {fixed}; "
+            f"{bucket}: the learned position table of this checkpoint covers only {learned}; "
             "use that bucket or set model.drop_learned_positions=true"
         )
-    limit = [size * SPATIAL_FACTOR for size in (conventions.sample_height, conventions.sample_width)]
-    if conventions.positions == "rope_slice" and (bucket.height > limit[0] or bucket.width > limit[1]):
-        return f"{bucket}: the position grid of this checkpoint ends at {limit[0]}x{limit[1]} pixels"
+    if conventions.positions == "rope_slice" and (bucket.height > height or bucket.width > width):
+        return f"{bucket}: the position grid of this checkpoint ends at {height}x{width} pixels"
     return None
 
 
-def _complete(part: str, config: RawConfig, defaults: RawConfig) -> RawConfig:
-    """Return `config` over `defaults`. Raises `UsageError` for a value of another kind than the default."""
-    for key, default in defaults.items():
-        value = config.get(key, default)
-        if not _is_like(value, default):
-            raise UsageError(f"{part} config: {key}: expected a value like {default!r}, got {value!r}; fix the config")
-    return {**defaults, **config}
+def _read(keys: type[Keys], part: str, config: RawConfig) -> Keys:
+    """Read the keys of a component's config. Raises `UsageError` for a value of another kind or out of range."""
+    try:
+        return keys.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        expected = first["msg"].removeprefix("Input should be ")
+        raise UsageError(
+            f"{part} config: {first['loc'][0]}: expected {expected}, got {first['input']!r}; fix the config"
+        ) from None
 
 
-def _is_like(value: object, default: object) -> bool:
-    """Return whether `value` is of the kind of `default`: None, bool, str, list, or a positive (whole) number."""
-    if value is None or isinstance(value, bool) or isinstance(default, bool):
-        return type(value) is type(default)
-    if isinstance(default, int | float | None):
-        return (
-            isinstance(value, int | float) and 0 < value < 1e9 and (isinstance(default, float) or value == int(value))
-        )
-    return isinstance(value, str) if isinstance(default, str) else isinstance(value, list | tuple)
-
-
-def _read_positions(transformer: RawConfig) -> Positions:
+def _read_positions(keys: TransformerKeys) -> Positions:
     """Return the kind of positions. Raises `UsageError` for combinations that no diffusers forward runs."""
-    learned, temporal = transformer["use_learned_positional_embeddings"], transformer["patch_size_t"] is not None
-    if not transformer["use_rotary_positional_embeddings"]:
-        if learned or temporal:
-            given = "learned positions" if learned else "patch_size_t"
-            raise UsageError(f"{given} without use_rotary_positional_embeddings; choose a CogVideoX checkpoint")
-        return "sincos"
-    if temporal:
-        if learned:
-            raise UsageError("patch_size_t with use_learned_positional_embeddings; choose a CogVideoX checkpoint")
-        return "rope_slice"
-    return "rope_crop_learned" if learned else "rope_crop"
+    rotary, learned = keys.use_rotary_positional_embeddings, keys.use_learned_positional_embeddings
+    kinds: dict[tuple[bool, bool, bool], Positions] = {
+        (False, False, False): "sincos",
+        (True, False, False): "rope_crop",
+        (True, False, True): "rope_slice",
+        (True, True, False): "rope_crop_learned",
+    }
+    try:
+        return kinds[rotary, learned, keys.patch_size_t is not None]
+    except KeyError:
+        raise UsageError(
+            f"transformer config: use_rotary_positional_embeddings = {rotary}, use_learned_positional_embeddings = "
+            f"{learned} and patch_size_t = {keys.patch_size_t} do not go together; choose a CogVideoX checkpoint"
+        ) from None
 
 
-def _check(transformer: RawConfig, vae: RawConfig, scheduler: RawConfig) -> None:
+def _check(t: TransformerKeys, v: VaeKeys, s: SchedulerKeys) -> None:
     """Raise `UsageError` for configs that contradict each other or `shared.model.geometry`."""
-    channels, given, returned = vae["latent_channels"], transformer["in_channels"], transformer["out_channels"]
-    temporal, ratio = vae["temporal_compression_ratio"], transformer["temporal_compression_ratio"]
-    factors = temporal, 2 ** (len(vae["block_out_channels"]) - 1)
-    height, width, patch = (transformer[name] for name in ("sample_height", "sample_width", "patch_size"))
-    kind = scheduler["prediction_type"]
+    channels, given = v.latent_channels, t.in_channels
+    ratio, temporal = t.temporal_compression_ratio, v.temporal_compression_ratio
+    factors = temporal, 2 ** (len(v.block_out_channels) - 1)
+    size = f"{t.sample_height}x{t.sample_width}"
     for holds, problem in (
         (given in (channels, 2 * channels), f"in_channels: expected {channels} or (I2V) {2 * channels}, got {given}"),
-        (returned == channels, f"out_channels: expected the VAE's {channels}, got {returned}"),
-        (not transformer["ofs_embed_dim"] or given != channels, "ofs_embed_dim: needs an image condition"),
+        (t.out_channels == channels, f"out_channels: expected the VAE's {channels}, got {t.out_channels}"),
+        (not t.ofs_embed_dim or given != channels, "ofs_embed_dim: needs an image condition"),
         (ratio == temporal, f"temporal_compression_ratio: expected the VAE's {temporal}, got {ratio}"),
         (
             factors == (TEMPORAL_FACTOR, SPATIAL_FACTOR),
             f"VAE: expected compression 4x8x8, got {factors} in time, space",
         ),
         (
-            height % patch == width % patch == 0,
-            f"sample size: {height}x{width} must be multiples of patch_size {patch}",
+            t.sample_height % t.patch_size == t.sample_width % t.patch_size == 0,
+            f"sample size: {size} must be multiples of patch_size {t.patch_size}",
         ),
-        (kind == "v_prediction", f"scheduler prediction_type: expected 'v_prediction', got {kind!r}"),
+        (
+            s.prediction_type == "v_prediction",
+            f"scheduler prediction_type: expected 'v_prediction', got {s.prediction_type!r}",
+        ),
     ):
         if not holds:
             raise UsageError(f"{problem}; choose a CogVideoX checkpoint")

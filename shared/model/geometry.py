@@ -3,7 +3,6 @@
 Sources: diffusers `AutoencoderKLCogVideoX` (temporal factor 4, spatial factor 8) and `CogVideoXPatchEmbed` (patches).
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,14 +22,6 @@ class Bucket:
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
-
-    @classmethod
-    def parse(cls, text: str) -> "Bucket":
-        """Parse the result of `str`. Raises `ValueError`."""
-        match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})", text)
-        if match is None:
-            raise ValueError(f"expected frames x height x width such as 49x480x720, got {text!r}")
-        return cls(*map(int, match.groups()))
 
 
 def latent_frames(frames: int) -> int:

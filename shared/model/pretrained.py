@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from shared.config import Model
-from shared.errors import UsageError
+from shared.errors import UsageError, one_line
 from shared.fingerprint import sha256_files
 
 FileMark = tuple[int, int]
 """Size in bytes and mtime in nanoseconds; the file is hashed only after one of them changed."""
-LAYOUT = "expected the layout of diffusers' pipelines"
+WANTED_SUFFIXES = (".json", ".safetensors", ".model")
+"""Files of a component to fetch: configs, weights, the tokenizer's model."""
 UNIMPORTANT_SETTINGS = {"_diffusers_version", "_name_or_path", "transformers_version", "architectures"}
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Component:
     """A sub-folder of the pipeline: its config and the weight files that diffusers or transformers load."""
 
     folder: Path
@@ -65,37 +66,35 @@ def pretrained_folder(model: Model, name: str, *, download: bool = True) -> Path
 
     Raises `UsageError` if the folder is not found, or is not on this machine and `download` is False.
     """
-    root = Path(model.pretrained_model_name_or_path)
-    if not root.is_dir():
-        patterns = (f"{name}/*{suffix}" for suffix in (".json", ".safetensors", ".model"))
-        root = _fetch(model, *patterns, local_files_only=not download)
-    folder = root / name
-    if not folder.is_dir():
-        raise UsageError(f"model.pretrained_model_name_or_path = {str(root)!r}: {name}/ not found; {LAYOUT}")
-    return folder
+    return _find(model, f"{name}/", *(f"{name}/*{suffix}" for suffix in WANTED_SUFFIXES), download=download)
 
 
 def pretrained_config(model: Model, name: str) -> dict[str, Any]:
     """Read the config of a component, fetched alone from the hub. Raises `UsageError` if the file is not found."""
     file = f"{name}/{'scheduler_config.json' if name == 'scheduler' else 'config.json'}"
-    root = Path(model.pretrained_model_name_or_path)
-    path = (root if root.is_dir() else _fetch(model, file)) / file
-    if not path.is_file():
-        raise UsageError(f"model.pretrained_model_name_or_path = {str(root)!r}: {file} not found; {LAYOUT}")
-    return read_config(path)
+    return read_config(_find(model, file, file))
 
 
 def pretrained_dtype(model: Model, name: str) -> str:
-    """Return `Part.dtype`; of weights on the hub that are not on this machine, only headers are fetched."""
+    """Return `Component.dtype`; of weights on the hub that are not on this machine, only headers are fetched."""
     part = present_part(model, name)
     if part is None and not Path(model.pretrained_model_name_or_path).is_dir():
         return _most_common_dtype(_element_counts_on_hub(model, name), f"{model.pretrained_model_name_or_path}/{name}")
     return (part or pretrained_part(model, name)).dtype()
 
 
-def pretrained_part(model: Model, name: str, *, download: bool = True) -> Part:
+def pretrained_part(model: Model, name: str, *, download: bool = True) -> Component:
     """Return a component with weights. Raises `UsageError` that names a missing or a pickled file."""
-    return _open_component(pretrained_folder(model, name, download=download), model.variant)
+    folder, variant = pretrained_folder(model, name, download=download), model.variant
+    weights = weight_files(folder, variant)
+    if not weights and variant is not None and name == "text_encoder":
+        variant, weights = None, weight_files(folder, None)  # published variants leave T5 out
+    if not weights:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        what = f"only pickled weights ({pickles[0]}), which are not loaded" if pickles else "no safetensors weights"
+        of_variant = f" of variant {variant!r}" if variant else ""
+        raise UsageError(f"{folder}: {what}{of_variant}; convert them to safetensors or choose another checkpoint")
+    return Component(folder, variant, weights)
 
 
 def present_folder(model: Model, name: str) -> Path | None:
@@ -105,7 +104,7 @@ def present_folder(model: Model, name: str) -> Path | None:
     return None
 
 
-def present_part(model: Model, name: str) -> Part | None:
+def present_part(model: Model, name: str) -> Component | None:
     """Return a component if all its weights are on this machine; nothing is downloaded."""
     with suppress(UsageError):
         return pretrained_part(model, name, download=False)
@@ -121,22 +120,16 @@ def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
             return (single,)
         index = folder / f"{stem}.safetensors.index{dot}.json"
         if index.is_file():
-            names = _read_index(index)
+            shards = read_config(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+                raise UsageError(f"{index}: not an index of safetensors files; fetch it again")
+            names = sorted(set(shards.values()))
             missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
             if missing or not names:
-                raise UsageError(
-                    f"{index}: weight files not found: {', '.join(missing) or 'none named'}; fetch them again"
-                )
+                shown = ", ".join(missing) or "none named"
+                raise UsageError(f"{index}: weight files not found: {shown}; fetch them again")
             return tuple(folder / name for name in names)
     return ()
-
-
-def _read_index(index: Path) -> list[str]:
-    """Read the file names of an index of shards."""
-    shards = read_config(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise UsageError(f"{index}: not an index of safetensors files; fetch it again")
-    return sorted(set(shards.values()))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -148,18 +141,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"{path}: not a JSON object; fetch it again")
     return config
-
-
-def _open_component(folder: Path, variant: str | None) -> Part:
-    weights = weight_files(folder, variant)
-    if not weights and variant is not None and folder.name == "text_encoder":
-        variant, weights = None, weight_files(folder, None)  # published variants leave T5 out
-    if not weights:
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        what = f"only pickled weights ({pickles[0]}), which are not loaded" if pickles else "no safetensors weights"
-        of_variant = f" of variant {variant!r}" if variant else ""
-        raise UsageError(f"{folder}: {what}{of_variant}; convert them to safetensors or choose another checkpoint")
-    return Part(folder, variant, weights)
 
 
 def _most_common_dtype(elements: Counter[str], where: str) -> str:
@@ -188,19 +169,27 @@ def _element_counts(path: Path) -> Counter[str]:
     return elements
 
 
-def _fetch(model: Model, *patterns: str, local_files_only: bool = False) -> Path:
-    """Download files of a hub repository, or find them on this machine; return the root of the snapshot."""
+def _find(model: Model, name: str, *patterns: str, download: bool = True) -> Path:
+    """Return a path of the checkpoint; from the hub, files of `patterns` are fetched, or found on this machine."""
     from huggingface_hub import snapshot_download
 
-    with _hub(model):
-        root = snapshot_download(
-            model.pretrained_model_name_or_path,
-            revision=model.revision,
-            cache_dir=model.model_cache_dir,
-            allow_patterns=list(patterns),
-            local_files_only=local_files_only,
+    root = Path(model.pretrained_model_name_or_path)
+    if not root.is_dir():
+        with _hub(model):
+            snapshot = snapshot_download(
+                model.pretrained_model_name_or_path,
+                revision=model.revision,
+                cache_dir=model.model_cache_dir,
+                allow_patterns=list(patterns),
+                local_files_only=not download,
+            )
+        root = Path(snapshot)
+    if not (root / name).exists():
+        raise UsageError(
+            f"model.pretrained_model_name_or_path = {str(root)!r}: {name} not found; "
+            "expected the layout of diffusers' pipelines"
         )
-    return Path(root)
+    return root / name
 
 
 def _element_counts_on_hub(model: Model, name: str) -> Counter[str]:
@@ -209,8 +198,7 @@ def _element_counts_on_hub(model: Model, name: str) -> Counter[str]:
 
     repository, hub = model.pretrained_model_name_or_path, HfApi()
     variant = re.escape(f".{model.variant}" if model.variant else "")
-    shard = r"(-\d+-of-\d+)?"
-    wanted = re.compile(rf"{name}/(diffusion_pytorch_model|model)({variant}{shard}|{shard}{variant})\.safetensors")
+    wanted = re.compile(rf"{name}/[a-z_]+(-\d+-of-\d+)?{variant}(-\d+-of-\d+)?\.safetensors")
     elements: Counter[str] = Counter()
     with _hub(model):
         for file in hub.list_repo_files(repository, revision=model.revision):
@@ -228,8 +216,7 @@ def _hub(model: Model) -> Iterator[None]:
     try:
         yield
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f"model.pretrained_model_name_or_path = {model.pretrained_model_name_or_path!r}: "
-            f"neither a local folder nor a reachable hub model ({reason}); check the name and the network"
+            f"neither a local folder nor a reachable hub model ({one_line(error)}); check the name and the network"
         ) from None

@@ -18,8 +18,9 @@ import pytest
 from precompute.assignments import Part
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
-from shared.config import Config, save_config
-from shared.console import run_command
+from shared.command import exits
+from shared.config import Config
+from shared.config_file import save_config
 from shared.signals import raise_on_signal
 from tests.corpus import config_for, run, stored_files, write_corpus
 from tests.faults.writer import ended, in_child
@@ -125,7 +126,7 @@ def stopped(config: Config, number: int, now: Callable[[], bool]) -> tuple[int, 
                 run(config)
 
         try:
-            run_command(command)
+            exits(command)()
         except SystemExit as leaving:
             os._exit(int(str(leaving.code)))
 

@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from precog import app
-from shared.config import save_config
+from shared.config_file import save_config
 from tests.corpus import config_for, write_corpus
 from tests.processes import decoders, fork_command, wait_until
 

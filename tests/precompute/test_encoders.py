@@ -16,7 +16,7 @@ from precompute.encoders import CompiledModule, TextEncoder, VaeEncoder, load_to
 from precompute.latents import conditioning_images
 from shared.config import Model
 from shared.errors import UsageError
-from shared.model.pretrained import Part, pretrained_part
+from shared.model.pretrained import Component, pretrained_part
 from tests.tiny import TEXT_LENGTH
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ CONVOLUTIONS: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
-def vae(pipeline: Path) -> Part:
+def vae(pipeline: Path) -> Component:
     return pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "vae")
 
 
@@ -38,12 +38,12 @@ def clips(count: int, frames: int = 9, height: int = 32, width: int = 48) -> tor
     return torch.randn(count, 3, frames, height, width, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
 
 
-def encoder(part: Part, *, tiling: bool = False, slicing: bool = False, precision: str = "fp32") -> VaeEncoder:
+def encoder(part: Component, *, tiling: bool = False, slicing: bool = False, precision: str = "fp32") -> VaeEncoder:
     return VaeEncoder(part, precision, CPU, tiling=tiling, slicing=slicing)
 
 
 @pytest.mark.parametrize("frames", [1, 5, 9, 17])
-def test_batch_equals_single_clips(vae: Part, frames: int) -> None:
+def test_batch_equals_single_clips(vae: Component, frames: int) -> None:
     batch = clips(3, frames)
     together = encoder(vae).encode(batch)
     alone = torch.cat([encoder(vae).encode(clip[None]) for clip in batch])
@@ -51,7 +51,7 @@ def test_batch_equals_single_clips(vae: Part, frames: int) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_slicing_keeps_the_latents_and_tiling_changes_them(vae: Part) -> None:
+def test_slicing_keeps_the_latents_and_tiling_changes_them(vae: Component) -> None:
     batch = clips(2, frames=5, height=96, width=160)
     plain = encoder(vae).encode(batch)
     torch.testing.assert_close(encoder(vae, slicing=True).encode(batch), plain, rtol=1e-5, atol=1e-5)
@@ -59,7 +59,7 @@ def test_slicing_keeps_the_latents_and_tiling_changes_them(vae: Part) -> None:
     assert tiled.shape == plain.shape and (tiled - plain).abs().max() > 1e-3
 
 
-def test_channels_last_keeps_the_latents(vae: Part) -> None:
+def test_channels_last_keeps_the_latents(vae: Component) -> None:
     batch = clips(2, frames=9)
     laid_out = VaeEncoder(vae, "fp32", CPU, tiling=False, slicing=False, channels_last=True)
     weight = laid_out.vae.encoder.conv_in.conv.weight
@@ -71,7 +71,7 @@ def test_channels_last_keeps_the_latents(vae: Part) -> None:
 
 @pytest.mark.faults  # compiling takes long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_compiled_encoder_keeps_the_latents(vae: Part) -> None:
+def test_compiled_encoder_keeps_the_latents(vae: Component) -> None:
     compiled = VaeEncoder(vae, "fp32", CPU, tiling=False, slicing=False, compiled=True)
     for frames in (1, 9):
         batch = clips(1, frames)
@@ -91,7 +91,7 @@ def test_missing_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
-def test_moments_have_the_precision_of_the_recipe(vae: Part) -> None:
+def test_moments_have_the_precision_of_the_recipe(vae: Component) -> None:
     moments = encoder(vae, precision="bf16").encode(clips(1, frames=5))
     assert moments.dtype == torch.bfloat16
     torch.testing.assert_close(moments.float(), encoder(vae).encode(clips(1, frames=5)), rtol=0.1, atol=0.1)
@@ -115,7 +115,7 @@ def tf32() -> Iterator[None]:
     set_fp32_switches(*before)
 
 
-def test_fp32_is_never_tf32_and_switches_are_restored(vae: Part, t5: TextEncoder, tf32: None) -> None:
+def test_fp32_is_never_tf32_and_switches_are_restored(vae: Component, t5: TextEncoder, tf32: None) -> None:
     within: list[tuple[str, str]] = []
 
     def look(*_: object) -> None:
@@ -135,17 +135,17 @@ def test_fp32_is_never_tf32_and_switches_are_restored(vae: Part, t5: TextEncoder
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_fp32_on_the_gpu_is_fp32(vae: Part) -> None:
+def test_fp32_on_the_gpu_is_fp32(vae: Component) -> None:
     batch = clips(2, frames=9, height=96, width=160)
     expected = encoder(vae).encode(batch)
     found = VaeEncoder(vae, "fp32", torch.device("cuda"), tiling=False, slicing=False).encode(batch)
     assert (found - expected).norm() / expected.norm() < 1e-5  # with TF32 about 3e-4
 
 
-def test_automatic_precision_raises_fp16_to_fp32(vae: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_precision_raises_fp16_to_fp32(vae: Component, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [vae_precision(asked, vae) for asked in ("auto", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
     for own, used in (("fp16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32")):
-        monkeypatch.setattr(Part, "dtype", lambda _, own=own: own)
+        monkeypatch.setattr(Component, "dtype", lambda _, own=own: own)
         assert vae_precision("auto", vae) == used
 
 
@@ -164,7 +164,7 @@ class CrampedVae:
 
 
 @pytest.mark.parametrize(("room", "batches"), [(5, [5]), (3, [5, 2, 3]), (1, [5, 2, 1, 1, 3, 1, 2, 1, 1])])
-def test_out_of_memory_halves_the_batch(vae: Part, room: int, batches: list[int]) -> None:
+def test_out_of_memory_halves_the_batch(vae: Component, room: int, batches: list[int]) -> None:
     whole = encoder(vae).encode(clips(5, frames=5))
     cramped = encoder(vae)
     cramped.vae = CrampedVae(cramped.vae, room)
@@ -172,14 +172,14 @@ def test_out_of_memory_halves_the_batch(vae: Part, room: int, batches: list[int]
     assert cramped.vae.batches == batches
 
 
-def test_out_of_memory_with_one_clip_is_raised(vae: Part) -> None:
+def test_out_of_memory_with_one_clip_is_raised(vae: Component) -> None:
     cramped = encoder(vae)
     cramped.vae = CrampedVae(cramped.vae, 0)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         cramped.encode(clips(2, frames=5))
 
 
-def test_only_the_vaes_encoder_is_kept(vae: Part) -> None:
+def test_only_the_vaes_encoder_is_kept(vae: Component) -> None:
     assert encoder(vae).vae.decoder is None
 
 
@@ -219,7 +219,7 @@ def test_fp16_t5_computes_in_fp32_what_exceeds_65504(pipeline: Path, tmp_path: P
     for name in tensors:
         tensors[name] *= 1e5 if "DenseReluDense.wo" in name else 10 if "DenseReluDense.wi_1" in name else 1
     save_file(tensors, weights, {"format": "pt"})
-    part = Part(tmp_path / "text_encoder", None, (weights,))
+    part = Component(tmp_path / "text_encoder", None, (weights,))
     tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
     exact = TextEncoder(part, tokenizer, "fp32", CPU, TEXT_LENGTH)
     largest: list[float] = []

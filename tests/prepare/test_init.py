@@ -7,7 +7,7 @@ import pytest
 
 from prepare.probe import VideoSummary, probe
 from prepare.project import MODELS, choose_buckets
-from shared.config import load_config
+from shared.config_file import load_config
 from shared.errors import DataError
 from shared.model.conventions import refusal
 from shared.model.geometry import Bucket

@@ -2,27 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
 
 import pytest
-from pydantic import Field
 
-from shared.config import (
-    NO_FIELD,
-    TABLES,
-    Table,
-    field_value,
-    fields_shaping,
-    instead_of_flag,
-    load_config,
-    recipe_fields,
-)
+from shared.config import INSTEAD_OF_FLAG, TABLES, field_value, fields_shaping, recipe_fields
+from shared.config_file import load_config
 from shared.errors import UsageError
 
-ROOT = Path(__file__).parents[2]
-FLAGS = re.findall(
-    r"\w+",
-    """
+DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+FLAGS = re.findall(r"\S+", """
 adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 cache_dir caption_column checkpointing_steps
 checkpoints_total_limit dataloader_num_workers dataset_config_name dataset_name enable_slicing enable_tiling fps
 gradient_accumulation_steps gradient_checkpointing guidance_scale height hub_model_id hub_token id_token
@@ -33,16 +21,8 @@ prodigy_safeguard_warmup prodigy_use_bias_correction push_to_hub random_flip ran
 revision scale_lr seed skip_frames_end skip_frames_start tracker_name train_batch_size use_8bit_adam use_dynamic_cfg
 validation_epochs validation_images validation_prompt validation_prompt_separator variant video_column
 video_reshape_mode width
-""",
-)
+""")  # fmt: skip
 """Of diffusers' train_cogvideox_lora.py and train_cogvideox_image_to_video_lora.py (58eb52c080)."""
-
-
-def test_field_without_meaning_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"Unfinished\.strength: annotate it with what it shapes"):
-
-        class Unfinished(Table):
-            strength: Annotated[float, Field(gt=0)] = 1.0
 
 
 def test_fields_of_recipes_views_and_runs_come_from_metadata() -> None:
@@ -54,14 +34,16 @@ def test_fields_of_recipes_views_and_runs_come_from_metadata() -> None:
 
 
 def test_field_value_is_as_json_has_it() -> None:
-    config = load_config(ROOT / "configs" / "demo.toml", ["data.resolution_buckets=[[64,96]]"])
+    config = load_config(DEMO, ["data.resolution_buckets=[[64,96]]"])
     assert field_value(config, "data.resolution_buckets") == [[64, 96]]
 
 
 def test_every_flag_is_a_field_or_has_an_answer() -> None:
     fields = {name for table in TABLES.values() for name in table.model_fields}
-    assert [flag for flag in FLAGS if (flag in fields) == (instead_of_flag(flag) is not None)] == []
-    assert NO_FIELD.keys() <= set(FLAGS)
+    assert [flag for flag in FLAGS if (flag in fields) == (flag in INSTEAD_OF_FLAG)] == []
+    assert INSTEAD_OF_FLAG.keys() <= set(FLAGS)
+    named = re.findall(r"\b([a-z]+)\.(\w+)", " ".join(INSTEAD_OF_FLAG.values()))
+    assert all(field in TABLES[table].model_fields for table, field in named)
 
 
 @pytest.mark.parametrize("table", ["model", "train"])
@@ -77,7 +59,7 @@ def test_every_flag_is_a_field_or_has_an_answer() -> None:
 def test_flag_without_a_field_is_refused_with_advice(table: str, flag: str, advice: str) -> None:
     line = f"^override '{table}.{flag}=1': unknown key {table}.{flag}; {re.escape(advice)}$"
     with pytest.raises(UsageError, match=line):
-        load_config(ROOT / "configs" / "demo.toml", [f"{table}.{flag}=1"])
+        load_config(DEMO, [f"{table}.{flag}=1"])
 
 
 @pytest.mark.parametrize(
@@ -91,10 +73,105 @@ def test_flag_without_a_field_is_refused_with_advice(table: str, flag: str, advi
 )
 def test_wrong_value_is_answered_with_the_range(override: str, line: str) -> None:
     with pytest.raises(UsageError) as raised:
-        load_config(ROOT / "configs" / "demo.toml", [override])
+        load_config(DEMO, [override])
     assert str(raised.value) == f"override {override!r}: {line}"
 
 
 def test_mixed_precision_no_is_fp32() -> None:
-    config = load_config(ROOT / "configs" / "demo.toml", ["train.mixed_precision=no"])
+    config = load_config(DEMO, ["train.mixed_precision=no"])
     assert config.train.mixed_precision == "fp32"
+
+
+def test_overrides_are_toml_values_and_bare_words_are_text() -> None:
+    config = load_config(DEMO, ["train.learning_rate=2e-5", "data.name=other", "data.fps=0"])
+    assert (config.train.learning_rate, config.data.name, config.data.fps) == (2e-5, "other", 0)
+
+
+def test_numbers_are_finite() -> None:
+    fields = [(f"{table}.{name}", field) for table, kind in TABLES.items() for name, field in kind.model_fields.items()]
+    for name in [name for name, field in fields if "float" in str(field.annotation)]:
+        for value in ("inf", "-inf", "nan"):
+            with pytest.raises(UsageError, match=rf"override '{name}={value}': {name} = {value}: should be "):
+                load_config(DEMO, [f"{name}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("field", "most"), [("precompute.decode_deadline_seconds", 86_400), ("precompute.decode_memory_gib", 1024)]
+)
+def test_a_limit_that_the_kernel_would_not_take_is_refused(field: str, most: int) -> None:
+    load_config(DEMO, [f"{field}={most}"])
+    with pytest.raises(UsageError, match=rf"{field} = .* should be less than or equal to {most}$"):
+        load_config(DEMO, [f"{field}={most + 1}"])
+
+
+NAMES = re.findall(r"\S+", """
+model.pretrained_model_name_or_path model.revision model.variant model.model_cache_dir data.name
+data.instance_data_root data.dataset_name data.dataset_config_name data.caption_column data.video_column
+precompute.cache train.output_dir train.initial_adapter train.resume_from_checkpoint train.tracker_name
+sample.output_dir sample.lora
+""")  # fmt: skip
+
+
+def test_empty_names_and_paths_are_refused() -> None:
+    for field in NAMES:
+        for value in ("", " "):
+            with pytest.raises(
+                UsageError, match=rf"override '{field}={value}': {field} = '{value}': (String )?should "
+            ):
+                load_config(DEMO, [f"{field}={value}"])
+
+
+@pytest.mark.parametrize("field", ["precompute.device", "train.device", "sample.device"])
+def test_only_devices_that_we_run_on_are_accepted(field: str) -> None:
+    for device in ("auto", "cpu", "cuda", *(() if field == "train.device" else ("cuda:0", "cuda:15"))):
+        load_config(DEMO, [f"{field}={device}"])
+    for device in ("meta", "mps", "nonsense", "cuda:", "cuda:-1", "cuda:200", "cpu:0", ""):
+        with pytest.raises(UsageError, match=rf"{field} = '{device}': should be '?auto'?, '?cpu'?"):
+            load_config(DEMO, [f"{field}={device}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["data.name=x", "data.frame_buckets=[99]"], "override 'data.frame_buckets=[99]': data: every one of frame_b"),
+        (
+            ["data.frame_buckets=[99]", "data.name=x", "data.max_num_frames=50"],
+            "overrides 'data.frame_buckets=[99]', 'data.max_num_frames=50': data: every one of frame_buckets",
+        ),
+        (["data.name=x", "data.width=64"], "override 'data.width=64': data: height and width are set together"),
+        (["train.seed=-1", "train.seed=-2"], "override 'train.seed=-2': train.seed = -2: should be greater"),
+        (["dat.name=x", "data.name=x"], "override 'dat.name=x': unknown table dat; did you mean data?"),
+    ],
+)
+def test_an_error_names_the_override_that_it_comes_from(overrides: list[str], line: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(line)}"):
+        load_config(DEMO, overrides)
+
+
+def test_an_error_of_the_files_own_names_no_override(tmp_path: Path) -> None:
+    source = DEMO.read_text(encoding="utf-8")
+    (tmp_path / "config.toml").write_text(source.replace("fps = 0", "width = 64\nfps = 0"), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"^\S+config.toml:5: data: height and width are set together"):
+        load_config(tmp_path / "config.toml", ["data.name=x", "data.fps=8"])
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    source = DEMO.read_text(encoding="utf-8")
+    (tmp_path / "config.toml").write_text(source, encoding="utf-8-sig")
+    assert load_config(tmp_path / "config.toml") == load_config(DEMO)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.revision={}", "looks like an access token"),
+        ("hub_token={}", "write it as"),
+        ("model.a.b={}", "write it as"),
+        ("{}", "write it as"),
+    ],
+)
+def test_tokens_are_refused_and_not_repeated(override: str, message: str) -> None:
+    secret = "hf_" + "a" * 30
+    with pytest.raises(UsageError, match=message) as caught:
+        load_config(DEMO, [override.format(secret)])
+    assert secret not in str(caught.value)

@@ -58,17 +58,13 @@ def test_a_process_that_is_none_of_the_worlds_is_refused(
             read()
 
 
-@pytest.mark.parametrize(
-    ("environment", "place"),
-    [
-        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (1, 2)),
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (3, 4)),
+def test_number_and_count_of_a_launcher_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for environment, place in (
         ({"RANK": "0"}, (0, 1)),
-    ],
-)
-def test_a_launchers_number_and_count_are_taken(
-    environment: dict[str, str], place: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for variable, text in environment.items():
-        monkeypatch.setenv(variable, text)
-    assert (launcher.rank(), launcher.world_size()) == place
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, (3, 4)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (1, 2)),
+    ):
+        with monkeypatch.context() as context:
+            for variable, text in environment.items():
+                context.setenv(variable, text)
+            assert (launcher.rank(), launcher.world_size()) == place

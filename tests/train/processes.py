@@ -127,7 +127,7 @@ def _run(
 ) -> None:
     import torch
 
-    from shared.console import run_command
+    from shared.command import exits
 
     os.environ |= environment
     if largest_file_bytes is not None:
@@ -151,4 +151,4 @@ def _run(
             with StopSignal() as stop:
                 train(config, stop)
 
-        run_command(body)
+        exits(body)()

@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import precog
-from shared.config import Config, save_config
+from shared.config import Config
+from shared.config_file import save_config
 from shared.signals import StopSignal
 from tests.experiments import fill_cache, write_experiment
 from tests.tiny import build_text_encoder, build_transformer, build_vae

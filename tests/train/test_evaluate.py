@@ -18,8 +18,7 @@ from shared.cache.storage import open_storage
 from shared.cache.view import read_view
 from shared.config import Config
 from shared.errors import Preempted
-from shared.metrics_file import read_metrics
-from shared.run_folder import EXPORT, adapter_file
+from shared.run_folder import EXPORT, adapter_file, read_metrics
 from shared.signals import StopSignal
 from tests.train import processes
 from train.checkpoint.files import load_checkpoint

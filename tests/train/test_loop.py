@@ -19,9 +19,10 @@ from shared.cache.collection import shards
 from shared.cache.storage import open_storage
 from shared.cache.verify import verify
 from shared.cache.view import read_view
-from shared.config import Config, save_config
+from shared.config import Config
+from shared.config_file import save_config
 from shared.errors import CacheError, Preempted
-from shared.metrics_file import read_metrics
+from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from tests.train import processes
 from train.checkpoint.files import load_checkpoint, save_checkpoint

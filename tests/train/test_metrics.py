@@ -11,7 +11,7 @@ from PIL import Image
 
 from shared.config import Config
 from shared.errors import DataError
-from shared.metrics_file import read_metrics
+from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from train.loop import train
 from train.metrics import EMA_DECAY, MIN_CURVE_STEPS, EmaLoss, Metrics, draw_curve, finish_metrics

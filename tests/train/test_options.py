@@ -16,7 +16,7 @@ from torch import nn
 
 from shared.config import Config, Train
 from shared.errors import UsageError
-from shared.metrics_file import read_metrics
+from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from tests.train.fields import FIELDS
 from train.checkpoint.files import load_checkpoint
@@ -280,7 +280,7 @@ def test_clips_and_timesteps_are_written_when_asked(settings: Settings) -> None:
 def test_an_optimizer_that_is_not_installed_is_refused(
     optimizer: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("shared.errors.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"train.optimizer = .* package "):
         train(settings(optimizer=optimizer), StopSignal())
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from sample.decode import decode, decode_latents, load_vae
 from sample.generate import load_pipeline, make_video
-from shared.config import Config, Memory, Sample
+from shared.config import Config, Memory, Sampling
 from shared.errors import CacheError, DataError, Preempted, UsageError
-from shared.metrics_file import read_metrics
+from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from tests import experiments
 from tests.media import write_clip
@@ -28,7 +28,7 @@ from train.preview import denoise, open_previews
 from train.run import Run
 
 NEGATIVE = "a white bird"
-SAMPLE = Sample(
+SAMPLE = Sampling(
     num_frames=9, height=experiments.HEIGHT, width=experiments.WIDTH, num_inference_steps=4, guidance_scale=5, seed=7
 )
 
@@ -57,7 +57,7 @@ def cached(variant: str, folder: Path, held_out_clips: int = 0) -> Config:
     return config
 
 
-def changed(config: Config, folder: Path, sample: Sample = SAMPLE, **values: Any) -> Config:
+def changed(config: Config, folder: Path, sample: Sampling = SAMPLE, **values: Any) -> Config:
     settings = config.train.model_copy(update={"output_dir": folder / "run", **values})
     return config.model_copy(update={"train": settings, "sample": sample})
 

@@ -14,7 +14,7 @@ from shared.cache.storage import open_storage
 from shared.cache.view import read_view
 from shared.config import Config
 from shared.errors import CacheError
-from shared.metrics_file import read_metrics
+from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from tests import corpus, tiny
 from train.loop import train

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import Config, save_config
+from shared.config import Config
+from shared.config_file import save_config
 from shared.errors import CacheError, UsageError
 from shared.fingerprint import key_of
-from shared.metrics_file import read_metrics
+from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from tests import tiny
 from train.checkpoint.resume import is_finished

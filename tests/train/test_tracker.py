@@ -11,15 +11,14 @@ import pytest
 from PIL import Image
 
 from sample.decode import decode
-from shared.config import Config, Sample
+from shared.config import Config, Sampling
 from shared.errors import UsageError
-from shared.metrics_file import read_metrics
+from shared.run_folder import read_metrics, wandb_options
 from shared.signals import StopSignal
-from shared.tracker import wandb_options
 from tests import experiments
 from train.loop import train
 
-SAMPLE = Sample(num_frames=9, height=experiments.HEIGHT, width=experiments.WIDTH, num_inference_steps=2)
+SAMPLE = Sampling(num_frames=9, height=experiments.HEIGHT, width=experiments.WIDTH, num_inference_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +136,7 @@ def test_a_tracker_that_is_not_installed_is_refused_in_one_line(
 ) -> None:
     line = rf"report_to = '{tracker}' needs the package {tracker}: pip install 'precog\[{tracker}\]'"
     train(changed(cached, tmp_path / "run", max_train_steps=2), StopSignal())
-    monkeypatch.setattr("shared.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("shared.errors.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=line):
         train(changed(cached, tmp_path / "other", report_to=tracker), StopSignal())
     with pytest.raises(UsageError, match=line):

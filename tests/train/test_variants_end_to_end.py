@@ -13,8 +13,8 @@ from torch import Tensor
 
 from shared.config import Config
 from shared.errors import UsageError
-from shared.metrics_file import read_metrics
 from shared.model.geometry import Bucket
+from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from tests.experiments import CAPTIONS, FRAMES, HEIGHT, WIDTH, fill_cache, write_experiment
 from tests.media import draw

@@ -8,7 +8,7 @@ from typing import Any
 from shared.config import field_value, fields_shaping
 from shared.errors import CacheError
 from shared.fingerprint import Json, key_of, sha256_file
-from shared.model.pretrained import FileMark, Part
+from shared.model.pretrained import Component, FileMark
 from shared.run_folder import adapter_file
 from train.run import Run
 
@@ -30,7 +30,7 @@ class Base:
         return {"sha256": self.sha256, "marks": [list(mark) for mark in self.marks]}
 
 
-def identify_base(transformer: Part, known: Mapping[str, Any] | None) -> Base:
+def identify_base(transformer: Component, known: Mapping[str, Any] | None) -> Base:
     """Return `known` from a checkpoint if the files have its marks, else read and hash them.
 
     A hub file's name is its hash, so hub files are never read.
@@ -41,7 +41,7 @@ def identify_base(transformer: Part, known: Mapping[str, Any] | None) -> Base:
     return Base(key_of(transformer.sha256()), marks)
 
 
-def base_key(transformer: Part, base: Base) -> str:
+def base_key(transformer: Component, base: Base) -> str:
     """Return the key of weights and config, for the header of an export."""
     return key_of({"weights": base.sha256, "config": transformer.settings})
 

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import io
 import json
+import random
 import tarfile
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 import webdataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load as load_safetensors
 
 from shared.cache.shard import (
@@ -91,35 +90,26 @@ def test_tensors_are_aligned_views_and_writes_stay_private(storage: LocalStorage
     assert storage.path(receipt.tar).read_bytes() == before
 
 
-@settings(max_examples=200)
-@given(position=st.integers(0, len(RECEIPT) - 1), bit=st.integers(0, 7))
-def test_every_flipped_bit_of_a_receipt_is_refused(position: int, bit: int) -> None:
-    content = bytearray(RECEIPT)
-    content[position] ^= 1 << bit
-    if not content[position : position + 1].isspace():  # white space between JSON's tokens means nothing
-        with pytest.raises(CacheError, match=r"^here: damaged receipt"):
-            parse_receipt(bytes(content), "here")
+def test_flipped_bits_of_a_receipt_are_refused() -> None:
+    draws = random.Random(0)
+    for position in draws.sample(range(len(RECEIPT)), 200):
+        content = bytearray(RECEIPT)
+        content[position] ^= 1 << draws.randrange(8)
+        if not content[position : position + 1].isspace():  # white space between JSON's tokens means nothing
+            with pytest.raises(CacheError, match=r"^here: damaged receipt"):
+                parse_receipt(bytes(content), "here")
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b'{"a": [1]}', b"\xff", sealed({}), sealed({"samples": [None]})])
+def test_other_json_is_no_receipt(content: bytes) -> None:
+    with pytest.raises(CacheError, match=r"^here: damaged receipt"):
+        parse_receipt(content, "here")
 
 
 def test_truncated_receipts_are_refused() -> None:
-    for size in range(0, len(RECEIPT), 7):
+    for size in range(0, len(RECEIPT), 97):
         with pytest.raises(CacheError, match=r"^here: damaged receipt"):
             parse_receipt(RECEIPT[:size], "here")
-
-
-@settings(max_examples=50)
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
-    )
-)
-def test_other_json_is_no_receipt(value: Any) -> None:
-    contents = [json.dumps(value).encode()]
-    if isinstance(value, dict):
-        contents.append(sealed({name: entry for name, entry in value.items() if name != "self_sha256"}))
-    for content in contents:
-        with pytest.raises(CacheError, match=r"^here: damaged receipt"):
-            parse_receipt(content, "here")
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
@@ -128,10 +118,6 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
     change(body)
     body["shard"] = shard_name([*(place["key"] for place in body["samples"]), *body["skipped"]], body["attempt"])
     return sealed(body)
-
-
-def in_tensor(**values: object) -> Callable[[dict[str, Any]], Any]:
-    return lambda body: body["samples"][0]["tensors"]["moments"].update(values)
 
 
 @pytest.mark.parametrize(
@@ -146,12 +132,17 @@ def in_tensor(**values: object) -> Callable[[dict[str, Any]], Any]:
         lambda body: body["samples"][0].update(offset=-512),
         lambda body: body["samples"][0].update(length=10**9),
         lambda body: body["skipped"].update({"no key": "broken"}),
-        in_tensor(offset=0),
-        in_tensor(shape=[2**40, 2**40]),
-        in_tensor(shape=[32, 0, 4, 6]),
-        in_tensor(shape=[-1, -1]),
-        in_tensor(dtype="I64"),
-        in_tensor(dtype="F64"),
+        *(
+            lambda body, values=values: body["samples"][0]["tensors"]["moments"].update(values)
+            for values in (
+                {"offset": 0},
+                {"shape": [2**40, 2**40]},
+                {"shape": [32, 0, 4, 6]},
+                {"shape": [-1, -1]},
+                {"dtype": "I64"},
+                {"dtype": "F64"},
+            )
+        ),
     ],
 )
 def test_receipt_that_leaves_its_shard_is_refused(change: Callable[[dict[str, Any]], Any]) -> None:
@@ -174,24 +165,16 @@ def test_receipt_in_another_place_is_refused(storage: LocalStorage) -> None:
             read_receipt(storage, name)
 
 
-@pytest.mark.parametrize("left", [0, 2000, None])
-def test_tar_without_receipt_is_completed(storage: LocalStorage, left: int | None) -> None:
+@pytest.mark.parametrize("stored", ["whole", "torn", "flipped"])
+def test_tar_without_receipt_is_completed(storage: LocalStorage, stored: str) -> None:
     """A crash leaves it whole, or torn if the disk ignores fsync."""
     samples = make_samples()
     content, receipt = pack_shard(FOLDER, samples)
-    storage.publish(receipt.tar, content[:left])
-    written = len(receipt_bytes(receipt)) + (0 if left is None else len(content))
+    storage.publish(receipt.tar, {"whole": content, "torn": content[:2000], "flipped": content[:-1] + b"\1"}[stored])
+    written = len(receipt_bytes(receipt)) + (0 if stored == "whole" else len(content))
     assert write_shard(storage, FOLDER, samples) == (receipt, written)
     assert storage.path(receipt.tar).read_bytes() == content
     assert write_shard(storage, FOLDER, samples) == (receipt, 0)
-
-
-def test_flipped_bit_in_a_tar_without_receipt_is_repaired(storage: LocalStorage) -> None:
-    samples = make_samples()
-    content, receipt = pack_shard(FOLDER, samples)
-    storage.publish(receipt.tar, content[:-1] + b"\1")
-    write_shard(storage, FOLDER, samples)
-    assert storage.path(receipt.tar).read_bytes() == content
 
 
 def test_first_receipt_wins_over_another_rounding(storage: LocalStorage) -> None:
@@ -220,7 +203,7 @@ def test_writer_beaten_to_the_receipt_returns_the_first(storage: LocalStorage, m
 def test_receipt_of_too_many_samples_is_refused() -> None:
     body = unsealed(RECEIPT)
     place = {"offset": 0, "length": 1, "sha256": "0" * 64, "tensors": {}}
-    body["samples"] = [place | {"key": key_of(number)} for number in range(SAMPLES_PER_SHARD + 1)]
+    body["samples"] = [place | {"key": key_of(0)}] * (SAMPLES_PER_SHARD + 1)
     body["shard"] = shard_name([*(place["key"] for place in body["samples"]), *body["skipped"]])
     with pytest.raises(CacheError, match=r"^here: damaged receipt .*at most"):
         parse_receipt(sealed(body), "here")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.config import Config, save_config
-from shared.metrics_file import read_metrics
+from shared.config import Config
+from shared.config_file import save_config
+from shared.run_folder import read_metrics
 from tests.train import processes
 from train.checkpoint.files import load_checkpoint
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from shared.config import Config
 from shared.errors import CacheError, Preempted, UsageError
 from shared.fingerprint import sha256_files
-from shared.metrics_file import read_metrics
 from shared.model import pretrained
+from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from tests import tiny
 from tests.experiments import fill_cache, write_experiment

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.config import Memory, Sample, Train
+from shared.config import Memory, Sampling, Train
 from shared.errors import UsageError
 from shared.model.conventions import read_conventions
 from shared.model.geometry import Bucket, video_tokens
@@ -243,7 +243,7 @@ def test_a_preview_larger_than_the_clips_counts(
     clip, large = Bucket(9, 64, 96), Bucket(49, 160, 240)
     sample = {"num_frames": large.frames, "height": large.height, "width": large.width}
     with_previews, without = (
-        config_of({}, preview_steps=steps).model_copy(update={"sample": Sample.model_validate(sample)})
+        config_of({}, preview_steps=steps).model_copy(update={"sample": Sampling.model_validate(sample)})
         for steps in (5, 0)
     )
     assert preview_bucket(with_previews, conventions) == large and preview_bucket(without, conventions) is None

@@ -13,7 +13,8 @@ from typer.testing import CliRunner, Result
 from bench.models import PUBLISHED
 from precog import app
 from shared.cards import CARDS, find_card
-from shared.config import Config, save_config
+from shared.config import Config
+from shared.config_file import save_config
 from shared.errors import UsageError
 from tests.experiments import fill_cache, write_experiment
 from tests.tiny import build_transformer, transformer_config
