@@ -19,14 +19,15 @@ from shared.cache.view import read_view
 from shared.config import Config, save_config
 from shared.device import peak_memory_bytes
 from shared.errors import Preempted, UsageError
-from shared.run_folder import EXPORT, adapter_file, preview_file
+from shared.run_folder import BEST, EXPORT, adapter_file, preview_file
 from shared.signals import StopSignal
 from train.batch import Batch, prefetch_batches
 from train.checkpoint.files import prune_checkpoints, save_checkpoint, sync_file
 from train.checkpoint.identity import base_key
 from train.checkpoint.resume import Start, find_start, is_finished
+from train.data.dataset import clip_label
 from train.distributed import all_gather, broadcast, on_rank_0
-from train.evaluate import base_held_out_loss, held_out_loss
+from train.evaluate import QUANTILES, base_held_out_loss, held_out_loss
 from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, export_adapter
 from train.metrics import Metrics, finish_metrics, open_tracker, track
 from train.open_run import announce, open_run, start_processes
@@ -73,21 +74,22 @@ def run_steps(run: Run, stop: StopSignal) -> None:
             # Maintenance. The checkpoint comes first, because a signal or a fault may end what follows.
             if is_due(run, state.step, train.checkpointing_steps):
                 save(run, state, metrics, start)
-            stopping = stopping or not evaluate(run, state, metrics, stop)
+            stopping = stopping or not evaluate(run, state, metrics, stop, start)
             stopping = stopping or not make_previews(run, state, previews, stop)
             if stopping:
                 save(run, state, metrics, start)
                 accelerator.end_training()
                 where = f"step {state.step} of {run.num_steps} in {train.output_dir}"
                 raise Preempted(f"stopped by a signal: checkpoint saved at {where}; the same command resumes")
-            if state.step == run.num_steps:
+            if state.step == run.num_steps or has_stalled(run, state, metrics):
+                save(run, state, metrics, start)
                 break
 
             # One training step.
             stopping = take_step(run, state, batches, metrics, stop)
 
     if metrics is not None:
-        finish_metrics(train.output_dir, export(run, state, start))
+        finish_metrics(train.output_dir, export(run, state, start, train.output_dir / EXPORT))
     accelerator.end_training()
 
 
@@ -160,11 +162,11 @@ def save(run: Run, state: TrainState, metrics: Metrics | None, start: Start) -> 
         state.saved_step = state.step
 
 
-def evaluate(run: Run, state: TrainState, metrics: Metrics | None, stop: StopSignal) -> bool:
+def evaluate(run: Run, state: TrainState, metrics: Metrics | None, stop: StopSignal, start: Start) -> bool:
     """Add the held-out loss to the step's line if it is due and missing; a collective.
 
-    The loss of the base model alone, which never changes, is added the first time. False, with nothing added, if a
-    rank got a signal.
+    The lowest loss so far exports its adapter to `export/best`. The loss of the base model alone, which never changes,
+    is added the first time. False, with nothing added, if a rank got a signal.
     """
     if not run.held_out.rows or not is_due(run, state.step, run.config.train.validation_steps):
         return True
@@ -174,16 +176,39 @@ def evaluate(run: Run, state: TrainState, metrics: Metrics | None, stop: StopSig
     if not missing:
         return True
     with state.evaluated():
-        losses = {"held_out_loss": held_out_loss(run, lambda: stop.requested)}
-    if missing_base:
-        losses["base_held_out_loss"] = base_held_out_loss(run, lambda: stop.requested)
-    taken = {name: loss for name, loss in losses.items() if loss is not None}
-    if taken.keys() < losses.keys():
+        found = held_out_loss(run, lambda: stop.requested)
+    base = base_held_out_loss(run, lambda: stop.requested) if missing_base else None
+    if found is None or (missing_base and base is None):
         return False
-    if metrics is not None:
-        metrics.add(taken)
-        track(run.accelerator, {"step": state.step, **taken})
+    line: dict[str, Any] = {"held_out_loss": found[0], "held_out_cells": found[1]}
+    if base is not None:
+        clips = [clip_label(row) for row in run.held_out.rows]
+        line |= {"base_held_out_loss": base[0], "base_held_out_cells": base[1]}
+        line |= {"held_out_clips": clips, "timestep_quantiles": list(QUANTILES)}
+
+    def write() -> None:
+        assert metrics is not None
+        if metrics.is_lowest(found[0]):  # before the line, so that an interrupted export is made again
+            export(run, state, start, run.config.train.output_dir / EXPORT / BEST)
+        metrics.add(line)
+        means = [sum(column) / len(column) for column in zip(*found[1], strict=True)]
+        parts = {f"held_out_loss_at_{name}": loss for name, loss in zip(QUANTILES, means, strict=True)}
+        track(run.accelerator, {"step": state.step, **line, **parts})
+
+    on_rank_0(write)
     return True
+
+
+def has_stalled(run: Run, state: TrainState, metrics: Metrics | None) -> bool:
+    """Return True after `stop_after_evaluations_without_gain` evaluations above the lowest loss; a collective."""
+    train = run.config.train
+    limit = train.stop_after_evaluations_without_gain
+    if not limit or not is_due(run, state.step, train.validation_steps):
+        return False
+    stalled = broadcast(metrics is not None and metrics.evaluations_without_gain >= limit)
+    if stalled and metrics is not None:
+        console.say(f"{limit} held-out losses above the lowest one: the run ends at step {state.step}")
+    return stalled
 
 
 def make_previews(run: Run, state: TrainState, previews: Previews | None, stop: StopSignal) -> bool:
@@ -205,8 +230,8 @@ def make_previews(run: Run, state: TrainState, previews: Previews | None, stop: 
     return True
 
 
-def export(run: Run, state: TrainState, start: Start) -> Path:
-    """Write the finished adapter and return its path."""
+def export(run: Run, state: TrainState, start: Start, folder: Path) -> Path:
+    """Write the adapter of this step into `folder` and return its path."""
     config = run.config
     provenance = {
         CONFIG_KEY: config_key(config),
@@ -215,7 +240,7 @@ def export(run: Run, state: TrainState, start: Start) -> Path:
         STEPS_KEY: str(state.step),
     }
     with state.evaluated():
-        return export_adapter(run.transformer, config.train, config.train.output_dir / EXPORT, provenance)
+        return export_adapter(run.transformer, config.train, folder, provenance)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`metrics.jsonl`, one object per optimizer step, and the same in one fixed-width line for people."""
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ class Metrics:
             self._average.add(line["loss"])
         self.base_held_out_loss = _first(kept, "base_held_out_loss")
         """Held-out loss without the adapter, once it has been written."""
+        self._held_out = [line["held_out_loss"] for line in kept if "held_out_loss" in line]
         self.last = kept[-1] if kept else {}
         """The line of the last step."""
         if (last := self.last.get("step", 0)) < step:
@@ -55,9 +57,20 @@ class Metrics:
         self.last = line
         return line
 
-    def add(self, losses: dict[str, float]) -> None:
+    def is_lowest(self, held_out_loss: float) -> bool:
+        """Compare with the held-out losses so far; one that is not finite is never the lowest."""
+        return held_out_loss < min(filter(math.isfinite, self._held_out), default=math.inf)
+
+    @property
+    def evaluations_without_gain(self) -> int:
+        """Number of held-out losses after the lowest one."""
+        finite = [loss if math.isfinite(loss) else math.inf for loss in self._held_out]
+        return len(finite) - 1 - finite.index(min(finite)) if finite else 0
+
+    def add(self, losses: dict[str, Any]) -> None:
         """Add held-out losses to the last line, and print them."""
         self.last |= losses
+        self._held_out.append(losses["held_out_loss"])
         self._replace([*read_metrics(self._path.parent)[:-1], self.last])
         if self.base_held_out_loss is None:
             self.base_held_out_loss = losses.get("base_held_out_loss")

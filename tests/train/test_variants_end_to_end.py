@@ -67,9 +67,9 @@ def train_to_its_end(config: Config) -> None:
 
 
 def held_in_loss(run: Run) -> float:
-    loss = held_out_loss(replace(run, held_out=run.dataset), stopped=lambda: False)
-    assert loss is not None
-    return loss
+    found = held_out_loss(replace(run, held_out=run.dataset), stopped=lambda: False)
+    assert found is not None
+    return found[0]
 
 
 @pytest.fixture(scope="module")
