@@ -16,17 +16,19 @@ Cells = list[list[float]]
 """Losses [clips][quantiles]."""
 
 
-def held_out_loss(run: Run, stopped: Callable[[], bool]) -> tuple[float, Cells] | None:
+def held_out_loss(run: Run, stopped: Callable[[], bool], *, base: bool = False) -> tuple[float, Cells] | None:
     """Return the mean over held-out clips and quantiles and its cells, without the adapter's dropout; a collective.
 
-    None if `stopped` is true on a rank. Each rank takes every `world_size`-th clip, and all ranks meet after a clip,
-    so that a signal is seen within one clip. Losses are summed in the clips' order: the number of processes does not
-    change the result.
+    `base` leaves the adapter out. None if `stopped` is true on a rank. Each rank takes every `world_size`-th clip, and
+    all ranks meet after a clip, so that a signal is seen within one clip. Losses are summed in the clips' order: the
+    number of processes does not change the result.
     """
     rank, world_size = rank_and_world_size()
     num_clips = len(run.held_out.rows)
     was_training = run.transformer.training
     run.transformer.eval()
+    if base:
+        run.transformer.disable_adapters()
     cells: Cells = []
     try:
         for first in range(0, num_clips, world_size):
@@ -37,6 +39,8 @@ def held_out_loss(run: Run, stopped: Callable[[], bool]) -> tuple[float, Cells] 
             cells += [losses for part, _ in gathered for losses in part]
     finally:
         run.transformer.train(was_training)
+        if base:
+            run.transformer.enable_adapters()
     return sum(loss for losses in cells for loss in losses) / (num_clips * len(QUANTILES)), cells
 
 
@@ -52,12 +56,3 @@ def clip_losses(run: Run, rows: range) -> Cells:
             (prediction,) = predict(run.transformer, [example.model_input], run.conventions, run.engine)
             cells[-1].append(float(clip_loss(prediction, example.target)))
     return cells
-
-
-def base_held_out_loss(run: Run, stopped: Callable[[], bool]) -> tuple[float, Cells] | None:
-    """Return the held-out loss without the adapter, as `held_out_loss` does."""
-    run.transformer.disable_adapters()
-    try:
-        return held_out_loss(run, stopped)
-    finally:
-        run.transformer.enable_adapters()
