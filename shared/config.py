@@ -302,6 +302,8 @@ class Train(Table):
     A name must be the newest checkpoint: move newer ones out of the run folder first."""
     validation_steps: Annotated[Count, FREE] = 0
     """Optimizer steps between held-out losses, which are taken at the end in any case; 0 is only at the end."""
+    stop_after_evaluations_without_gain: Annotated[Count, FREE] = 0
+    """End the run after this many held-out losses in a row above the lowest one; 0 is never."""
     preview_steps: Annotated[Count, FREE] = 0
     """Optimizer steps between previews: data.validation_prompts, as [sample] says, to latents; 0 is never."""
     report_to: Annotated[Literal["none", "tensorboard", "wandb"], FREE] = "none"

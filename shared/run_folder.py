@@ -12,6 +12,8 @@ from shared.errors import DataError, UsageError, one_line, require_extra
 
 EXPORT = "export"
 """Folder of the finished adapter."""
+BEST = "best"
+"""Folder in the export with the adapter of the lowest held-out loss so far."""
 ADAPTER = "pytorch_lora_weights.safetensors"
 """File that diffusers' `load_lora_weights` looks for (`diffusers/loaders/lora_base.py`)."""
 PREVIEWS = "previews"

@@ -1,9 +1,6 @@
 """Collectives on Python values, and work whose failure on one rank is raised on all."""
 
-import os
-import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from torch import distributed
@@ -70,12 +67,3 @@ def on_rank_0(work: Callable[[], Value]) -> Value | None:
     """Run `work` on rank 0 while the other ranks wait, with errors as in `on_all_ranks`; None on the others."""
     rank, _ = rank_and_world_size()
     return on_all_ranks(lambda: work() if rank == 0 else None)
-
-
-def machine() -> str:
-    """Return a name that only processes with the same /proc share."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return f"{platform.node()} {os.getpid()}"

@@ -10,13 +10,11 @@ import torch
 from shared import console
 from shared.config import Config
 from shared.device import peak_memory_bytes
-from train.batch import plan_batch, read_batch
 from train.checkpoint.resume import find_start
-from train.open_run import announce, open_run
 from train.preview import open_previews
-from train.run import Run
+from train.run import Run, announce, open_run
 from train.state import TrainState
-from train.step import require_finite, step_gradients
+from train.step import plan_batch, read_batch, take_gradients
 
 NUM_STEPS = 3
 """Steps of each batch; the first one warms up and is not timed."""
@@ -70,10 +68,8 @@ def dry_run(config: Config) -> DryRun:
     announce(run)
     first = state.step
     sizes = batch_sizes(run)
-    largest, typical = (
-        measure_batch(run, state, *size)
-        for size in (max(sizes, key=lambda size: size[2]), sorted(sizes, key=lambda size: size[1])[len(sizes) // 2])
-    )
+    largest = measure_batch(run, state, *max(sizes, key=lambda size: size[2]))
+    typical = measure_batch(run, state, *sorted(sizes, key=lambda size: size[1])[len(sizes) // 2])
     run.accelerator.end_training()
     hours = (run.num_steps - first) * max(typical.seconds, typical.read_seconds) / 3600
     return DryRun(str(run.accelerator.device), run.engine.attention, first, run.num_steps, largest, typical, hours)
@@ -92,23 +88,19 @@ def batch_sizes(run: Run) -> list[tuple[int, int, int]]:
 
 def measure_batch(run: Run, state: TrainState, step: int, tokens: int, largest_pack_tokens: int) -> MeasuredBatch:
     """Train the batch of `step` (from 0) a few times; raises `NonFiniteError` as a run does."""
-    train, device = run.config.train, run.accelerator.device
+    device = run.accelerator.device
     times = [time.perf_counter()]
     batch = read_batch(run, step)
     times.append(time.perf_counter())
     for _ in range(NUM_STEPS):
-        losses, result = step_gradients(
-            run.transformer, batch.packs, run.conventions, train, run.engine, run.accelerator, stopping=False
-        )
-        require_finite(result, batch.packs, losses)
+        take_gradients(run, batch.packs, stopping=False)
         state.update()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter())
     read_seconds, _, *seconds = (end - begin for begin, end in pairwise(times))
-    return MeasuredBatch(
-        tokens, largest_pack_tokens, statistics.median(seconds), read_seconds, peak_memory_bytes(device)
-    )
+    peak = peak_memory_bytes(device)
+    return MeasuredBatch(tokens, largest_pack_tokens, statistics.median(seconds), read_seconds, peak)
 
 
 def show(result: DryRun) -> None:

@@ -3,15 +3,13 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.atomic_files import sync_folder
+from shared.atomic_files import replacing, sync_folder
 from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of
@@ -43,24 +41,20 @@ def read_provenance(run: Path) -> dict[str, str]:
 def export_adapter(
     transformer: CogVideoXTransformer3DModel, train: Train, folder: Path, provenance: Mapping[str, str]
 ) -> Path:
-    """Write the fp32 weights, read them back through diffusers' loader, and return the file's path.
+    """Write the fp32 weights whole or not at all, and return the file's path.
 
-    `load_lora_weights` applies the scale itself, and DoRA's magnitudes under peft's names. Only settings that every
-    peft version knows are stored, and rsLoRA and DoRA only when on, because diffusers passes them all to `LoraConfig`.
-    `provenance` is added to the header.
+    diffusers' `load_lora_weights` applies the scale itself, and DoRA's magnitudes under peft's names. Only settings
+    that every peft version knows are stored, and rsLoRA and DoRA only when on, because diffusers passes them all to
+    `LoraConfig`. `provenance` is added to the header.
     """
-    weights = {f"{PREFIX}{name}": tensor.detach().cpu() for name, tensor in adapter_weights(transformer).items()}
-    settings = adapter_settings(train)
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(settings, sort_keys=True), **provenance}
+    weights = {f"{PREFIX}{name}": value.cpu().contiguous() for name, value in adapter_weights(transformer).items()}
+    settings = json.dumps(adapter_settings(train), sort_keys=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".tmp-") as temporary:
-        pending = Path(temporary) / ADAPTER
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, pending, metadata)
-        _check(pending, weights, settings)
+    with replacing(folder / ADAPTER) as pending:
+        save_file(weights, pending, {"format": "pt", METADATA_KEY: settings, **provenance})
         sync_file(pending)
-        written = pending.replace(folder / ADAPTER)
     sync_folder(folder)
-    return written
+    return folder / ADAPTER
 
 
 def adapter_settings(train: Train) -> dict[str, Json]:
@@ -94,22 +88,10 @@ def read_adapter(transformer: CogVideoXTransformer3DModel, train: Train, path: P
         same = sorted(found) == sorted(train.lora_target_modules) if isinstance(found, list) else found == value
         if not same:
             raise UsageError(f"{where}: expected {name.removeprefix(PREFIX)} {value!r}, got {found!r}; {fix}")
-    own = adapter_weights(transformer)
-    wrong = sorted(name for name in own.keys() | weights.keys() if _shape(own, name) != _shape(weights, name))
-    if wrong:
-        here, there = _shape(own, wrong[0]), _shape(weights, wrong[0])
-        raise UsageError(f"{where}: expected {wrong[0]} of shape {here}, got {there}; {fix}")
+    expected, got = (
+        {name: (*value.shape,) for name, value in of.items()} for of in (adapter_weights(transformer), weights)
+    )
+    for name in sorted(expected.keys() | got.keys()):
+        if expected.get(name) != got.get(name):
+            raise UsageError(f"{where}: expected {name} of shape {expected.get(name)}, got {got.get(name)}; {fix}")
     return weights
-
-
-def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
-    return tuple(weights[name].shape) if name in weights else None
-
-
-def _check(path: Path, weights: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
-    from diffusers.loaders.lora_pipeline import CogVideoXLoraLoaderMixin
-
-    found, metadata = CogVideoXLoraLoaderMixin.lora_state_dict(str(path), return_lora_metadata=True)
-    assert metadata == dict(settings), metadata
-    assert found.keys() == weights.keys(), "names changed on the way to disk"
-    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items()), "bytes changed on the way to disk"

@@ -7,34 +7,30 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shared import console
-from shared.cache.storage import open_storage
-from shared.cache.view import read_view
 from shared.config import Config
 from shared.config_file import save_config
 from shared.device import peak_memory_bytes
 from shared.errors import Preempted, UsageError
-from shared.run_folder import EXPORT, adapter_file, preview_file
+from shared.run_folder import BEST, EXPORT, preview_file
 from shared.signals import StopSignal
-from train.batch import Batch, prefetch_batches
 from train.checkpoint.files import prune_checkpoints, save_checkpoint, sync_file
-from train.checkpoint.identity import base_key
-from train.checkpoint.resume import Start, find_start, is_finished
+from train.checkpoint.resume import Start, base_key, find_start, is_finished
+from train.data.dataset import clip_label
 from train.distributed import all_gather, broadcast, on_rank_0
-from train.evaluate import base_held_out_loss, held_out_loss
+from train.evaluate import QUANTILES, held_out_loss
 from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, export_adapter
-from train.metrics import Metrics, finish_metrics, open_tracker, track
-from train.open_run import announce, open_run, start_processes
-from train.preview import Previews, open_previews, write_preview
-from train.run import Run
+from train.metrics import HEADER, Metrics, finish_metrics, open_tracker, track
+from train.preview import PreviewPrompt, open_previews, write_preview
+from train.run import Run, announce, open_run, start_processes
 from train.state import TrainState
-from train.step import require_finite, step_gradients
+from train.step import Batch, prefetch_batches, take_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +43,20 @@ def train(config: Config, stop: StopSignal) -> None:
     before the step; the other ranks wait until the launcher (torchrun, accelerate) ends them.
     """
     accelerator = start_processes(config.train)
-    if broadcast(on_rank_0(lambda: _is_finished(config))):
-        folder = config.train.output_dir
+    folder = config.train.output_dir
+    if broadcast(on_rank_0(lambda: is_finished(config))):
         console.say(f"{folder}: the run is finished; remove {folder / EXPORT} to export again")
         accelerator.end_training()
         return
     run = open_run(config)
-    with claimed(config.train.output_dir) if run.accelerator.is_main_process else nullcontext():
+    with claimed(folder) if accelerator.is_main_process else nullcontext():
         run_steps(run, stop)
 
 
 def run_steps(run: Run, stop: StopSignal) -> None:
     """Train from the newest checkpoint to the export."""
     train, accelerator = run.config.train, run.accelerator
-    previews = open_previews(run) if train.preview_steps else None
+    prompts = open_previews(run) if train.preview_steps else []
     state = TrainState(run)
     start = find_start(run)
     if start.checkpoint is not None:
@@ -74,21 +70,23 @@ def run_steps(run: Run, stop: StopSignal) -> None:
             # Maintenance. The checkpoint comes first, because a signal or a fault may end what follows.
             if is_due(run, state.step, train.checkpointing_steps):
                 save(run, state, metrics, start)
-            stopping = stopping or not evaluate(run, state, metrics, stop)
-            stopping = stopping or not make_previews(run, state, previews, stop)
-            if stopping:
+            stopping = stopping or not evaluate(run, state, metrics, stop, start)
+            stopping = stopping or not make_previews(run, state, prompts, stop)
+            ended = state.step == run.num_steps or has_stalled(run, state, metrics)
+            if stopping or ended:
                 save(run, state, metrics, start)
+            if stopping:
                 accelerator.end_training()
                 where = f"step {state.step} of {run.num_steps} in {train.output_dir}"
                 raise Preempted(f"stopped by a signal: checkpoint saved at {where}; the same command resumes")
-            if state.step == run.num_steps:
+            if ended:
                 break
 
             # One training step.
             stopping = take_step(run, state, batches, metrics, stop)
 
     if metrics is not None:
-        finish_metrics(train.output_dir, export(run, state, start))
+        finish_metrics(train.output_dir, export(run, state, start, train.output_dir / EXPORT))
     accelerator.end_training()
 
 
@@ -97,16 +95,7 @@ def take_step(run: Run, state: TrainState, batches: Iterator[Batch], metrics: Me
     started = time.perf_counter()
     batch = next(batches)
     waited_seconds = time.perf_counter() - started
-    losses, result = step_gradients(
-        run.transformer,
-        batch.packs,
-        run.conventions,
-        run.config.train,
-        run.engine,
-        run.accelerator,
-        stopping=stop.requested,
-    )
-    require_finite(result, batch.packs, losses)
+    result = take_gradients(run, batch.packs, stopping=stop.requested)
     learning_rate = state.learning_rate
     state.update()
     if metrics is not None:
@@ -129,8 +118,8 @@ def take_step(run: Run, state: TrainState, batches: Iterator[Batch], metrics: Me
 
 
 def is_due(run: Run, step: int, interval: int) -> bool:
-    """Return True every `interval` steps, and at the end of the run."""
-    return step == run.num_steps or _is_multiple(step, interval)
+    """Return True every `interval` steps (never if 0), and at the end of the run."""
+    return step == run.num_steps or (interval > 0 and step % interval == 0)
 
 
 def open_metrics(run: Run, start: Start) -> Metrics:
@@ -142,7 +131,7 @@ def open_metrics(run: Run, start: Start) -> Metrics:
     if checkpoint is not None:
         console.say(f"resuming from {checkpoint.path} at step {checkpoint.step} of {run.num_steps}")
     metrics = Metrics(folder, 0 if checkpoint is None else checkpoint.step, run.num_steps)
-    metrics.header()
+    console.say(HEADER)
     return metrics
 
 
@@ -161,11 +150,11 @@ def save(run: Run, state: TrainState, metrics: Metrics | None, start: Start) -> 
         state.saved_step = state.step
 
 
-def evaluate(run: Run, state: TrainState, metrics: Metrics | None, stop: StopSignal) -> bool:
+def evaluate(run: Run, state: TrainState, metrics: Metrics | None, stop: StopSignal, start: Start) -> bool:
     """Add the held-out loss to the step's line if it is due and missing; a collective.
 
-    The loss of the base model alone, which never changes, is added the first time. False, with nothing added, if a
-    rank got a signal.
+    The lowest loss so far exports its adapter to `export/best`. The loss of the base model alone, which never changes,
+    is added the first time. False, with nothing added, if a rank got a signal.
     """
     if not run.held_out.rows or not is_due(run, state.step, run.config.train.validation_steps):
         return True
@@ -175,39 +164,61 @@ def evaluate(run: Run, state: TrainState, metrics: Metrics | None, stop: StopSig
     if not missing:
         return True
     with state.evaluated():
-        losses = {"held_out_loss": held_out_loss(run, lambda: stop.requested)}
-    if missing_base:
-        losses["base_held_out_loss"] = base_held_out_loss(run, lambda: stop.requested)
-    taken = {name: loss for name, loss in losses.items() if loss is not None}
-    if taken.keys() < losses.keys():
+        found = held_out_loss(run, lambda: stop.requested)
+    base = held_out_loss(run, lambda: stop.requested, base=True) if missing_base else None
+    if found is None or (missing_base and base is None):
         return False
-    if metrics is not None:
-        metrics.add(taken)
-        track(run.accelerator, {"step": state.step, **taken})
+    loss, cells = found
+    line: dict[str, Any] = {"held_out_loss": loss, "held_out_cells": cells}
+    if base is not None:
+        line |= {"base_held_out_loss": base[0], "base_held_out_cells": base[1]}
+        line |= {"held_out_clips": [clip_label(row) for row in run.held_out.rows], "timestep_quantiles": [*QUANTILES]}
+
+    def write() -> None:
+        assert metrics is not None
+        if metrics.is_lowest(loss):  # before the line, so that an interrupted export is made again
+            export(run, state, start, run.config.train.output_dir / EXPORT / BEST)
+        metrics.add(line)
+        columns = zip(QUANTILES, zip(*cells, strict=True), strict=True)
+        means = {f"held_out_loss_at_{quantile}": sum(column) / len(column) for quantile, column in columns}
+        track(run.accelerator, {"step": state.step, **line, **means})
+
+    on_rank_0(write)
     return True
 
 
-def make_previews(run: Run, state: TrainState, previews: Previews | None, stop: StopSignal) -> bool:
+def has_stalled(run: Run, state: TrainState, metrics: Metrics | None) -> bool:
+    """Return True after `stop_after_evaluations_without_gain` evaluations above the lowest loss; a collective."""
+    limit = run.config.train.stop_after_evaluations_without_gain
+    if not limit or not is_due(run, state.step, run.config.train.validation_steps):
+        return False
+    stalled = broadcast(metrics is not None and metrics.evaluations_without_gain >= limit)
+    if stalled and metrics is not None:
+        console.say(f"{limit} held-out losses above the lowest one: the run ends at step {state.step}")
+    return stalled
+
+
+def make_previews(run: Run, state: TrainState, prompts: Sequence[PreviewPrompt], stop: StopSignal) -> bool:
     """Make the step's previews if they are due and missing; a collective. False if a rank got a signal."""
     train = run.config.train
-    if previews is None or state.step == 0 or not _is_multiple(state.step, train.preview_steps):
+    if not prompts or state.step == 0 or state.step % train.preview_steps:
         return True
 
     def make(number: int) -> None:
-        missing = not preview_file(train.output_dir, state.step, number).exists()
-        if missing or state.step != state.resumed_step:
+        path = preview_file(train.output_dir, state.step, number)
+        if not path.exists() or state.step != state.resumed_step:
             with state.evaluated():
-                write_preview(run, previews, number, state.step, stopped=lambda: stop.requested)
+                write_preview(run, prompts[number], path, state.step, stopped=lambda: stop.requested)
 
-    for number in range(len(previews.prompts)):  # one at a time, so that no rank waits for many
+    for number in range(len(prompts)):  # one at a time, so that no rank waits for many
         on_rank_0(partial(make, number))
         if any(all_gather(stop.requested)):
             return False
     return True
 
 
-def export(run: Run, state: TrainState, start: Start) -> Path:
-    """Write the finished adapter and return its path."""
+def export(run: Run, state: TrainState, start: Start, folder: Path) -> Path:
+    """Write the adapter of this step into `folder` and return its path."""
     config = run.config
     provenance = {
         CONFIG_KEY: config_key(config),
@@ -216,7 +227,7 @@ def export(run: Run, state: TrainState, start: Start) -> Path:
         STEPS_KEY: str(state.step),
     }
     with state.evaluated():
-        return export_adapter(run.transformer, config.train, config.train.output_dir / EXPORT, provenance)
+        return export_adapter(run.transformer, config.train, folder, provenance)
 
 
 @contextmanager
@@ -233,24 +244,12 @@ def claimed(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"{where}: cannot be made ({error.strerror}); choose another folder") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UsageError(f"{where}: another process is training in this folder; choose another folder") from None
-    except OSError:
-        logger.warning("%s: the file system has no locks; start only one process in this folder", folder)
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{where}: another process is training in this folder; choose another folder") from None
+        except OSError:
+            logger.warning("%s: the file system has no locks; start only one process in this folder", folder)
         yield
     finally:
         os.close(descriptor)
-
-
-def _is_finished(config: Config) -> bool:
-    if not adapter_file(config.train.output_dir / EXPORT).exists():
-        return False
-    storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
-    return is_finished(config, read_view(storage, config.data.name).hash)
-
-
-def _is_multiple(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0

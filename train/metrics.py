@@ -1,6 +1,7 @@
 """`metrics.jsonl`, one object per optimizer step, and the same in one fixed-width line for people."""
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -21,6 +22,11 @@ EMA_DECAY = 0.98
 """Decay of the smoothed loss per optimizer step: about the last 50 steps."""
 RECENT_STEPS = 50
 """Steps whose mean time, with evaluations, previews and saves between them, gives the time left."""
+HEADER = (
+    f"{'step':>11} {'loss':>9} {'EMA loss':>9} {'lr':>9} {'grad':>9} {'clips/s':>8} {'tokens/s':>9} "
+    f"{'wait':>6} {'memory':>10} {'left':>8}"
+)
+"""Names above the fixed-width lines."""
 MIN_CURVE_STEPS, MAX_CURVE_POINTS = 20, 2000
 """A shorter run has no loss.png; a longer one's curves are thinned to so many points."""
 
@@ -38,6 +44,7 @@ class Metrics:
             self._average.add(line["loss"])
         self.base_held_out_loss = _first(kept, "base_held_out_loss")
         """Held-out loss without the adapter, once it has been written."""
+        self._held_out = [_finite(line["held_out_loss"]) for line in kept if "held_out_loss" in line]
         self.last = kept[-1] if kept else {}
         """The line of the last step."""
         if (last := self.last.get("step", 0)) < step:
@@ -50,13 +57,31 @@ class Metrics:
         line = line | {"ema_loss": self._average.add(line["loss"])}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        console.say(self._row(line))
+        seconds = max(line["seconds"], 1e-9)
+        self._ends.append(time.monotonic())
+        left = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self._num_steps - line["step"])
+        console.say(
+            f"{line['step']:>5}/{self._num_steps:<5} {line['loss']:>9.5f} {line['ema_loss']:>9.5f} "
+            f"{line['lr']:>9.2e} {line['grad_norm']:>9.4f} {line['samples'] / seconds:>8.2f} "
+            f"{line['tokens'] / seconds:>9.0f} {line['data_wait_seconds'] / seconds:>6.1%} "
+            f"{console.bytes_text(line['peak_memory_bytes']):>10} {timedelta(seconds=int(left))!s:>8}"
+        )
         self.last = line
         return line
 
-    def add(self, losses: dict[str, float]) -> None:
+    def is_lowest(self, held_out_loss: float) -> bool:
+        """Compare with the held-out losses so far; one that is not finite is never the lowest."""
+        return held_out_loss < min(self._held_out, default=math.inf)
+
+    @property
+    def evaluations_without_gain(self) -> int:
+        """Number of held-out losses after the lowest one."""
+        return len(self._held_out) - 1 - self._held_out.index(min(self._held_out)) if self._held_out else 0
+
+    def add(self, losses: dict[str, Any]) -> None:
         """Add held-out losses to the last line, and print them."""
         self.last |= losses
+        self._held_out.append(_finite(losses["held_out_loss"]))
         self._replace([*read_metrics(self._path.parent)[:-1], self.last])
         if self.base_held_out_loss is None:
             self.base_held_out_loss = losses.get("base_held_out_loss")
@@ -71,24 +96,6 @@ class Metrics:
     def _replace(self, lines: Sequence[dict[str, Any]]) -> None:
         with replacing(self._path) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-    def header(self) -> None:
-        """Print the names above the fixed-width lines."""
-        console.say(
-            f"{'step':>11} {'loss':>9} {'EMA loss':>9} {'lr':>9} {'grad':>9} {'clips/s':>8} {'tokens/s':>9} "
-            f"{'wait':>6} {'memory':>10} {'left':>8}"
-        )
-
-    def _row(self, line: dict[str, Any]) -> str:
-        seconds = max(line["seconds"], 1e-9)
-        self._ends.append(time.monotonic())
-        left = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self._num_steps - line["step"])
-        return (
-            f"{line['step']:>5}/{self._num_steps:<5} {line['loss']:>9.5f} {line['ema_loss']:>9.5f} "
-            f"{line['lr']:>9.2e} {line['grad_norm']:>9.4f} {line['samples'] / seconds:>8.2f} "
-            f"{line['tokens'] / seconds:>9.0f} {line['data_wait_seconds'] / seconds:>6.1%} "
-            f"{console.bytes_text(line['peak_memory_bytes']):>10} {timedelta(seconds=int(left))!s:>8}"
-        )
 
 
 class EmaLoss:
@@ -154,15 +161,19 @@ def open_tracker(accelerator: Accelerator, config: Config) -> None:
     tables = config.model_dump(mode="json", exclude_none=True)
     flat = {f"{table}.{name}": value for table, fields in tables.items() for name, value in fields.items()}
     plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in flat.items()}
-    is_wandb = train.report_to == "wandb" and accelerator.is_main_process
-    options = {"wandb": wandb_options(train)} if is_wandb else {}
     with starting_tracker(train):
+        is_wandb = train.report_to == "wandb" and accelerator.is_main_process
+        options = {"wandb": wandb_options(train)} if is_wandb else {}
         accelerator.init_trackers(train.tracker_name, config=plain, init_kwargs=options)
 
 
 def track(accelerator: Accelerator, line: dict[str, Any]) -> None:
     """Send a step's numbers to the tracker, if there is one."""
     accelerator.log({name: value for name, value in line.items() if isinstance(value, int | float)}, line["step"])
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _first(lines: Sequence[dict[str, Any]], field: str) -> Any:

@@ -10,11 +10,12 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import CogVideoXDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,15 +24,14 @@ from shared import console
 from shared.atomic_files import replacing
 from shared.cache.collection import SampleReader
 from shared.cache.storage import open_storage
-from shared.config import Config, Sampling, field_value, fields_shaping
+from shared.config import Sampling, field_value, fields_shaping
 from shared.errors import CacheError, UsageError
 from shared.model.conventions import refusal
 from shared.model.geometry import Bucket, latent_shape, padding_frames
 from shared.model.pretrained import pretrained_config
-from shared.run_folder import SHEET, preview_file, preview_folder
-from train.data.conditioning import image_condition
+from shared.run_folder import SHEET
 from train.data.dataset import clip_label
-from train.data.example import ModelInput
+from train.data.example import ModelInput, image_condition
 from train.run import Run
 from train.transformer.forward import predict
 
@@ -45,6 +45,8 @@ class PreviewPrompt:
     text: str
     prompt_embeds: Tensor
     """[L,D] on the CPU."""
+    negative_prompt_embeds: Tensor
+    """[L,D] on the CPU."""
     bucket: Bucket
     first_frame_of: str | None
     """Label of the clip whose first frame the preview begins with; image-to-video only."""
@@ -52,53 +54,37 @@ class PreviewPrompt:
     """[2C,1,H,W] of that frame's posterior, unscaled, on the CPU."""
 
 
-@dataclass(frozen=True, slots=True)
-class Previews:
-    """The prompts of a run's previews."""
-
-    prompts: tuple[PreviewPrompt, ...]
-    negative_prompt_embeds: Tensor
-    """[L,D] on the CPU."""
-
-
-def open_previews(run: Run) -> Previews:
+def open_previews(run: Run) -> list[PreviewPrompt]:
     """Read embeddings and first frames; raises `UsageError` or `CacheError` for a preview that cannot be made."""
     config, where = run.config, f"train.preview_steps = {run.config.train.preview_steps}"
     if not config.data.validation_prompts:
         raise UsageError(f"{where}: data.validation_prompts is empty; give the prompts to preview")
-    if not run.conventions.image_to_video and (reason := refusal(run.conventions, _bucket(config.sample))):
+    bucket = Bucket(config.sample.num_frames, config.sample.height, config.sample.width)
+    if not run.conventions.image_to_video and (reason := refusal(run.conventions, bucket)):
         raise UsageError(f"{where}: sample.num_frames, height and width: {reason}")
-    keys = run.view.special_prompts
-    wanted = [*config.data.validation_prompts, config.data.negative_prompt]
-    for text in wanted:
-        if text not in keys:
-            raise CacheError(
-                f"view {run.view.name}: prompt {text!r} not found; run `precog precompute` with this config"
-            )
+    keys, texts = run.view.special_prompts, (*config.data.validation_prompts, config.data.negative_prompt)
+    if missing := [text for text in texts if text not in keys]:
+        raise CacheError(
+            f"view {run.view.name}: prompt {missing[0]!r} not found; run `precog precompute` with this config"
+        )
     storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
-    reader = SampleReader(storage, run.view.prompts, {keys[text] for text in wanted}, whole_up_to_bytes=0)
-    *embeds, negative = (reader.read(keys[text])["prompt_embeds"] for text in wanted)
-    prompts = [
-        PreviewPrompt(text, prompt_embeds, *_size_and_first_frame(run, number))
-        for number, (text, prompt_embeds) in enumerate(zip(config.data.validation_prompts, embeds, strict=True))
-    ]
-    return Previews(tuple(prompts), negative)
-
-
-def _size_and_first_frame(run: Run, number: int) -> tuple[Bucket, str | None, Tensor | None]:
-    """Return the size in [sample], or for image-to-video size and frame of clip `number` modulo the clips."""
-    if not run.conventions.image_to_video:
-        return _bucket(run.config.sample), None, None
+    reader = SampleReader(storage, run.view.prompts, {keys[text] for text in texts}, whole_up_to_bytes=0)
+    *embeds, negative = (reader.read(keys[text])["prompt_embeds"] for text in texts)
+    prompts = []
     dataset = run.held_out if run.held_out.rows else run.dataset
-    number %= len(dataset.rows)
-    row = dataset.rows[number]
-    return row.bucket, clip_label(row), dataset.first_frame_moments(number)
+    for number, (text, prompt_embeds) in enumerate(zip(config.data.validation_prompts, embeds, strict=True)):
+        label, moments = None, None
+        if run.conventions.image_to_video:
+            row = dataset.rows[number % len(dataset.rows)]
+            bucket, label = row.bucket, clip_label(row)
+            moments = dataset.first_frame_moments(number % len(dataset.rows))
+        prompts.append(PreviewPrompt(text, prompt_embeds, negative, bucket, label, moments))
+    return prompts
 
 
-def write_preview(run: Run, previews: Previews, number: int, step: int, stopped: Stopped) -> None:
-    """Denoise prompt `number` and write it into the step's folder; nothing is written if `stopped` was true."""
-    prompt = previews.prompts[number]
-    latents = denoise(run, prompt, previews.negative_prompt_embeds, stopped)
+def write_preview(run: Run, prompt: PreviewPrompt, written: Path, step: int, stopped: Stopped) -> None:
+    """Denoise a prompt and write the file `written`; nothing is written if `stopped` was true."""
+    latents = denoise(run, prompt, stopped)
     if latents is None:
         return
     about = {
@@ -111,26 +97,25 @@ def write_preview(run: Run, previews: Previews, number: int, step: int, stopped:
         "width": prompt.bucket.width,
         **{name.partition(".")[2]: field_value(run.config, name) for name in fields_shaping("preview")},
     }
-    folder = preview_folder(run.config.train.output_dir, step)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SHEET).unlink(missing_ok=True)
-    with replacing(folder / f"{number:02}.json") as path:
+    written.parent.mkdir(parents=True, exist_ok=True)
+    (written.parent / SHEET).unlink(missing_ok=True)
+    with replacing(written.with_suffix(".json")) as path:
         path.write_text(json.dumps(about, indent=1), "utf-8")
-    written = preview_file(run.config.train.output_dir, step, number)
     with replacing(written) as path:
         save_file({"latents": latents}, path)
     console.say(f"{'preview':>11} {written}: {prompt.text}")
 
 
 @torch.no_grad()
-def denoise(run: Run, prompt: PreviewPrompt, negative_prompt_embeds: Tensor, stopped: Stopped) -> Tensor | None:
+def denoise(run: Run, prompt: PreviewPrompt, stopped: Stopped) -> Tensor | None:
     """Return latents [F,C,H,W] of a prompt on the CPU, scaled, without padding; None if `stopped` was true.
 
     The conditional and the unconditional forward run one after the other, to hold activations of one clip only.
     """
     settings, transformer = run.config.sample, run.transformer
     device, dtype = run.accelerator.device, transformer.dtype
-    scheduler = open_scheduler(run.config)
+    named = pretrained_config(run.config.model, "scheduler")
+    scheduler = getattr(diffusers, named["_class_name"]).from_config(named)  # `read_schedule` allows only DDIM and DPM
     scheduler.set_timesteps(settings.num_inference_steps, device=device)
     generator = torch.Generator().manual_seed(settings.seed)  # as `precog sample` draws it
     channels, frames, height, width = latent_shape(prompt.bucket, run.conventions.out_channels)
@@ -138,12 +123,11 @@ def denoise(run: Run, prompt: PreviewPrompt, negative_prompt_embeds: Tensor, sto
     shape = (frames + padding, channels, height, width)
     condition = torch.zeros(shape[0], 0, height, width, device=device, dtype=dtype)  # no channels without an image
     if prompt.first_frame_moments is not None:  # the pipeline draws the image before the noise
-        image = _draw(prompt.first_frame_moments, generator).transpose(0, 1)
+        image = DiagonalGaussianDistribution(prompt.first_frame_moments[None]).sample(generator)[0].transpose(0, 1)
         condition = image_condition(image.to(device, dtype), frames, run.conventions)
     latents: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     latents = latents * scheduler.init_noise_sigma
-    prompt_embeds = prompt.prompt_embeds.to(device, dtype)
-    negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
+    embeds, negative = (part.to(device, dtype) for part in (prompt.prompt_embeds, prompt.negative_prompt_embeds))
 
     was_training = transformer.training
     transformer.eval()
@@ -154,9 +138,9 @@ def denoise(run: Run, prompt: PreviewPrompt, negative_prompt_embeds: Tensor, sto
                 if stopped():
                     return None
                 model_input = torch.cat([scheduler.scale_model_input(latents, timestep), condition], dim=1)
-                guess = _velocity(run, ModelInput(model_input, prompt_embeds, timestep))
+                guess = _velocity(run, ModelInput(model_input, embeds, timestep))
                 if settings.guidance_scale > 1:
-                    without = _velocity(run, ModelInput(model_input, negative_prompt_embeds, timestep))
+                    without = _velocity(run, ModelInput(model_input, negative, timestep))
                     guess = without + guidance(settings, int(timestep)) * (guess - without)
                 if isinstance(scheduler, CogVideoXDPMScheduler):
                     latents, original = scheduler.step(
@@ -171,14 +155,6 @@ def denoise(run: Run, prompt: PreviewPrompt, negative_prompt_embeds: Tensor, sto
     return latents[padding:].cpu().contiguous()
 
 
-def _draw(moments: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw [C,1,H,W] from [2C,1,H,W] as the pipeline does."""
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
-    drawn: Tensor = DiagonalGaussianDistribution(moments[None]).sample(generator)[0]
-    return drawn
-
-
 def _velocity(run: Run, clip: ModelInput) -> Tensor:
     (prediction,) = predict(run.transformer, [clip], run.conventions, run.engine)
     return prediction.float()
@@ -190,13 +166,3 @@ def guidance(settings: Sampling, timestep: int) -> float:
         return settings.guidance_scale
     steps = settings.num_inference_steps
     return 1 + settings.guidance_scale * (1 - math.cos(math.pi * ((steps - timestep) / steps) ** 5)) / 2
-
-
-def open_scheduler(config: Config) -> Any:
-    """Return the checkpoint's `CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler`; `read_schedule` allows no other."""
-    settings = pretrained_config(config.model, "scheduler")
-    return getattr(diffusers, settings["_class_name"]).from_config(settings)
-
-
-def _bucket(settings: Sampling) -> Bucket:
-    return Bucket(settings.num_frames, settings.height, settings.width)

@@ -1,8 +1,9 @@
-"""One optimizer step's gradients: forward and backward of this rank's packs, then one sum over the ranks."""
+"""One optimizer step: read the clips, run forward and backward of this rank's packs, and sum the gradients."""
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,14 +16,17 @@ from shared import seeding
 from shared.config import Train
 from shared.errors import NonFiniteError
 from shared.model.conventions import Conventions
-from train.data.example import Example, ModelInput
+from train.data.example import Example
+from train.data.order import Draw, Packs, divide, global_batch
 from train.distributed import all_gather
 from train.objective import clip_loss, loss_scale
-from train.transformer.attention import Backend, pinned
+from train.run import Run
+from train.transformer.attention import pinned
 from train.transformer.engine import Engine
 from train.transformer.forward import predict, predict_reference
 
-Packs = Sequence[Sequence[Example]]
+Examples = Sequence[Sequence[Example]]
+"""The packs of this rank."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,19 @@ SMALLER = 2.0**-4
 """Factor of the loss scale when a gradient overflows."""
 REDUCE_BYTES = 64 * 2**20
 """Gradients that are summed over the ranks at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The packs of this rank, and numbers of the global batch."""
+
+    packs: Examples
+    """On this rank's device."""
+    tokens: int
+    num_packs: int
+    clips: list[str]
+    """Keys of the latents, in order."""
+    timesteps: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +61,55 @@ class StepResult:
     """Some rank has received a signal."""
 
 
-def step_gradients(
-    transformer: CogVideoXTransformer3DModel,
-    packs: Packs,
-    conventions: Conventions,
-    train: Train,
-    engine: Engine,
-    accelerator: Accelerator,
-    *,
-    stopping: bool,
-) -> tuple[list[Tensor], StepResult]:
-    """Leave the global batch's gradient in the adapter, on every rank; return this rank's losses and the step's result.
+def plan_batch(run: Run, step: int) -> tuple[tuple[Draw, ...], list[int], tuple[Packs, ...]]:
+    """Return draws, tokens per clip and each rank's packs of optimizer step `step` (from 0); nothing is read."""
+    train, dataset = run.config.train, run.dataset
+    draws = global_batch(run.view.hash, train.seed, len(dataset.rows), train.global_batch_size, step, run.windows)
+    tokens = [dataset.tokens(draw.row) for draw in draws]
+    return draws, tokens, divide(tokens, run.width, run.accelerator.num_processes, train.max_tokens_per_pack)
+
+
+def read_batch(run: Run, step: int) -> Batch:
+    """Read this rank's packs of optimizer step `step` (from 0) and copy them to its device."""
+    dataset, device = run.dataset, run.accelerator.device
+    draws, tokens, ranks = plan_batch(run, step)
+    timesteps = dataset.timesteps(draws, step)
+    packs = [
+        [dataset.example(draws[index], timesteps[index]).to(device, run.transformer.dtype) for index in pack]
+        for pack in ranks[run.accelerator.process_index]
+    ]
+    clips = [dataset.rows[draw.row].latent_key for draw in draws]
+    return Batch(packs, sum(tokens), sum(map(len, ranks)), clips, timesteps)
+
+
+def prefetch_batches(run: Run, first_step: int) -> Generator[Batch, None, None]:
+    """Yield the batches from `first_step` to the end of the run; the next one is read while one is in use."""
+    with ThreadPoolExecutor(1) as reader:
+        upcoming = [reader.submit(read_batch, run, first_step)] if first_step < run.num_steps else []
+        for step in range(first_step + 1, run.num_steps + 1):
+            batch = upcoming.pop().result()
+            if step < run.num_steps:
+                upcoming.append(reader.submit(read_batch, run, step))
+            yield batch
+
+
+def take_gradients(run: Run, packs: Examples, *, stopping: bool) -> StepResult:
+    """Leave the gradient of the global batch in the adapter, on every rank.
 
     A transformer in fp16 takes its backward pass with a scaled loss. On overflow the pass is repeated with a smaller
     scale. Every step starts with the same scale, so a resumed run needs no state for it (unlike a `GradScaler`).
+    Raises `NonFiniteError` on every rank, naming the clips.
     """
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    transformer, train = run.transformer, run.config.train
+    parameters = [parameter for _, parameter in run.parameters]
     scale = loss_scale(transformer.dtype, train.global_batch_size)
     while True:
-        losses = accumulate_gradients(transformer, packs, conventions, train, engine, scale)
-        result = finish_gradients(parameters, losses, accelerator, train, scale, stopping=stopping)
-        if scale <= 1 or not math.isfinite(result.loss) or math.isfinite(result.grad_norm):
-            return losses, result
+        losses = accumulate_gradients(transformer, packs, run.conventions, train, run.engine, scale)
+        result = finish_gradients(parameters, losses, run.accelerator, train, scale, stopping=stopping)
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            return result
+        if scale <= 1 or not math.isfinite(result.loss):
+            raise _not_finite(result, packs, losses)
         scale *= SMALLER
         logger.warning("a gradient is beyond fp16; the step is repeated with the loss scaled by %g", scale)
         for parameter in parameters:
@@ -74,7 +118,7 @@ def step_gradients(
 
 def accumulate_gradients(
     transformer: CogVideoXTransformer3DModel,
-    packs: Packs,
+    packs: Examples,
     conventions: Conventions,
     train: Train,
     engine: Engine,
@@ -83,13 +127,17 @@ def accumulate_gradients(
     """Add `scale` times this rank's share of the global mean's gradient to the adapter; return the loss of each clip.
 
     The adapter's dropout is drawn per pack, so it depends on the packing and with it on the number of processes.
+    diffusers' forward runs under autocast, as in the reference script.
     """
     losses: list[Tensor] = []
+    narrow = transformer.dtype in (torch.float16, torch.bfloat16)
     for pack in packs:
         torch.manual_seed(seeding.integer_seed("dropout", train.seed, *(example.draw for example in pack)))
         inputs = [example.model_input for example in pack]
         if train.transformer_engine == "reference":
-            predictions = _predict_reference(transformer, inputs, conventions, engine.attention)
+            autocast = torch.autocast(transformer.device.type, transformer.dtype) if narrow else nullcontext()
+            with pinned(engine.attention), autocast:
+                predictions = predict_reference(transformer, inputs, conventions)
         else:
             predictions = predict(transformer, inputs, conventions, engine)
         pairs = zip(predictions, pack, strict=True)
@@ -99,15 +147,6 @@ def accumulate_gradients(
         torch.autograd.backward(pack_losses.sum() / (train.global_batch_size / scale))
         losses += pack_losses.detach().unbind()
     return losses
-
-
-def _predict_reference(
-    transformer: CogVideoXTransformer3DModel, inputs: Sequence[ModelInput], conventions: Conventions, attention: Backend
-) -> list[Tensor]:
-    """Return the velocities by diffusers' forward under autocast, as the reference script runs it."""
-    narrow = transformer.dtype in (torch.float16, torch.bfloat16)
-    with pinned(attention), torch.autocast(transformer.device.type, transformer.dtype) if narrow else nullcontext():
-        return predict_reference(transformer, inputs, conventions)
 
 
 def finish_gradients(
@@ -124,10 +163,8 @@ def finish_gradients(
         if parameter.grad is None:  # this rank had no clip
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    device = accelerator.device
-    total = torch.stack(
-        [torch.zeros((), dtype=torch.float64, device=device), *(loss.double() for loss in losses)]
-    ).sum()
+    zero = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    total = torch.stack([zero, *(loss.double() for loss in losses)]).sum()
     sums = torch.stack([total, total.new_tensor(float(stopping))])
     if accelerator.num_processes > 1:
         sum_over_ranks(gradients)
@@ -154,14 +191,12 @@ def sum_over_ranks(gradients: Sequence[Tensor]) -> None:
             start, num_bytes = stop, 0
 
 
-def require_finite(result: StepResult, packs: Packs, losses: Sequence[Tensor]) -> None:
-    """Raise `NonFiniteError` on every rank, before the update, naming the clips."""
-    if all(map(torch.isfinite, torch.tensor([result.loss, result.grad_norm]))):
-        return
-    mine = [example.name for pack in packs for example in pack]
-    bad = [name for name, loss in zip(mine, losses, strict=True) if not torch.isfinite(loss)]
-    everyone, all_bad = ([name for names in all_gather(part) for name in names] for part in (mine, bad))
+def _not_finite(result: StepResult, packs: Examples, losses: Sequence[Tensor]) -> NonFiniteError:
+    """Return the error, the same on every rank: a collective."""
+    names = [example.name for pack in packs for example in pack]
+    bad = [name for name, loss in zip(names, losses, strict=True) if not torch.isfinite(loss)]
+    everyone, all_bad = ([name for part in all_gather(found) for name in part] for found in (names, bad))
     where = f"loss of {', '.join(all_bad)}" if all_bad else f"gradient of {', '.join(everyone)}"
-    raise NonFiniteError(
+    return NonFiniteError(
         f"not finite: {where} (loss {result.loss}, gradient norm {result.grad_norm}); this step was not applied"
     )

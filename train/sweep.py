@@ -7,12 +7,11 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import tomli_w
@@ -22,7 +21,7 @@ from shared.atomic_files import replacing
 from shared.cache.collection import read_recipe
 from shared.cache.staleness import stale_settings
 from shared.cache.storage import open_storage
-from shared.cache.view import View, read_view
+from shared.cache.view import read_view
 from shared.config import Config, fields_shaping
 from shared.config_file import dump_config, load_config
 from shared.errors import CacheError, DataError, Preempted, UsageError
@@ -35,6 +34,8 @@ TABLES = ("model", "train", "memory")
 """Tables that a grid may vary, but for fields that shape the cache: all runs must share clips, noise and timesteps."""
 POLL_SECONDS = 0.2
 """Longest time until a signal is passed on to the children."""
+STATUSES = {0: "finished", Preempted.exit_code: "stopped", -signal.SIGTERM: "stopped"}
+"""Status by a child's exit code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,52 +103,36 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
 def run_sweep(path: Path, runs: Sequence[SweepRun], jobs: int, stop: StopSignal) -> list[Row]:
     """Train the runs that are not finished, `jobs` at a time, and write sweep.csv; return its rows, best first.
 
-    A run that fails does not stop the other runs. Raises `CacheError` before anything starts if the view does not fit
-    the config, and `Preempted` after a signal, once every child has saved a checkpoint.
+    A run that fails does not stop the other runs. Raises `CacheError` before anything starts if the view is missing or
+    does not fit the config, and `Preempted` after a signal, once every child has saved a checkpoint.
     """
-    view_hash = current_view(runs[0].config).hash
-    folder = runs[0].folder.parent
+    config, folder = runs[0].config, runs[0].folder.parent
+    storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
+    view = read_view(storage, config.data.name)
+    for problem in stale_settings(config, view, *(read_recipe(storage, kind) for kind in (view.latents, view.prompts))):
+        raise CacheError(problem)
     folder.mkdir(parents=True, exist_ok=True)
-    pending = [run for run in runs if not is_finished(run.config, view_hash)]
-    devices: SimpleQueue[str | None] = SimpleQueue()
-    for device in itertools.islice(itertools.cycle(visible_devices() or [None]), jobs):
-        devices.put(device)
-    children: dict[str, subprocess.Popen[bytes]] = {}
-
-    def train_in_child(run: SweepRun) -> str:
-        if stop.requested:
-            return "stopped"
-        run.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "precog", "train", str(path), *run.overrides]
-        device = devices.get()
-        environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-        console.say(f"{run.name}: started")
-        try:
-            with (run.folder / "log.txt").open("ab") as log:
-                # its own session, so that Ctrl-C reaches the child only once, through this process
-                child = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-                )
-            children[run.name] = child
-            code = child.wait()
-        finally:
-            devices.put(device)
-        ends = {0: "finished", Preempted.exit_code: "stopped", -signal.SIGTERM: "stopped"}
-        status = ends.get(code, f"exit code {code}, see log.txt")
-        console.say(f"{run.name}: {status}")
-        return status
-
-    terminated: set[str] = set()
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {run.name: pool.submit(train_in_child, run) for run in pending}
-        waiting = set(futures.values())
-        while waiting:
-            _, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
-            for name in children.keys() - terminated if stop.requested else ():
-                children[name].terminate()  # no signal is sent to a child that has ended
-                terminated.add(name)
-    rows = [read_row(run, futures[run.name].result() if run.name in futures else "finished") for run in runs]
-    rows.sort(key=_rank)
+    waiting = [run for run in runs if not is_finished(run.config)]
+    statuses = {run.name: "stopped" if run in waiting else "finished" for run in runs}
+    devices = list(itertools.islice(itertools.cycle(visible_devices() or [""]), jobs))
+    children: dict[str, tuple[subprocess.Popen[bytes], str]] = {}
+    told = False
+    while children or (waiting and not stop.requested):
+        while waiting and devices and not stop.requested:
+            run, device = waiting.pop(0), devices.pop(0)
+            children[run.name] = start_run(path, run, device), device
+        if stop.requested and not told:
+            for child, _ in children.values():
+                child.terminate()  # no signal is sent to a child that has ended
+            told = True
+        for name, (child, device) in list(children.items()):
+            if (code := child.poll()) is not None:
+                statuses[name] = STATUSES.get(code, f"exit code {code}, see log.txt")
+                console.say(f"{name}: {statuses[name]}")
+                devices.append(device)
+                del children[name]
+        time.sleep(POLL_SECONDS)
+    rows = sorted((read_row(run, statuses[run.name]) for run in runs), key=_rank)
     with replacing(folder / CSV_NAME) as temporary, temporary.open("w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -156,7 +141,20 @@ def run_sweep(path: Path, runs: Sequence[SweepRun], jobs: int, stop: StopSignal)
     return rows
 
 
-def visible_devices() -> list[str | None]:
+def start_run(path: Path, run: SweepRun, device: str) -> "subprocess.Popen[bytes]":
+    """Train a run in a process of its own, on the GPU `device` if it is not empty, with its output in log.txt."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "precog", "train", str(path), *run.overrides]
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+    console.say(f"{run.name}: started")
+    with (run.folder / "log.txt").open("ab") as log:
+        # its own session, so that Ctrl-C reaches the child only once, through this process
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+
+
+def visible_devices() -> list[str]:
     """Return the GPUs that the jobs may use, named as in CUDA_VISIBLE_DEVICES; empty on a CPU."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
@@ -166,33 +164,19 @@ def visible_devices() -> list[str | None]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def current_view(config: Config) -> View:
-    """Read the view that all runs train on; raises `CacheError` if the view is missing or has other settings."""
-    storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
-    view = read_view(storage, config.data.name)
-    for problem in stale_settings(config, view, *(read_recipe(storage, kind) for kind in (view.latents, view.prompts))):
-        raise CacheError(problem)
-    return view
-
-
 def read_row(run: SweepRun, status: str) -> Row:
     """Read the run's metrics; `loss` is the EMA loss of the last step."""
     try:
         lines = read_metrics(run.folder)
     except DataError:
         lines = []
-    return {
-        "run": run.name,
-        **run.values,
-        "status": status,
-        "step": lines[-1]["step"] if lines else 0,
-        "held_out_loss": next((line["held_out_loss"] for line in reversed(lines) if "held_out_loss" in line), None),
-        "base_held_out_loss": next(
-            (line["base_held_out_loss"] for line in lines if "base_held_out_loss" in line), None
-        ),
-        "loss": lines[-1]["ema_loss"] if lines else None,
-        "seconds": round(sum(line["seconds"] for line in lines), 3),
-    }
+    last: dict[str, Any] = {}
+    for line in lines:
+        last |= line
+    losses = {name: last.get(name) for name in ("held_out_loss", "base_held_out_loss")}
+    seconds = round(sum(line["seconds"] for line in lines), 3)
+    step, loss = last.get("step", 0), last.get("ema_loss")
+    return {"run": run.name, **run.values, "status": status, "step": step, **losses, "loss": loss, "seconds": seconds}
 
 
 def show_rows(rows: Sequence[Row], path: Path) -> None:

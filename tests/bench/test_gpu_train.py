@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import gpu_train, record
-from bench.arms import ARMS, Arm, Case, Stage
-from bench.gpu_train import DRY, PIECES, TINY, main, run_case
+from bench.arms import ARMS, Arm, Case
+from bench.gpu_train import DRY, TINY, main, run_case
 from bench.models import PUBLISHED
 from shared.model.geometry import Bucket
 from train.transformer.engine import Plan
@@ -59,40 +58,3 @@ def test_an_arm_with_other_gradients_is_not_timed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu_train, "LEAST_COSINE", 1.1)
     (row,) = run(["ours, block_input"])["arms"].values()
     assert "does not compute what" in row["failure"] and not row["seconds"]
-
-
-class AttentionWatch(TorchDispatchMode):
-    """Record of torch's permission to use math attention in each backward pass of attention."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.math_enabled: set[bool] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "attention" in func.__name__ and "backward" in func.__name__:
-            self.math_enabled.add(torch.backends.cuda.math_sdp_enabled())  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile reads it
-@pytest.mark.parametrize(("name", "enabled"), [("reference", True), ("reference, cuDNN, compiled", False)])
-def test_the_reference_keeps_its_attention_kernel_in_the_backward_pass(name: str, enabled: bool) -> None:
-    """Checkpointing recomputes attention there: another kernel would keep other tensors, and fail."""
-    take_pass = Stage(Case("5b", BUCKET, 4, [name]), CONFIG, CPU).enter(ARMS[name])
-    with AttentionWatch() as watch:
-        take_pass()
-    assert watch.math_enabled == {enabled}
-
-
-def test_the_four_pieces_cover_every_model_arm_and_level() -> None:
-    cases = [case for piece in PIECES.values() for case in piece]
-    assert {(case.variant, str(case.bucket)) for case in cases if not case.soak_steps} == {
-        ("2b", "49x480x720"),
-        ("5b", "49x480x720"),
-        ("1.5-5b", "81x768x1360"),
-    }
-    for variant in PUBLISHED:
-        assert {64, 128} <= {case.lora_rank for case in cases if case.variant == variant}
-    assert set(ARMS) == {name for case in cases for name in case.arms}
-    plans = [arm.plan for arm in ARMS.values() if arm.plan is not None]
-    assert {plan.activations for plan in plans} == {"block_input", "attention_output", "full"}

@@ -15,7 +15,7 @@ from shared.config import Config
 from shared.config_file import save_config
 from shared.signals import StopSignal
 from tests.experiments import fill_cache, write_experiment
-from tests.tiny import build_text_encoder, build_transformer, build_vae
+from tests.tiny import build_transformer
 from train.loop import train
 
 Plant = Callable[[Path], list[str] | None]
@@ -88,25 +88,8 @@ def other_text_length(folder: Path) -> None:
     edit(folder / "model/transformer/config.json", max_text_seq_length=20)
 
 
-def other_settings(folder: Path) -> list[str]:
-    return ["data.fps=4"]
-
-
 def prompt_without_embedding(folder: Path) -> list[str]:
     return ['data.validation_prompts=["a dog"]', "train.preview_steps=2"]
-
-
-def another_vae(folder: Path) -> None:
-    build_vae("5b", seed=1).save_pretrained(folder / "model/vae")
-
-
-def another_t5(folder: Path) -> None:
-    build_text_encoder(seed=1).save_pretrained(folder / "model/text_encoder")
-
-
-def another_tokenizer(folder: Path) -> None:
-    file = folder / "model/tokenizer/tokenizer.json"
-    file.write_bytes(file.read_bytes() + b"\n")
 
 
 def image_transformer(folder: Path) -> None:
@@ -120,27 +103,14 @@ def missing_transformer_shard(folder: Path) -> None:
     next(transformer.glob("*-00002-of-*")).unlink()
 
 
-def pickled_transformer(folder: Path) -> None:
-    weights = folder / "model/transformer/diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_suffix(".bin"))
-
-
 def torn_transformer(folder: Path) -> None:
     weights = folder / "model/transformer/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
-def epsilon_scheduler(folder: Path) -> None:
-    edit(folder / "model/scheduler/scheduler_config.json", prediction_type="epsilon")
-
-
 def truncated_shard(folder: Path) -> None:
     shard = only_shard(folder, "latents")
     shard.write_bytes(shard.read_bytes()[:-512])
-
-
-def missing_shard(folder: Path) -> None:
-    only_shard(folder, "prompts").unlink()
 
 
 def lost_receipt(folder: Path) -> None:
@@ -166,18 +136,11 @@ def no_transformer(folder: Path) -> None:
 FAULTS: list[tuple[Plant, int, str]] = [
     (other_scaling_factor, 4, r"VAE .*scaling_factor"),
     (other_text_length, 4, r"prompt_embeds \(20, 32\), got \(16, 32\)"),
-    (other_settings, 4, r"data\.fps"),
     (prompt_without_embedding, 4, "a dog"),
-    (another_vae, 4, "VAE .*weights differ"),
-    (another_t5, 4, "T5 .*weights differ"),
-    (another_tokenizer, 4, r"tokenizer\.json"),
     (image_transformer, 4, "made for text-to-video"),
     (missing_transformer_shard, 2, "-00002-of-"),
-    (pickled_transformer, 2, r"diffusion_pytorch_model\.bin"),
     (torn_transformer, 2, r"diffusion_pytorch_model\.safetensors"),
-    (epsilon_scheduler, 2, "epsilon.*v_prediction"),
     (truncated_shard, 4, r"\.tar: "),
-    (missing_shard, 4, r"prompts/.*\.tar: "),
     (lost_receipt, 4, "sample [0-9a-f]{32}"),
     (flipped_bit, 4, "sample [0-9a-f]{32}.*damaged"),
     (no_view, 4, "elsewhere"),

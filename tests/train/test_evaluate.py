@@ -24,7 +24,7 @@ from tests.train import processes
 from train.checkpoint.files import load_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
-from train.open_run import open_run
+from train.run import open_run
 
 VARYING = ("seconds", "data_wait_seconds", "peak_memory_bytes")
 Held = Callable[..., Config]
@@ -66,6 +66,33 @@ def test_the_held_out_loss_is_the_same_on_any_number_of_ranks(held: Held) -> Non
     assert processes.run(together, world_size) == [0] * world_size, processes.log(together)
     assert losses(together) == losses(alone)
     assert [line["held_out_loss"] != line["loss"] for line in losses(alone)] == [True, True]
+
+
+def test_the_lowest_held_out_loss_is_exported_and_a_run_without_gain_ends(held: Held) -> None:
+    values = {"validation_steps": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 30, "learning_rate": 0.2}
+    train(held(max_train_steps=2, **values), StopSignal())
+    config = held(max_train_steps=30, stop_after_evaluations_without_gain=2, **values)
+    train(config, StopSignal())
+    folder, lines = config.train.output_dir, losses(config)
+    for line in lines:
+        cells = [loss for clip in line["held_out_cells"] for loss in clip]
+        assert (len(line["held_out_cells"]), len(cells)) == (3, 15)
+        assert sum(cells) / 15 == line["held_out_loss"], "bit for bit"
+    bases = [loss for clip in lines[0]["base_held_out_cells"] for loss in clip]
+    assert sum(bases) / 15 == lines[0]["base_held_out_loss"]
+    assert (len(lines[0]["held_out_clips"]), lines[0]["timestep_quantiles"]) == (3, [0.1, 0.3, 0.5, 0.7, 0.9])
+    assert [line["step"] for line in lines if "held_out_clips" in line] == [1]
+    best = min(lines, key=lambda line: line["held_out_loss"])["step"]
+    assert [line["step"] for line in lines] == list(range(1, best + 3)), "two evaluations later"
+    for place, step in (("export", best + 2), ("export/best", best)):
+        trained = load_checkpoint(folder / f"checkpoint-{step:06}").tensors["adapter"]
+        exported = load_file(adapter_file(folder / place))
+        assert exported.keys() == {f"transformer.{name}" for name in trained}
+        assert all(torch.equal(exported[f"transformer.{name}"], tensor) for name, tensor in trained.items())
+    before = (folder / "metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / EXPORT)
+    train(config, StopSignal())
+    assert (folder / "metrics.jsonl").read_bytes() == before, "a run that has ended takes no more steps"
 
 
 def test_the_held_out_loss_is_without_dropout(held: Held) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from shared.config import Train
 from shared.errors import UsageError
@@ -65,18 +65,6 @@ def test_the_file_carries_weights_settings_and_origin(
     settings = json.loads(metadata["lora_adapter_metadata"])
     assert (settings["transformer.r"], settings["transformer.lora_alpha"]) == (4, 10)
     assert metadata["precog_view"] == "abc"
-
-
-def test_a_file_that_differs_is_never_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save_rounded(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        save_file({name: tensor.bfloat16().float() for name, tensor in tensors.items()}, path, metadata)
-
-    train, transformer = Train(output_dir=tmp_path, lora_rank=4, lora_alpha=10), tiny.build_transformer("2b")
-    add_adapter(transformer, train)
-    monkeypatch.setattr("train.export.save_file", save_rounded)
-    with pytest.raises(AssertionError, match="bytes changed on the way to disk"):
-        export_adapter(transformer, train, tmp_path / "export", {})
-    assert not list((tmp_path / "export").iterdir())
 
 
 def test_an_adapter_of_other_sizes_is_refused(

@@ -19,10 +19,9 @@ from shared.config import Config, Data, Model, Precompute, Train
 from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import Bucket
 from shared.model.pretrained import pretrained_part, read_config
-from train.data.conditioning import pad_front
-from train.data.example import Example, ModelInput
+from train.data.example import Example, ModelInput, pad_front
 from train.objective import NoiseSchedule, add_noise, read_schedule, velocity
-from train.optimizer import build_optimizer
+from train.state import build_optimizer
 from train.step import accumulate_gradients, finish_gradients
 from train.transformer.engine import Engine
 from train.transformer.load import adapter_weights, load_adapter_weights, load_transformer

@@ -36,27 +36,6 @@ def write(folder: Path, lines: list[dict[str, Any]], tail: str = "") -> None:
     (folder / "metrics.jsonl").write_text(text + tail, encoding="utf-8")
 
 
-def test_a_run_ends_with_a_table_and_a_curve(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shared import console
-
-    shown: list[str] = []
-    monkeypatch.setattr(console.console, "print", lambda text, **_: shown.append(str(text)))
-    config = settings(max_train_steps=MIN_CURVE_STEPS, validation_steps=5)
-    train(config, StopSignal())
-    lines = read_metrics(config.train.output_dir)
-    assert [values["step"] for values in lines] == list(range(1, MIN_CURVE_STEPS + 1))
-    assert all(values.keys() >= FIELDS for values in lines)
-    text = "\n".join(shown)
-    for number in (lines[-1]["held_out_loss"], lines[4]["base_held_out_loss"]):
-        assert f"{number:.5f}" in text
-    table = text[text.index("Trained") :]
-    assert f"steps                {MIN_CURVE_STEPS}" in table
-    assert "without the adapter" in table
-    assert "waiting for data" in table
-    with Image.open(config.train.output_dir / "loss.png") as image:
-        assert len(image.getcolors(1 << 20) or []) > 4, "four curves"
-
-
 def test_lines_beyond_the_checkpoint_are_removed(tmp_path: Path) -> None:
     write(tmp_path, [line(1), line(2), line(3, base_held_out_loss=0.5)], tail='{"step": 4, "lo')
     assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2, 3]
@@ -129,15 +108,6 @@ def test_a_resumed_ema_loss_is_the_straight_one(cut: int, tmp_path: Path) -> Non
     assert [values["ema_loss"] for values in straight] == smoothed([values["loss"] for values in lines])
 
 
-def test_the_line_shows_rates_and_the_share_of_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shared import console
-
-    shown: list[str] = []
-    monkeypatch.setattr(console, "say", shown.append)
-    Metrics(tmp_path, 0, 2).write(line(1, samples=3, tokens=100, packs=2, seconds=0.5, data_wait_seconds=0.125))
-    assert shown[0].split()[5:8] == ["6.00", "200", "25.0%"]
-
-
 def test_the_table_sums_up_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from shared import console
 
@@ -155,7 +125,7 @@ def test_the_table_sums_up_the_whole_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert table["peak memory"] == console.bytes_text(2**30)
 
 
-def test_the_time_left_counts_recent_steps_and_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_shows_rates_waiting_and_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of one second, each tenth followed by an evaluation of ten: two seconds on average."""
     from shared import console
 
@@ -168,6 +138,8 @@ def test_the_time_left_counts_recent_steps_and_pauses(tmp_path: Path, monkeypatc
         now[0] += 11.0 if step % 10 == 0 else 1.0
         metrics.write(line(step, seconds=1.0))
     assert [text.split()[-1] for text in shown[::99]] == ["0:16:39", "0:30:00"]
+    metrics.write(line(101, samples=3, tokens=100, packs=2, seconds=0.5, data_wait_seconds=0.125))
+    assert shown[-1].split()[5:8] == ["6.00", "200", "25.0%"]
 
 
 @pytest.mark.parametrize("losses", [[0.0] * MIN_CURVE_STEPS, [float(step % 7) for step in range(5000)]])

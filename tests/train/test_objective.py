@@ -1,6 +1,5 @@
 """The objective against the checkpoints' own schedulers, and what a network that is exactly right would show."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from train.objective import NoiseSchedule, add_noise, clip_loss, read_schedule, 
 TIMESTEPS = [*range(0, 999, 9), 999]
 BUCKET = Bucket(9, 64, 96)
 SCHEDULERS = {"DDIM, snr_shift 3 (2B)": "2b", "DPM, snr_shift 1 (5B)": "5b"}
-logger = logging.getLogger(__name__)
 
 
 @pytest.fixture(params=list(SCHEDULERS.values()), ids=list(SCHEDULERS))
@@ -105,34 +103,16 @@ def test_scheduler_of_another_family_is_refused() -> None:
 
 
 def test_a_perfect_network_has_no_loss_in_bf16(variant: str, tmp_path: Path) -> None:
-    """Check that bf16 leaves only the rounding of the network's own answer.
-
-    The usual bf16 arithmetic shows as much as 0.03 for the same network.
-    """
+    """Check that bf16 leaves only the rounding of the network's own answer; bf16 targets already cost 6e-6."""
     dataset, moments, conventions = bf16_dataset(variant, tmp_path)
     abar = build_scheduler(variant).alphas_cumprod.double()
     latents = moments.chunk(2)[0].double().transpose(0, 1) * conventions.scaling_factor
-    ours, usual = [], []
-    for timestep in range(1000):
+    for timestep in TIMESTEPS:
         example = dataset.fixed_example(0, timestep).to(torch.device("cpu"), torch.bfloat16)
         assert example.model_input.latents.dtype == example.model_input.prompt_embeds.dtype == torch.bfloat16
         noise = seeding.normal(tuple(latents.shape), "held-out", "a" * 32, timestep)
         truth = abar[timestep].sqrt() * noise.double() - (1 - abar[timestep]).sqrt() * latents
-        ours.append(float(clip_loss(truth.bfloat16(), example.target)))
-        usual.append(usual_loss(truth, latents, noise, torch.tensor([timestep]), variant))
-    logger.info("%s: largest loss of a perfect network: ours %.2e, usual %.2e", variant, max(ours), max(usual))
-    assert max(ours) < 5e-6, "1e-5 is asked for; targets from bf16 latents and noise alone already cost 6e-6"
-    assert max(usual) > 1e-2, "the comparison no longer shows what the fp32 objective is for"
-
-
-def usual_loss(truth: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor, variant: str) -> float:
-    """Return the loss of trainers with bf16 latents: x0 by `get_velocity`, weighted by 1 / (1 - abar)."""
-    scheduler = build_scheduler(variant)
-    narrow, narrow_noise = latents[None].bfloat16(), noise[None].bfloat16()
-    noisy = scheduler.add_noise(narrow, narrow_noise, timestep)
-    x0 = scheduler.get_velocity(truth[None].bfloat16(), noisy, timestep)
-    weight = 1 / (1 - scheduler.alphas_cumprod[timestep])
-    return float((weight.view(-1, 1, 1, 1, 1) * (x0 - narrow) ** 2).float().mean())
+        assert float(clip_loss(truth.bfloat16(), example.target)) < 5e-6
 
 
 def bf16_dataset(variant: str, folder: Path) -> tuple[Dataset, Tensor, Conventions]:

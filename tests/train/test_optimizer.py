@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from shared.config import Train
 from shared.errors import CacheError, UsageError
 from tests.train.fields import FIELDS
-from train.optimizer import (
-    build_optimizer,
-    learning_rate_factor,
-    load_optimizer_state,
-    optimizer_state,
-    set_learning_rate,
-)
+from train.state import build_optimizer, learning_rate_factor, load_optimizer_state, optimizer_state
 
 NUM_STEPS = 20
 
@@ -47,7 +41,7 @@ def train(layers: nn.Module, optimizer: torch.optim.Optimizer, steps: range, val
     factor = learning_rate_factor(values, NUM_STEPS)
     for step in steps:
         inputs = torch.randn(8, 37, generator=torch.Generator().manual_seed(step))
-        set_learning_rate(optimizer, values.learning_rate * factor(step))
+        optimizer.param_groups[0]["lr"] = values.learning_rate * factor(step)
         optimizer.zero_grad()
         layers(inputs).square().mean().backward()
         optimizer.step()
@@ -105,13 +99,6 @@ def test_steps_are_the_published_formula(optimizer: Any, weight_decay: float) ->
         corrected = first / (1 - 0.8**step), second / (1 - 0.95**step)
         expected = expected - 0.01 * corrected[0] / (corrected[1].sqrt() + 1e-3)
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=0)
-
-
-def test_frozen_parameters_are_left_out() -> None:
-    layers = model()
-    layers[0].requires_grad_(False)
-    names = build_optimizer(layers.named_parameters(), settings()).param_groups[0]["param_names"]
-    assert names == ["2.weight"]
 
 
 @pytest.mark.parametrize(
@@ -210,3 +197,14 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change: Any, l
         load_optimizer_state(optimizer, state)
     after = optimizer_state(optimizer)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "field", ["prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"]
+)
+def test_each_option_of_prodigy_changes_its_weights(field: str) -> None:
+    pytest.importorskip("prodigyopt")
+    plain: dict[str, Any] = {"optimizer": "prodigy", "learning_rate": 1, "adam_weight_decay": 0.1}
+    plain |= {"lr_scheduler": "linear", "lr_warmup_steps": 5}
+    other = plain | {field: 0.5 if field == "prodigy_beta3" else True}
+    assert not equal(weights_after(settings(**plain)), weights_after(settings(**other)))

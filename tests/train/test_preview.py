@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sample.decode import decode, decode_latents, load_vae
 from sample.generate import load_pipeline, make_video
-from shared.config import Config, Memory, Sampling
+from shared.config import Config, Sampling
 from shared.errors import CacheError, DataError, Preempted, UsageError
 from shared.run_folder import read_metrics
 from shared.signals import StopSignal
@@ -23,9 +23,8 @@ from tests import experiments
 from tests.media import write_clip
 from tests.train import processes
 from train.loop import train
-from train.open_run import open_run
 from train.preview import denoise, open_previews
-from train.run import Run
+from train.run import Run, open_run
 
 NEGATIVE = "a white bird"
 SAMPLE = Sampling(
@@ -72,8 +71,7 @@ def opened(config: Config) -> Run:
 
 
 def preview(run: Run, number: int = 0) -> torch.Tensor:
-    previews = open_previews(run)
-    latents = denoise(run, previews.prompts[number], previews.negative_prompt_embeds, lambda: False)
+    latents = denoise(run, open_previews(run)[number], lambda: False)
     assert latents is not None
     return latents
 
@@ -134,13 +132,6 @@ def test_guidance_and_length_follow_the_pipeline(fields: dict[str, Any], small: 
     assert latents.shape != plain.shape or not torch.allclose(latents, plain, atol=1e-2)
 
 
-def test_a_streamed_transformer_makes_the_same_preview(small: Config, tmp_path: Path) -> None:
-    config = changed(small, tmp_path)
-    memory = Memory(activations="block_input", stream_weights=2)
-    streamed = opened(config.model_copy(update={"memory": memory}))
-    torch.testing.assert_close(preview(streamed), preview(opened(config)), rtol=1e-4, atol=1e-4)
-
-
 def test_previews_do_not_change_the_training(small: Config, tmp_path: Path) -> None:
     config, plain = changed(small, tmp_path), changed(small, tmp_path / "plain", preview_steps=0)
     train(config, StopSignal())
@@ -199,13 +190,6 @@ def test_two_processes_write_the_previews_of_one(small: Config, tmp_path: Path) 
             load_file(config.train.output_dir / "previews" / "step-000002" / name)["latents"] for config in (alone, two)
         )
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
-
-
-def test_a_signal_is_not_kept_waiting_by_a_preview(small: Config, tmp_path: Path) -> None:
-    run = opened(changed(small, tmp_path))
-    previews, asked = open_previews(run), iter([False, True])
-    assert denoise(run, previews.prompts[0], previews.negative_prompt_embeds, lambda: next(asked)) is None
-    assert run.transformer.training
 
 
 def test_a_preview_cut_off_by_a_signal_is_made_on_resume(small: Config, tmp_path: Path) -> None:

@@ -9,20 +9,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from shared.cache.storage import LocalStorage
+from shared.cache.view import read_view, write_view
 from shared.config import Config
 from shared.config_file import save_config
 from shared.errors import CacheError, UsageError
-from shared.fingerprint import key_of
 from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from tests import tiny
 from train.checkpoint.resume import is_finished
 from train.loop import train
-from train.sweep import CSV_NAME, current_view, parse_axis, plan_sweep, run_sweep
+from train.sweep import CSV_NAME, parse_axis, plan_sweep, run_sweep
 
 Settings = Callable[..., Config]
 ROOT = Path(__file__).parents[2]
@@ -103,30 +105,38 @@ def test_a_sweep_ranks_by_held_out_loss_and_skips_finished_runs(path: Path, monk
     assert run_sweep(path, runs, 1, StopSignal()) == rows
     assert [(run.folder / "log.txt").stat().st_mtime_ns for run in runs] == marks, "nothing ran again"
     (again, _) = plan_sweep(path, ["train.max_train_steps=5"], ["train.learning_rate=1e-3,1e-1"])
-    assert not is_finished(again.config, current_view(again.config).hash), "another config is another run"
+    assert not is_finished(again.config), "another config is another run"
 
 
 def test_a_run_is_finished_only_on_this_view_and_this_base_model(settings: Settings, tmp_path: Path) -> None:
     config = settings(max_train_steps=1)
     model = tmp_path / "model"
     shutil.copytree(config.model.pretrained_model_name_or_path, model)
+    cache = tmp_path / "cache"
+    shutil.copytree(config.precompute.cache, cache)
     config = config.model_copy(
-        update={"model": config.model.model_copy(update={"pretrained_model_name_or_path": str(model)})}
+        update={
+            "model": config.model.model_copy(update={"pretrained_model_name_or_path": str(model)}),
+            "precompute": config.precompute.model_copy(update={"cache": str(cache)}),
+        }
     )
-    view_hash = current_view(config).hash
-    assert not is_finished(config, view_hash)
+    assert not is_finished(config)
     train(config, StopSignal())
-    assert is_finished(config, view_hash)
-    assert not is_finished(config, key_of("another view"))
+    assert is_finished(config)
+    storage = LocalStorage(str(cache))
+    view = read_view(storage, config.data.name)
+    write_view(storage, replace(view, rows=view.rows[1:]))
+    assert not is_finished(config)
+    write_view(storage, view)
     transformer = model / "transformer"
     (transformer / "config.json").rename(tmp_path / "config.json")
     changed = json.loads((tmp_path / "config.json").read_bytes()) | {"norm_eps": 1e-4}
     (transformer / "config.json").write_text(json.dumps(changed), "utf-8")
-    assert not is_finished(config, view_hash)
+    assert not is_finished(config)
     (tmp_path / "config.json").replace(transformer / "config.json")
-    assert is_finished(config, view_hash)
+    assert is_finished(config)
     tiny.build_transformer("2b", seed=1).save_pretrained(transformer)
-    assert not is_finished(config, view_hash)
+    assert not is_finished(config)
 
 
 def test_a_sweep_without_its_view_starts_nothing(settings: Settings, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Every variant through both stages: precompute, train on two clips, export, sample. Tiny random models, real mp4s."""
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +21,7 @@ from tests.tiny import TEXT_LENGTH, VARIANTS
 from train.checkpoint.files import latest_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
-from train.open_run import open_run
-from train.run import Run
+from train.run import Run, open_run
 from train.transformer.load import load_adapter_weights
 
 LORA = {
@@ -67,9 +65,9 @@ def train_to_its_end(config: Config) -> None:
 
 
 def held_in_loss(run: Run) -> float:
-    loss = held_out_loss(replace(run, held_out=run.dataset), stopped=lambda: False)
-    assert loss is not None
-    return loss
+    found = held_out_loss(replace(run, held_out=run.dataset), stopped=lambda: False)
+    assert found is not None
+    return found[0]
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +134,6 @@ def distance(sampled: Tensor, clip: Tensor) -> float:
     return float((sampled - clip).square().mean().sqrt())
 
 
-def test_image_to_video_clips_of_a_step_share_one_pack(experiments: dict[str, Trained]) -> None:
-    for variant in ("5b-i2v", "1.5-5b-i2v"):
-        lines = read_metrics(experiments[variant].config.train.output_dir)
-        assert [line["packs"] for line in lines] == [1] * 40
-        assert all(line["tokens"] > 2 * TEXT_LENGTH for line in lines)
-
-
 def test_learned_table_refuses_other_shapes_and_can_be_dropped(tmp_path: Path) -> None:
     config = write_experiment("5b-i2v", tmp_path, max_train_steps=3)
     other = config.data.model_copy(update={"resolution_buckets": ((64, 64),), "frame_buckets": (5,)})
@@ -161,12 +152,3 @@ def test_learned_table_refuses_other_shapes_and_can_be_dropped(tmp_path: Path) -
     lines = read_metrics(dropped.train.output_dir)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(np.isfinite(line["loss"]) for line in lines)
-
-
-def test_the_view_names_the_recipe_with_the_config_of_the_vae(experiments: dict[str, Trained]) -> None:
-    for variant, trained in experiments.items():
-        view = trained.run.view
-        recipe = Path(trained.config.precompute.cache) / view.latents.folder / "recipe.json"
-        vae = json.loads(recipe.read_bytes())["vae"]["config"]
-        assert vae["scaling_factor"] == trained.run.conventions.scaling_factor
-        assert vae["invert_scale_latents"] == variant.startswith("1.5")

@@ -1,7 +1,8 @@
 """Checkpoints to resume from: `checkpoint-000020/` with safetensors files, `state.json` and `COMMIT.json`.
 
-A save writes a temporary folder, COMMIT.json (size and sha256 of each file) last, and renames the folder. A checkpoint
-that differs from its COMMIT.json by one bit is refused. Only JSON and safetensors are read, nothing that runs code.
+A save writes a temporary folder, COMMIT.json (sha256 of each file and of itself) last, and renames the folder. A
+checkpoint that differs from its COMMIT.json by one bit is refused. Only JSON and safetensors are read, nothing that
+runs code.
 """
 
 import hashlib
@@ -24,17 +25,13 @@ from torch import Tensor
 
 from shared.atomic_files import TEMPORARY, sync_folder
 from shared.errors import CacheError, PrecogError
-from shared.fingerprint import Json, canonical_json
+from shared.fingerprint import Json, canonical_json, sealed, unsealed
 
 FORMAT = 1
 STATE, COMMIT = "state.json", "COMMIT.json"
-MAX_JSON_BYTES = 16 * 2**20
-MAX_HEADER_BYTES = 4 * 2**20
-"""Limit of a safetensors header, some 30,000 tensors. The library itself reads 100 MB, which takes minutes."""
 NAME = re.compile(r"checkpoint-([0-9]{6,12})")
+FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\.safetensors|state\.json")
 PROCESS_START_SECONDS = time.time()
-Seal = dict[str, Any]
-"""A file's entry in COMMIT.json: {"bytes": size, "sha256": hash}."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,18 +56,14 @@ def save_checkpoint(
     """
     final = run / f"checkpoint-{step:06d}"
     temporary = run / f"{TEMPORARY}{secrets.token_hex(8)}"
-    state_bytes = canonical_json(state)
-    assert len(state_bytes) <= MAX_JSON_BYTES, "too large to be read again"
     try:
         run.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        seals = {STATE: _write_file(temporary / STATE, state_bytes)}
+        hashes = {STATE: _write_file(temporary / STATE, canonical_json(state))}
         for name, group in sorted(tensors.items()):
-            assert _is_file_name(f"{name}.safetensors"), name
             data = save({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()})
-            assert _header_bytes(data) <= MAX_HEADER_BYTES, "too many tensors to be read again"
-            seals[f"{name}.safetensors"] = _write_file(temporary / f"{name}.safetensors", data)
-        _write_file(temporary / COMMIT, _commit_bytes(step, seals))
+            hashes[f"{name}.safetensors"] = _write_file(temporary / f"{name}.safetensors", data)
+        _write_file(temporary / COMMIT, sealed({"format": FORMAT, "step": step, "files": hashes}))
         sync_folder(temporary)
         _delete(final)  # a damaged one, which this run has passed over
         temporary.rename(final)
@@ -87,17 +80,26 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises `CacheError` with one line that names the file and the reason."""
-    step, seals = _read_commit(path)
-    contents = {name: _read_file(path / name, seal) for name, seal in seals.items()}
-    state = _parse_json(contents.pop(STATE), path / STATE)
-    tensors = {name.removesuffix(".safetensors"): _parse_tensors(data, path / name) for name, data in contents.items()}
-    return Checkpoint(path, step, tensors, state)
+    tensors = {}
+    for name, sha256 in _read_commit(path).items():
+        if name != STATE:
+            try:
+                tensors[name.removesuffix(".safetensors")] = load(_read_file(path / name, sha256))
+            except (SafetensorError, KeyError, RuntimeError) as error:
+                raise _damage(path / name, f"not valid safetensors ({error})") from None
+    return Checkpoint(path, step_of(path), tensors, load_state(path))
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """Read and verify the `state` of one checkpoint without its tensors. Raises `CacheError`."""
-    _, seals = _read_commit(path)
-    return _parse_json(_read_file(path / STATE, seals[STATE]), path / STATE)
+    data = _read_file(path / STATE, _read_commit(path)[STATE])
+    try:
+        state = json.loads(data)
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise _damage(path / STATE, "not a JSON object")
+    return state
 
 
 def latest_checkpoint(run: Path, *, report: Callable[[str], None]) -> Checkpoint | None:
@@ -136,9 +138,7 @@ def newest_first(run: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """Return the step in a checkpoint's name."""
-    match = NAME.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def prune_checkpoints(run: Path, keep: int, saved: Path) -> None:
@@ -174,103 +174,57 @@ def _delete(path: Path) -> None:
         logger.warning("%s: cannot be deleted (%s)", path, error)
 
 
-def _write_file(path: Path, data: bytes) -> Seal:
-    """Write and flush a new file; return its seal."""
+def _write_file(path: Path, data: bytes) -> str:
+    """Write and flush a new file; return its sha256."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return hashlib.sha256(data).hexdigest()
 
 
-def _commit_bytes(step: int, seals: Mapping[str, Seal]) -> bytes:
-    """Return COMMIT.json, which holds the hash of its other entries."""
-    commit: dict[str, Json] = {"format": FORMAT, "step": step, "files": dict(seals)}
-    return canonical_json({**commit, "sha256": hashlib.sha256(canonical_json(commit)).hexdigest()})
-
-
-def _read_commit(path: Path) -> tuple[int, dict[str, Seal]]:
-    """Read step and files of a COMMIT.json; it must be byte for byte what `_commit_bytes` writes."""
+def _read_commit(path: Path) -> dict[str, str]:
+    """Return {file name: sha256} of a COMMIT.json, which must be byte for byte what `save_checkpoint` writes."""
     file = path / COMMIT
-    data = _read_bytes(file, MAX_JSON_BYTES)
-    commit = _parse_json(data, file)
+    data = _read_file(file, None)
+    try:
+        commit = unsealed(data)
+        if sealed(commit) != data:
+            raise ValueError("not as it was written")
+    except ValueError as error:
+        raise _damage(file, str(error)) from None
     if commit.get("format") != FORMAT:
         raise _damage(file, f"expected format {FORMAT}, got {commit.get('format')!r}")
-    try:
-        step, seals = commit["step"], commit["files"]
-        kinds = [{key: type(value) for key, value in seal.items()} for seal in seals.values()]
-        typed = type(step) is int and all(kind == {"bytes": int, "sha256": str} for kind in kinds)
-        valid = typed and _commit_bytes(step, seals) == data
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        valid = False
-    if not valid:
-        raise _damage(file, "does not match its own sha256")
-    if step_of(path) != step:
-        raise _damage(file, f"belongs to step {step}")
-    if STATE not in seals or not all(_is_file_name(name) for name in seals):
+    if commit.get("step") != step_of(path):
+        raise _damage(file, f"belongs to step {commit.get('step')}")
+    files = commit.get("files")
+    if not isinstance(files, dict) or STATE not in files or not all(map(FILE_NAME.fullmatch, files)):
         raise _damage(file, "lists other files than a checkpoint has")
-    return step, seals
+    return files
 
 
 def _is_valid(path: Path) -> bool:
     """Verify the files of a checkpoint without parsing tensors."""
     try:
-        for name, seal in _read_commit(path)[1].items():
-            _read_file(path / name, seal)
+        for name, sha256 in _read_commit(path).items():
+            _read_file(path / name, sha256)
     except CacheError:
         return False
     return True
 
 
-def _read_file(file: Path, seal: Seal) -> bytes:
-    """Read a file of a checkpoint; its size and sha256 must be those of its seal."""
-    data = _read_bytes(file, MAX_JSON_BYTES if file.name == STATE else seal["bytes"])
-    if len(data) != seal["bytes"]:
-        raise _damage(file, f"expected {seal['bytes']} bytes, got {len(data)}")
-    if hashlib.sha256(data).hexdigest() != seal["sha256"]:
-        raise _damage(file, f"its sha256 is not the one in {COMMIT}")
-    return data
-
-
-def _read_bytes(file: Path, limit: int) -> bytes:
-    """Read the whole file at once, so that the verified bytes are the parsed ones."""
+def _read_file(file: Path, sha256: str | None) -> bytes:
+    """Read a file whole, so that the verified bytes are the parsed ones."""
     try:
-        status = file.lstat()
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(file.lstat().st_mode):
             raise _damage(file, "not a regular file")
-        if status.st_size > limit:
-            raise _damage(file, f"is {status.st_size} bytes; the limit is {limit} bytes")
-        return file.read_bytes()
+        data = file.read_bytes()
     except OSError as error:
         raise _damage(file, error.strerror or str(error)) from None
-
-
-def _parse_json(data: bytes, file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        raise _damage(file, "not valid JSON") from None
-    if not isinstance(value, dict):
-        raise _damage(file, "not a JSON object")
-    return value
-
-
-def _parse_tensors(data: bytes, file: Path) -> dict[str, Tensor]:
-    if _header_bytes(data) > MAX_HEADER_BYTES:
-        raise _damage(file, f"its header is {_header_bytes(data)} bytes; the limit is {MAX_HEADER_BYTES} bytes")
-    try:
-        return load(data)
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise _damage(file, f"not valid safetensors ({error})") from None
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise _damage(file, f"{len(data)} bytes whose sha256 is not the one in {COMMIT}")
+    return data
 
 
 def _damage(file: Path, reason: str) -> CacheError:
     return CacheError(f"{file}: damaged checkpoint ({reason}); restore it, or move the checkpoint away")
-
-
-def _header_bytes(data: bytes) -> int:
-    return int.from_bytes(data[:8], "little")
-
-
-def _is_file_name(name: str) -> bool:
-    return name == STATE or re.fullmatch(r"[A-Za-z0-9_-]{1,64}\.safetensors", name) is not None

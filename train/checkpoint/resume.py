@@ -1,5 +1,9 @@
-"""Where a run resumes: rank 0 chooses and loads the checkpoint, and every process gets it."""
+"""Where a run resumes: rank 0 chooses and loads the checkpoint, and every process compares its identity with the run's.
 
+The identity is the view, the base model and the settings that a resumed run may not change.
+"""
+
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +12,13 @@ from typing import Any
 from safetensors.torch import load, save
 
 from shared import console
-from shared.config import Config
+from shared.cache.storage import open_storage
+from shared.cache.view import read_view
+from shared.config import Config, field_value, fields_shaping
 from shared.errors import CacheError, UsageError
-from shared.fingerprint import Json
-from shared.model.pretrained import present_part
+from shared.fingerprint import Json, key_of, sha256_file
+from shared.model.pretrained import Component, FileMark, present_part
+from shared.run_folder import adapter_file
 from train.checkpoint.files import (
     STATE,
     Checkpoint,
@@ -21,13 +28,22 @@ from train.checkpoint.files import (
     newest_first,
     step_of,
 )
-from train.checkpoint.identity import Base, base_key, differences, identify_base, identity_of, refuse_another_run
 from train.distributed import all_gather, broadcast, on_all_ranks, on_rank_0, rank_and_world_size
 from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, read_provenance
 from train.run import Run
 
 BASE, IDENTITY = "base", "identity"
 """In state.json: hash and marks of the transformer's weights; everything that a resumed run must share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The frozen weights of a run, as its checkpoints store them."""
+
+    sha256: str
+    """Hash of the hashes of all weight files, shortened as keys are."""
+    marks: tuple[FileMark, ...]
+    """Marks by which unchanged files are recognized without reading them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,46 +67,64 @@ def find_start(run: Run) -> Start:
     base = on_all_ranks(lambda: identify_base(run.base, known))
     identity = on_all_ranks(lambda: identity_of(run, base))
     if checkpoint is not None:
-        found, where = checkpoint.state[IDENTITY], str(checkpoint.path)
-        on_all_ranks(lambda: refuse_another_run(found, identity, where))
-    _refuse_different_ranks(all_gather({"last step": run.num_steps, **identity}))
-    return Start(checkpoint, base, {IDENTITY: identity, BASE: base.as_json()})
+        saved, where = checkpoint.state[IDENTITY], str(checkpoint.path)
+        on_all_ranks(lambda: refuse_another_run(saved, identity, where))
+    runs = all_gather({"last step": run.num_steps, **identity})
+    for rank, other in enumerate(runs):
+        if found := [f"{name} is {there!r}, {here!r} on rank 0" for name, there, here in differences(other, runs[0])]:
+            raise CacheError(
+                f"rank {rank}: another run than rank 0's ({', '.join(found)}); "
+                "give all processes the same config, cache and base model"
+            )
+    return Start(
+        checkpoint, base, {IDENTITY: identity, BASE: {"sha256": base.sha256, "marks": [*map(list, base.marks)]}}
+    )
 
 
 def find_checkpoint(folder: Path, request: str) -> Checkpoint | None:
     """Load what `train.resume_from_checkpoint` asks for: "latest", a name, or "none"; None starts from the beginning.
 
     Raises `UsageError` for a name that is not found, for one with newer checkpoints, and for "none" where there are
-    checkpoints; `CacheError` for a damaged one.
+    checkpoints; `CacheError` for a damaged one, or for one without the fields that a resumed run reads.
     """
     paths, where = newest_first(folder), f"train.resume_from_checkpoint = {request!r}"
     names = ", ".join(path.name for path in reversed(paths)) or "none"
+    path = folder / request.rstrip("/")
     if request == "latest":
-        return _complete(latest_checkpoint(folder, report=console.say))
-    if request == "none":
+        checkpoint = latest_checkpoint(folder, report=console.say)
+    elif request == "none":
         if paths:
             raise UsageError(
                 f'{where}: {folder} has {names}; choose another train.output_dir, move them away, or set "latest"'
             )
-        return None
-    path = folder / request.rstrip("/")
-    if path not in paths:
+        checkpoint = None
+    elif path not in paths:
         raise UsageError(f"{where}: not found in {folder}; there are {names}")
-    if newer := [other.name for other in reversed(paths) if step_of(other) > step_of(path)]:
+    elif newer := [other.name for other in reversed(paths) if step_of(other) > step_of(path)]:
         raise UsageError(
             f'{where}: {folder} has newer checkpoints; move {", ".join(newer)} to another folder, or set "latest"'
         )
-    return _complete(load_checkpoint(path))
+    else:
+        checkpoint = load_checkpoint(path)
+    if checkpoint is not None:
+        base: Any = checkpoint.state.get(BASE)
+        complete = isinstance(base, dict) and {"sha256", "marks"} <= base.keys()
+        if not (complete and isinstance(checkpoint.state.get(IDENTITY), dict)):
+            raise CacheError(f"{checkpoint.path / STATE}: no identity or base; move the checkpoint away")
+    return checkpoint
 
 
-def is_finished(config: Config, view_hash: str) -> bool:
+def is_finished(config: Config) -> bool:
     """Check that the run folder has the export of this config, view and base model, and no checkpoint of another step.
 
     A run that was sent back to an older checkpoint is not finished; one whose checkpoints were deleted is.
     """
     folder, known = config.train.output_dir, None
     found, paths = read_provenance(folder), newest_first(folder)
-    if (found.get(CONFIG_KEY), found.get(VIEW_KEY)) != (config_key(config), view_hash):
+    if found.get(CONFIG_KEY) != config_key(config):
+        return False
+    storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
+    if found.get(VIEW_KEY) != read_view(storage, config.data.name).hash:
         return False
     if paths:
         if found.get(STEPS_KEY) != str(step_of(paths[0])):
@@ -101,14 +135,52 @@ def is_finished(config: Config, view_hash: str) -> bool:
     return transformer is not None and found.get(BASE_KEY) == base_key(transformer, identify_base(transformer, known))
 
 
-def _complete(checkpoint: Checkpoint | None) -> Checkpoint | None:
-    """Raise `CacheError` if the state lacks a field that a resumed run reads."""
-    if checkpoint is not None:
-        base: Any = checkpoint.state.get(BASE)
-        complete = isinstance(base, dict) and {"sha256", "marks"} <= base.keys()
-        if not (complete and isinstance(checkpoint.state.get(IDENTITY), dict)):
-            raise CacheError(f"{checkpoint.path / STATE}: no identity or base; move the checkpoint away")
-    return checkpoint
+def identify_base(transformer: Component, known: Mapping[str, Any] | None) -> Base:
+    """Return `known` from a checkpoint if the files have its marks, else read and hash them.
+
+    A hub file's name is its hash, so hub files are never read.
+    """
+    marks = transformer.marks
+    if known is not None and known["marks"] == [list(mark) for mark in marks]:
+        return Base(known["sha256"], marks)
+    return Base(key_of(transformer.sha256()), marks)
+
+
+def base_key(transformer: Component, base: Base) -> str:
+    """Return the key of weights and config, for the header of an export."""
+    return key_of({"weights": base.sha256, "config": transformer.settings})
+
+
+def identity_of(run: Run, base: Base) -> dict[str, Json]:
+    """Return everything that a resumed run must share with the run that made its checkpoints."""
+    config, initial = run.config, run.config.train.initial_adapter
+    settings = {name: field_value(config, name) for name in fields_shaping("run")}
+    settings["train.lora_target_modules"].sort()  # the order does not change the adapter
+    return {
+        "view": run.view.hash,
+        "train.shuffle_shards": "all" if run.windows is None else run.windows.name,
+        **settings,
+        "train.initial_adapter.sha256": None if initial is None else sha256_file(adapter_file(initial)),
+        "train.mixed_precision": str(run.transformer.dtype).removeprefix("torch."),
+        "transformer.config": run.base.settings,
+        "transformer.weights": base.sha256,
+    }
+
+
+def refuse_another_run(saved: Mapping[str, Json], identity: Mapping[str, Json], where: str) -> None:
+    """Raise `CacheError` naming each difference between the identity in a checkpoint and this run's."""
+    if found := [f"{name} was {old!r}, is {new!r}" for name, old, new in differences(saved, identity)]:
+        raise CacheError(f"{where}: made by another run ({', '.join(found)}); choose another train.output_dir")
+
+
+def differences(left: Mapping[str, Json], right: Mapping[str, Json]) -> Iterator[tuple[str, Json, Json]]:
+    """Yield the dotted names whose values differ, with both values; None is a missing value."""
+    for name in sorted(left.keys() | right.keys()):
+        one, other = left.get(name), right.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from ((f"{name}.{inner}", here, there) for inner, here, there in differences(one, other))
+        elif one != other:
+            yield name, one, other
 
 
 def _broadcast_checkpoint(found: Checkpoint | None) -> Checkpoint | None:
@@ -119,14 +191,3 @@ def _broadcast_checkpoint(found: Checkpoint | None) -> Checkpoint | None:
     path, step, state, groups = head
     tensors = {name: load(broadcast(save(found.tensors[name]) if found else b"")) for name in groups}
     return Checkpoint(path, step, tensors, state)
-
-
-def _refuse_different_ranks(runs: list[dict[str, Json]]) -> None:
-    """Raise `CacheError`, the same on every process, if two ranks are not of one run."""
-    for rank, other in enumerate(runs):
-        found = [f"{name} is {there!r}, {here!r} on rank 0" for name, there, here in differences(other, runs[0])]
-        if found:
-            raise CacheError(
-                f"rank {rank}: another run than rank 0's ({', '.join(found)}); "
-                "give all processes the same config, cache and base model"
-            )

@@ -19,8 +19,7 @@ from shared.config import Train
 from shared.errors import CacheError
 from shared.model.conventions import Conventions
 from shared.model.geometry import latent_shape, video_tokens
-from train.data.conditioning import image_condition, pad_front
-from train.data.example import Example, ModelInput
+from train.data.example import Example, ModelInput, image_condition, pad_front
 from train.data.order import Draw, Windows, window_size
 from train.objective import NoiseSchedule, add_noise, min_snr_weight, velocity
 

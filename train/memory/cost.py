@@ -111,8 +111,12 @@ def training_cost(config: Config, card: Card) -> TrainingCost:
         reserved = found.needed * RESERVED_PER_ALLOCATED / GIB
         seconds = hours = None
         if card.tflops and precision != "fp32":
-            flops = sum(block_flops(width, count, adapter, plan.activations) for count in tokens) / len(tokens)
-            step = train.global_batch_size * depth * flops / (EFFICIENCY * card.tflops * 1e12)
+            full = min(plan.full_blocks, depth)
+            levels: tuple[tuple[int, Activations], ...] = ((depth - full, plan.activations), (full, "full"))
+            flops = sum(
+                blocks * block_flops(width, count, adapter, level) for count in tokens for blocks, level in levels
+            )
+            step = train.global_batch_size * flops / len(tokens) / (EFFICIENCY * card.tflops * 1e12)
             seconds = (SECONDS_BAND[0] * step, SECONDS_BAND[1] * step)
             hours = None if num_steps is None else (num_steps * seconds[0] / 3600, num_steps * seconds[1] / 3600)
         plans.append(PlanCost(describe(plan), reserved <= card.gib - CONTEXT_GIB, reserved, seconds, hours))
@@ -137,10 +141,10 @@ def show_cost(cost: TrainingCost) -> None:
     rows = []
     for plan in cost.plans:
         words = [f"{plan.reserved_gib:.2f} GiB", "fits" if plan.fits else "does not fit"]
-        times = ((plan.seconds_per_step, "s a step"), (plan.hours, "hours"))
         if plan.seconds_per_step and plan.seconds_per_step[1] < LAUNCH_BOUND_SECONDS:
             words.append(f"under {LAUNCH_BOUND_SECONDS} s a step")
         else:
+            times = ((plan.seconds_per_step, "s a step"), (plan.hours, "hours"))
             words += [f"{span[0]:.2g} to {span[1]:.2g} {unit}" for span, unit in times if span is not None]
         rows.append((plan.plan, ", ".join(words)))
     console.table(f"Training on {cost.card}: {cost.work}", rows)
@@ -151,21 +155,19 @@ def show_cost(cost: TrainingCost) -> None:
 
 def _clips(config: Config, conventions: Conventions) -> tuple[Sequence[Bucket], str, int | None]:
     """Return the buckets of the training clips, their source, and the number of optimizer steps if it is known."""
-    train = config.train
+    train, data = config.train, config.data
     try:
         storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
-        view = read_view(storage, config.data.name)
+        buckets = [row.bucket for row in read_view(storage, data.name).split("train")]
     except CacheError:
-        frames = [count for count in config.data.frame_buckets if count <= config.data.max_num_frames]
-        wanted = [Bucket(count, *size) for count, size in product(frames, config.data.resolutions)]
+        wanted = [Bucket(count, *size) for count, size in product(data.frame_buckets, data.resolutions)]
+        wanted = [bucket for bucket in wanted if bucket.frames <= data.max_num_frames]
         fitting = [bucket for bucket in wanted if not refusal(conventions, bucket)]
         if not fitting:
             raise UsageError(f"data: {refusal(conventions, wanted[0])}; change the buckets") from None
-        (largest, *_) = largest_pack(train, conventions, fitting)
-        return [largest], "largest bucket of the config", train.max_train_steps
-    buckets = [row.bucket for row in view.split("train")]
+        return largest_pack(train, conventions, fitting)[:1], "largest bucket of the config", train.max_train_steps
     for bucket in sorted(set(buckets)):
         if reason := refusal(conventions, bucket):
-            raise UsageError(f"view {view.name}: {reason}")
+            raise UsageError(f"view {data.name}: {reason}")
     steps = num_train_steps(len(buckets), train.global_batch_size, train.max_train_steps, train.num_train_epochs)
-    return buckets, f"largest clip of view {view.name}", steps
+    return buckets, f"largest clip of view {data.name}", steps

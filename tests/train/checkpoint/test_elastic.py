@@ -85,14 +85,6 @@ def test_two_processes_repeat_themselves_bit_for_bit(settings: Settings) -> None
         assert all(torch.equal(tensor, right.tensors[file][name]) for name, tensor in left.tensors[file].items())
 
 
-def test_a_rank_without_clips_takes_part(straight: Config, settings: Settings) -> None:
-    values = VALUES | {"global_batch_size": 1, "max_train_steps": 2}
-    alone, together = settings("alone", **values), settings("together", **values)
-    assert processes.run(alone) == [0]
-    assert processes.run(together, world_size=2) == [0, 0], processes.log(together)
-    assert_same_run(together, alone)
-
-
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(settings: Settings) -> None:
     config = settings(**VALUES | {"max_train_steps": 20_000, "checkpointing_steps": 20_000, "nccl_timeout": 20})
     children = processes.start(config, world_size=2)

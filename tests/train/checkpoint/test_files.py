@@ -3,25 +3,22 @@
 import errno
 import hashlib
 import io
-import json
 import os
 import random
 import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from shared.errors import CacheError, PrecogError
-from shared.fingerprint import canonical_json
+from shared.fingerprint import sealed
 from tests.train.saved import FILES, is_content, names, same_bits, save, silence
 from train.checkpoint.files import (
     COMMIT,
@@ -95,28 +92,18 @@ def latest_after_damage(run: Path, file: str) -> None:
     assert line.endswith("resuming from checkpoint-000010") and "\n" not in line
 
 
-def flip_bits(run: Path, file: str, flips: int) -> None:
+@pytest.mark.parametrize("file", FILES)
+def test_a_flipped_bit_in_any_file_is_refused(run: Path, file: str) -> None:
     save(run, 10)
     path = save(run, 20) / file
     whole = path.read_bytes()
-    for position in random.Random(file).sample(range(8 * len(whole)), min(flips, 8 * len(whole))):
+    for position in random.Random(file).sample(range(8 * len(whole)), 20):
         damaged = bytearray(whole)
         damaged[position // 8] ^= 1 << position % 8
         path.write_bytes(damaged)
         latest_after_damage(run, file)
     path.write_bytes(whole)
     assert is_content(latest_checkpoint(run, report=silence), 20)
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_a_flipped_bit_in_any_file_is_refused(run: Path, file: str) -> None:
-    flip_bits(run, file, 20)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("file", FILES)
-def test_a_flipped_bit_in_any_file_is_refused_500_times(run: Path, file: str) -> None:
-    flip_bits(run, file, 500)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -163,7 +150,7 @@ def test_all_damaged_is_an_error_that_names_each(run: Path) -> None:
     with pytest.raises(CacheError) as caught:
         latest_checkpoint(run, report=silence)
     line = str(caught.value)
-    for part in ("checkpoint-000010/COMMIT.json", "No such file", "checkpoint-000020/adapter.safetensors", "got 0"):
+    for part in ("checkpoint-000010/COMMIT.json", "No such file", "checkpoint-000020/adapter.safetensors", "(0 bytes"):
         assert part in line
     assert "\n" not in line
 
@@ -171,13 +158,10 @@ def test_all_damaged_is_an_error_that_names_each(run: Path) -> None:
 def forge(path: Path, contents: dict[str, bytes], **changes: Any) -> None:
     """Write a checkpoint with right hashes and wrong content."""
     path.mkdir(parents=True)
-    files: dict[str, Any] = {}
     for name, data in contents.items():
         (path / name).write_bytes(data)
-        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    commit: dict[str, Any] = {"files": files, "format": 1, "step": 20, **changes}
-    own_hash = hashlib.sha256(canonical_json(commit)).hexdigest()
-    (path / COMMIT).write_bytes(canonical_json({**commit, "sha256": own_hash}))
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    (path / COMMIT).write_bytes(sealed({"files": files, "format": 1, "step": 20, **changes}))
 
 
 HEADER = (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4))
@@ -187,23 +171,16 @@ HEADER = (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4))
     ("contents", "changes", "line"),
     [
         ({STATE: b"[1]"}, {}, "not a JSON object"),
-        ({STATE: b"{"}, {}, "not valid JSON"),
-        ({STATE: b"[" * 100_000}, {}, "not valid JSON"),
-        ({STATE: b" " * (16 * 2**20 + 1)}, {}, "the limit is 16777216"),
+        ({STATE: b"[" * 100_000}, {}, "not a JSON object"),
         ({"adapter.safetensors": b""}, {}, "lists other files"),
-        ({STATE: b"{}", "a.safetensors": b""}, {}, "not valid safetensors"),
-        ({STATE: b"{}", "a.safetensors": (2**40).to_bytes(8, "little")}, {}, "its header is 1099511627776 bytes"),
-        ({STATE: b"{}", "a.safetensors": (2**23).to_bytes(8, "little") + b" " * 2**23}, {}, "its header is 8388608"),
+        ({STATE: b"{}", "a.safetensors": (2**40).to_bytes(8, "little")}, {}, "not valid safetensors"),
         ({STATE: b"{}", "a.safetensors": (60).to_bytes(8, "little") + HEADER[0]}, {}, "not valid safetensors"),
         ({STATE: b"{}", "a.pkl": b"cos\nsystem\n."}, {}, "lists other files"),
         ({STATE: b"{}"}, {"format": 2}, "expected format 1, got 2"),
         ({STATE: b"{}"}, {"step": 30}, "belongs to step 30"),
-        ({STATE: b"{}"}, {"step": "20"}, "does not match"),
-        ({STATE: b"{}"}, {"files": [STATE]}, "does not match"),
-        ({STATE: b"{}"}, {"files": {"../a.safetensors": {"bytes": 1, "sha256": ""}}}, "lists other files"),
-        ({STATE: b"{}"}, {"files": {STATE: {"bytes": "2", "sha256": ""}}}, "does not match"),
-        ({STATE: b"{}"}, {"files": {STATE: {"bytes": 10**30, "sha256": ""}}}, "expected 1000.* bytes, got 2"),
-        ({STATE: b"{}"}, {"files": {STATE: {"bytes": 2, "sha256": "", "more": 1}}}, "does not match"),
+        ({STATE: b"{}"}, {"files": [STATE]}, "lists other files"),
+        ({STATE: b"{}"}, {"files": {STATE: "", "../a.safetensors": ""}}, "lists other files"),
+        ({STATE: b"{}"}, {"files": {STATE: 2}}, "sha256 is not the one"),
     ],
 )
 def test_a_forged_checkpoint_is_refused(
@@ -220,26 +197,6 @@ def test_the_forgery_itself_is_sound(run: Path) -> None:
         {STATE: b"{}", "a.safetensors": len(HEADER[0]).to_bytes(8, "little") + b"".join(HEADER)},
     )
     assert load_checkpoint(run / "checkpoint-000020").tensors["a"]["a"].tolist() == [0]
-
-
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-values = st.recursive(
-    scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=8), inner), max_leaves=8
-)
-commits = st.fixed_dictionaries(
-    {}, optional={"files": values, "format": st.just(1) | values, "step": values, "sha256": values}
-)
-
-
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(commits.map(lambda commit: json.dumps(commit).encode()) | st.binary(max_size=64))
-def test_any_commit_file_is_refused_in_one_line(run: Path, data: bytes) -> None:
-    path = run / "checkpoint-000020"
-    path.mkdir(parents=True, exist_ok=True)
-    (path / COMMIT).write_bytes(data)
-    with pytest.raises(CacheError) as caught:
-        load_checkpoint(path)
-    assert "\n" not in str(caught.value)
 
 
 # Interruptions
@@ -372,8 +329,14 @@ def test_a_full_disk_at_any_effect_keeps_the_old_checkpoints(tmp_path: Path) -> 
     for number in count(1):
         run = tmp_path / str(number)
         shutil.copytree(tmp_path / "prepared", run)
-        with at_effect(number, fail, deletes=False) as effects, suppress(PrecogError):
-            save(run, 30)
+        with at_effect(number, fail, deletes=False) as effects:
+            try:
+                save(run, 30)
+            except PrecogError as error:
+                assert str(error) == (
+                    f"{run}/checkpoint-000030: cannot be saved (No space left on device); "
+                    "older checkpoints are kept, free the disk and resume"
+                )
         assert temporaries(run) == []
         assert is_content(load_checkpoint(run / "checkpoint-000010"), 10)
         assert is_content(load_checkpoint(run / "checkpoint-000020"), 20)
@@ -384,29 +347,6 @@ def test_a_full_disk_at_any_effect_keeps_the_old_checkpoints(tmp_path: Path) -> 
             assert is_content(found, 30)
             break
     assert number > 12
-
-
-def test_a_full_disk_is_one_line(run: Path) -> None:
-    save(run, 10)
-
-    def fail() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with at_effect(4, fail, deletes=False), pytest.raises(PrecogError) as caught:
-        save(run, 20)
-    assert str(caught.value) == (
-        f"{run}/checkpoint-000020: cannot be saved (No space left on device); "
-        "older checkpoints are kept, free the disk and resume"
-    )
-
-
-def test_an_interrupt_leaves_nothing_behind(run: Path) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    with at_effect(6, interrupt, deletes=False), pytest.raises(KeyboardInterrupt):
-        save(run, 20)
-    assert list(run.iterdir()) == []
 
 
 def test_files_and_folders_are_synced_around_the_rename(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,20 +391,6 @@ def test_pruning_counts_only_intact_checkpoints(run: Path) -> None:
     assert names(run) == [f"checkpoint-{step:06d}" for step in (10, 20, 30, 40)]
     prune_checkpoints(run, 2, save(run, 50))
     assert names(run) == [f"checkpoint-{step:06d}" for step in (30, 40, 50)]
-
-
-def test_the_checkpoint_just_saved_always_stays(run: Path) -> None:
-    for step in (60, 80, 40):
-        save(run, step)
-    prune_checkpoints(run, 2, save(run, 50))
-    assert names(run) == [f"checkpoint-{step:06d}" for step in (50, 60, 80)]
-
-
-def test_steps_are_ordered_as_numbers(run: Path) -> None:
-    for step in (999_999, 1_000_000, 10_000_000):
-        saved = save(run, step)
-    prune_checkpoints(run, 2, saved)
-    assert names(run) == ["checkpoint-10000000", "checkpoint-1000000"][::-1]
 
 
 def test_only_old_temporary_folders_are_deleted(run: Path) -> None:

@@ -19,7 +19,6 @@ from shared.model import pretrained
 from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from tests import tiny
-from tests.experiments import fill_cache, write_experiment
 from tests.train import processes
 from tests.train.saved import content, is_content, save
 from train.checkpoint.files import STATE, load_checkpoint, save_checkpoint
@@ -228,15 +227,6 @@ def test_another_setting_is_another_run(table: str, values: dict[str, Any], line
     changed = begun.model_copy(update={table: getattr(begun, table).model_copy(update=values)})
     with pytest.raises(CacheError, match=re.escape(line)):
         train(changed, StopSignal())
-
-
-def test_a_base_without_learned_positions_is_another_run(tmp_path: Path) -> None:
-    config = write_experiment("5b-i2v", tmp_path, max_train_steps=1, lora_rank=2)
-    fill_cache(config)
-    train(config, StopSignal())
-    dropped = config.model_copy(update={"model": config.model.model_copy(update={"drop_learned_positions": True})})
-    with pytest.raises(CacheError, match=r"model\.drop_learned_positions was False, is True"):
-        train(dropped, StopSignal())
 
 
 def test_the_precision_that_auto_resolved_to_is_the_same_run(begun: Config) -> None:

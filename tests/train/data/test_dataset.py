@@ -1,6 +1,5 @@
 """Examples are pure functions of (seed, epoch, clip): draws, captions, dropout, timesteps, weights."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -107,13 +106,6 @@ def test_each_epoch_draws_one_of_the_noised_images(tmp_path: Path) -> None:
     scale = conventions_of("5b-i2v").image_scaling_factor
     seen = {round(value / scale) for value in first}
     assert seen == {1, 2}
-
-
-def test_noise_depends_on_the_epoch(tmp_path: Path) -> None:
-    data = dataset(tmp_path)
-    first, again, second = (example(data, epoch) for epoch in (0, 0, 1))
-    assert torch.equal(first.target, again.target)
-    assert not torch.equal(first.target, second.target)
 
 
 def test_every_draw_is_keyed_by_kind_seed_epoch_and_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,22 +318,6 @@ def test_each_shard_is_fetched_once_per_epoch(
     assert fetched["prompts"] == (NUM_SHARDS // 2 if room == 13 else 0)
 
 
-def test_shuffling_all_shards_fetches_one_for_most_clips(
-    remote: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = remote(2, shuffle_shards="all")
-    assert data.windows() is None
-    assert downloads_of_an_epoch(data, monkeypatch)["latents"] > 0.8 * NUM_SHARDS * PER_SHARD
-
-
-def test_all_shards_are_shuffled_where_they_fit(
-    remote: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = remote(1000)
-    assert data.windows() is None
-    assert downloads_of_an_epoch(data, monkeypatch)["latents"] == NUM_SHARDS
-
-
 def test_the_window_can_be_chosen(remote: Callable[..., Dataset], tmp_path: Path) -> None:
     for room in (2, 1000):
         windows = remote(room, shuffle_shards=4).windows()
@@ -372,21 +348,6 @@ def test_a_damaged_sample_that_is_read_alone_is_named(remote: Callable[..., Data
         storage.publish(tar, b"short", replace=True)
     with pytest.raises(CacheError, match=r"\.tar: (ends before byte|cannot be read)"):
         data.example(Draw(0, 0), 10)
-
-
-def test_a_sample_of_a_folder_can_be_read_alone(tmp_path: Path) -> None:
-    dataset(tmp_path)
-    storage, collection = open_storage(str(tmp_path)), Collection("latents", key_of("latents"))
-    alone, mapped = (SampleReader(storage, collection, None, limit) for limit in (0, math.inf))
-    assert torch.equal(alone.read(key_of("clip"))["moments"], mapped.read(key_of("clip"))["moments"])
-    assert alone.copies_bytes == 0 < mapped.copies_bytes
-    (tar,) = alone.shard_bytes
-    (tmp_path / tar).write_bytes((tmp_path / tar).read_bytes()[:1000])
-    with pytest.raises(CacheError, match="ends before byte"):
-        alone.read(key_of("clip"))
-    (tmp_path / tar).unlink()
-    with pytest.raises(CacheError, match="cannot be read"):
-        alone.read(key_of("clip"))
 
 
 def test_the_order_in_the_table_changes_no_example(experiment: Config, settings: Settings) -> None:

@@ -30,6 +30,8 @@ from train.memory.cost import (
 from train.transformer.engine import Activations, Plan, open_engine
 from train.transformer.forward import predict
 
+LEVELS: tuple[Activations, ...] = ("block_input", "full")
+
 
 def ask(config: Config, folder: Path, *arguments: str) -> Result:
     save_config(config, folder / "plan.toml")
@@ -117,6 +119,12 @@ def test_time_is_that_of_the_mean_clip_and_of_the_whole_run(tmp_path: Path) -> N
     assert seconds is not None and hours is not None
     expected = [bound * flops / (989.4e12 * EFFICIENCY) for bound in SECONDS_BAND]
     assert seconds == pytest.approx(expected) and hours == pytest.approx([100 * bound / 3600 for bound in expected])
+    one_full = config.model_copy(
+        update={"memory": config.memory.model_copy(update={"activations": "block_input", "full_blocks": 1})}
+    )
+    (seconds, *_) = [plan.seconds_per_step for plan in training_cost(one_full, find_card("H100")).plans]
+    flops = 3 * sum(block_flops(64, 16 + 3 * 4 * 6, 8 * 4 * 64, level) for level in LEVELS)
+    assert seconds == pytest.approx([bound * flops / (989.4e12 * EFFICIENCY) for bound in SECONDS_BAND])
     fp32 = config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": "fp32"})})
     for changed, card in ((config, "80GiB"), (fp32, "h100")):
         assert {plan.seconds_per_step for plan in training_cost(changed, find_card(card)).plans} == {None}

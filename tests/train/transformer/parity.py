@@ -13,8 +13,7 @@ from torch import Tensor
 
 from shared.model.conventions import Conventions, read_conventions
 from tests.tiny import TEXT_LENGTH, TEXT_WIDTH, scheduler_config, transformer_config, vae_config
-from train.data.conditioning import pad_front
-from train.data.example import ModelInput
+from train.data.example import ModelInput, pad_front
 from train.transformer.engine import EVERYTHING_RESIDENT, Engine, Plan, open_engine
 from train.transformer.forward import predict, predict_reference
 

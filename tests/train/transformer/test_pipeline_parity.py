@@ -26,8 +26,7 @@ from tests.tiny import (
     transformer_config,
     vae_config,
 )
-from train.data.conditioning import image_condition, pad_front
-from train.data.example import ModelInput
+from train.data.example import ModelInput, image_condition, pad_front
 from train.transformer.forward import predict
 from train.transformer.positions import additive_positions, crop_region, image_rotary_emb
 
