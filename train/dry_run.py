@@ -11,8 +11,9 @@ from shared import console
 from shared.config import Config
 from shared.device import peak_memory_bytes
 from train.checkpoint.resume import find_start
+from train.open_run import announce, open_run
 from train.preview import open_previews
-from train.run import Run, announce, open_run
+from train.run import Run
 from train.state import TrainState
 from train.step import plan_batch, read_batch, take_gradients
 

@@ -27,8 +27,9 @@ from train.distributed import all_gather, broadcast, on_rank_0
 from train.evaluate import QUANTILES, held_out_loss
 from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, export_adapter
 from train.metrics import HEADER, Metrics, finish_metrics, open_tracker, track
+from train.open_run import announce, open_run, start_processes
 from train.preview import PreviewPrompt, open_previews, write_preview
-from train.run import Run, announce, open_run, start_processes
+from train.run import Run
 from train.state import TrainState
 from train.step import Batch, prefetch_batches, take_gradients
 

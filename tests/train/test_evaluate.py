@@ -24,7 +24,7 @@ from tests.train import processes
 from train.checkpoint.files import load_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
-from train.run import open_run
+from train.open_run import open_run
 
 VARYING = ("seconds", "data_wait_seconds", "peak_memory_bytes")
 Held = Callable[..., Config]

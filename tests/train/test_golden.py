@@ -21,7 +21,7 @@ from shared.model.geometry import Bucket
 from shared.model.pretrained import pretrained_part, read_config
 from train.data.example import Example, ModelInput, pad_front
 from train.objective import NoiseSchedule, add_noise, read_schedule, velocity
-from train.state import build_optimizer
+from train.optimizer import build_optimizer
 from train.step import accumulate_gradients, finish_gradients
 from train.transformer.engine import Engine
 from train.transformer.load import adapter_weights, load_adapter_weights, load_transformer

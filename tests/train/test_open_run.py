@@ -10,7 +10,7 @@ from shared.cache.view import read_view, write_view
 from shared.config import Config
 from shared.errors import CacheError, DataError
 from tests.experiments import fill_cache, write_experiment
-from train.run import open_run
+from train.open_run import open_run
 
 
 def test_a_view_without_training_clips_is_refused(tmp_path: Path) -> None:

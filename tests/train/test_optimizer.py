@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shared.config import Train
 from shared.errors import CacheError, UsageError
 from tests.train.fields import FIELDS
-from train.state import build_optimizer, learning_rate_factor, load_optimizer_state, optimizer_state
+from train.optimizer import build_optimizer, learning_rate_factor, load_optimizer_state, optimizer_state
 
 NUM_STEPS = 20
 

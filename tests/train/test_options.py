@@ -20,7 +20,7 @@ from tests.train.fields import FIELDS
 from train.checkpoint.files import load_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
-from train.run import open_run
+from train.open_run import open_run
 
 Settings = Callable[..., Config]
 EXTRAS = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}

@@ -23,8 +23,9 @@ from tests import experiments
 from tests.media import write_clip
 from tests.train import processes
 from train.loop import train
+from train.open_run import open_run
 from train.preview import denoise, open_previews
-from train.run import Run, open_run
+from train.run import Run
 
 NEGATIVE = "a white bird"
 SAMPLE = Sampling(

@@ -17,7 +17,8 @@ from tests.train.transformer.parity import conventions_of, make_clip, make_clips
 from train import objective, step
 from train.data.example import Example
 from train.objective import clip_loss, loss_scale
-from train.run import Run, open_run
+from train.open_run import open_run
+from train.run import Run
 from train.step import accumulate_gradients, take_gradients
 from train.transformer.engine import Engine
 from train.transformer.forward import predict

@@ -21,7 +21,8 @@ from tests.tiny import TEXT_LENGTH, VARIANTS
 from train.checkpoint.files import latest_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
-from train.run import Run, open_run
+from train.open_run import open_run
+from train.run import Run
 from train.transformer.load import load_adapter_weights
 
 LORA = {

@@ -21,7 +21,7 @@ from shared.errors import CacheError
 from shared.model.pretrained import present_part
 from tests.experiments import fill_cache, write_experiment
 from tests.tiny import build_text_encoder, build_vae
-from train.run import open_run
+from train.open_run import open_run
 
 CHANGES: dict[str, Any] = {
     "data.caption_column": "long_caption",

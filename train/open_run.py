@@ -1,0 +1,113 @@
+"""Opening a run: processes, view, conventions, data, model; most checks come before the weights are loaded."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from shared import console
+from shared.cache.collection import read_recipe
+from shared.cache.staleness import check_cache
+from shared.cache.storage import open_storage
+from shared.cache.view import read_view
+from shared.config import Config, Train
+from shared.device import choose_device
+from shared.errors import UsageError
+from shared.model.conventions import read_conventions, refusal
+from shared.model.pretrained import pretrained_config, pretrained_part
+from shared.run_folder import require_tracker
+from train.data.dataset import Dataset
+from train.data.order import num_train_steps
+from train.export import read_adapter
+from train.memory.choice import choose_plan
+from train.memory.fidelity import open_quantized_engine
+from train.objective import read_schedule
+from train.run import Run
+from train.transformer.engine import open_engine
+from train.transformer.load import load_adapter_weights, load_transformer
+
+
+def open_run(config: Config) -> Run:
+    """Read the view and load the transformer; neither the VAE nor T5 is loaded.
+
+    Raises `CacheError` if the cache does not fit config and checkpoint, `DataError` if the view has no training clip,
+    `UsageError` if the checkpoint is incomplete or a bucket cannot be trained.
+    """
+    train = config.train
+    accelerator = start_processes(train)
+    torch.backends.cuda.matmul.allow_tf32 = train.allow_tf32
+    storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
+    view = read_view(storage, config.data.name)
+    num_clips = len(view.split("train"))
+    num_steps = num_train_steps(num_clips, train.global_batch_size, train.max_train_steps, train.num_train_epochs)
+    latents = read_recipe(storage, view.latents)
+    check_cache(config, view, latents, read_recipe(storage, view.prompts))
+    shape, scheduler = (pretrained_config(config.model, part) for part in ("transformer", "scheduler"))
+    dropped = config.model.drop_learned_positions
+    conventions = read_conventions(shape, latents["vae"]["config"], scheduler, drop_learned_positions=dropped)
+    for bucket in sorted({row.bucket for row in view.split("train")}):
+        if reason := refusal(conventions, bucket):
+            raise UsageError(f"view {view.name}: {reason}")
+    schedule = read_schedule(scheduler)
+    dataset, held_out = (Dataset(storage, view, split, conventions, schedule, train) for split in ("train", "held_out"))
+    transformer = load_transformer(config, torch.device("cpu")).train()
+    if train.initial_adapter is not None:
+        load_adapter_weights(transformer, read_adapter(transformer, train, train.initial_adapter))
+    buckets, device = [row.bucket for row in dataset.rows], accelerator.device
+    plan = choose_plan(config, transformer, conventions, buckets, device)
+    if plan.base_precision == "model":
+        engine = open_engine(transformer, plan, device)
+    else:
+        example, allowed = dataset.fixed_example(0, len(schedule) // 2), config.memory.allow_low_cosine
+        engine = open_quantized_engine(transformer, plan, device, conventions, example, allow_low_cosine=allowed)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        view=view,
+        conventions=conventions,
+        schedule=schedule,
+        dataset=dataset,
+        windows=dataset.windows(),
+        held_out=held_out,
+        base=pretrained_part(config.model, "transformer"),
+        transformer=transformer,
+        engine=engine,
+        num_steps=num_steps,
+    )
+
+
+def start_processes(train: Train) -> Accelerator:
+    """Join the processes that torchrun or accelerate launched; alone without a launcher.
+
+    Raises `UsageError` if the tracker of `train.report_to` is not installed.
+    """
+    require_tracker(train)
+    on_cpu = choose_device(train.device).type == "cpu"
+    if on_cpu:
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=train.nccl_timeout))
+    tracker = None if train.report_to == "none" else train.report_to
+    return Accelerator(cpu=on_cpu, log_with=tracker, project_dir=train.output_dir, kwargs_handlers=[timeout])
+
+
+def announce(run: Run) -> None:
+    """Print a table of what is about to be trained."""
+    train, trainable = run.config.train, sum(parameter.numel() for _, parameter in run.parameters)
+    divisor = train.lora_rank**0.5 if train.use_rslora else train.lora_rank
+    precision = str(run.transformer.dtype).removeprefix("torch.")
+    truncated = sum(any(row.truncated_tokens) for row in run.dataset.rows)
+    console.table(
+        f"Run {train.output_dir}",
+        [
+            ("model", run.conventions.name),
+            ("precision", f"{precision} base, published in {run.base.dtype()}; float32 adapter"),
+            ("adapter", f"{trainable:,} weights, scale {train.lora_alpha / divisor:g}"),
+            ("attention", run.engine.attention),
+            ("clips", f"{len(run.dataset.rows)} to train on, {len(run.held_out.rows)} held out"),
+            ("captions", f"{truncated} clips' captions exceed {run.conventions.text_length} tokens and are truncated"),
+            ("buckets", ", ".join(map(str, sorted({row.bucket for row in run.dataset.rows})))),
+            ("shuffled", "all clips" if run.windows is None else f"{run.windows.num_shards} shards at a time"),
+        ],
+    )
