@@ -15,9 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from precompute.sources.paths import escaped, resolve_inside
-from precompute.sources.rows import MAX_CAPTION_BYTES, Caption, Source, read_sources
-from precompute.sources.tables import MAX_JSON_LINE_BYTES
+from precompute.sources.rows import MAX_CAPTION_BYTES, Caption, Source, read_sources, resolve_inside
+from precompute.sources.tables import MAX_JSON_LINE_BYTES, escaped
 from shared.config import Data
 from shared.errors import DataError, PrecogError, UsageError
 
@@ -596,7 +595,7 @@ def test_the_root_itself_may_be_a_link_or_relative(root: Path, monkeypatch: pyte
     assert source.path == root / "a.mp4"
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(["..", ".", "", "out", "inside", "sub", "c.mp4", "a.mp4", "~", "\\", "C:", "\0"])))
 def test_no_combination_of_parts_leaves_the_root(trapped: Path, parts: list[str]) -> None:
     try:
@@ -644,7 +643,7 @@ CSV_PARTS = [
 ]
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.lists(st.sampled_from(CSV_PARTS), max_size=30).map("".join), st.binary(max_size=3))
 def test_any_csv_gives_sources_or_one_project_error(text: str, tail: bytes) -> None:
     only_project_errors("t.csv", b"video,text,start_seconds\n" + text.encode() + tail)
@@ -659,7 +658,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.lists(
         st.dictionaries(st.sampled_from(["video", "text", "start_seconds", "end_seconds"]), json_values), max_size=3
@@ -669,7 +668,7 @@ def test_any_jsonl_rows_give_sources_or_one_project_error(rows: list[dict[str, o
     only_project_errors("t.jsonl", jsonl(*rows).encode())
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4), st.booleans()
 )

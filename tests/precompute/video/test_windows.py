@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precompute.clip import Skipped
-from precompute.video.timeline import STAMP_SLACK_US
-from precompute.video.windows import Window, bucket_warnings, cut_windows, window_starts
+from precompute.video.probe import Skipped
+from precompute.video.windows import STAMP_SLACK_US, Window, bucket_warnings, cut_windows, window_starts
 from shared.config import Data
 from shared.model.geometry import Bucket
 
