@@ -8,7 +8,6 @@ an A/A control. Seconds per step and memory of a GPU cannot be had here; `bench/
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,27 @@ from bench import record
 from bench.models import PUBLISHED, build_small, make_pack, published_conventions
 from shared.config import Train
 from shared.model.geometry import Bucket
-from train.memory.choice import GIB, predict_peak
+from train.memory.choice import GIB
+from train.memory.simulation import predict_peak
 from train.transformer.engine import Engine, Plan, open_engine
 from train.transformer.forward import predict
 
 CPU = torch.device("cpu")
-LEAN = Plan("attention_output", offload_activations=True, stream_weights=2, modulation_table=True)
 PLANS = {
     "full": Plan("full"),
     "attention_output": Plan("attention_output"),
     "block_input": Plan("block_input"),
-    "attention_output, offloaded": replace(LEAN, stream_weights=0),
-    "the same, int8 base": replace(LEAN, stream_weights=0, base_precision="int8"),
-    "lean: offloaded and streamed": LEAN,
+    "attention_output, offloaded": Plan("attention_output", offload_activations=True),
+    "the same, int8 base": Plan("attention_output", offload_activations=True, base_precision="int8"),
+    "lean: offloaded and streamed": Plan("attention_output", offload_activations=True, stream_weights=2),
 }
 
 
-class Flops(TorchDispatchMode):
-    """Sums the matrix products inside; torch's own hooks into modules."""
+class Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode that sums the FLOPs of matrix products and attention; torch's own counter hooks into modules."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,13 +55,13 @@ class Flops(TorchDispatchMode):
 
 
 def attention_flops(query: torch.Tensor) -> int:
-    """Two products of [1,heads,S,head_dim]; the backward pass makes five."""
+    """Return the FLOPs of two products for a query [1,heads,S,head_dim]; the backward pass makes five."""
     batch, heads, tokens, head_dim = query.shape
     return 4 * batch * heads * tokens**2 * head_dim
 
 
 def count_bytes() -> list[dict[str, Any]]:
-    """Peak, loaded and kept GiB of every plan at the published sizes, LoRA rank 64, one clip."""
+    """Return peak, loaded and kept GiB of every plan at the published sizes, LoRA rank 64, one clip."""
     rows = []
     for variant, bucket in (
         ("2b", Bucket(49, 480, 720)),
@@ -79,7 +78,7 @@ def count_bytes() -> list[dict[str, Any]]:
 
 
 def count_flops() -> list[dict[str, Any]]:
-    """Matrix-product FLOPs of one forward and backward pass of the small model, as multiples of its plain forward."""
+    """Return FLOPs of one forward and backward pass of the small model, as multiples of its forward pass."""
     rows = []
     for name in ("full", "attention_output", "block_input"):
         transformer, conventions = build_small(torch.float32, CPU)
@@ -88,25 +87,24 @@ def count_flops() -> list[dict[str, Any]]:
         counts = []
         for backward in (False, True):
             with Flops() as counter, torch.set_grad_enabled(backward):
-                loss = sum(velocity.square().mean() for velocity in predict(transformer, pack, conventions, engine))
+                velocities = predict(transformer, pack, conventions, engine)
                 if backward:
-                    torch.autograd.backward(loss)
+                    torch.autograd.backward([velocity.square().mean() for velocity in velocities])
             counts.append(counter.total)
         rows.append({"plan": name, "forward": counts[0], "step": counts[1], "step_per_forward": counts[1] / counts[0]})
     return rows
 
 
 def time_ratios(num_pairs: int) -> list[dict[str, Any]]:
-    """Seconds of a step in each plan over those of "full", median of interleaved pairs, with the A/A control."""
+    """Return seconds of a step in each plan over those of "full", from interleaved pairs, with the A/A control."""
     transformer, conventions = build_small(torch.float32, CPU)
     pack = make_pack(conventions, [Bucket(9, 96, 160)], torch.float32, CPU)
 
     def step(engine: Engine) -> float:
         transformer.zero_grad()
         started = time.perf_counter()
-        torch.autograd.backward(
-            sum(velocity.square().mean() for velocity in predict(transformer, pack, conventions, engine))
-        )
+        velocities = predict(transformer, pack, conventions, engine)
+        torch.autograd.backward([velocity.square().mean() for velocity in velocities])
         return time.perf_counter() - started
 
     plain = Engine()
@@ -119,7 +117,7 @@ def time_ratios(num_pairs: int) -> list[dict[str, Any]]:
     for name, arm in arms.items():
         arm(), step(plain)  # warm
         ratios = []
-        for _ in range(num_pairs):  # ABBA, so that a drift hits both alike
+        for _ in range(num_pairs):  # ABBA, so that a drift affects both
             first, second, third, fourth = step(plain), arm(), arm(), step(plain)
             ratios.append((second + third) / (first + fourth))
         rows.append({"plan": name, **record.interval(ratios), "ratios": ratios})
@@ -127,6 +125,7 @@ def time_ratios(num_pairs: int) -> list[dict[str, Any]]:
 
 
 def as_markdown(found: dict[str, Any]) -> str:
+    """Return the three tables."""
     sizes, flops, ratios = found["simulated_gib"], found["flops"], found["ratios"]
     return "\n".join(
         [
@@ -142,6 +141,7 @@ def as_markdown(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Measure, write the results and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=40)
     arguments = parser.parse_args()

@@ -336,20 +336,18 @@ class Memory(Table):
 
     activations: Annotated[Literal["auto", "block_input", "attention_output", "full"], FREE] = "auto"
     """What a block keeps for its backward pass; block_input recomputes all, attention_output all but attention."""
+    full_blocks: Annotated[Literal["auto"] | Count, FREE] = "auto"
+    """Blocks, counted from the last, that keep "full" whatever `activations` says; auto takes as many as fit."""
     offload_activations: Annotated[bool | Literal["auto"], FREE] = "auto"
-    """Keep in host memory what the blocks keep."""
+    """Keep in host memory what the blocks keep, and the layers that make their modulation."""
     stream_weights: Annotated[Literal["auto", 0] | Annotated[int, Field(ge=2)], FREE] = "auto"
     """Blocks whose frozen weights are on the card, the others wait in host memory; 0 is all of them."""
-    modulation_table: Annotated[bool | Literal["auto"], FREE] = "auto"
-    """Keep the frozen adaLN layers in host memory and their result per timestep."""
-    chunk_tokens: Annotated[Positive, FREE] = 4096
-    """Tokens that the layers around attention work on at a time."""
-    base_precision: Annotated[Literal["model", "int8", "fp8", "nf4"], FIXED_BY_RUN] = "model"
-    """Storage of the frozen blocks' weights; weight-only. int8, fp8: a scale per row; nf4: per 64 weights, an extra."""
+    base_precision: Annotated[Literal["model", "int8", "fp8"], FIXED_BY_RUN] = "model"
+    """Storage of the frozen blocks' weights; weight-only, with one scale per row."""
     attention: Annotated[Literal["auto", "flash3", "cudnn", "flash", "efficient", "math"], FREE] = "auto"
     """Kernels of attention for the whole run; auto takes the fastest that works on the card, found by trying.
 
-    flash3 is FlashAttention 3 on Hopper, from the package flash_attn_interface, which is built from source."""
+    flash3 is FlashAttention 3 on Hopper, from the package flash-attn-3."""
     compile: Annotated[bool | Literal["auto"], FREE] = "auto"
     """Fuse norms, modulation, gates and rotary positions with torch.compile; auto is on with a GPU and triton."""
     allow_low_cosine: Annotated[bool, FREE] = False

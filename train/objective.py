@@ -4,6 +4,7 @@ v = sqrt(abar) * noise - sqrt(1 - abar) * x0 (Salimans & Ho 2022, arXiv 2202.005
 1 / (1 - abar) is the same number with rounding added (diffusers `train_cogvideox_lora.py`).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,3 +71,12 @@ def clip_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Return the mean squared error over one clip in fp32, or float64 if the prediction is."""
     wide = torch.promote_types(prediction.dtype, torch.float32)
     return (prediction.to(wide) - target.to(wide)).square().mean()
+
+
+FP16_LOSS_SCALE = 2.0**16
+"""Factor of one clip's mean loss. Without it a predicted value's gradient is below fp16's smallest normal number."""
+
+
+def loss_scale(dtype: torch.dtype, clips: int) -> float:
+    """Return the factor of a mean over `clips` in `dtype`: a power of two, which rounds nothing; 1 but for fp16."""
+    return FP16_LOSS_SCALE * 2.0 ** math.ceil(math.log2(clips)) if dtype == torch.float16 else 1.0

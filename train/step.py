@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXTransformer3DModel
-from torch import Tensor
+from torch import Tensor, distributed
 
 from shared import seeding
 from shared.config import Train
@@ -17,7 +17,7 @@ from shared.errors import NonFiniteError
 from shared.model.conventions import Conventions
 from train.data.example import Example, ModelInput
 from train.distributed import all_gather
-from train.objective import clip_loss
+from train.objective import clip_loss, loss_scale
 from train.transformer.attention import Backend, pinned
 from train.transformer.engine import Engine
 from train.transformer.forward import predict, predict_reference
@@ -26,22 +26,22 @@ Packs = Sequence[Sequence[Example]]
 
 logger = logging.getLogger(__name__)
 
-FP16_LOSS_SCALE = 2.0**16
-"""Of one clip's mean loss. Its gradient for one of a million predicted values is else below fp16's smallest normal."""
 SMALLER = 2.0**-4
-"""By which the scale falls when a gradient overflows."""
+"""Factor of the loss scale when a gradient overflows."""
+REDUCE_BYTES = 64 * 2**20
+"""Gradients that are summed over the ranks at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Of the global batch, the same on every rank."""
+    """Result of the global batch, the same on every rank."""
 
     loss: float
     """Mean over clips of each clip's mean."""
     grad_norm: float
     """Before clipping."""
     stopping: bool
-    """Some rank was asked to stop."""
+    """Some rank has received a signal."""
 
 
 def step_gradients(
@@ -54,10 +54,10 @@ def step_gradients(
     *,
     stopping: bool,
 ) -> tuple[list[Tensor], StepResult]:
-    """The global batch's gradient in the adapter, the same on every rank; this rank's losses and the step's result.
+    """Leave the global batch's gradient in the adapter, on every rank; return this rank's losses and the step's result.
 
     A transformer in fp16 takes its backward pass with a scaled loss. On overflow the pass is repeated with a smaller
-    scale, from the same start in every step, so that a resumed run has nothing to remember (unlike a `GradScaler`).
+    scale. Every step starts with the same scale, so a resumed run needs no state for it (unlike a `GradScaler`).
     """
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     scale = loss_scale(transformer.dtype, train.global_batch_size)
@@ -67,14 +67,9 @@ def step_gradients(
         if scale <= 1 or not math.isfinite(result.loss) or math.isfinite(result.grad_norm):
             return losses, result
         scale *= SMALLER
-        logger.warning("a gradient is beyond fp16; once more with the loss scaled by %g", scale)
+        logger.warning("a gradient is beyond fp16; the step is repeated with the loss scaled by %g", scale)
         for parameter in parameters:
             parameter.grad = None
-
-
-def loss_scale(dtype: torch.dtype, clips: int) -> float:
-    """Of a mean over `clips`: a power of two, which rounds nothing; 1 but for fp16."""
-    return FP16_LOSS_SCALE * 2.0 ** math.ceil(math.log2(clips)) if dtype == torch.float16 else 1.0
 
 
 def accumulate_gradients(
@@ -85,9 +80,9 @@ def accumulate_gradients(
     engine: Engine,
     scale: float = 1.0,
 ) -> list[Tensor]:
-    """Add `scale` times this rank's share of the global mean's gradient to the adapter; the loss of each clip.
+    """Add `scale` times this rank's share of the global mean's gradient to the adapter; return the loss of each clip.
 
-    The adapter's dropout, if any, is drawn per pack, so it follows the packing and with it the number of processes.
+    The adapter's dropout is drawn per pack, so it depends on the packing and with it on the number of processes.
     """
     losses: list[Tensor] = []
     for pack in packs:
@@ -109,7 +104,7 @@ def accumulate_gradients(
 def _predict_reference(
     transformer: CogVideoXTransformer3DModel, inputs: Sequence[ModelInput], conventions: Conventions, attention: Backend
 ) -> list[Tensor]:
-    """diffusers' forward under autocast, as the reference script runs it."""
+    """Return the velocities by diffusers' forward under autocast, as the reference script runs it."""
     narrow = transformer.dtype in (torch.float16, torch.bfloat16)
     with pinned(attention), torch.autocast(transformer.device.type, transformer.dtype) if narrow else nullcontext():
         return predict_reference(transformer, inputs, conventions)
@@ -124,7 +119,7 @@ def finish_gradients(
     *,
     stopping: bool,
 ) -> StepResult:
-    """Sum gradients over the ranks, once, divide them by `scale`, and bring them down to `max_grad_norm`."""
+    """Sum gradients over the ranks, divide them by `scale`, and clip them to `max_grad_norm`."""
     for parameter in parameters:
         if parameter.grad is None:  # this rank had no clip
             parameter.grad = torch.zeros_like(parameter)
@@ -135,10 +130,8 @@ def finish_gradients(
     ).sum()
     sums = torch.stack([total, total.new_tensor(float(stopping))])
     if accelerator.num_processes > 1:
-        flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="sum")
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-        sums = accelerator.reduce(sums, reduction="sum")
+        sum_over_ranks(gradients)
+        distributed.all_reduce(sums)
     if scale != 1:
         for gradient in gradients:
             gradient.div_(scale)
@@ -147,8 +140,22 @@ def finish_gradients(
     return StepResult(loss / train.global_batch_size, float(norm), asked > 0)
 
 
+def sum_over_ranks(gradients: Sequence[Tensor]) -> None:
+    """Sum each tensor over the ranks, in place, a few at a time: the copy of all of them would cost memory."""
+    start, num_bytes = 0, 0
+    for stop, gradient in enumerate(gradients, 1):
+        num_bytes += gradient.nbytes
+        if num_bytes >= REDUCE_BYTES or stop == len(gradients):
+            some = gradients[start:stop]
+            flat = torch.cat([value.flatten() for value in some])
+            distributed.all_reduce(flat)
+            for value, part in zip(some, torch.split(flat, [value.numel() for value in some]), strict=True):
+                value.copy_(part.view_as(value))
+            start, num_bytes = stop, 0
+
+
 def require_finite(result: StepResult, packs: Packs, losses: Sequence[Tensor]) -> None:
-    """Raises `NonFiniteError` on every rank, before the update, naming the clips."""
+    """Raise `NonFiniteError` on every rank, before the update, naming the clips."""
     if all(map(torch.isfinite, torch.tensor([result.loss, result.grad_norm]))):
         return
     mine = [example.name for pack in packs for example in pack]

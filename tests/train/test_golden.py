@@ -5,6 +5,7 @@ The numbers are recorded, see tests/golden/README.md for what they are and how t
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -19,12 +20,11 @@ from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import Bucket
 from shared.model.pretrained import pretrained_part, read_config
 from train.data.conditioning import pad_front
-from train.data.example import Example
+from train.data.example import Example, ModelInput
 from train.objective import NoiseSchedule, add_noise, read_schedule, velocity
 from train.optimizer import build_optimizer
 from train.step import accumulate_gradients, finish_gradients
 from train.transformer.engine import Engine
-from train.transformer.forward import ModelInput
 from train.transformer.load import adapter_weights, load_adapter_weights, load_transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -50,7 +50,7 @@ def conventions() -> Conventions:
     return read_conventions(transformer, vae, read_config(PIPELINE / "scheduler" / "scheduler_config.json"))
 
 
-def golden_config(engine: str) -> Config:
+def golden_config(engine: Literal["packed", "reference"]) -> Config:
     return Config(
         model=Model(pretrained_model_name_or_path=str(PIPELINE)),
         data=Data(name="golden", instance_data_root=GOLDEN),
@@ -81,7 +81,7 @@ def recorded_example(
 
 @pytest.mark.parametrize("engine", ["packed", "reference"])
 def test_losses_norms_and_weights_are_the_reference_scripts(
-    engine: str, recorded: dict[str, Tensor], conventions: Conventions
+    engine: Literal["packed", "reference"], recorded: dict[str, Tensor], conventions: Conventions
 ) -> None:
     config = golden_config(engine)
     accelerator = Accelerator(cpu=True)

@@ -3,16 +3,16 @@
 Run with `pytest -m gpu`; `make test` leaves these out, and without a GPU they skip with that reason.
 """
 
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from tests.tiny import VARIANTS, build_transformer
-from tests.train.transformer.test_block import LEAN, PLANS
-from tests.train.transformer.test_forward import conventions_of, largest_difference, make_clips, run
+from tests.train.transformer.parity import LEAN, PLANS, conventions_of, largest_difference, make_clips, run
+from train.data.example import ModelInput
 from train.transformer.engine import Plan, open_engine
-from train.transformer.forward import ModelInput, predict, predict_reference
+from train.transformer.forward import predict, predict_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,10 +55,10 @@ def test_streamed_and_offloaded_gradients_equal_resident_ones_in_bf16(variant: s
     conventions = conventions_of(variant)
     clips = on_gpu(make_clips(conventions, torch.float32, 3), torch.bfloat16)
     results = []
-    for plan in (Plan("attention_output", chunk_tokens=LEAN.chunk_tokens), LEAN):
+    for plan in (Plan("attention_output"), LEAN):
         transformer = build_transformer(variant, torch.bfloat16, lora_rank=4, num_layers=3)
         engine = open_engine(transformer, plan, torch.device("cuda"))
-        results.append(run(transformer, lambda t=transformer, e=engine: predict(t, clips, conventions, e)))
+        results.append(run(transformer, partial(predict, transformer, clips, conventions, engine)))
     (_, resident_loss, resident), (_, lean_loss, lean) = results
     torch.testing.assert_close(lean_loss, resident_loss, rtol=1e-5, atol=1e-6)
     assert largest_difference(lean, resident) < 1e-2
@@ -67,7 +67,7 @@ def test_streamed_and_offloaded_gradients_equal_resident_ones_in_bf16(variant: s
 def test_a_lean_run_leaves_nothing_behind() -> None:
     conventions = conventions_of("5b")
     transformer = build_transformer("5b", torch.bfloat16, lora_rank=4, num_layers=4)
-    engine = open_engine(transformer, replace(LEAN, modulation_table=False), torch.device("cuda"))
+    engine = open_engine(transformer, LEAN, torch.device("cuda"))
     clips = on_gpu(make_clips(conventions, torch.float32, 3), torch.bfloat16)
     held = []
     for _ in range(30):

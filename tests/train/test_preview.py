@@ -136,7 +136,7 @@ def test_guidance_and_length_follow_the_pipeline(fields: dict[str, Any], small: 
 
 def test_a_streamed_transformer_makes_the_same_preview(small: Config, tmp_path: Path) -> None:
     config = changed(small, tmp_path)
-    memory = Memory(activations="block_input", stream_weights=2, modulation_table=True)
+    memory = Memory(activations="block_input", stream_weights=2)
     streamed = opened(config.model_copy(update={"memory": memory}))
     torch.testing.assert_close(preview(streamed), preview(opened(config)), rtol=1e-4, atol=1e-4)
 

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from shared.config import Train
 from tests.tiny import add_lora, build_transformer
-from tests.train.transformer.test_forward import conventions_of, make_clip, make_clips
-from train import step
+from tests.train.transformer.parity import conventions_of, make_clip, make_clips
+from train import objective, step
 from train.data.example import Example
-from train.objective import clip_loss
-from train.step import accumulate_gradients, loss_scale, step_gradients
+from train.objective import clip_loss, loss_scale
+from train.step import accumulate_gradients, step_gradients
 from train.transformer.engine import Engine
 from train.transformer.forward import predict
 
@@ -57,14 +58,14 @@ def test_fp16_keeps_gradients_that_are_below_its_range(exact: Tensor, monkeypatc
 def test_a_scale_that_overflows_is_lowered_until_it_does_not(
     exact: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(step, "FP16_LOSS_SCALE", 2.0**40)
+    monkeypatch.setattr(objective, "FP16_LOSS_SCALE", 2.0**40)
     with caplog.at_level(logging.WARNING):
         ours = gradient(torch.float16)
     assert "beyond fp16" in caplog.text
     assert torch.cosine_similarity(ours, exact, dim=0) > 0.9999
 
 
-def test_packs_add_up_to_the_weighted_mean_over_the_clips_of_the_batch() -> None:
+def test_packs_add_up_to_the_weighted_mean_over_the_batch() -> None:
     """Cut in one way or another; this rank has three of a batch of four."""
     conventions, transformer = conventions_of("2b"), build_transformer("2b", torch.float64, lora_rank=4)
     clips, weights = make_clips(conventions, torch.float64, 3), (1.0, 0.5, 2.0)
@@ -94,7 +95,7 @@ def test_packs_add_up_to_the_weighted_mean_over_the_clips_of_the_batch() -> None
 
 
 @pytest.mark.parametrize("engine", ["packed", "reference"])
-def test_dropout_falls_by_seed_and_draw_and_not_by_what_was_drawn_before(engine: str) -> None:
+def test_dropout_is_keyed_by_seed_and_draw(engine: Literal["packed", "reference"]) -> None:
     conventions, transformer = conventions_of("2b"), build_transformer("2b")
     add_lora(transformer.train(), 4, lora_dropout=0.5)
     clip = make_clip(conventions, (1, 8, 8), 0, torch.float32)
@@ -111,4 +112,4 @@ def test_dropout_falls_by_seed_and_draw_and_not_by_what_was_drawn_before(engine:
 
 def test_only_fp16_is_scaled() -> None:
     assert loss_scale(torch.float32, 3) == loss_scale(torch.bfloat16, 3) == 1
-    assert loss_scale(torch.float16, 3) == 4 * step.FP16_LOSS_SCALE
+    assert loss_scale(torch.float16, 3) == 4 * objective.FP16_LOSS_SCALE

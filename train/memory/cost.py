@@ -24,18 +24,16 @@ from shared.model.pretrained import pretrained_config, pretrained_dtype
 from train.data.order import num_train_steps
 from train.memory.choice import (
     GIB,
-    META,
     RESERVED_PER_ALLOCATED,
     candidates,
     describe,
     describe_pack,
     largest_pack,
-    predict_peak,
     preview_bucket,
 )
+from train.memory.simulation import META, predict_peak
 from train.transformer.engine import Activations
 from train.transformer.load import add_adapter
-from train.transformer.modulation import is_frozen
 
 CONTEXT_GIB = 0.75
 """Memory that CUDA itself takes."""
@@ -107,7 +105,7 @@ def training_cost(config: Config, card: Card) -> TrainingCost:
     ]
     pack, preview = largest_pack(train, conventions, buckets), preview_bucket(config, conventions)
     plans = []
-    for plan in candidates(config, torch.device("cuda"), table_possible=is_frozen(block)):
+    for plan in candidates(config, torch.device("cuda")):
         plan = replace(plan, compile=config.memory.compile is not False)  # the card's machine has a compiler
         found = predict_peak(shape, conventions, train, plan, pack, DTYPES[precision], preview)
         reserved = found.needed * RESERVED_PER_ALLOCATED / GIB

@@ -1,4 +1,4 @@
-"""Whether a base in fewer bits teaches the adapter the same: the cosine of its gradient with the exact base's."""
+"""Fidelity of a quantized base: the cosine of the adapter's gradient with that on the exact base."""
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
@@ -8,8 +8,7 @@ from shared import console
 from shared.errors import UsageError
 from shared.model.conventions import Conventions
 from train.data.example import Example
-from train.objective import clip_loss
-from train.step import loss_scale
+from train.objective import clip_loss, loss_scale
 from train.transformer.engine import Engine, Plan, open_engine
 from train.transformer.forward import predict
 
@@ -25,13 +24,17 @@ def open_quantized_engine(
     *,
     allow_low_cosine: bool,
 ) -> Engine:
-    """`open_engine` for a quantized base, which says how far the adapter's gradient on one clip turned.
+    """Open the engine of a quantized base, and print the cosine of the adapter's gradient on one clip.
 
-    Raises `UsageError` below a cosine of 0.99, unless that is allowed.
+    Raises `UsageError` below a cosine of 0.99, unless `allow_low_cosine`.
     """
-    # the exact base need not fit on the card: its blocks pass through
-    passing = Plan("attention_output", stream_weights=0 if device.type == "cpu" else 2)
-    exact = adapter_gradient(transformer, open_engine(transformer, passing, device), conventions, example)
+    # the exact base need not fit on the card
+    leanest = Plan("attention_output", offload_activations=True, stream_weights=2, attention=plan.attention)
+    exact_engine = open_engine(transformer, leanest, device)
+    exact = adapter_gradient(transformer, exact_engine, conventions, example)
+    assert exact_engine.weights is not None
+    exact_engine.weights.evict_all()
+    del exact_engine
     engine = open_engine(transformer, plan, device)
     cosine = float(torch.cosine_similarity(exact, adapter_gradient(transformer, engine, conventions, example), dim=0))
     console.say(f"memory: {plan.base_precision} base, cosine of the adapter's gradient with the exact one {cosine:.5f}")
@@ -46,7 +49,7 @@ def open_quantized_engine(
 def adapter_gradient(
     transformer: CogVideoXTransformer3DModel, engine: Engine, conventions: Conventions, example: Example
 ) -> Tensor:
-    """[weights of the adapter] fp32, for one clip without dropout, in fp16 scaled; the model is left as it was."""
+    """Return the adapter's gradient, fp32 in one dimension, for one clip without dropout; the model stays as it was."""
     was_training = transformer.training
     transformer.eval()
     example = example.to(transformer.device, transformer.dtype)

@@ -1,137 +1,98 @@
-"""The parts of a transformer block over a pack; the arithmetic and its order are those of diffusers' `CogVideoXBlock`.
+"""One transformer block over a pack; the arithmetic is that of diffusers' `CogVideoXBlock`."""
 
-`checkpointing` puts them together: attention between `raw_qkv` and `add_attention`, then the feed-forward layers.
-"""
-
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import Tensor, nn
+from torch.nn import functional
 
 from train.transformer.attention import RotaryTable, rotate
-from train.transformer.compiled import Fused
-from train.transformer.lora_linear import known_linear, linear, with_value
+from train.transformer.compiled import CompiledKernels
+from train.transformer.lora_linear import linear
+
+Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
+"""Query, key and value [S,heads,head_dim] and the tokens of each clip -> attention's output [S,heads*head_dim]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """What the blocks need to know of the token sequence [text_1; video_1; text_2; ...] and of its n clips."""
+    """The token sequence [text_1; video_1; text_2; ...] of n clips, as far as the blocks need to know it."""
 
     temb: Tensor
     """[n,T] embedded timestep (and ofs) of each clip."""
     part_lengths: list[int]
     """Tokens of text_1, video_1, text_2, ...: 2n numbers."""
     rotary: RotaryTable | None
-    """Of the whole sequence; text rows turn by nothing."""
-    fused: Fused | None = None
-    """Compiled functions for the arithmetic of rows, which want to know every token's part."""
-    part_of_token: Tensor | None = None
-    """[S] int64, with `fused`."""
+    """RoPE table of the whole sequence; the identity on text rows."""
+    kernels: CompiledKernels | None = None
+    """Compiled row-wise functions; None computes them eagerly."""
 
     @property
     def clip_lengths(self) -> list[int]:
         """Tokens of each clip, text and video."""
         return [text + video for text, video in zip(self.part_lengths[::2], self.part_lengths[1::2], strict=True)]
 
-    def cut(self, start: int, stop: int) -> "Pack":
-        """The tokens from `start` to `stop`; parts outside have length 0."""
-        lengths, begin = [], 0
-        for length in self.part_lengths:
-            lengths.append(max(0, min(stop, begin + length) - max(start, begin)))
-            begin += length
-        rotary = None if self.rotary is None else (self.rotary[0][start:stop], self.rotary[1][start:stop])
-        parts = None if self.part_of_token is None else self.part_of_token[start:stop]
-        return replace(self, part_lengths=lengths, rotary=rotary, part_of_token=parts)
 
-    def compiled(self, fused: Fused, device: torch.device) -> "Pack":
-        """The same, whose rows are computed by `fused`."""
-        return replace(self, fused=fused, part_of_token=fused.part_of_token(self.part_lengths, device))
+def block_forward(block: CogVideoXBlock, hidden: Tensor, pack: Pack, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the hidden states [S,D] after attention, the feed-forward update [S,D] and its modulation [2n,3,D].
 
+    `add_gated` of the three is the block's output.
+    """
+    attention, feed_forward = block.attn1, block.ff.net
+    modulation = modulation_rows(block.norm1, pack.temb)
+    normed = modulate(block.norm1.norm, hidden, modulation, pack)
+    query, key, value = (
+        linear(layer, normed).view(len(normed), attention.heads, -1)
+        for layer in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    query, key = qk_norm_and_rope(attention.norm_q, query, pack), qk_norm_and_rope(attention.norm_k, key, pack)
+    attended = attend(query, key, value, pack.clip_lengths)
+    hidden = add_gated(hidden, linear(attention.to_out[0], attended), modulation, pack)
 
-def raw_qkv(block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[S,D] -> query, key and value [S,D] as the linear layers give them."""
-    normed = modulate(block.norm1.norm, hidden, rows, pack)
-    attention = block.attn1
-    return linear(attention.to_q, normed), linear(attention.to_k, normed), linear(attention.to_v, normed)
-
-
-def known_qkv(
-    block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Tensor, raw_query: Tensor, raw_key: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`raw_qkv` for a backward pass: query and key known, the value's value not needed."""
-    normed = modulate(block.norm1.norm, hidden, rows, pack)
-    attention = block.attn1
-    known = ((attention.to_q, raw_query), (attention.to_k, raw_key), (attention.to_v, None))
-    query, key, value = (known_linear(layer, normed, values) for layer, values in known)
-    return query, key, value
+    modulation = modulation_rows(block.norm2, pack.temb)
+    normed = modulate(block.norm2.norm, hidden, modulation, pack)
+    activated = feed_forward[0].gelu(linear(feed_forward[0].proj, normed))
+    return hidden, linear(feed_forward[2], activated), modulation
 
 
-def normalize_and_turn(block: CogVideoXBlock, raw_query: Tensor, raw_key: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-    """[S,D] twice -> [S,heads,head_dim] twice, normalized per head and turned to their positions."""
-    heads = ((block.attn1.norm_q, per_head(block, raw_query)), (block.attn1.norm_k, per_head(block, raw_key)))
-    if pack.fused is not None:
-        turn = pack.fused.normalize_and_turn
-        query, key = (turn(tokens, norm.weight, norm.bias, norm.eps, pack.rotary) for norm, tokens in heads)
-        return query, key
-    query, key = (norm(tokens) for norm, tokens in heads)
-    if pack.rotary is not None:
-        query, key = rotate(query, pack.rotary), rotate(key, pack.rotary)
-    return query, key
+def modulation_rows(norm: CogVideoXLayerNormZero, temb: Tensor) -> Tensor:
+    """Return (shift, scale, gate) of each part [2n,3,D], in the order text_1, video_1, text_2, ..., from temb [n,T].
+
+    Each clip is computed alone, so that its rows never depend on its neighbors, not by a bit.
+    """
+    rows = [linear(norm.linear, functional.silu(clip)) for clip in torch.split(temb, 1)]
+    # [n,6D] is (shift, scale, gate) of video, then of text
+    return torch.cat(rows).reshape(len(temb), 2, 3, -1).flip(1).flatten(0, 1)
 
 
-def per_head(block: CogVideoXBlock, tokens: Tensor) -> Tensor:
-    """[S,D] -> [S,heads,head_dim]."""
-    return tokens.view(len(tokens), block.attn1.heads, -1)
-
-
-def add_attention(
-    block: CogVideoXBlock, hidden: Tensor, attended: Tensor, pack: Pack, rows: Tensor, known: Tensor | None = None
-) -> Tensor:
-    """[S,D] with attention's update added. With `known`, its value for a backward pass, only the gradient is made."""
-    layer = block.attn1.to_out[0]
-    if known is None:
-        return add_gated(hidden, linear(layer, attended), rows, pack)
-    # only the gate's gradient reads the value of the layer
-    update = linear(layer, attended) if rows.requires_grad else known_linear(layer, attended, None)
-    return with_value(add_gated(hidden, update, rows, pack), known)
-
-
-def widen(block: CogVideoXBlock, hidden: Tensor, pack: Pack, rows: Tensor, known: Tensor | None = None) -> Tensor:
-    """[S,D] -> [S,4D], the first feed-forward layer before its activation; `known` as in `add_attention`."""
-    normed = modulate(block.norm2.norm, hidden, rows, pack)
-    layer = block.ff.net[0].proj
-    return linear(layer, normed) if known is None else known_linear(layer, normed, known)
-
-
-def add_feed_forward(
-    block: CogVideoXBlock, hidden: Tensor, wide: Tensor, pack: Pack, rows: Tensor, *, backward: bool = False
-) -> Tensor:
-    """[S,D] with the feed-forward update added; with `backward` the value of the result is not needed."""
-    activated, layer = block.ff.net[0].gelu(wide), block.ff.net[2]
-    unread = backward and not rows.requires_grad
-    update = known_linear(layer, activated, None) if unread else linear(layer, activated)
-    return add_gated(hidden, update, rows, pack)
-
-
-def modulate(norm: nn.LayerNorm, hidden: Tensor, rows: Tensor, pack: Pack) -> Tensor:
-    """[S,D] normalized, then scaled and shifted by clip and kind of token."""
-    if pack.fused is not None and pack.part_of_token is not None:
-        fused = pack.fused.normalize_and_modulate
-        return fused(hidden, norm.weight, norm.bias, norm.eps, rows, pack.part_of_token)
-    shift, scale, _ = rows.unbind(1)
+def modulate(norm: nn.LayerNorm, hidden: Tensor, modulation: Tensor, pack: Pack) -> Tensor:
+    """Return `hidden` [S,D] normalized, then scaled and shifted by part."""
+    if pack.kernels is not None:
+        return pack.kernels.norm_and_modulate(hidden, norm, modulation, pack.part_lengths)
+    shift, scale, _ = modulation.unbind(1)
     return scale_and_shift(norm(hidden), scale, shift, pack.part_lengths)
 
 
 def scale_and_shift(tokens: Tensor, scale: Tensor, shift: Tensor, lengths: list[int]) -> Tensor:
-    """tokens * (1 + scale) + shift on [S,D], row i of `scale` and `shift` for the i-th run of `lengths` tokens."""
-    runs = zip(torch.split(tokens, lengths), 1 + scale, shift, strict=True)
-    return torch.cat([part * factor + offset for part, factor, offset in runs if len(part)])
+    """Return tokens * (1 + scale) + shift on [S,D], row i of `scale` and `shift` for the i-th `lengths[i]` tokens."""
+    parts = zip(torch.split(tokens, lengths), 1 + scale, shift, strict=True)
+    return torch.cat([torch.addcmul(offset, part, factor) for part, factor, offset in parts])
 
 
-def add_gated(hidden: Tensor, update: Tensor, rows: Tensor, pack: Pack) -> Tensor:
-    """hidden + gate * update on [S,D], a gate [D] for each part."""
-    if pack.fused is not None and pack.part_of_token is not None:
-        return pack.fused.add_gated(hidden, update, rows, pack.part_of_token)
-    runs = zip(torch.split(hidden, pack.part_lengths), torch.split(update, pack.part_lengths), rows[:, 2], strict=True)
-    return torch.cat([part + gate * change for part, change, gate in runs if len(part)])
+def add_gated(hidden: Tensor, update: Tensor, modulation: Tensor, pack: Pack) -> Tensor:
+    """Return hidden + gate * update on [S,D], with one gate [D] for each part."""
+    if pack.kernels is not None:
+        return pack.kernels.add_gated(hidden, update, modulation, pack.part_lengths)
+    splits = (torch.split(tokens, pack.part_lengths) for tokens in (hidden, update))
+    return torch.cat([torch.addcmul(*part) for part in zip(*splits, modulation[:, 2], strict=True)])
+
+
+def qk_norm_and_rope(norm: nn.LayerNorm, tokens: Tensor, pack: Pack) -> Tensor:
+    """Return queries or keys [S,heads,head_dim], normalized per head and rotated to their positions."""
+    if pack.kernels is not None:
+        return pack.kernels.qk_norm_and_rope(tokens, norm, pack.rotary)
+    normed = norm(tokens)
+    return normed if pack.rotary is None else rotate(normed, pack.rotary)

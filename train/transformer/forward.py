@@ -1,12 +1,13 @@
 """CogVideoX's transformer over packs: clips of any shapes as one token sequence, on diffusers' modules and peft's LoRA.
 
-Linear layers run on all tokens at once; attention, positions, timestep and modulation are per clip. The arithmetic and
-its order are those of diffusers' `CogVideoXTransformer3DModel.forward`, which `predict_reference` runs unchanged. The
-model's own dropout (0 in every checkpoint) is left out; the adapters' dropout acts. There is no autocast: activations
-have the dtype of the clips.
+Linear layers run on all tokens at once; attention, positions, timestep and modulation are per clip. The arithmetic is
+that of diffusers' `CogVideoXTransformer3DModel.forward`, which `predict_reference` runs unchanged. The model's own
+dropout (0 in every checkpoint) is left out; the adapters' dropout acts. There is no autocast: activations have the
+dtype of the clips.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
@@ -20,7 +21,6 @@ from train.transformer.block import Pack, scale_and_shift
 from train.transformer.checkpointing import run_block
 from train.transformer.engine import EVERYTHING_RESIDENT, Engine
 from train.transformer.lora_linear import linear
-from train.transformer.modulation import block_rows
 from train.transformer.positions import additive_positions, image_rotary_emb
 
 
@@ -30,14 +30,11 @@ def predict(
     conventions: Conventions,
     engine: Engine = EVERYTHING_RESIDENT,
 ) -> list[Tensor]:
-    """The velocity [F,C,H,W] of each clip, C without the image condition, in the dtype of the clips."""
+    """Return the velocity [F,C,H,W] of each clip, C without the image condition, in the dtype of the clips."""
     hidden, pack = embed(transformer, clips, conventions)
-    tabled = None
-    if engine.modulation is not None:
-        tabled = engine.modulation.rows(pack.temb, [_number(clip.timestep) for clip in clips])
+    pack = replace(pack, kernels=engine.kernels)
     for index, block in enumerate(transformer.transformer_blocks):
-        rows = tabled[index] if tabled is not None else block_rows(block, pack.temb)
-        hidden = run_block(block, hidden, pack, rows, engine, index)
+        hidden = run_block(block, hidden, pack, engine, index)
     tokens = read_out(transformer, hidden, pack)
     lengths = pack.part_lengths[1::2]
     return [
@@ -49,7 +46,7 @@ def predict(
 def predict_reference(
     transformer: CogVideoXTransformer3DModel, clips: Sequence[ModelInput], conventions: Conventions
 ) -> list[Tensor]:
-    """The same by diffusers' own forward, one clip at a time."""
+    """Return what `predict` returns, by diffusers' own forward, one clip at a time."""
     learned = transformer.patch_embed.use_learned_positional_embeddings
     assert learned == (conventions.positions == "rope_crop_learned"), "positions of model and conventions differ"
     velocities = []
@@ -70,7 +67,7 @@ def predict_reference(
 def embed(
     transformer: CogVideoXTransformer3DModel, clips: Sequence[ModelInput], conventions: Conventions
 ) -> tuple[Tensor, Pack]:
-    """The token sequence [S,D] of all clips with their additive positions, and the pack that describes it."""
+    """Return the token sequence [S,D] of all clips with their additive positions, and its pack."""
     texts = linear(transformer.patch_embed.text_proj, torch.cat([clip.prompt_embeds for clip in clips]))
     texts_of_clips = torch.split(texts, [len(clip.prompt_embeds) for clip in clips])
     tokens: list[Tensor] = []
@@ -88,7 +85,7 @@ def embed(
 def embed_timesteps(
     transformer: CogVideoXTransformer3DModel, clips: Sequence[ModelInput], conventions: Conventions
 ) -> Tensor:
-    """[n,T], the sum of the timestep's and the ofs embedding."""
+    """Return the sum [n,T] of the timestep's and the ofs embedding."""
     dtype = clips[0].latents.dtype
     timesteps = torch.stack([clip.timestep for clip in clips])
     temb: Tensor = transformer.time_embedding(transformer.time_proj(timesteps).to(dtype))
@@ -100,7 +97,7 @@ def embed_timesteps(
 
 
 def patchify(transformer: CogVideoXTransformer3DModel, latents: Tensor, conventions: Conventions) -> Tensor:
-    """[F,C,H,W] -> [video tokens,D], frames outermost."""
+    """Return the tokens [N,D] of latents [F,C,H,W], frames outermost."""
     project = transformer.patch_embed.proj
     if conventions.patch_size_t is None:
         patches: Tensor = project(latents)  # a convolution: [F,D,rows,columns]
@@ -112,7 +109,7 @@ def patchify(transformer: CogVideoXTransformer3DModel, latents: Tensor, conventi
 
 
 def unpatchify(tokens: Tensor, latents: Tensor, conventions: Conventions) -> Tensor:
-    """[video tokens, C*p_t*p*p] -> [F,C,H,W] with F, H, W of `latents`."""
+    """Return [F,C,H,W], with F, H, W of `latents`, from tokens [N,C*p_t*p*p]."""
     frames, _, height, width = latents.shape
     p, p_t = conventions.patch_size, conventions.patch_size_t or 1
     patches = tokens.reshape(frames // p_t, height // p, width // p, -1, p_t, p, p)
@@ -120,7 +117,7 @@ def unpatchify(tokens: Tensor, latents: Tensor, conventions: Conventions) -> Ten
 
 
 def read_out(transformer: CogVideoXTransformer3DModel, hidden: Tensor, pack: Pack) -> Tensor:
-    """[S,D] -> [video tokens of all clips, C*p_t*p*p]: final norms and projection; text has done its work."""
+    """Return the projected video tokens [N,C*p_t*p*p] of all clips; the text tokens are not needed any more."""
     video = torch.cat(torch.split(hidden, pack.part_lengths)[1::2])
     norm = transformer.norm_out
     shift, scale = linear(norm.linear, functional.silu(pack.temb)).chunk(2, dim=1)
@@ -129,7 +126,7 @@ def read_out(transformer: CogVideoXTransformer3DModel, hidden: Tensor, pack: Pac
 
 
 def _rotary(clips: Sequence[ModelInput], conventions: Conventions) -> RotaryTable | None:
-    """cos and sin [S,head_dim] of the whole sequence: nothing to turn on text, the clip's own table on video."""
+    """Return cos and sin [S,head_dim] of the whole sequence: the identity on text, each clip's own table on video."""
     if conventions.positions == "sincos":
         return None
     cosines: list[Tensor] = []
@@ -142,8 +139,3 @@ def _rotary(clips: Sequence[ModelInput], conventions: Conventions) -> RotaryTabl
         cosines += [cos.new_ones(len(clip.prompt_embeds), cos.shape[1]), cos]
         sines += [sin.new_zeros(len(clip.prompt_embeds), sin.shape[1]), sin]
     return torch.cat(cosines), torch.cat(sines)
-
-
-def _number(timestep: Tensor) -> int:
-    """On the meta device, where nothing has a value, every timestep is the same."""
-    return 0 if timestep.device.type == "meta" else int(timestep)

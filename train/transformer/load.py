@@ -1,4 +1,4 @@
-"""The transformer as the checkpoint publishes it, frozen, with a fresh adapter in fp32. Nothing else is loaded."""
+"""Loading: the frozen transformer of the checkpoint, and a new adapter in fp32. Nothing else is loaded."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ from shared.model.pretrained import pretrained_part
 
 
 def load_transformer(config: Config, device: torch.device) -> CogVideoXTransformer3DModel:
-    """The frozen base in `train.mixed_precision`, with an adapter whose weights depend on `train.seed` alone."""
+    """Return the frozen base in `train.mixed_precision`, with an adapter that depends on `train.seed` alone."""
     part = pretrained_part(config.model, "transformer")
     precision = part.precision(config.train.mixed_precision)
     transformer = CogVideoXTransformer3DModel.from_pretrained(
@@ -30,7 +30,7 @@ def load_transformer(config: Config, device: torch.device) -> CogVideoXTransform
 
 
 def add_adapter(transformer: CogVideoXTransformer3DModel, train: Train) -> None:
-    """Add the LoRA as fp32 masters. Raises `UsageError` if a target module is not there."""
+    """Add the LoRA as fp32 masters. Raises `UsageError` if a target module is not found."""
     lora = LoraConfig(
         r=train.lora_rank,
         lora_alpha=train.lora_alpha,
@@ -41,7 +41,7 @@ def add_adapter(transformer: CogVideoXTransformer3DModel, train: Train) -> None:
         use_dora=train.use_dora,
     )
     where = f"train.lora_target_modules = {list(train.lora_target_modules)}"
-    for target in train.lora_target_modules:  # peft is content if one of them is somewhere
+    for target in train.lora_target_modules:  # peft accepts a list of which one is found
         if not any(f".{name}".endswith(f".{target}") for name, _ in transformer.named_modules()):
             raise UsageError(f"{where}: the transformer has no layer {target}")
     device = transformer.device
@@ -57,13 +57,13 @@ def add_adapter(transformer: CogVideoXTransformer3DModel, train: Train) -> None:
 
 
 def adapter_weights(transformer: CogVideoXTransformer3DModel) -> dict[str, Tensor]:
-    """The adapter's tensors under peft's names, sharing the model's memory."""
+    """Return the adapter's tensors under peft's names, sharing the model's memory."""
     weights: dict[str, Tensor] = get_peft_model_state_dict(transformer)
     return weights
 
 
 def load_adapter_weights(transformer: CogVideoXTransformer3DModel, weights: Mapping[str, Tensor]) -> None:
-    """Copy the tensors in, bit for bit; every tensor has to be there and no other."""
+    """Copy tensors into the adapter, bit for bit; the names must be the adapter's own."""
     own = adapter_weights(transformer)
     assert own.keys() == weights.keys(), sorted(own.keys() ^ weights.keys())[:4]
     set_peft_model_state_dict(transformer, dict(weights))

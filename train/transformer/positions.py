@@ -1,4 +1,4 @@
-"""Where a token stands: rotary tables and additive positions of one clip, kept per shape because they never change.
+"""Positions of one clip's tokens: RoPE tables and additive embeddings, cached by shape because they never change.
 
 Sizes are latent frames (padded), rows and columns, as the transformer gets them. Source: diffusers
 `models/embeddings.py` and `_prepare_rotary_positional_embeddings` of the CogVideoX pipelines.
@@ -19,11 +19,11 @@ Grid = tuple[int, int]
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(mode=False)  # a table first made while evaluating serves training too
+@torch.inference_mode(mode=False)  # a table first made in an evaluation serves training, too
 def image_rotary_emb(
     conventions: Conventions, frames: int, height: int, width: int, device: torch.device
 ) -> RotaryTable | None:
-    """cos and sin [video tokens, head_dim] in fp32 for one clip, or None for checkpoints without RoPE."""
+    """Return cos and sin [N,head_dim] in fp32 of a clip's N video tokens, or None for checkpoints without RoPE."""
     if conventions.positions == "sincos":
         return None
     p = conventions.patch_size
@@ -41,7 +41,7 @@ def image_rotary_emb(
 
 
 def crop_region(grid: Grid, base: Grid) -> tuple[Grid, Grid]:
-    """Top left and bottom right of `grid` (rows, columns) scaled to fit inside `base` and centred there.
+    """Return top left and bottom right of `grid` (rows, columns) scaled to fit inside `base` and centered there.
 
     Source: diffusers `get_resize_crop_region_for_grid`, with its rounding.
     """
@@ -58,9 +58,9 @@ def crop_region(grid: Grid, base: Grid) -> tuple[Grid, Grid]:
 def additive_positions(
     transformer: CogVideoXTransformer3DModel, conventions: Conventions, latents: Tensor, text_length: int
 ) -> Tensor | None:
-    """[L+N,D] to add to L text tokens and the N video tokens of `latents` [F,C,H,W], in their dtype, or None.
+    """Return [L+N,D] to add to L text tokens and the N video tokens of `latents` [F,C,H,W], in their dtype, or None.
 
-    Sincos positions are zero on text; a learned table may have learned something there.
+    Sincos positions are zero on text; a learned table covers the text, too.
     """
     if conventions.positions not in ("sincos", "rope_crop_learned"):
         return None
@@ -85,7 +85,7 @@ def additive_positions(
 def _sincos(
     conventions: Conventions, width: int, frames: int, grid: Grid, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Temporal quarter [F,1,D/4] and spatial rest [1,rows*columns,3D/4] in fp32: less to keep than the whole table."""
+    """Return the temporal quarter [F,1,D/4] and the spatial rest [1,rows*columns,3D/4] in fp32."""
     rows, columns = grid
     scales = (conventions.spatial_interpolation_scale, conventions.temporal_interpolation_scale)
     temporal = get_3d_sincos_pos_embed(width, (1, 1), frames, *scales)[..., : width // 4]
@@ -94,6 +94,6 @@ def _sincos(
 
 
 def forget_tables() -> None:
-    """Drop the tables that are kept, so that the next clip makes its own again."""
+    """Drop the cached tables."""
     image_rotary_emb.cache_clear()
     _sincos.cache_clear()

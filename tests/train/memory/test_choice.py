@@ -1,4 +1,4 @@
-"""What the engine's levels weigh, counted on the meta device at the published sizes, and the choice between them."""
+"""The memory of every plan at the published sizes, simulated, and the choice between the plans."""
 
 import json
 from dataclasses import replace
@@ -9,133 +9,93 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shared.config import Config, Memory, Sample, Train
+from shared.config import Memory, Sample, Train
 from shared.errors import UsageError
-from shared.model.conventions import Conventions, read_conventions
+from shared.model.conventions import read_conventions
 from shared.model.geometry import Bucket, video_tokens
 from shared.model.quantize import Storage
 from shared.signals import StopSignal
 from tests.experiments import fill_cache, write_experiment
 from tests.tiny import build_transformer, scheduler_config, transformer_config, vae_config
+from tests.train.memory.published import LARGE, SMALL, config_of, predicted, published, published_conventions
 from train.loop import train as train_run
 from train.memory import choice as memory
-from train.memory.choice import (
-    GIB,
-    PREFERENCE,
-    Prediction,
-    candidates,
-    choose_plan,
-    largest_pack,
-    predict_peak,
-    preview_bucket,
-)
-from train.memory.tally import Tally
+from train.memory.choice import GIB, PREFERENCE, candidates, choose_plan, fill, largest_pack, preview_bucket
+from train.memory.simulation import Prediction, Tally, predict_peak, run_on_meta
+from train.transformer.compiled import CompiledKernels
 from train.transformer.engine import Activations, Plan, open_engine
-from train.transformer.host_memory import host_empty
 
-SMALL = Bucket(49, 480, 720)
-LARGE = Bucket(81, 768, 1360)
-LEAN = Plan("attention_output", offload_activations=True, stream_weights=3, modulation_table=True)
-RESIDENT = replace(LEAN, stream_weights=0)
-
-
-def published(variant: str) -> dict[str, Any]:
-    """The sizes of the real checkpoints."""
-    config = transformer_config(variant, text_length=224 if variant.startswith("1.5") else 226)
-    config |= {"attention_head_dim": 64, "time_embed_dim": 512, "text_embed_dim": 4096}
-    config |= {"num_attention_heads": 30, "num_layers": 30} if variant == "2b" else {}
-    config |= {"num_attention_heads": 48, "num_layers": 42} if variant != "2b" else {}
-    if not variant.startswith("1.5"):
-        config |= {"sample_height": 60, "sample_width": 90, "sample_frames": 49}
-    return config
-
-
-def predicted(variant: str, plan: Plan, bucket: Bucket = SMALL, lora_rank: int = 64, **changes: Any) -> Prediction:
-    config = published(variant) | changes
-    conventions = read_conventions(config, vae_config(variant), scheduler_config(variant))
-    train = Train(output_dir="unused", lora_rank=lora_rank, lora_alpha=lora_rank)
-    return predict_peak(config, conventions, train, plan, [bucket], torch.bfloat16)
-
-
-def conventions_of(variant: str) -> Conventions:
-    return read_conventions(published(variant), vae_config(variant), scheduler_config(variant))
+LEAN = Plan("attention_output", offload_activations=True, stream_weights=2)
+OFFLOADED = replace(LEAN, stream_weights=0)
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("variant", "bucket", "activations", "units"),
+    ("variant", "bucket"),
     [
-        ("5b", SMALL, "block_input", 1),
-        ("5b", SMALL, "attention_output", 2),
-        ("5b", SMALL, "full", 10),
-        pytest.param("2b", SMALL, "block_input", 1, marks=pytest.mark.faults),
-        pytest.param("2b", SMALL, "attention_output", 2, marks=pytest.mark.faults),
-        pytest.param("2b", SMALL, "full", 10, marks=pytest.mark.faults),
-        pytest.param("1.5-5b", LARGE, "block_input", 1, marks=pytest.mark.faults),
-        pytest.param("1.5-5b", LARGE, "attention_output", 2, marks=pytest.mark.faults),
-        pytest.param("1.5-5b", LARGE, "full", 10, marks=pytest.mark.faults),
+        ("5b", SMALL),
+        pytest.param("2b", SMALL, marks=pytest.mark.faults),
+        pytest.param("1.5-5b", LARGE, marks=pytest.mark.faults),
     ],
 )
+@pytest.mark.parametrize(("activations", "units"), [("block_input", 1), ("attention_output", 2), ("full", 10)])
 def test_a_block_keeps_what_the_formula_says_and_no_more(
     variant: str, bucket: Bucket, activations: Activations, units: int
 ) -> None:
-    config, conventions = published(variant), conventions_of(variant)
+    config, conventions = published(variant), published_conventions(variant)
     tokens = conventions.text_length + video_tokens(bucket, 2, conventions.patch_size_t)
     unit = 2 * tokens * config["num_attention_heads"] * 64
-    plan = Plan(activations, modulation_table=True)
-    few, more = (predicted(variant, plan, bucket, num_layers=layers).kept for layers in (2, 4))
-    assert (more - few) / 2 == pytest.approx(units * unit, rel=0.05)
+    few, more = (predicted(variant, Plan(activations), bucket, num_layers=layers).kept for layers in (2, 3))
+    assert more - few == pytest.approx(units * unit, rel=0.05)
 
 
 @pytest.mark.parametrize(
     ("variant", "bucket", "plan", "limit_gib"),
     [
-        ("5b", SMALL, LEAN, 5.0),
-        ("5b", SMALL, replace(RESIDENT, base_precision="int8"), 8.5),
-        ("5b", SMALL, RESIDENT, 13.0),
+        ("5b", SMALL, LEAN, 4.5),
+        ("5b", SMALL, replace(OFFLOADED, base_precision="int8"), 8.5),
+        ("5b", SMALL, OFFLOADED, 13.0),
         ("2b", SMALL, LEAN, 2.6),
         ("1.5-5b", LARGE, LEAN, 8.5),
     ],
-    ids=["5b-lean", "5b-int8", "5b-resident", "2b-lean", "1.5-5b-lean"],
+    ids=["5b-lean", "5b-int8", "5b-offloaded", "2b-lean", "1.5-5b-lean"],
 )
 def test_peaks_at_the_published_sizes(variant: str, bucket: Bucket, plan: Plan, limit_gib: float) -> None:
-    found = predicted(variant, plan, bucket)
-    assert 0.5 * limit_gib < found.peak / GIB < limit_gib
+    assert 0.7 * limit_gib < predicted(variant, plan, bucket).peak / GIB < limit_gib
 
 
-def test_prediction_continues_shallow_models_to_the_depth_that_running_them_all_gives() -> None:
-    for plan in (LEAN, Plan("full")):
-        deep = predicted("2b", plan, Bucket(9, 256, 256), num_layers=6)
-        by_hand = memory._run_on_meta(
-            published("2b") | {"num_layers": 6},
-            conventions_of("2b"),
-            Train(output_dir="unused", lora_rank=64, lora_alpha=64),
-            plan,
-            [Bucket(9, 256, 256)],
-            torch.bfloat16,
-        )
-        assert deep.peak == pytest.approx(by_hand.peak, rel=0.002)
-        assert deep.kept == pytest.approx(by_hand.kept, rel=0.002)
+@pytest.mark.parametrize("plan", [LEAN, Plan("full"), Plan("attention_output", full_blocks=3)])
+def test_extrapolation_equals_a_run_of_the_whole_depth(plan: Plan) -> None:
+    deep = predicted("2b", plan, Bucket(9, 256, 256), num_layers=6)
+    whole = run_on_meta(
+        published("2b") | {"num_layers": 6},
+        published_conventions("2b"),
+        Train.model_validate({"output_dir": "unused", "lora_rank": 64, "lora_alpha": 64}),
+        replace(plan, attention="math"),
+        [Bucket(9, 256, 256)],
+        torch.bfloat16,
+    )
+    assert deep.peak == pytest.approx(whole.peak, rel=0.002)
+    assert deep.kept == pytest.approx(whole.kept, rel=0.002)
 
 
-def test_an_adapter_weight_costs_itself_its_gradient_and_two_moments_in_fp32() -> None:
-    small, large = (predicted("5b", LEAN, Bucket(9, 256, 256), rank, num_layers=4).loaded for rank in (32, 64))
-    more_weights = 4 * 4 * 32 * 2 * 3072
+def test_an_adapter_weight_costs_four_fp32_numbers() -> None:
+    small, large = (predicted("5b", LEAN, Bucket(9, 256, 256), rank, num_layers=3).loaded for rank in (32, 64))
+    more_weights = 3 * 4 * 32 * 2 * 3072
     assert large - small == pytest.approx(4 * 4 * more_weights, rel=1e-3)
 
 
-@pytest.mark.parametrize(("storage", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4.5)])
-def test_a_quantized_base_weighs_what_its_bits_say(storage: Storage, bits: float) -> None:
-    """On its way through a product, and lean, too: without bitsandbytes, on the meta device."""
-    plans = (RESIDENT, replace(RESIDENT, base_precision=storage), replace(LEAN, base_precision=storage))
-    wide, small, lean = (predicted("5b", plan, Bucket(9, 256, 256), num_layers=4) for plan in plans)
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_a_quantized_base_takes_a_byte_per_weight(storage: Storage) -> None:
+    plans = (OFFLOADED, replace(OFFLOADED, base_precision=storage))
+    wide, small = (predicted("5b", plan, Bucket(9, 256, 256), num_layers=3) for plan in plans)
     of_a_block = 12 * 3072**2
-    assert (wide.loaded - small.loaded) / 4 == pytest.approx(of_a_block * (16 - bits) / 8, rel=0.01)
-    assert small.loaded - lean.loaded == pytest.approx(of_a_block * bits / 8, rel=0.01), "three of four are resident"
+    assert (wide.loaded - small.loaded) / 3 == pytest.approx(of_a_block, rel=0.01)
     assert small.peak < wide.peak
 
 
 def test_each_leaner_plan_needs_less() -> None:
-    peaks = [predicted("5b", plan, Bucket(9, 480, 720)).peak for plan in PREFERENCE]
+    peaks = [predicted("5b", plan, num_layers=5).peak for plan in PREFERENCE]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
 
 
@@ -143,7 +103,7 @@ def test_tally_counts_what_is_live_once_and_no_host_buffer() -> None:
     with Tally() as tally:
         first = torch.empty(1000, dtype=torch.uint8, device="meta")
         view = first[10:]
-        host = host_empty(5000, torch.device("meta"))
+        host = tally.uncounted(5000, torch.device("meta"))
         host[:1000].copy_(first)
         second = first + 1
         del first
@@ -156,21 +116,6 @@ def test_tally_counts_what_is_live_once_and_no_host_buffer() -> None:
         assert (tally.num_bytes, tally.peak_bytes) == (0, 2048)
 
 
-def config_of(memory_fields: dict[str, Any], **train: Any) -> Config:
-    return Config.model_validate(
-        {
-            "model": {"pretrained_model_name_or_path": "unused"},
-            "data": {"name": "unused", "instance_data_root": "unused"},
-            "precompute": {"cache": "unused"},
-            "train": {"output_dir": "unused", "lora_rank": 4} | train,
-            "memory": memory_fields,
-        }
-    )
-
-
-CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-
-
 @pytest.mark.parametrize(
     ("fields", "train", "expected"),
     [
@@ -178,12 +123,12 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
         ({"activations": "block_input"}, {}, {"block_input"}),
         ({}, {"gradient_checkpointing": True}, {"block_input"}),
         ({"stream_weights": 4}, {}, {"full", "attention_output"}),
+        ({"full_blocks": 3}, {}, {"full", "attention_output"}),
         ({"offload_activations": True, "activations": "full"}, {}, {"full"}),
-        ({"activations": "full"}, {}, {"full"}),
     ],
 )
 def test_fields_that_are_set_stay_and_auto_fills_the_rest(fields: Any, train: Any, expected: Any) -> None:
-    plans = candidates(config_of({"compile": False} | fields, **train), CUDA, table_possible=True)
+    plans = candidates(config_of({"compile": False} | fields, **train), CUDA)
     if isinstance(expected, list):
         assert plans == expected
     assert isinstance(expected, list) or {plan.activations for plan in plans} == expected
@@ -191,34 +136,58 @@ def test_fields_that_are_set_stay_and_auto_fills_the_rest(fields: Any, train: An
 
 
 @pytest.mark.parametrize(
-    ("fields", "train", "table_possible", "message"),
+    ("fields", "train", "message"),
     [
-        ({"activations": "full"}, {"gradient_checkpointing": True}, True, "means memory.activations = 'block_input'"),
-        ({"modulation_table": True}, {}, False, "adapters on the layers"),
-        ({"stream_weights": 2}, {"transformer_engine": "reference"}, True, "with 'reference' leave it out"),
-        ({"base_precision": "int8"}, {"use_dora": True}, True, "use_dora"),
-        ({"compile": True}, {"transformer_engine": "reference"}, True, "compile = true acts on"),
+        ({"activations": "full"}, {"gradient_checkpointing": True}, "memory.activations = 'full': .* 'block_input'"),
+        ({"stream_weights": 2}, {"transformer_engine": "reference"}, "with 'reference' leave out"),
+        ({"full_blocks": 2}, {"transformer_engine": "reference"}, "with 'reference' leave out"),
+        ({"compile": True}, {"transformer_engine": "reference"}, "with 'reference' leave out"),
+        ({"base_precision": "int8"}, {"use_dora": True}, "use_dora"),
     ],
 )
-def test_contradictions_are_refused(fields: Any, train: Any, table_possible: bool, message: str) -> None:
+def test_contradictions_are_refused(fields: Any, train: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        candidates(config_of(fields, **train), CUDA, table_possible=table_possible)
-
-
-def test_no_plan_has_a_table_where_adapters_make_the_modulation() -> None:
-    plans = candidates(config_of({}), CUDA, table_possible=False)
-    assert plans and not any(plan.modulation_table for plan in plans)
-    assert len(set(plans)) == len(plans)
+        candidates(config_of(fields, **train), CUDA)
 
 
 def test_compile_and_attention_reach_the_engine() -> None:
-    assert not any(plan.compile for plan in candidates(config_of({}), CPU, table_possible=True)), "auto, on a CPU"
+    assert not any(plan.compile for plan in candidates(config_of({}), CPU)), "auto, on a CPU"
     for compiled in (True, False):
-        (plan, *_) = candidates(config_of({"compile": compiled, "attention": "math"}), CPU, table_possible=True)
+        (plan, *_) = candidates(config_of({"compile": compiled, "attention": "math"}), CPU)
         engine = open_engine(build_transformer("5b", lora_rank=4), plan, CPU)
-        assert (engine.fused is not None) == compiled and engine.attention == "math"
+        assert (engine.kernels is not None) == compiled and engine.attention == "math"
     config = config_of({"attention": "flash"}, transformer_engine="reference")
-    assert [plan.attention for plan in candidates(config, CPU, table_possible=True)] == ["flash"]
+    assert [plan.attention for plan in candidates(config, CPU)] == ["flash"]
+
+
+def test_auto_goes_eager_where_nothing_compiles_and_true_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_compiler(*_: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr(CompiledKernels, "try_on", no_compiler)
+    monkeypatch.setattr(memory, "candidates", lambda *_: [Plan("full", compile=True)])
+    arguments = build_transformer("5b", lora_rank=4), published_conventions("5b"), [SMALL], CPU
+    assert choose_plan(config_of({}), *arguments) == Plan("full")
+    assert "not compiled, because compiling fails here (RuntimeError: Failed to find C compiler.)" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    with pytest.raises(UsageError, match=r"memory.compile = true: compiling fails here .*use 'auto' or false"):
+        choose_plan(config_of({"compile": True}), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("free", "full_blocks"), [(99, 0), (119, 0), (120, 2), (129, 2), (130, 3), (165, 6), (10**6, 9)]
+)
+def test_full_blocks_fill_the_memory_that_is_left(free: int, full_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "RESERVED_PER_ALLOCATED", 1.0)
+
+    def predict(plan: Plan) -> Prediction:
+        return Prediction(peak=100 + 10 * plan.full_blocks, loaded=0, kept=0, preview=90)
+
+    plan, found = fill(Plan("attention_output"), predict(Plan("attention_output")), free, 10, predict)
+    assert plan.full_blocks == full_blocks and found == predict(plan)
 
 
 def test_auto_takes_the_fastest_plan_that_fits_and_says_why(
@@ -240,6 +209,7 @@ def test_auto_takes_the_fastest_plan_that_fits_and_says_why(
         chosen.append(choose_plan(config, transformer, conventions, [bucket], CPU))
         told.append(capsys.readouterr().err.strip())
     assert [plan.activations for plan in chosen] == ["full", "attention_output", "block_input"]
+    assert not any(plan.full_blocks for plan in chosen), "two blocks are too few to differ"
     fits = f"for {bucket}, {{}} free on cpu"
     monkeypatch.setattr(memory, "free_bytes", lambda device: sizes[0])
     plan = choose_plan(config, transformer, conventions, [bucket], CPU)
@@ -265,7 +235,7 @@ def test_every_process_takes_the_plan_that_fits_the_fullest_card(monkeypatch: py
         assert plan.activations == "block_input"
 
 
-def test_a_preview_larger_than_the_clips_counts_where_previews_are_made(
+def test_a_preview_larger_than_the_clips_counts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     transformer = build_transformer("5b", lora_rank=4)
@@ -300,12 +270,12 @@ def test_a_preview_larger_than_the_clips_counts_where_previews_are_made(
     assert f"for a preview of {large}" in capsys.readouterr().err
 
 
-def test_largest_pack_is_as_many_of_the_largest_clip_as_the_budget_holds() -> None:
-    conventions = conventions_of("5b")
+def test_largest_pack_holds_the_largest_clip_as_often_as_it_fits() -> None:
+    conventions = published_conventions("5b")
     buckets = [Bucket(9, 64, 96), SMALL]
     tokens = 226 + 13 * 30 * 45
     for budget, batch, count in [(1, 8, 1), (2 * tokens, 8, 2), (2 * tokens - 1, 8, 1), (9 * tokens, 4, 4)]:
-        train = Train(output_dir="unused", max_tokens_per_pack=budget, global_batch_size=batch)
+        train = Train(output_dir=Path("unused"), max_tokens_per_pack=budget, global_batch_size=batch)
         assert largest_pack(train, conventions, buckets) == [SMALL] * count
 
 
@@ -313,7 +283,7 @@ def test_a_lean_run_and_a_full_run_train_the_same_adapter(tmp_path: Path, capsys
     config = write_experiment("1.5-5b", tmp_path, max_train_steps=2, lora_rank=4, lora_alpha=4, validation_steps=2)
     config = config.model_copy(update={"data": config.data.model_copy(update={"held_out_clips": 1})})
     fill_cache(config)
-    lean = Memory(activations="attention_output", offload_activations=True, stream_weights=2, modulation_table=True)
+    lean = Memory(activations="attention_output", offload_activations=True, stream_weights=2)
     arms = {"full": Memory(), "lean": lean, "int8": Memory(base_precision="int8", activations="block_input")}
     adapters, held_out = {}, {}
     for name, fields in arms.items():

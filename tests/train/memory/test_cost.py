@@ -17,7 +17,7 @@ from shared.config import Config, save_config
 from shared.errors import UsageError
 from tests.experiments import fill_cache, write_experiment
 from tests.tiny import build_transformer, transformer_config
-from tests.train.transformer.test_forward import conventions_of, make_clips
+from tests.train.transformer.parity import conventions_of, make_clips
 from train.memory.choice import PREFERENCE
 from train.memory.cost import (
     CONTEXT_GIB,

@@ -27,7 +27,8 @@ from tests.tiny import (
     vae_config,
 )
 from train.data.conditioning import image_condition, pad_front
-from train.transformer.forward import ModelInput, predict
+from train.data.example import ModelInput
+from train.transformer.forward import predict
 from train.transformer.positions import additive_positions, crop_region, image_rotary_emb
 
 PROMPT = "a grey rabbit yawns in the meadow"
@@ -71,7 +72,7 @@ def conventions_of(pipeline: CogVideoXPipeline | CogVideoXImageToVideoPipeline) 
 
 
 def run(variant: str, bucket: Bucket, output_type: str = "latent") -> tuple[Any, Captured, Tensor, Tensor, Tensor]:
-    """The pipeline, what it passed on, its result, and the noise and the image that went in."""
+    """Run a tiny pipeline; return the pipeline, what it passed on, its result, the noise and the image."""
     pipeline = build_pipeline(variant)
     frames = latent_shape(bucket)[1]
     frames += padding_frames(frames, pipeline.transformer.config.patch_size_t)
@@ -216,7 +217,7 @@ def test_rotary_tables_of_full_size_clips_equal_the_pipelines(variant: str, buck
     assert all(map(torch.equal, ours, theirs))
 
 
-def test_image_latents_of_the_1_5_pair_are_divided_by_the_scaling_factor() -> None:
+def test_image_latents_of_1_5_are_divided_by_the_scaling_factor() -> None:
     image = torch.ones(1, 16, 2, 2)
     first = {
         variant: image_condition(
