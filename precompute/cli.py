@@ -135,6 +135,7 @@ def show_plan(config: "Config") -> dict[str, Any]:
     changes = sorted(Counter(reason for _, reason in found.changed).items())
     unused, prompts_changed = found.orphaned, found.prompts_recipe_changed
     unused_bytes = bytes_text(unused["bytes"])
+    sizes = zip(("disk needed", "stored", "disk free"), found.bytes.values(), strict=True)
     table(
         f"Plan for cache {config.precompute.cache}",
         [
@@ -146,9 +147,7 @@ def show_plan(config: "Config") -> dict[str, Any]:
             *([("  recipe changed", ", ".join(prompts_changed))] if prompts_changed else []),
             *_count_by_kind(found.skipped),
             ("shards to make", f"{found.shards['latents']} of clips, {found.shards['prompts']} of prompts"),
-            ("disk needed", bytes_text(found.needed_bytes)),
-            ("disk free", "unknown" if found.free_bytes is None else bytes_text(found.free_bytes)),
-            ("stored", bytes_text(found.stored_bytes)),
+            *((name, "unknown" if size is None else bytes_text(size)) for name, size in sizes),
             ("used by no data set", f"{unused['latents']} latents, {unused['prompts']} prompts, {unused_bytes}"),
         ],
     )

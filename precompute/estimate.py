@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from precompute import recipes
@@ -67,28 +67,20 @@ class Estimate:
     orphaned: dict[str, int]
     """Kind -> stored samples that neither this config nor another view uses; "bytes" of all of them."""
     shards: dict[str, int]
-    needed_bytes: int
-    stored_bytes: int
-    free_bytes: int | None
+    bytes: dict[str, int | None]
+    """Needed, stored and free; the free bytes of an object store are None."""
     skipped: list[tuple[str, str]]
     warnings: list[str]
-    seconds: float
+    seconds: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
         return {
-            "clips": self.clips,
+            **asdict(self),
             "latents": {"planned": self.latents.made, "reused": self.latents.reused},
             "prompts": {"planned": self.prompts.made, "reused": self.prompts.reused},
-            "prompts_recipe_changed": self.prompts_recipe_changed,
-            "new": self.new,
             "changed": reasons_json(self.changed),
-            "orphaned": self.orphaned,
-            "shards": self.shards,
-            "bytes": {"needed": self.needed_bytes, "stored": self.stored_bytes, "free": self.free_bytes},
             "skipped": reasons_json(self.skipped),
-            "warnings": self.warnings,
-            "seconds": {"total": round(self.seconds, 3)},
         }
 
 
@@ -116,16 +108,18 @@ def estimate(stage: Stage, pool: DecodePool) -> Estimate:
         changed=changed,
         orphaned=orphaned,
         shards={"latents": len(latents.shards), "prompts": len(prompts.shards)},
-        needed_bytes=latents.bytes_needed + prompts.bytes_needed,
-        stored_bytes=stored_bytes,
-        free_bytes=stage.storage.free_bytes(),
+        bytes={
+            "needed": latents.bytes_needed + prompts.bytes_needed,
+            "stored": stored_bytes,
+            "free": stage.storage.free_bytes(),
+        },
         skipped=sorted(skipped),
         warnings=[
             *bucket_warnings(stage.config.data),
             *(f"{source}: {reason}; left out of this plan" for source, reason in sorted(wanted.transient.items())),
             *warnings,
         ],
-        seconds=time.perf_counter() - started,
+        seconds={"total": round(time.perf_counter() - started, 3)},
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from precompute import recipes
 from precompute.assignments import PlannedShard, shards_to_make, unmade
 from precompute.discover import Clip, Stage
-from precompute.encoders import VaeEncoder, vae_precision
+from precompute.encoders import VaeEncoder
 from precompute.estimate import Work
 from precompute.report import PassResult, SampleCounts, Timer
 from precompute.video.child import Decoded, DecodeJob
@@ -50,7 +50,7 @@ def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: De
 
     Clips with a transient failure are neither stored nor skipped, unless another worker made them.
     """
-    timer, encoder, wanted = Timer(), None, work.wanted
+    timer, encoder, wanted, settings = Timer(), None, work.wanted, stage.config.precompute
     failed: dict[str, Skipped] = {}
     writes: list[Future[tuple[int, float]]] = []
     made = 0
@@ -58,7 +58,7 @@ def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: De
     while shards:
         if encoder is None:
             with timer.measure("load_vae"):
-                encoder = load_vae(stage)
+                encoder = VaeEncoder(stage.encoders.vae, settings, choose_device(settings.device))
             recipes.record_environment(stage.storage, wanted.collection, encoder.device)
         with (
             timer.measure("video_pass"),
@@ -81,20 +81,6 @@ def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: De
     failed = {key: skip for key, skip in failed.items() if key not in inventory.stored | inventory.skipped.keys()}
     return PassResult(
         inventory, SampleCounts(made, reused), sum(write.result()[0] for write in writes), seconds, failed
-    )
-
-
-def load_vae(stage: Stage) -> VaeEncoder:
-    """Load the VAE's encoder with the config's settings."""
-    settings, vae = stage.config.precompute, stage.encoders.vae
-    return VaeEncoder(
-        vae,
-        vae_precision(settings.vae_dtype, vae),
-        choose_device(settings.device),
-        tiling=settings.enable_tiling,
-        slicing=settings.enable_slicing,
-        channels_last=settings.channels_last,
-        compiled=settings.compile_vae,
     )
 
 

@@ -20,13 +20,14 @@ from shared.errors import DataError
 
 def encode_prompts(stage: Stage, work: Work, texts: Mapping[str, str], tokenizer: Any) -> PassResult:
     """Encode the texts (key -> text) that are not stored; T5 is loaded only if there are any, and freed at the end."""
-    timer, encoder, wanted = Timer(), None, work.wanted
+    timer, encoder, wanted, settings = Timer(), None, work.wanted, stage.config.precompute
     made = written_bytes = 0
     shards, inventory = shards_to_make(stage.storage, wanted, work.inventory, stage.part)
     while shards:
         if encoder is None:
             with timer.measure("load_text_encoder"):
-                encoder = load_text_encoder(stage, tokenizer)
+                device, length = choose_device(settings.device), stage.encoders.conventions.text_length
+                encoder = TextEncoder(stage.encoders.text_encoder, tokenizer, settings, device, length)
             recipes.record_environment(stage.storage, wanted.collection, encoder.device)
         with console.Progress("prompts", sum(len(shard.keys) for shard in shards)) as bar:
             for shard in unmade(stage.storage, shards):
@@ -44,19 +45,6 @@ def encode_prompts(stage: Stage, work: Work, texts: Mapping[str, str], tokenizer
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return PassResult(inventory, SampleCounts(made, len(texts) - made), written_bytes, timer.seconds)
-
-
-def load_text_encoder(stage: Stage, tokenizer: Any) -> TextEncoder:
-    """Load T5 with the config's settings."""
-    settings, part = stage.config.precompute, stage.encoders.text_encoder
-    return TextEncoder(
-        part,
-        tokenizer,
-        part.precision(settings.text_dtype),
-        choose_device(settings.device),
-        stage.encoders.conventions.text_length,
-        offload=settings.text_offload,
-    )
 
 
 def encode_texts(encoder: TextEncoder, texts: Mapping[str, str]) -> list[Sample]:

@@ -14,7 +14,7 @@ from transformers import T5EncoderModel
 
 from precompute.encoders import CompiledModule, TextEncoder, VaeEncoder, load_tokenizer, truncated_tokens, vae_precision
 from precompute.latents import conditioning_images
-from shared.config import Model
+from shared.config import Model, Precompute
 from shared.errors import UsageError
 from shared.model.pretrained import Part, pretrained_part
 from tests.tiny import TEXT_LENGTH
@@ -31,15 +31,21 @@ def vae(pipeline: Path) -> Part:
 @pytest.fixture(scope="module")
 def t5(pipeline: Path) -> TextEncoder:
     part = pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "text_encoder")
-    return TextEncoder(part, load_tokenizer(str(pipeline / "tokenizer")), "fp32", CPU, TEXT_LENGTH)
+    return TextEncoder(
+        part,
+        load_tokenizer(str(pipeline / "tokenizer")),
+        Precompute(cache="unused", text_dtype="fp32"),
+        CPU,
+        TEXT_LENGTH,
+    )
 
 
 def clips(count: int, frames: int = 9, height: int = 32, width: int = 48) -> torch.Tensor:
     return torch.randn(count, 3, frames, height, width, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
 
 
-def encoder(part: Part, *, tiling: bool = False, slicing: bool = False, precision: str = "fp32") -> VaeEncoder:
-    return VaeEncoder(part, precision, CPU, tiling=tiling, slicing=slicing)
+def encoder(part: Part, **settings: Any) -> VaeEncoder:
+    return VaeEncoder(part, Precompute(**{"cache": "unused", "vae_dtype": "fp32", **settings}), CPU)
 
 
 @pytest.mark.parametrize("frames", [1, 17])
@@ -54,14 +60,14 @@ def test_batch_equals_single_clips(vae: Part, frames: int) -> None:
 def test_slicing_keeps_the_latents_and_tiling_changes_them(vae: Part) -> None:
     batch = clips(2, frames=5, height=96, width=160)
     plain = encoder(vae).encode(batch)
-    torch.testing.assert_close(encoder(vae, slicing=True).encode(batch), plain, rtol=1e-5, atol=1e-5)
-    tiled = encoder(vae, tiling=True).encode(batch)
+    torch.testing.assert_close(encoder(vae, enable_slicing=True).encode(batch), plain, rtol=1e-5, atol=1e-5)
+    tiled = encoder(vae, enable_tiling=True).encode(batch)
     assert tiled.shape == plain.shape and (tiled - plain).abs().max() > 1e-3
 
 
 def test_channels_last_keeps_the_latents(vae: Part) -> None:
     batch = clips(2, frames=9)
-    laid_out = VaeEncoder(vae, "fp32", CPU, tiling=False, slicing=False, channels_last=True)
+    laid_out = encoder(vae, channels_last=True)
     weight = laid_out.vae.encoder.conv_in.conv.weight
     assert weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
     moments = laid_out.encode(batch)
@@ -72,7 +78,7 @@ def test_channels_last_keeps_the_latents(vae: Part) -> None:
 @pytest.mark.faults  # compiling takes long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_compiled_encoder_keeps_the_latents(vae: Part) -> None:
-    compiled = VaeEncoder(vae, "fp32", CPU, tiling=False, slicing=False, compiled=True)
+    compiled = encoder(vae, compile_vae=True)
     for frames in (1, 9):
         batch = clips(1, frames)
         torch.testing.assert_close(compiled.encode(batch), encoder(vae).encode(batch), rtol=1e-4, atol=1e-5)
@@ -92,7 +98,7 @@ def test_missing_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_moments_have_the_precision_of_the_recipe(vae: Part) -> None:
-    moments = encoder(vae, precision="bf16").encode(clips(1, frames=5))
+    moments = encoder(vae, vae_dtype="bf16").encode(clips(1, frames=5))
     assert moments.dtype == torch.bfloat16
     torch.testing.assert_close(moments.float(), encoder(vae).encode(clips(1, frames=5)), rtol=0.1, atol=0.1)
 
@@ -138,7 +144,7 @@ def test_fp32_is_never_tf32_and_switches_are_restored(vae: Part, t5: TextEncoder
 def test_fp32_on_the_gpu_is_fp32(vae: Part) -> None:
     batch = clips(2, frames=9, height=96, width=160)
     expected = encoder(vae).encode(batch)
-    found = VaeEncoder(vae, "fp32", torch.device("cuda"), tiling=False, slicing=False).encode(batch)
+    found = VaeEncoder(vae, Precompute(cache="unused", vae_dtype="fp32"), torch.device("cuda")).encode(batch)
     assert (found - expected).norm() / expected.norm() < 1e-5  # with TF32 about 3e-4
 
 
@@ -197,8 +203,9 @@ def test_offloaded_t5_gives_the_same_bits(pipeline: Path) -> None:
     part = pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "text_encoder")
     tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
     texts = ["a grey rabbit yawns", ""]
-    whole = TextEncoder(part, tokenizer, "fp16", CPU, TEXT_LENGTH)
-    offloaded = TextEncoder(part, tokenizer, "fp16", CPU, TEXT_LENGTH, offload=True)
+    whole = TextEncoder(part, tokenizer, Precompute(cache="unused", text_dtype="fp16"), CPU, TEXT_LENGTH)
+    settings = Precompute(cache="unused", text_dtype="fp16", text_offload=True)
+    offloaded = TextEncoder(part, tokenizer, settings, CPU, TEXT_LENGTH)
     assert {parameter.device.type for parameter in offloaded.model.parameters()} == {"meta"}
     for _ in range(2):
         assert torch.equal(offloaded.encode(texts), whole.encode(texts))
@@ -214,7 +221,7 @@ def test_fp16_t5_computes_in_fp32_what_exceeds_65504(pipeline: Path, tmp_path: P
     save_file(tensors, weights, {"format": "pt"})
     part = Part(tmp_path / "text_encoder", None, (weights,))
     tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
-    exact = TextEncoder(part, tokenizer, "fp32", CPU, TEXT_LENGTH)
+    exact = TextEncoder(part, tokenizer, Precompute(cache="unused", text_dtype="fp32"), CPU, TEXT_LENGTH)
     largest: list[float] = []
     exact.model.encoder.block[0].layer[1].DenseReluDense.wo.register_forward_hook(
         lambda _layer, _given, result: largest.append(float(result.abs().max()))
@@ -222,7 +229,8 @@ def test_fp16_t5_computes_in_fp32_what_exceeds_65504(pipeline: Path, tmp_path: P
     expected = exact.encode(["a grey rabbit yawns"]).flatten(1)
     assert largest[0] > 65504
     for offload in (False, True):
-        encoder = TextEncoder(part, tokenizer, "fp16", CPU, TEXT_LENGTH, offload=offload)
+        settings = Precompute(cache="unused", text_dtype="fp16", text_offload=offload)
+        encoder = TextEncoder(part, tokenizer, settings, CPU, TEXT_LENGTH)
         found = encoder.encode(["a grey rabbit yawns"]).float().flatten(1)
         assert torch.nn.functional.cosine_similarity(expected, found).min() > 0.99
 

@@ -94,7 +94,7 @@ def test_image_moments_are_of_the_clips_own_first_frame(tmp_path: Path) -> None:
     from precompute.latents import conditioning_images
     from precompute.video.decode import decode
     from precompute.video.probe import probe
-    from shared.config import Model
+    from shared.config import Model, Precompute
     from shared.model.pretrained import pretrained_part
 
     pipeline, root = save_pipeline("1.5-5b-i2v", tmp_path / "i2v"), write_corpus(tmp_path / "clips", 2)
@@ -105,7 +105,7 @@ def test_image_moments_are_of_the_clips_own_first_frame(tmp_path: Path) -> None:
         (name, flip) for name in ("000.mp4", "001.mp4") for flip in (False, True)
     ]
     part = pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "vae")
-    encoder = VaeEncoder(part, "fp32", torch.device("cpu"), tiling=False, slicing=False)
+    encoder = VaeEncoder(part, Precompute(cache="unused", vae_dtype="fp32"), torch.device("cpu"))
     for row in view.rows:
         found = probe(root / row.source)
         frames = decode(root / row.source, found.probe, range(5), found.timestamps_us, "pyav")[0]
