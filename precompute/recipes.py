@@ -131,7 +131,8 @@ def environment(device: torch.device) -> dict[str, Json]:
             "device": {"name": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"},
         }
     name, capability = torch.cuda.get_device_name(device), list(torch.cuda.get_device_capability(device))
-    cuda: dict[str, Json] = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    cuda: dict[str, Json] = {"cuda": torch.version.cuda, "cudnn": cudnn}
     return {"versions": versions, "device": {"name": name, "capability": capability, **cuda}}
 
 
