@@ -13,13 +13,12 @@ from transformers import T5Config, T5EncoderModel
 
 from bench.media import write_corpus
 from precompute import encoders
-from precompute.discover import survey
+from precompute.discover import open_stage, survey
 from precompute.estimate import find_work
 from precompute.latents import encode_latents
 from precompute.prompts import encode_prompts
-from precompute.report import Report
+from precompute.report import PassResult, Report
 from precompute.run import decode_pool
-from precompute.stage import PassResult, open_stage
 from shared.config import Config
 from shared.fingerprint import sha256_file
 from shared.model.geometry import Bucket

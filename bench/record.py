@@ -20,7 +20,7 @@ def circumstances(device_type: str = "cpu") -> dict[str, Any]:
     """Return machine, versions, date and command; call at the start, as the load is part of them."""
     import torch  # here, as decoding processes import benchmarks again and must not load it
 
-    from precompute.provenance import environment
+    from precompute.recipes import environment
 
     found = environment(torch.device(device_type))
     versions = found["versions"]

@@ -157,8 +157,10 @@ def shards_to_make(
 def _next_shards(
     storage: Storage, wanted: Wanted, inventory: Inventory, part: Part, missing: Mapping[str, int], *, write: bool
 ) -> list[PlannedShard]:
-    """Return the unfinished shards of the first assignment that has some, else of a new one."""
-    for generation in range(MAX_GENERATIONS if missing else 0):
+    """Return the unfinished shards of the first assignment that has some, else of a new one; a worker's own first."""
+    if not missing:
+        return []
+    for generation in range(MAX_GENERATIONS):
         name = assignment_name(wanted, generation)
         if storage.size(name) is None:
             proposal = group(wanted, missing)
@@ -167,25 +169,19 @@ def _next_shards(
             body = {"name": name, "shards": [asdict(shard) for shard in proposal]}
             storage.publish(name, sealed(body))  # the first writer wins
         planned = assigned_shards(storage, wanted, generation)
+        own = planned[part.index :: part.count]
+        others = [shard for index, shard in enumerate(planned) if index % part.count != part.index]
         unfinished = [
             shard
-            for shard in _in_order(planned, part)
+            for shard in own + sorted(others, key=lambda shard: key_of([part.index, shard.receipt]))
             if shard.receipt not in inventory.receipts
             and inventory.stored.isdisjoint(shard.keys)  # else another data set stored some: the next generation's
             and not missing.keys().isdisjoint(shard.keys)
         ]
         if unfinished:
             return unfinished
-    if missing:
-        where = f"{storage}/{wanted.collection.folder}"
-        raise CacheError(f"{where}: samples stay missing after {MAX_GENERATIONS} assignments; {VERIFY}")
-    return []
-
-
-def _in_order(planned: Sequence[PlannedShard], part: Part) -> list[PlannedShard]:
-    own = [shard for index, shard in enumerate(planned) if index % part.count == part.index]
-    others = [shard for index, shard in enumerate(planned) if index % part.count != part.index]
-    return own + sorted(others, key=lambda shard: key_of([part.index, shard.receipt]))
+    where = f"{storage}/{wanted.collection.folder}"
+    raise CacheError(f"{where}: samples stay missing after {MAX_GENERATIONS} assignments; {VERIFY}")
 
 
 def unmade(storage: Storage, planned: Sequence[PlannedShard]) -> Iterator[PlannedShard]:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from shared.cache.storage import Storage
     from shared.config import Config
 
-SAFE = "finished shards are stored"
 MAX_LISTED = 20
 """Clips that are listed; --json and the view have all."""
 
@@ -40,7 +39,7 @@ def precompute_command(
     """Encode the config's videos and captions into the cache; stored clips are reused."""
     from shared.config_file import load_config
 
-    with raise_on_signal(SAFE):
+    with raise_on_signal("finished shards are stored"):
         settings = load_config(config, overrides)
         report = _precompute(settings, part, engine)
     _show_report(report, settings)
@@ -75,6 +74,10 @@ def _show_report(report: "Report", config: "Config") -> None:
     from shared.console import bytes_text, say, table
 
     seconds = Counter(report.seconds)
+    waited = {
+        name: f"the encoder waited {seconds[f'wait_for_{name}']:.1f}, {report.waited_share(name):.0%} of its time"
+        for name in ("decode", "write")
+    }
     table(
         f"Cache {config.precompute.cache}",
         [
@@ -86,14 +89,7 @@ def _show_report(report: "Report", config: "Config") -> None:
             ("written", bytes_text(report.written_bytes)),
             ("clips per second", f"{report.clips_per_second:.2f}"),
             ("seconds encoding", f"{seconds['encode_latents']:.1f} video, {seconds['encode_prompts']:.1f} text"),
-            *(
-                (
-                    f"seconds in {name}",
-                    f"{seconds[name]:.1f} (the encoder waited {seconds[f'wait_for_{name}']:.1f}, "
-                    f"{report.waited_share(name):.0%} of its time)",
-                )
-                for name in ("decode", "write")
-            ),
+            *((f"seconds in {name}", f"{seconds[name]:.1f} ({waited[name]})") for name in waited),
             ("seconds in total", f"{seconds['total']:.1f}"),
         ],
     )
@@ -130,29 +126,29 @@ def show_plan(config: "Config") -> dict[str, Any]:
     from shared.errors import DataError
 
     with raise_on_signal("nothing was written"):
+        from precompute.discover import open_stage
         from precompute.estimate import estimate
         from precompute.run import decode_pool
-        from precompute.stage import open_stage
 
         with decode_pool(config) as pool:
             found = estimate(open_stage(config), pool)
-    changes, unused = Counter(reason for _, reason in found.changed), found.orphaned
-    unused_text = f"{unused['latents']} latents, {unused['prompts']} prompts, {bytes_text(unused['bytes'])}"
+    changes = sorted(Counter(reason for _, reason in found.changed).items())
+    unused, prompts_changed = found.orphaned, found.prompts_recipe_changed
+    unused_bytes = bytes_text(unused["bytes"])
+    sizes = zip(("disk needed", "stored", "disk free"), found.bytes.values(), strict=True)
     table(
         f"Plan for cache {config.precompute.cache}",
         [
             ("clips", found.clips),
             ("latents to encode", found.latents),
             ("  new", found.new),
-            *((f"  {reason}", count) for reason, count in sorted(changes.items())),
+            *((f"  {reason}", count) for reason, count in changes),
             ("prompts to encode", found.prompts),
-            *([("  recipe changed", ", ".join(found.prompts_recipe_changed))] if found.prompts_recipe_changed else []),
+            *([("  recipe changed", ", ".join(prompts_changed))] if prompts_changed else []),
             *_count_by_kind(found.skipped),
             ("shards to make", f"{found.shards['latents']} of clips, {found.shards['prompts']} of prompts"),
-            ("disk needed", bytes_text(found.needed_bytes)),
-            ("disk free", "unknown" if found.free_bytes is None else bytes_text(found.free_bytes)),
-            ("stored", bytes_text(found.stored_bytes)),
-            ("used by no data set", unused_text),
+            *((name, "unknown" if size is None else bytes_text(size)) for name, size in sizes),
+            ("used by no data set", f"{unused['latents']} latents, {unused['prompts']} prompts, {unused_bytes}"),
         ],
     )
     for line in found.warnings:
@@ -175,24 +171,23 @@ def cache_ls(cache: CacheName = "cache", json_output: JsonOutput = False) -> Non
     listed: dict[str, dict[str, Any]] = {"collections": {}, "datasets": {}}
     for collection in collections(storage):
         found = list(shards(storage, collection.folder))
-        buckets: dict[str, int] = {}
+        buckets: Counter[str] = Counter()
         for tar, receipt in found:
-            if tar.count("/") == 3:
-                buckets[tar.split("/")[2]] = buckets.get(tar.split("/")[2], 0) + len(receipt.samples)
-        listed["collections"][collection.folder] = facts = {
+            if len(parts := tar.split("/")) == 4:
+                buckets[parts[2]] += len(receipt.samples)
+        facts = {
             "precision": read_recipe(storage, collection).get("precision", ""),
             "shards": len(found),
             "samples": sum(len(receipt.samples) for _, receipt in found),
-            "buckets": dict(sorted(buckets.items())),
-            "bytes": sum(receipt.size for _, receipt in found),
         }
-        counts = [(name, facts[name]) for name in ("precision", "shards", "samples")]
-        table(collection.folder, [*counts, *facts["buckets"].items(), ("size", bytes_text(facts["bytes"]))])
+        size = sum(receipt.size for _, receipt in found)
+        listed["collections"][collection.folder] = {**facts, "buckets": dict(sorted(buckets.items())), "bytes": size}
+        table(collection.folder, [*facts.items(), *sorted(buckets.items()), ("size", bytes_text(size))])
     for name in view_names(storage):
         view = read_view(storage, name)
         clips = {split: len(view.split(split)) for split in ("train", "held_out", "skipped")}
-        listed["datasets"][name] = {**clips, "latents": view.latents.recipe, "prompts": view.prompts.recipe}
-        table(f"datasets/{name}", [*listed["datasets"][name].items()])
+        listed["datasets"][name] = facts = {**clips, "latents": view.latents.recipe, "prompts": view.prompts.recipe}
+        table(f"datasets/{name}", [*facts.items()])
     if json_output:
         _print_json(listed)
 

@@ -1,24 +1,44 @@
-"""What a run needs: the clips and texts of the config with their keys, and the sources without a clip."""
+"""Inputs of a run: the clips and texts of the config with their keys, and the sources without a clip."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from precompute import recipes
-from precompute.clip import Clip, Skipped
-from precompute.prompts import wanted_texts
+from precompute.assignments import Part
 from precompute.sources.rows import Source, read_sources
-from precompute.stage import Stage
 from precompute.video.known_files import KnownFiles
 from precompute.video.pool import DecodePool
-from precompute.video.probe import Probed
-from precompute.video.windows import cut_windows
+from precompute.video.probe import Probe, Probed, Skipped
+from precompute.video.windows import Window, cut_windows
 from shared import console
 from shared.cache.collection import Collection, collection_for
+from shared.cache.storage import Storage, open_storage
+from shared.config import Config
 from shared.errors import UsageError
 from shared.fingerprint import Json
 from shared.model.conventions import refusal, without_learned_positions
 from shared.model.geometry import Bucket
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One run of stage 1."""
+
+    config: Config
+    storage: Storage
+    encoders: recipes.Encoders
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A window of a source with its captions, named by its key."""
+
+    source: Source
+    probe: Probe
+    window: Window
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +49,7 @@ class Survey:
     left_out: list[tuple[Source, Skipped]]
     """Sources without a clip, for good or because of a transient failure."""
     texts: dict[str, str]
-    """Prompt key -> text."""
+    """Prompt key -> text of every caption, validation and negative prompt, and the empty one for dropout."""
     latents_recipe: dict[str, Json]
     prompts_recipe: dict[str, Json]
     latents: Collection
@@ -46,19 +66,28 @@ class Survey:
         return {source.name: skipped.reason for source, skipped in self.left_out if not skipped.permanent}
 
 
+def open_stage(config: Config, part: Part = Part()) -> Stage:  # noqa: B008
+    """Find the cache and the encoders; raises `UsageError` naming what is missing."""
+    storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
+    return Stage(config, storage, recipes.find_encoders(config), part)
+
+
 def survey(stage: Stage, pool: DecodePool) -> Survey:
     """Read the sources, probe the videos, cut the windows and compute all keys.
 
     Raise `UsageError` or `DataError` for a fault of the user.
     """
+    data = stage.config.data
     _refuse_buckets(stage)
-    sources = read_sources(stage.config.data)
+    sources = read_sources(data)
     latents_recipe = recipes.latents_recipe(stage.config, stage.encoders)
     prompts_recipe = recipes.prompts_recipe(stage.config, stage.encoders)
     latents, prompts = collection_for("latents", latents_recipe), collection_for("prompts", prompts_recipe)
     clips, left_out = cut_clips(stage, sources, pool, latents.recipe)
-    texts = wanted_texts(stage.config.data, sources, prompts.recipe)
-    return Survey(clips, left_out, texts, latents_recipe, prompts_recipe, latents, prompts)
+    texts = [caption.text for source in sources for caption in source.captions]
+    texts += [*data.validation_prompts, data.negative_prompt, ""]
+    by_key = {recipes.prompt_key(text, prompts.recipe): text for text in texts}
+    return Survey(clips, left_out, by_key, latents_recipe, prompts_recipe, latents, prompts)
 
 
 def cut_clips(
@@ -121,8 +150,7 @@ def _refuse_buckets(stage: Stage) -> None:
     data, conventions = stage.config.data, stage.encoders.conventions
     if stage.config.model.drop_learned_positions:
         conventions = without_learned_positions(conventions)
-    for frames in data.frame_buckets:
+    for frames in (frames for frames in data.frame_buckets if frames <= data.max_num_frames):
         for height, width in data.resolutions:
-            reason = refusal(conventions, Bucket(frames, height, width))
-            if frames <= data.max_num_frames and reason:
+            if reason := refusal(conventions, Bucket(frames, height, width)):
                 raise UsageError(f"data.frame_buckets, data.resolution_buckets: {reason}")

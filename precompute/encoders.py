@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.config import Precompute
 from shared.device import DTYPES
 from shared.errors import UsageError
 from shared.model.geometry import ENCODE_CHUNK_FRAMES
@@ -44,36 +45,27 @@ def no_tf32() -> Iterator[None]:
 class VaeEncoder:
     """The VAE's encoder: clips -> moments of the posterior, in 8-frame chunks as in diffusers."""
 
-    def __init__(
-        self,
-        part: Component,
-        precision: str,
-        device: torch.device,
-        *,
-        tiling: bool,
-        slicing: bool,
-        channels_last: bool = False,
-        compiled: bool = False,
-    ) -> None:
+    def __init__(self, part: Component, settings: Precompute, device: torch.device) -> None:
         from diffusers import AutoencoderKLCogVideoX
 
+        precision = vae_precision(settings.vae_dtype, part)
         vae = AutoencoderKLCogVideoX.from_pretrained(
             str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
         )
         assert vae.num_sample_frames_batch_size == ENCODE_CHUNK_FRAMES
         vae.decoder = None  # only the encoder's weights go to the device
-        if tiling:
+        if settings.enable_tiling:
             vae.enable_tiling()
-        if slicing:
+        if settings.enable_slicing:
             vae.enable_slicing()
-        if channels_last:
+        if settings.channels_last:
             # Its 2D convolutions have no such layout, so the whole module cannot be converted at once.
             for module in vae.encoder.modules():
                 if isinstance(module, nn.Conv3d):
                     module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self._layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+        self._layout = torch.channels_last_3d if settings.channels_last else torch.contiguous_format
         self.vae = vae.eval().requires_grad_(False).to(device)
-        if compiled:
+        if settings.compile_vae:
             self.vae.encoder = CompiledModule(self.vae.encoder)
         self._dtype = DTYPES[precision]
         self.device = device
@@ -122,23 +114,17 @@ class TextEncoder:
     """T5: captions -> last hidden state, all pad positions kept, no mask, as in diffusers' CogVideoX pipelines."""
 
     def __init__(
-        self,
-        part: Component,
-        tokenizer: Any,
-        precision: str,
-        device: torch.device,
-        text_length: int,
-        *,
-        offload: bool = False,
+        self, part: Component, tokenizer: Any, settings: Precompute, device: torch.device, text_length: int
     ) -> None:
-        """Load T5; with `offload`, each layer's weights stay in host memory until the layer runs."""
+        """Load T5; with `text_offload`, each layer's weights stay in host memory until the layer runs."""
         from transformers import T5EncoderModel
 
+        precision = part.precision(settings.text_dtype)
         model: Any = T5EncoderModel.from_pretrained(
             str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
         )
         model = model.eval().requires_grad_(False)
-        if offload:
+        if settings.text_offload:
             from accelerate import cpu_offload
 
             self.model = cpu_offload(model, execution_device=device)

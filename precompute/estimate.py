@@ -1,33 +1,54 @@
-"""`precog plan`: the work of a run, found before any model is loaded."""
+"""The work of a run, found before any model is loaded, and for `precog plan` the reasons for it."""
 
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from precompute.assignments import Inventory, Wanted, propose, take_inventory
-from precompute.changes import changed_clips, recipe_changes
-from precompute.discover import Survey, survey
+from precompute import recipes
+from precompute.assignments import Inventory, PlannedShard, Wanted, propose, take_inventory
+from precompute.discover import Clip, Stage, Survey, survey
 from precompute.encoders import vae_precision
 from precompute.report import SampleCounts, reasons_json
-from precompute.stage import Stage, Work
 from precompute.video.pool import DecodePool
 from precompute.video.windows import bucket_warnings
 from shared import console
-from shared.cache.collection import collections, shards
+from shared.cache.collection import Collection, collection_for, collections, read_recipe, shards
 from shared.cache.shard import SAMPLES_PER_SHARD
 from shared.cache.shard import SHARD_BYTES as MAX_SHARD_BYTES
+from shared.cache.staleness import shaping_settings
 from shared.cache.storage import Storage
-from shared.cache.view import View, read_view, view_names
+from shared.cache.view import View, ViewRow, read_view, view_names
+from shared.config import Config, fields_shaping, recipe_fields
 from shared.device import DTYPES
 from shared.errors import CacheError, UsageError
+from shared.fingerprint import Json
 from shared.model.geometry import latent_shape
 
 SAMPLE_BYTES = 4096
 """Tar headers, facts, padding and receipt of one sample, rounded up."""
 SHARD_BYTES = 16 * 1024
 """The tar's end and the receipt's frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The wanted keys of one collection, its contents, and the shards to make."""
+
+    wanted: Wanted
+    inventory: Inventory
+    shards: list[PlannedShard]
+    bytes_needed: int
+    """Size of these shards, rounded up."""
+
+    @property
+    def planned(self) -> set[str]:
+        return {key for shard in self.shards for key in shard.keys}
+
+    @property
+    def tally(self) -> SampleCounts:
+        return SampleCounts(len(self.planned), len(self.inventory.stored & self.wanted.folders.keys()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +67,20 @@ class Estimate:
     orphaned: dict[str, int]
     """Kind -> stored samples that neither this config nor another view uses; "bytes" of all of them."""
     shards: dict[str, int]
-    needed_bytes: int
-    stored_bytes: int
-    free_bytes: int | None
+    bytes: dict[str, int | None]
+    """Needed, stored and free; the free bytes of an object store are None."""
     skipped: list[tuple[str, str]]
     warnings: list[str]
-    seconds: float
+    seconds: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
         return {
-            "clips": self.clips,
+            **asdict(self),
             "latents": {"planned": self.latents.made, "reused": self.latents.reused},
             "prompts": {"planned": self.prompts.made, "reused": self.prompts.reused},
-            "prompts_recipe_changed": self.prompts_recipe_changed,
-            "new": self.new,
             "changed": reasons_json(self.changed),
-            "orphaned": self.orphaned,
-            "shards": self.shards,
-            "bytes": {"needed": self.needed_bytes, "stored": self.stored_bytes, "free": self.free_bytes},
             "skipped": reasons_json(self.skipped),
-            "warnings": self.warnings,
-            "seconds": {"total": round(self.seconds, 3)},
         }
 
 
@@ -95,16 +108,18 @@ def estimate(stage: Stage, pool: DecodePool) -> Estimate:
         changed=changed,
         orphaned=orphaned,
         shards={"latents": len(latents.shards), "prompts": len(prompts.shards)},
-        needed_bytes=latents.bytes_needed + prompts.bytes_needed,
-        stored_bytes=stored_bytes,
-        free_bytes=stage.storage.free_bytes(),
+        bytes={
+            "needed": latents.bytes_needed + prompts.bytes_needed,
+            "stored": stored_bytes,
+            "free": stage.storage.free_bytes(),
+        },
         skipped=sorted(skipped),
         warnings=[
             *bucket_warnings(stage.config.data),
             *(f"{source}: {reason}; left out of this plan" for source, reason in sorted(wanted.transient.items())),
             *warnings,
         ],
-        seconds=time.perf_counter() - started,
+        seconds={"total": round(time.perf_counter() - started, 3)},
     )
 
 
@@ -190,3 +205,55 @@ def _count_stored(storage: Storage, used: set[str], others: Mapping[str, View]) 
                 if place.key not in used:
                     unused.update({collection.kind: 1, "bytes": place.length})
     return stored_bytes, dict(unused)
+
+
+def changed_clips(
+    config: Config, storage: Storage, recipe: Mapping[str, Json], clips: Sequence[Clip], old: View
+) -> list[tuple[str, str]]:
+    """Return (source, reason) of the clips to encode whose source the old view had; the other clips are new.
+
+    `recipe` is that of the latents. A reason is the difference from the old view, by the config field's name.
+    """
+    before: dict[str, list[ViewRow]] = {}
+    for row in old.rows:
+        if row.latent_key:
+            before.setdefault(row.source, []).append(row)
+    fields = recipe_changes(storage, old.latents, recipe)
+    now = shaping_settings(config, image_to_video=recipe["image_conditions"] is not None)
+    settings = [name for name in fields_shaping("clips") if old.settings.get(name) != now[name]]
+    changed = []
+    for clip in clips:
+        rows = before.get(clip.source.name, [])
+        mode, sha256 = config.data.video_reshape_mode, clip.probe.sha256
+        old_key = recipes.latent_key(sha256, clip.window, mode, old.latents.recipe)
+        reasons = [f"recipe changed: {', '.join(fields)}"] if fields else []
+        if all(row.latent_key != old_key for row in rows):
+            same_bytes = any(row.source_sha256 == sha256 for row in rows)
+            reasons += [] if same_bytes else ["source bytes changed"]
+            reasons += [f"settings changed: {', '.join(settings)}"] if settings else ["window changed"] * same_bytes
+        elif not fields:
+            skipped = any(row.latent_key == clip.key and row.skipped for row in rows)
+            reasons = ["skipped before" if skipped else "no longer stored"]
+        changed += [(clip.source.name, "; ".join(reasons))] if rows else []
+    return changed
+
+
+def recipe_changes(storage: Storage, old: Collection, recipe: Mapping[str, Json]) -> list[str]:
+    """Return the differences between `recipe` and the `old` collection's: config fields, else the recipe's entries."""
+    if old == collection_for(old.kind, recipe):
+        return []
+    try:
+        before = _flat(read_recipe(storage, old))
+    except CacheError:
+        return ["unknown, the old recipe.json is missing"]
+    now = _flat(recipe)
+    entries = recipe_fields("latents", "image_latents") if old.kind == "latents" else recipe_fields("prompts")
+    changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+    return sorted(entries.get(name, name) for name in changed)
+
+
+def _flat(recipe: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
+    flat: dict[str, Json] = {}
+    for name, value in recipe.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

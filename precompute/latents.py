@@ -2,22 +2,23 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
-from precompute import provenance, recipes
+from precompute import recipes
 from precompute.assignments import PlannedShard, shards_to_make, unmade
-from precompute.clip import Clip, Skipped
-from precompute.encoders import VaeEncoder, vae_precision
-from precompute.report import SampleCounts, Timer
-from precompute.stage import PassResult, Stage, Work
+from precompute.discover import Clip, Stage
+from precompute.encoders import VaeEncoder
+from precompute.estimate import Work
+from precompute.report import PassResult, SampleCounts, Timer
 from precompute.video.child import Decoded, DecodeJob
 from precompute.video.pixels import to_clip
 from precompute.video.pool import DecodePool
+from precompute.video.probe import Skipped
 from shared import console, seeding
 from shared.cache.shard import Sample, write_shard
 from shared.cache.storage import Storage
@@ -49,7 +50,7 @@ def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: De
 
     Clips with a transient failure are neither stored nor skipped, unless another worker made them.
     """
-    timer, encoder, wanted = Timer(), None, work.wanted
+    timer, encoder, wanted, settings = Timer(), None, work.wanted, stage.config.precompute
     failed: dict[str, Skipped] = {}
     writes: list[Future[tuple[int, float]]] = []
     made = 0
@@ -57,14 +58,15 @@ def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: De
     while shards:
         if encoder is None:
             with timer.measure("load_vae"):
-                encoder = load_vae(stage)
-            provenance.record(stage.storage, wanted.collection, encoder.device)
+                encoder = VaeEncoder(stage.encoders.vae, settings, choose_device(settings.device))
+            recipes.record_environment(stage.storage, wanted.collection, encoder.device)
         with (
             timer.measure("video_pass"),
             console.Progress("clips", sum(len(shard.keys) for shard in shards)) as bar,
             ThreadPoolExecutor(1) as writer,
         ):
-            for shard in _encode_shards(stage, unmade(stage.storage, shards), clips, encoder, pool, timer, bar):
+            batches = _decode_batches(stage, unmade(stage.storage, shards), clips, pool)
+            for shard in _encode_shards(stage, batches, clips, encoder, timer, bar):
                 if len(writes) >= MAX_WRITING:
                     with timer.measure("wait_for_write"):
                         writes[-MAX_WRITING].result()
@@ -82,52 +84,28 @@ def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: De
     )
 
 
-def load_vae(stage: Stage) -> VaeEncoder:
-    """Load the VAE's encoder with the config's settings."""
-    settings, vae = stage.config.precompute, stage.encoders.vae
-    return VaeEncoder(
-        vae,
-        vae_precision(settings.vae_dtype, vae),
-        choose_device(settings.device),
-        tiling=settings.enable_tiling,
-        slicing=settings.enable_slicing,
-        channels_last=settings.channels_last,
-        compiled=settings.compile_vae,
-    )
-
-
 def _write(storage: Storage, shard: EncodedShard) -> tuple[int, float]:
     """Write a shard; return bytes and seconds. Without the failed clips it has another name, from its other keys."""
     started = time.perf_counter()
-    if not shard.samples and not shard.skipped:
-        return 0, 0.0
-    if shard.failed and storage.size(shard.planned.receipt) is not None:  # another worker had all clips
-        return 0, 0.0
     planned = shard.planned
+    another_had_all_clips = shard.failed and storage.size(planned.receipt) is not None
+    if another_had_all_clips or not (shard.samples or shard.skipped):
+        return 0, 0.0
     _, written_bytes = write_shard(storage, planned.folder, shard.samples, shard.skipped, planned.attempt)
     return written_bytes, time.perf_counter() - started
 
 
-def decode_job(stage: Stage, clip: Clip) -> DecodeJob:
-    """Return the job that decodes a clip's frames."""
-    window = clip.window
-    return DecodeJob(
-        clip.source.path, clip.probe, window.indices, window.timestamps_us, stage.config.precompute.decoder
-    )
-
-
 def _encode_shards(
     stage: Stage,
-    shards: Iterator[PlannedShard],
+    batches: Iterator[tuple[PlannedShard, dict[str, Decoded | Skipped]]],
     clips: Mapping[str, Clip],
     encoder: VaeEncoder,
-    pool: DecodePool,
     timer: Timer,
     bar: console.Progress,
 ) -> Iterator[EncodedShard]:
     """Yield each shard when its last batch is encoded."""
     samples, skipped, failed = list[Sample](), dict[str, str](), dict[str, Skipped]()
-    for shard, outcomes in timer.waiting("wait_for_decode", _decode_batches(stage, shards, clips, pool)):
+    for shard, outcomes in timer.waiting("wait_for_decode", batches):
         decoded = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Decoded)}
         skips = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Skipped)}
         skipped |= {key: skip.reason for key, skip in skips.items() if skip.permanent}
@@ -149,14 +127,17 @@ def _decode_batches(
 ) -> Iterator[tuple[PlannedShard, dict[str, Decoded | Skipped]]]:
     """Yield every encode batch in order, as its shard and key -> frames or the reason why there are none."""
     planned: deque[tuple[PlannedShard, tuple[str, ...]]] = deque()
+    settings = stage.config.precompute
 
     def jobs() -> Iterator[DecodeJob]:
         for shard in shards:
             for batch in shard.batches:
                 planned.append((shard, batch))
-                yield from (decode_job(stage, clips[key]) for key in batch)
+                for clip in (clips[key] for key in batch):
+                    indices, times = clip.window.indices, clip.window.timestamps_us
+                    yield DecodeJob(clip.source.path, clip.probe, indices, times, settings.decoder)
 
-    outcomes = pool.decode_all(jobs(), ahead=DECODED_BATCHES * stage.config.precompute.vae_batch_size)
+    outcomes = pool.decode_all(jobs(), ahead=DECODED_BATCHES * settings.vae_batch_size)
     for first in outcomes:
         shard, batch = planned.popleft()
         yield shard, dict(zip(batch, [first, *islice(outcomes, len(batch) - 1)], strict=True))
@@ -174,7 +155,7 @@ def encode_clips(
             clips[key].window.bucket,
             mode=stage.config.data.video_reshape_mode,
             flip=clips[key].window.flip,
-            crop_seed=recipes.crop_seed(clips[key]),
+            crop_seed=recipes.crop_seed(clips[key].probe.sha256, clips[key].window.timestamps_us),
         )
         for key, result in decoded.items()
     }
@@ -186,7 +167,15 @@ def encode_clips(
         if stage.encoders.conventions.image_to_video:
             images = conditioning_images(pixels[key][:, :1], stage.config.precompute.noised_image_count, key)
             tensors["image_moments"] = torch.cat([encoder.encode(image[None]) for image in images])
-        samples.append(Sample(key, tensors, _facts(clips[key], decoded[key].decoder)))
+        window = clips[key].window
+        facts: dict[str, Json] = {
+            "source_sha256": clips[key].probe.sha256,
+            "bucket": str(window.bucket),
+            "timestamps_us": list(window.timestamps_us),
+            "flip": window.flip,
+            "decoder": decoded[key].decoder,
+        }
+        samples.append(Sample(key, tensors, facts))
     return samples
 
 
@@ -197,14 +186,11 @@ def _check_shape(stage: Stage, bucket: Bucket, moments: torch.Tensor) -> None:
     if found == expected:
         return
     assert stage.config.precompute.enable_tiling, f"{found} is not {expected}"
+    by = "x".join
     raise UsageError(
         f"precompute.enable_tiling = true: the VAE's tiles do not fit clips of {bucket}: expected moments of "
-        f"{_by(expected)}, got {_by(found)}; leave it false or choose other data.resolution_buckets"
+        f"{by(map(str, expected))}, got {by(map(str, found))}; leave it false or choose other data.resolution_buckets"
     )
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def conditioning_images(first_frame: torch.Tensor, noised: int, key: str) -> list[torch.Tensor]:
@@ -218,13 +204,3 @@ def conditioning_images(first_frame: torch.Tensor, noised: int, key: str) -> lis
         noise = seeding.normal(tuple(first_frame.shape), "image-noise", key, number)
         images.append(first_frame + sigma * noise.to(first_frame.device))
     return images
-
-
-def _facts(clip: Clip, decoder: str) -> dict[str, Json]:
-    return {
-        "source_sha256": clip.probe.sha256,
-        "bucket": str(clip.window.bucket),
-        "timestamps_us": list(clip.window.timestamps_us),
-        "flip": clip.window.flip,
-        "decoder": decoder,
-    }

@@ -1,16 +1,22 @@
-"""Recipes of latents and prompts, and the keys that follow from them.
+"""Recipes of latents and prompts, the keys that follow from them, and the record of who encoded.
 
 Everything that changes a stored byte is in a recipe or a key. Names, paths, times, batch and worker counts are not.
 """
 
+import json
+import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
-from precompute.clip import Clip
+import torch
+
 from precompute.encoders import vae_precision
 from precompute.video import pixels
 from precompute.video.windows import Window
-from shared.cache.collection import FORMAT
+from shared.cache.collection import FORMAT, Collection
+from shared.cache.storage import Storage
 from shared.config import Config
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of, sha256_files
@@ -25,6 +31,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "sentencepiece", "numpy", "av", "decord")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +107,37 @@ def latent_key(source_sha256: str, window: Window, mode: str, recipe: str) -> st
     )
 
 
-def crop_seed(clip: Clip) -> str:
+def crop_seed(source_sha256: str, timestamps_us: Sequence[int]) -> str:
     """Return the seed of a random crop: the clip's bytes and times, independent of the recipe."""
-    return key_of([clip.probe.sha256, list(clip.window.timestamps_us)])
+    return key_of([source_sha256, list(timestamps_us)])
 
 
 def prompt_key(text: str, recipe: str) -> str:
     """Return the key of one text's embedding."""
     return key_of({"text": text, "recipe": recipe})
+
+
+def environment(device: torch.device) -> dict[str, Json]:
+    """Return the library versions and the device, which may change the rounding of a recipe."""
+    versions: dict[str, Json] = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            versions[library] = None
+    if device.type != "cuda":
+        return {
+            "versions": versions,
+            "device": {"name": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"},
+        }
+    name, capability = torch.cuda.get_device_name(device), list(torch.cuda.get_device_capability(device))
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    cuda: dict[str, Json] = {"cuda": torch.version.cuda, "cudnn": cudnn}
+    return {"versions": versions, "device": {"name": name, "capability": capability, **cuda}}
+
+
+def record_environment(storage: Storage, collection: Collection, device: torch.device) -> None:
+    """Write `made_by/<recipe>/<hash>.json` before the first shard; it is in no key. Raises as `Storage.publish`."""
+    found = environment(device)
+    name = f"made_by/{collection.recipe}/{key_of(found)}.json"
+    storage.publish(name, json.dumps(found, indent=1, sort_keys=True).encode())

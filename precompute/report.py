@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+from precompute.assignments import Inventory
+from precompute.video.probe import Skipped
 from shared.cache.view import View
 from shared.config import Data
 
@@ -51,6 +53,20 @@ class SampleCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class PassResult:
+    """The result of the prompts or the latents pass."""
+
+    inventory: Inventory
+    """The collection afterwards."""
+    samples: SampleCounts
+    written_bytes: int
+    seconds: dict[str, float]
+    """Activity -> time."""
+    failed: dict[str, Skipped] = field(default_factory=dict)
+    """Key -> transient failure; neither stored nor skipped."""
+
+
+@dataclass(frozen=True, slots=True)
 class Truncated:
     """A caption longer than the text length; `tokens` of it are cut off."""
 
@@ -88,13 +104,10 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
         return {
-            "clips": self.clips,
+            **asdict(self),
             "latents": {"encoded": self.latents.made, "reused": self.latents.reused},
             "prompts": {"encoded": self.prompts.made, "reused": self.prompts.reused},
-            "truncated": [asdict(caption) for caption in self.truncated],
-            "written_bytes": self.written_bytes,
             "skipped": reasons_json(self.skipped),
-            "warnings": self.warnings,
             "clips_per_second": round(self.clips_per_second, 3),
             "waited_share": {name: round(self.waited_share(name), 3) for name in ("decode", "write")},
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -110,8 +123,9 @@ def truncated_captions(data: Data, view: View, tokens: Mapping[str, int]) -> lis
         Truncated(source, number, tokens[key])
         for source, prompt_keys in keys
         for number, key in enumerate(prompt_keys, start=1)
+        if tokens[key]
     ]
-    return list(dict.fromkeys(caption for caption in found if caption.tokens))  # windows of a video share captions
+    return list(dict.fromkeys(found))  # windows of a video share captions
 
 
 def reasons_json(reasons: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
@@ -120,20 +134,18 @@ def reasons_json(reasons: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def merge(reports: Sequence[Report]) -> Report:
-    """Merge the reports of workers: encoded samples are summed, times are those of the slowest."""
+    """Merge the reports of workers: encoded samples are summed, times are those of the slowest.
+
+    A worker counts samples that other workers made meanwhile as reused.
+    """
+    first, seconds = reports[0], dict[str, float]()
+    for report in reports:
+        seconds |= {name: max(value, seconds.get(name, 0.0)) for name, value in report.seconds.items()}
+    latents, prompts = sum(report.latents.made for report in reports), sum(report.prompts.made for report in reports)
     return replace(
-        reports[0],
-        latents=_merge([report.latents for report in reports]),
-        prompts=_merge([report.prompts for report in reports]),
+        first,
+        latents=SampleCounts(latents, max(0, first.latents.made + first.latents.reused - latents)),
+        prompts=SampleCounts(prompts, max(0, first.prompts.made + first.prompts.reused - prompts)),
         written_bytes=sum(report.written_bytes for report in reports),
-        seconds={
-            name: max(report.seconds.get(name, 0.0) for report in reports)
-            for name in dict.fromkeys(name for report in reports for name in report.seconds)
-        },
+        seconds=seconds,
     )
-
-
-def _merge(tallies: Sequence[SampleCounts]) -> SampleCounts:
-    """Merge tallies; a worker counts samples that other workers made meanwhile as reused."""
-    made = sum(tally.made for tally in tallies)
-    return SampleCounts(made, max(0, tallies[0].made + tallies[0].reused - made))

@@ -3,23 +3,25 @@
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Literal
 
 from precompute import encoders
-from precompute.assignments import Part
-from precompute.discover import survey
+from precompute.assignments import Inventory, Part
+from precompute.discover import Clip, Stage, Survey, open_stage, survey
 from precompute.estimate import find_work
 from precompute.latents import encode_latents
 from precompute.prompts import encode_prompts
 from precompute.report import Report, truncated_captions
-from precompute.stage import Stage, open_stage
+from precompute.sources.rows import Source
 from precompute.video.pool import DecodePool
 from precompute.video.windows import bucket_warnings
-from precompute.view import make_view
 from shared import console
 from shared.cache.collection import write_recipe
-from shared.cache.view import View, write_view
+from shared.cache.staleness import shaping_settings
+from shared.cache.view import View, ViewRow, write_view
 from shared.config import Config
 from shared.errors import CacheError, DataError
+from shared.fingerprint import key_of
 
 MAX_SHOWN = 3
 """Clips that an error names."""
@@ -35,6 +37,7 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
     warnings = bucket_warnings(config.data)
     for line in warnings:
         console.say(f"warning: {line}")
+    # before the weights are hashed: a file that changes afterwards has another mark
     marks = {"vae": stage.encoders.vae.marks, "text_encoder": stage.encoders.text_encoder.marks}
     with decode_pool(config) as pool:
         wanted = survey(stage, pool)
@@ -46,47 +49,36 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
         tokenizer = encoders.load_tokenizer(str(stage.encoders.tokenizer))
         prompts = encode_prompts(stage, prompts_work, wanted.texts, tokenizer)
         latents = encode_latents(stage, latents_work, wanted.by_key, pool)
-        decode_seconds = pool.busy_seconds()
+        decode_seconds = pool.busy_seconds
     lost = {wanted.by_key[key].source.name: skip.reason for key, skip in latents.failed.items()}
-    _refuse_failures(wanted.transient | lost)
-    text_length = stage.encoders.conventions.text_length
-    lengths = encoders.truncated_tokens(tokenizer, list(wanted.texts.values()), text_length)
-    truncated = dict(zip(wanted.texts, lengths, strict=True))
-    view = replace(make_view(config, wanted, truncated, latents.inventory), encoders=marks)
-    _refuse_nothing_to_train_on(view)
-    write_view(stage.storage, view)
-    seconds = {"probe": probed - started, **prompts.seconds, **latents.seconds, "decode": decode_seconds}
-    seconds["write"] = prompts.seconds.get("write", 0.0) + latents.seconds["write"]
-    return Report(
-        clips=len(view.split("train")) + len(view.split("held_out")),
-        latents=latents.samples,
-        prompts=prompts.samples,
-        truncated=truncated_captions(config.data, view, truncated),
-        written_bytes=prompts.written_bytes + latents.written_bytes,
-        skipped=sorted((row.source, row.skipped) for row in view.split("skipped")),
-        warnings=warnings,
-        seconds={**seconds, "total": time.perf_counter() - started},
-    )
-
-
-def _refuse_failures(failed: Mapping[str, str]) -> None:
-    """Raise `DataError` naming the files with transient failures, which would make the view smaller."""
-    if failed:
+    if failed := wanted.transient | lost:  # they would make the view smaller
         raise DataError(
             f"{len(failed)} files could not be read ({_listed(failed.items())}); the other clips are stored and the "
             "previous view is unchanged; run the same command again"
         )
-
-
-def _refuse_nothing_to_train_on(view: View) -> None:
-    """Raise `DataError` before an empty view replaces the previous one."""
-    if view.split("train"):
-        return
-    held_out = len(view.split("held_out"))
-    reasons = [f"data.held_out_clips takes all {held_out}"] if held_out else []
-    if skipped := _listed((row.source, row.skipped) for row in view.split("skipped")):
-        reasons.append(skipped)
-    raise DataError(f"data.name = {view.name!r}: no clip is left to train on ({'; '.join(reasons)}); add clips")
+    text_length = stage.encoders.conventions.text_length
+    lengths = encoders.truncated_tokens(tokenizer, list(wanted.texts.values()), text_length)
+    truncated = dict(zip(wanted.texts, lengths, strict=True))
+    view = replace(make_view(config, wanted, truncated, latents.inventory), encoders=marks)
+    skipped = sorted((row.source, row.skipped) for row in view.split("skipped"))
+    num_held_out = len(view.split("held_out"))
+    if not view.split("train"):  # the previous view stays
+        reasons = [f"data.held_out_clips takes all {num_held_out}"] if num_held_out else []
+        reasons += [_listed(skipped)] if skipped else []
+        raise DataError(f"data.name = {view.name!r}: no clip is left to train on ({'; '.join(reasons)}); add clips")
+    write_view(stage.storage, view)
+    seconds = {"probe": probed - started, **prompts.seconds, **latents.seconds, "decode": decode_seconds}
+    seconds["write"] = prompts.seconds.get("write", 0.0) + latents.seconds["write"]
+    return Report(
+        clips=len(view.split("train")) + num_held_out,
+        latents=latents.samples,
+        prompts=prompts.samples,
+        truncated=truncated_captions(config.data, view, truncated),
+        written_bytes=prompts.written_bytes + latents.written_bytes,
+        skipped=skipped,
+        warnings=warnings,
+        seconds={**seconds, "total": time.perf_counter() - started},
+    )
 
 
 def _listed(sources: Iterable[tuple[str, str]]) -> str:
@@ -114,3 +106,58 @@ def _refuse_full_disk(stage: Stage, needed: int) -> None:
             f"{stage.storage}: needs about {console.bytes_text(needed)}, has {console.bytes_text(free)} free; "
             "free some space or choose another precompute.cache"
         )
+
+
+def make_view(config: Config, wanted: Survey, truncated: Mapping[str, int], inventory: Inventory) -> View:
+    """Return the view, in which planned = stored + skipped(reason); `truncated` is prompt key -> cut tokens.
+
+    Sources are held out of training with all their windows, chosen by their bytes.
+    """
+    data = config.data
+    keys = {text: key for key, text in wanted.texts.items()}
+    stored = [clip for clip in wanted.clips if clip.key in inventory.stored]
+    ordered = sorted(stored, key=lambda clip: (key_of(["held-out", clip.probe.sha256]), clip.key))
+    held_out = {clip.probe.sha256 for clip in ordered[: data.held_out_clips]}
+    rows = []
+    for clip in wanted.clips:
+        reason = "" if clip.key in inventory.stored else inventory.skipped[clip.key][0]
+        split: Literal["train", "held_out"] = "held_out" if clip.probe.sha256 in held_out else "train"
+        rows.append(_row(clip.source, clip, keys, truncated, "skipped" if reason else split, reason))
+    rows += [_row(source, None, keys, truncated, "skipped", skip.reason) for source, skip in wanted.left_out]
+    return View(
+        data.name,
+        wanted.latents,
+        wanted.prompts,
+        {text: keys[text] for text in (*data.validation_prompts, data.negative_prompt, "")},
+        tuple(rows),
+        settings=shaping_settings(config, image_to_video=wanted.latents_recipe["image_conditions"] is not None),
+    )
+
+
+def _row(
+    source: Source,
+    clip: Clip | None,
+    keys: Mapping[str, str],
+    truncated: Mapping[str, int],
+    split: Literal["train", "held_out", "skipped"],
+    skipped: str,
+) -> ViewRow:
+    prompt_keys = tuple(keys[caption.text] for caption in source.captions)
+    stamps = clip.window.timestamps_us if clip else (0,)
+    return ViewRow(
+        source=source.name,
+        start_seconds=stamps[0] / 1e6,
+        end_seconds=stamps[-1] / 1e6,
+        frames=clip.window.bucket.frames if clip else 0,
+        height=clip.window.bucket.height if clip else 0,
+        width=clip.window.bucket.width if clip else 0,
+        flip=bool(clip and clip.window.flip),
+        latent_key=clip.key if clip else "",
+        captions=tuple(caption.text for caption in source.captions),
+        caption_weights=tuple(caption.weight for caption in source.captions),
+        prompt_keys=prompt_keys,
+        truncated_tokens=tuple(truncated[key] for key in prompt_keys),
+        split=split,
+        skipped=skipped,
+        source_sha256=clip.probe.sha256 if clip else "",
+    )

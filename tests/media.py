@@ -225,13 +225,13 @@ def write_trimmed(path: Path, source: Path, *, hidden: int, first_packet: int = 
 
 
 def write_zeros(path: Path, size: int = 4096) -> Path:
-    """`size` bytes of nothing."""
+    """Write `size` zero bytes."""
     path.write_bytes(bytes(size))
     return path
 
 
 def write_text(path: Path) -> Path:
-    """Prose under a video's name."""
+    """Write prose under a video's name."""
     path.write_text("This is no video.\n" * 50, "utf-8")
     return path
 
@@ -249,13 +249,13 @@ def write_truncated(path: Path, source: Path, size: int) -> Path:
 
 
 def write_without_index(path: Path, source: Path) -> Path:
-    """`source` (an mp4) cut where its index, the moov box, begins."""
+    """Copy `source` (an mp4) up to its index, the moov box."""
     data = source.read_bytes()
     return write_truncated(path, source, data.index(b"moov") - 4)
 
 
 def write_flipped(path: Path, source: Path, *, flips: int, seed: int) -> Path:
-    """`source` with `flips` bytes replaced at places drawn from `seed`."""
+    """Copy `source` with `flips` bytes replaced at places drawn from `seed`."""
     data = bytearray(source.read_bytes())
     draws = random.Random(seed)
     for _ in range(flips):

@@ -11,20 +11,21 @@ blank line or an empty text file is not. Rows count from 1: a CSV's header is ro
 """
 
 import math
+import os
 import re
 import reprlib
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Never
 
-from precompute.sources.paths import escaped, expanded, resolve_inside
 from precompute.sources.tables import (
-    VIDEO_SUFFIXES,
     Row,
-    RowError,
     csv_rows,
     dataset_rows,
-    find_files,
+    escaped,
+    expanded,
     jsonl_rows,
     listed,
     parquet_rows,
@@ -35,6 +36,11 @@ from shared.errors import DataError, UsageError
 
 MAX_CAPTION_BYTES = 16 * 1024
 MAX_SHOWN_ERRORS = 5
+VIDEO_SUFFIXES = {".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
+"""Suffixes of the files that count as videos in a folder; probing finds out which of them decode."""
+READERS = {".csv": csv_rows, ".jsonl": jsonl_rows, ".parquet": parquet_rows}
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,34 +74,30 @@ def read_sources(data: Data) -> list[Source]:
     root = expanded(data.instance_data_root).resolve()
     if not root.is_dir():
         raise DataError(f"instance_data_root '{escaped(str(data.instance_data_root))}' is not a folder")
-    errors: list[RowError] = []
+    errors: list[str] = []
     sources: list[Source] = []
     try:
         for row in _read_rows(root, data):
-            if isinstance(row, RowError):
-                errors.append(row)
-                continue
             try:
                 sources.append(_check_row(row, root, data.id_token))
             except DataError as error:
-                errors.append(RowError(row.where, error))
-    except RowError as error:
-        errors.append(error)
+                errors.append(f"{row.where}: {error}")
+    except DataError as error:
+        errors.append(str(error))
     except OSError as error:
         raise DataError(f"'{escaped(str(error.filename))}' cannot be read: {error.strerror}") from error
     if errors:
         more = len(errors) - MAX_SHOWN_ERRORS
-        raise DataError("; ".join(map(str, errors[:MAX_SHOWN_ERRORS])) + (f"; and {more} more" if more > 0 else ""))
+        raise DataError("; ".join(errors[:MAX_SHOWN_ERRORS]) + (f"; and {more} more" if more > 0 else ""))
     if not sources:
         raise DataError(f"'{escaped(data.dataset_name or str(data.instance_data_root))}' has no rows")
     return sources
 
 
-def _read_rows(root: Path, data: Data) -> Iterator[Row | RowError]:
+def _read_rows(root: Path, data: Data) -> Iterator[Row]:
     """Return the rows of the layout that `data` describes."""
-    readers = {".csv": csv_rows, ".jsonl": jsonl_rows, ".parquet": parquet_rows}
     table = expanded(data.dataset_name or "")
-    read_table = readers.get(table.suffix.lower())
+    read_table = READERS.get(table.suffix.lower())
     if data.dataset_name is not None and (read_table is None or table.is_dir()):
         return dataset_rows(data.dataset_name, data)
     if data.dataset_config_name is not None:
@@ -105,13 +107,12 @@ def _read_rows(root: Path, data: Data) -> Iterator[Row | RowError]:
             hint = f"; there is '{escaped(str(root / table))}'" if (root / table).is_file() else ""
             raise DataError(f"dataset_name '{escaped(str(table))}' is not a file{hint}")
         return read_table(table, data)
-
-    captions, videos = root / data.caption_column, root / data.video_column
-    if captions.is_file() and videos.is_file():
+    present = {name: (root / name).is_file() for name in (data.caption_column, data.video_column)}
+    if all(present.values()):
         return _text_file_rows(root, data)
-    for present, missing in ((captions, videos), (videos, captions)):
-        if present.is_file():
-            raise DataError(f"'{escaped(present.name)}' is in the data root, '{escaped(missing.name)}' is not")
+    if any(present.values()):
+        [found, missing] = sorted(present, key=lambda name: not present[name])
+        raise DataError(f"'{escaped(found)}' is in the data root, '{escaped(missing)}' is not")
     return _folder_rows(root, data)
 
 
@@ -131,31 +132,39 @@ def _text_file_rows(root: Path, data: Data) -> Iterator[Row]:
         yield Row(f"{video_file} line {video_line}, {caption_file} line {caption_line}", video, caption)
 
 
-def _folder_rows(root: Path, data: Data) -> Iterator[Row | RowError]:
-    files, links = find_files(root)
-    for link in links:
-        yield RowError(escaped(link), "a link to a folder is not followed; move the folder into the data root")
-    videos: dict[str, list[str]] = {}
-    texts: dict[str, list[str]] = {}
-    for name in files:
-        suffix = PurePosixPath(name).suffix
-        found = videos if suffix.lower() in VIDEO_SUFFIXES else texts if suffix.lower() == ".txt" else {}
-        found.setdefault(name.removesuffix(suffix), []).append(name)
-    if not videos:
+def _folder_rows(root: Path, data: Data) -> Iterator[Row]:
+    """Yield a row per file name without its suffix; hidden files and folders are left out."""
+
+    def fail(error: OSError) -> Never:
+        raise error
+
+    pairs: dict[str, tuple[list[str], list[str]]] = {}
+    for parent, folders, names in os.walk(root, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink():
+                reason = "a link to a folder is not followed; move the folder into the data root"
+                yield Row(escaped(path.relative_to(root).as_posix()), error=reason)
+        for path in (Path(parent, name).relative_to(root) for name in sorted(names) if not name.startswith(".")):
+            suffix = path.suffix.lower()
+            if suffix == ".txt" or suffix in VIDEO_SUFFIXES:
+                pair = pairs.setdefault(path.with_suffix("").as_posix(), ([], []))
+                pair[suffix == ".txt"].append(path.as_posix())
+    if not any(videos for videos, _ in pairs.values()):
         raise DataError(
             f"the data root '{escaped(str(data.instance_data_root))}' has neither text files "
             f"'{escaped(data.caption_column)}' and '{escaped(data.video_column)}' nor videos with a .txt beside each"
         )
-    for stem in sorted(videos.keys() | texts.keys()):
-        pair = videos.get(stem, []), texts.get(stem, [])
-        where = escaped((pair[0] or pair[1])[0])
-        if [len(names) for names in pair] != [1, 1]:
-            yield RowError(where, f"expected one video and one .txt of this name, got {listed([*pair[0], *pair[1]])}")
+    for _, (videos, texts) in sorted(pairs.items()):
+        where = escaped((videos or texts)[0])
+        if (len(videos), len(texts)) != (1, 1):
+            got = listed([*videos, *texts])
+            yield Row(where, error=f"expected one video and one .txt of this name, got {got}")
             continue
         try:
-            yield Row(where, pair[0][0], _read_caption(root, pair[1][0]))
+            yield Row(where, videos[0], _read_caption(root, texts[0]))
         except DataError as error:
-            yield RowError(escaped(pair[1][0]), error)
+            yield Row(escaped(texts[0]), error=str(error))
 
 
 def _read_caption(root: Path, name: str) -> str:
@@ -169,8 +178,47 @@ def _read_caption(root: Path, name: str) -> str:
     return caption
 
 
+def resolve_inside(root: Path, name: str) -> Path:
+    """Return the regular file `name` below `root` (absolute, without links), free of links itself.
+
+    Only plain relative names with forward slashes pass: "..", absolute names, drive letters, UNC names, URL schemes,
+    control characters and lone surrogates are refused before the file system is asked. Links are followed; their
+    targets must lie in the root. Nothing is opened. Raise `DataError` with the reason, without the row.
+    """
+    if not name.strip():
+        raise DataError("the video's path is empty")
+    shown = f"path '{escaped(name)}'"
+    for refused, reason in (
+        (any(ord(char) < 32 or 127 <= ord(char) < 160 for char in name), "has a control character"),
+        (any("\ud800" <= char <= "\udfff" for char in name), "is not Unicode text"),
+        ("\\" in name, "has a backslash; write forward slashes"),
+        (_SCHEME.match(name), "starts with a URL scheme or drive letter; write it relative to the data root"),
+        (name.startswith("/"), "is absolute; write it relative to the data root"),
+        (".." in PurePosixPath(name).parts, "has '..'; write it relative to the data root"),
+    ):
+        if refused:
+            raise DataError(f"{shown} {reason}")
+    try:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            raise DataError(f"{shown} is a link that leaves the data root")
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        raise DataError(f"{shown} not found in the data root") from None
+    except OSError as error:
+        raise DataError(f"{shown} cannot be read: {error.strerror}") from None
+    except RuntimeError:  # raised by Python 3.11 and 3.12 for links in a circle
+        raise DataError(f"{shown} is a link that leads to itself") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device, socket or named pipe"
+        raise DataError(f"{shown} is {kind}, not a file")
+    return path
+
+
 def _check_row(row: Row, root: Path, id_token: str) -> Source:
     """Return the checked row; raise `DataError` with the reason, without the row."""
+    if row.error:
+        raise DataError(row.error)
     name = _check_text(row.video, "the video's path").strip()
     path = resolve_inside(root, name)
     entries = row.caption if isinstance(row.caption, list) else [row.caption]
@@ -188,9 +236,8 @@ def _check_row(row: Row, root: Path, id_token: str) -> Source:
 def _check_caption(entry: object, id_token: str) -> Caption:
     weight: float | None = None
     if isinstance(entry, dict):
-        unknown = [name for name in entry if name not in ("text", "weight")]
-        if unknown:
-            raise DataError(f"a caption has a field '{escaped(str(unknown[0]))}'; expected 'text' and 'weight'")
+        if unknown := entry.keys() - {"text", "weight"}:
+            raise DataError(f"a caption has a field '{escaped(str(min(unknown)))}'; expected 'text' and 'weight'")
         weight = _check_number(entry.get("weight"), "a caption's weight")
         entry = entry.get("text")
     weight = 1.0 if weight is None else weight
@@ -207,10 +254,8 @@ def _check_text(value: object, name: str) -> str:
         raise DataError(f"{name} is {'missing' if value is None else f'of type {type(value).__name__}'}, not text")
     if "\0" in value:
         raise DataError(f"{name} has a NUL character")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{name} has half a surrogate pair, which is not Unicode text") from None
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise DataError(f"{name} has half a surrogate pair, which is not Unicode text")
     return value
 
 

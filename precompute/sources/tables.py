@@ -9,40 +9,31 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Never
 
-from precompute.sources.paths import escaped, expanded
 from shared.config import Data
 from shared.errors import DataError
 
 MAX_TEXT_FILE_BYTES = 1 << 30
 MAX_JSON_LINE_BYTES = 1 << 20
-VIDEO_SUFFIXES = {".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
-"""Suffixes of the files that count as videos in a folder; probing finds out which of them decode."""
+MAX_SHOWN_CHARACTERS = 200
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
-class RowError(DataError):
-    """A row that cannot be used; the message begins with its file and row."""
-
-    def __init__(self, where: str, reason: object) -> None:
-        super().__init__(f"{where}: {reason}")
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as read, nothing checked yet."""
+    """A row as read, nothing checked yet; `error` is the reason why a row cannot be read."""
 
     where: str
     """Its file and row, for messages."""
-    video: object
-    caption: object
+    video: object = None
+    caption: object = None
     start_seconds: object = None
     end_seconds: object = None
+    error: str = ""
 
 
-def csv_rows(table: Path, data: Data) -> Iterator[Row | RowError]:
+def csv_rows(table: Path, data: Data) -> Iterator[Row]:
     """Yield the rows of a CSV file, whose first line names the columns; raise `DataError` if it cannot be parsed."""
     file = escaped(table.name)
     # Strict, because the default takes the rest of the file for a field after a quote that is never closed.
@@ -56,68 +47,72 @@ def csv_rows(table: Path, data: Data) -> Iterator[Row | RowError]:
                 header = [name.strip() for name in fields]
                 _choose_columns(header, data, file)
             elif fields and len(fields) != len(header):
-                yield RowError(where, f"expected {len(header)} fields as in the header, got {len(fields)}")
+                yield Row(where, error=f"expected {len(header)} fields as in the header, got {len(fields)}")
             elif fields:
                 yield _row(dict(zip(header, fields, strict=True)), data, f"{file} row {number}")
     except csv.Error as error:
         reason = "a quote is opened and never closed" if "unexpected end" in str(error) else escaped(str(error))
-        raise RowError(f"{file} row {number + 1} (line {line})", reason) from None
+        raise DataError(f"{file} row {number + 1} (line {line}): {reason}") from None
     if not header:
         raise DataError(f"{file} is empty; its first line must name the columns")
 
 
-def jsonl_rows(table: Path, data: Data) -> Iterator[Row | RowError]:
+def jsonl_rows(table: Path, data: Data) -> Iterator[Row]:
     """Yield the rows of a file with one JSON object per line."""
     file = escaped(table.name)
     for number, line in enumerate(read_text(table, file).split("\n"), start=1):
-        if not line.strip():
-            continue
         where = f"{file} row {number}"
-        try:
-            if len(line.encode()) > MAX_JSON_LINE_BYTES:
-                raise DataError(f"the line has more than {MAX_JSON_LINE_BYTES:,} bytes")
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise DataError("not a JSON object")
-            _choose_columns(list(row), data, "the object")
-            yield _row(row, data, where)
-        except json.JSONDecodeError as error:
-            yield RowError(where, f"not JSON at column {error.colno}: {escaped(error.msg)}")
-        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
-            yield RowError(where, f"not JSON: {escaped(str(error))}")
-        except DataError as error:
-            yield RowError(where, error)
+        if line.strip():
+            try:
+                yield _row(_json_object(line, data), data, where)
+            except DataError as error:
+                yield Row(where, error=str(error))
 
 
-def parquet_rows(table: Path, data: Data) -> Iterator[Row | RowError]:
+def _json_object(line: str, data: Data) -> dict[str, object]:
+    if len(line.encode()) > MAX_JSON_LINE_BYTES:
+        raise DataError(f"the line has more than {MAX_JSON_LINE_BYTES:,} bytes")
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON at column {error.colno}: {escaped(error.msg)}") from None
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
+        raise DataError(f"not JSON: {escaped(str(error))}") from None
+    if not isinstance(found, dict):
+        raise DataError("not a JSON object")
+    _choose_columns(list(found), data, "the object")
+    return found
+
+
+def parquet_rows(table: Path, data: Data) -> Iterator[Row]:
     """Yield the rows of a parquet file; raise `DataError` if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = escaped(table.name)
-    number = 0
+    file, number = escaped(table.name), 0
     try:
         with pq.ParquetFile(table) as parquet:
             columns = _choose_columns(parquet.schema_arrow.names, data, file)
             for batch in parquet.iter_batches(batch_size=1024, columns=columns):
-                for values in zip(*(batch.column(name) for name in columns), strict=True):
+                for index in range(batch.num_rows):
                     number += 1
-                    where = f"{file} row {number}"
                     try:
-                        row = {name: value.as_py() for name, value in zip(columns, values, strict=True)}
+                        [values] = batch.slice(index, 1).to_pylist()
                     except UnicodeDecodeError:
-                        yield RowError(where, "not UTF-8")
+                        yield Row(f"{file} row {number}", error="not UTF-8")
                     else:
-                        yield _row(row, data, where)
+                        yield _row(values, data, f"{file} row {number}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise RowError(f"{file} after row {number}", f"not a readable parquet file: {_one_line(error)}") from error
+        raise DataError(f"{file} after row {number}: not a readable parquet file: {_one_line(error)}") from error
 
 
 def dataset_rows(name: str, data: Data) -> Iterator[Row]:
     """Yield the rows of `datasets.load_dataset`, which runs no code of the data set; raise `DataError`."""
     path = expanded(name)
     folder = path.resolve() if path.is_dir() else None
-    if folder is None and (path.exists() or not _HUB_NAME.fullmatch(name) or _is_reader(name)):
+    # The name of a reader, such as "csv", would read all such files in the working directory.
+    is_reader = name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}") is not None
+    if folder is None and (path.exists() or not _HUB_NAME.fullmatch(name) or is_reader):
         raise DataError(
             f"dataset_name '{escaped(name)}': expected a .csv, .jsonl or .parquet file, a folder or a hub name"
         )
@@ -126,7 +121,6 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
     shown = escaped(folder.name if folder else name)
     datasets.disable_progress_bars()
     try:
-        # An absolute folder, because a bare "csv" or "json" is the name of a reader first.
         rows = datasets.load_dataset(str(folder or name), data.dataset_config_name, split="train")
     except Exception as error:  # its readers raise the exceptions of many libraries; the cause says more
         cause = f": {escaped(' '.join(str(error.__cause__).split()))}" if error.__cause__ else ""
@@ -140,11 +134,6 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
         )
     for number, row in enumerate(rows.select_columns(columns), start=1):
         yield _row(row, data, f"{shown} row {number}")
-
-
-def _is_reader(name: str) -> bool:
-    """Return True for a reader of `datasets`, which would read all such files in the working directory."""
-    return name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}") is not None
 
 
 def _row(values: Mapping[str, object], data: Data, where: str) -> Row:
@@ -164,43 +153,30 @@ def _choose_columns(names: Sequence[str], data: Data, table: str) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def find_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the files below `folder` and its links to folders, which are not followed; hidden ones are left out.
-
-    Names are relative, with forward slashes, sorted by folder.
-    """
-
-    def fail(error: OSError) -> Never:
-        raise error
-
-    files: list[str] = []
-    links: list[str] = []
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = {name: Path(parent, name) for name in [*folders, *sorted(names)] if not name.startswith(".")}
-        links += [
-            path.relative_to(folder).as_posix() for name, path in paths.items() if name in folders and path.is_symlink()
-        ]
-        files += [path.relative_to(folder).as_posix() for name, path in paths.items() if name not in folders]
-    return files, links
-
-
 def read_text(path: Path, where: str) -> str:
     """Read a UTF-8 file without its byte order mark; raise `DataError` that names the line of bad UTF-8 or NUL."""
     if path.stat().st_size > MAX_TEXT_FILE_BYTES:
         raise DataError(f"{where} has more than {MAX_TEXT_FILE_BYTES:,} bytes")
     content = path.read_bytes()
-    nul = content.find(b"\0")
-    if nul >= 0:
-        raise DataError(f"{where} line {_line_of(content, nul)}: a NUL character; is this UTF-8 text?")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} line {_line_of(content, error.start)}: not UTF-8") from None
+    place, reason = content.find(b"\0"), "a NUL character; is this UTF-8 text?"
+    if place < 0:
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            place, reason = error.start, "not UTF-8"
+    line = content.count(b"\n", 0, place) + 1
+    raise DataError(f"{where} line {line}: {reason}")
 
 
-def _line_of(content: bytes, position: int) -> int:
-    return content.count(b"\n", 0, position) + 1
+def expanded(path: Path | str) -> Path:
+    """Replace a leading `~` by the home folder; the `~` of an unknown user stays."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def escaped(text: str) -> str:
+    """Return `text` as one short printable line: control, bidi and other invisible characters as escapes."""
+    shown = text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "..."
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown)
 
 
 def listed(names: Sequence[str]) -> str:

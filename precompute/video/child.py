@@ -25,9 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from precompute.clip import Skipped
 from precompute.video.decode import Requested, decode
-from precompute.video.probe import Probe, Probed, VideoError, parse_probe, probe
+from precompute.video.probe import Probe, Probed, Skipped, VideoError, parse_probe, probe
 
 START_SECONDS = 120.0
 EXIT_SECONDS = 1.0
@@ -75,10 +74,6 @@ class Child:
                 pass_fds=[other_end.fileno()],
             )
 
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
     def run(self, job: Path | DecodeJob) -> Probed | Decoded | Skipped:
         """Probe a path or decode a job. Set `leaves` if the process takes no further job.
 
@@ -122,18 +117,17 @@ class Child:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def exit_code(self) -> int | None:
-        """Return the exit code of a process that closed its socket, negative for the signal that ended it."""
+    def exit_code(self, seconds: float) -> int | None:
+        """Wait for the process to end; return its exit code, negative for a signal, or None while it runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(EXIT_SECONDS)
+            return self._process.wait(seconds)
         return None
 
     def end(self) -> None:
         """Kill the process and free its resources."""
         self.kill()
         self._socket.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel holds it in a call to a dead file system
-            self._process.wait(KILL_SECONDS)
+        self.exit_code(KILL_SECONDS)  # longer where the kernel holds it in a call to a dead file system
 
 
 def serve(connection: socket.socket, memory_gib: float) -> None:

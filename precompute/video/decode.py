@@ -52,17 +52,19 @@ def choose_decoder(probe: Probe, requested: Requested) -> Decoder:
 
     Raise `VideoError` where decord is requested and not exact. PyAV is also faster: decord converts every frame.
     """
-    proven = {
+    if requested == "pyav" or (requested == "auto" and not probe.intact):
+        return "pyav"
+    exact = {
         f"codec {probe.codec}": probe.codec in DECORD_CODECS,
         f"container {probe.container}": probe.container in DECORD_CONTAINERS,
         f"pixel format {probe.pixel_format}": probe.pixel_format in DECORD_PIXELS,
         f"rotation {probe.rotation}": probe.rotation == 0,
         "decord is not installed": importlib.util.find_spec("decord") is not None,
     }
-    reason = next((name for name, exact in proven.items() if not exact), None)
-    if requested == "decord" and reason:
-        raise VideoError(f"{NOT_EXACT}: {reason}")
-    return "decord" if requested == "decord" or (requested == "auto" and probe.intact and not reason) else "pyav"
+    reasons = [name for name, is_exact in exact.items() if not is_exact]
+    if requested == "decord" and reasons:
+        raise VideoError(f"{NOT_EXACT}: {reasons[0]}")
+    return "pyav" if reasons else "decord"
 
 
 def decode(
@@ -88,19 +90,14 @@ def decode(
             except VideoError:  # PyAV decodes where decord disagrees with the probe
                 if decoder == "decord":
                     raise
-        return _decode_with_pyav(file, probe, indices, times), "pyav"
-
-
-def _decode_with_pyav(file: FileIO, probe: Probe, indices: Sequence[int], times: Mapping[int, int]) -> np.ndarray:
-    if probe.one_to_one and indices[0] > 0:
-        try:
-            with reading():
-                return _collect(_from_a_keyframe(file, probe, times), probe, indices)
-        except VideoError as error:
-            if not error.permanent:
-                raise
-            # decoding from the start may succeed, or gives the reason
-    return _collect(_from_the_start(file, probe, times), probe, indices)
+        if probe.one_to_one and indices[0] > 0:
+            try:
+                with reading():
+                    return _collect(_from_a_keyframe(file, probe, times), probe, indices), "pyav"
+            except VideoError as error:  # decoding from the start may succeed, or gives the reason
+                if not error.permanent:
+                    raise
+        return _collect(_from_the_start(file, probe, times), probe, indices), "pyav"
 
 
 def _collect(pictures: Iterable[tuple[int, np.ndarray]], probe: Probe, indices: Sequence[int]) -> np.ndarray:
@@ -141,7 +138,8 @@ def _from_a_keyframe(file: FileIO, probe: Probe, times: Mapping[int, int]) -> It
     last = max(times)
     started = False
     with demuxer(file) as (container, stream):
-        container.seek(probe.origin + _ticks(time, stream), stream=stream)
+        assert stream.time_base is not None
+        container.seek(probe.origin + round(Fraction(time, 1_000_000) / stream.time_base), stream=stream)
         for packet in container.demux(stream):
             if not started and not _starts_sequence(packet, probe.codec, stream):
                 raise VideoError("no keyframe where the container says")
@@ -191,12 +189,6 @@ def _time(frame: "VideoFrame", probe: Probe, stream: "VideoStream") -> int:
     return microseconds(frame.pts - probe.origin, stream.time_base)
 
 
-def _ticks(time_us: int, stream: "VideoStream") -> int:
-    """Return a time in the stream's time base, rounded to the nearest tick."""
-    assert stream.time_base is not None
-    return round(Fraction(time_us, 1_000_000) / stream.time_base)
-
-
 def _picture(frame: "VideoFrame", probe: Probe, number: int) -> np.ndarray:
     """Convert a frame to uint8 [H, W, 3] RGB, rotated as displayed."""
     if rotation(frame) != probe.rotation:
@@ -215,6 +207,15 @@ def _decode_with_decord(
     decord: Any = importlib.import_module("decord")
     decord.logging.set_level(decord.logging.QUIET)
     same_file = Path(f"/proc/self/fd/{file.fileno()}")
+
+    def pictures(reader: Any) -> Iterator[tuple[int, np.ndarray]]:
+        for number in range(max(times) + 1):
+            frame = reader.next()
+            if frame.shape != (probe.height, probe.width, 3):
+                raise VideoError(f"{NOT_EXACT}: its frame {number} has the shape {frame.shape}")
+            if number in times:
+                yield number, frame.asnumpy()
+
     try:
         reader = decord.VideoReader(str(same_file if same_file.exists() else path), ctx=decord.cpu(0), num_threads=1)
         if len(reader) != probe.num_frames:
@@ -222,15 +223,6 @@ def _decode_with_decord(
         starts = reader.get_frame_timestamp(range(len(reader)))[:, 0] * 1e6
         if any(abs(starts[number] - starts[0] - time) > 1000 for number, time in times.items()):
             raise VideoError(f"{NOT_EXACT}: its frame times differ from PyAV's")
-        return _collect(_decord_pictures(reader, probe, times), probe, indices)
+        return _collect(pictures(reader), probe, indices)
     except (decord.DECORDError, RuntimeError, StopIteration) as error:
         raise VideoError(f"{NOT_EXACT}: {str(error).partition(chr(10))[0]}") from error
-
-
-def _decord_pictures(reader: Any, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, np.ndarray]]:
-    for number in range(max(times) + 1):
-        frame = reader.next()
-        if frame.shape != (probe.height, probe.width, 3):
-            raise VideoError(f"{NOT_EXACT}: its frame {number} has the shape {frame.shape}")
-        if number in times:
-            yield number, frame.asnumpy()

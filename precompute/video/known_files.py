@@ -15,15 +15,13 @@ from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from precompute.video.probe import FileMark, Probed, mark_of, parse_probe
+from precompute.video.probe import Probed, mark_of, parse_probe
 from shared.atomic_files import user_folder
 from shared.console import say
 
 FILE = "files.sqlite"
 MAX_FILES = 1_000_000
 LOCKED_SECONDS = 30.0
-UNUSABLE = tuple(f"SQLITE_{name}" for name in ("BUSY", "CANTOPEN", "FULL", "IOERR", "LOCKED", "PERM", "READONLY"))
-"""SQLite's names of the errors that do not mean damage."""
 READER = f"2 av {version('av')}"
 """Names the facts that `probe` finds and the way it finds them; a change of either needs another name."""
 
@@ -33,50 +31,46 @@ class KnownFiles:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._path = (folder or user_folder()) / FILE
-        self._new: dict[str, bytes] = {}
+        self._new: list[tuple[str, bytes]] = []
         self._database: sqlite3.Connection | None = None
         with self._warning_on_failure():
-            self._database = self._connect()
+            self._connect()
 
     def find(self, path: Path) -> Probed | None:
         """Return the content of the file at `path`, None unless a file with its present mark was saved."""
         try:
-            name = _name(mark_of(path.stat()))
+            mark = str(mark_of(path.stat()))
         except OSError:  # the probe gives the reason
             return None
-        found: list[tuple[bytes]] = []
         with self._warning_on_failure():
             if self._database:
                 statement = "SELECT CAST(content AS BLOB) FROM files WHERE mark = ?"
-                found = self._database.execute(statement, (name,)).fetchall()
-        content = found[0][0] if found else b""
-        if content[:32] != _digest(content[32:]):
-            return None
-        fields, steps = json.loads(zlib.decompress(content[32:]))
-        return Probed(parse_probe(fields), array("q", accumulate(steps)))
+                for (content,) in self._database.execute(statement, (mark,)):
+                    if content and content[:32] == _digest(content[32:]):
+                        fields, steps = json.loads(zlib.decompress(content[32:]))
+                        return Probed(parse_probe(fields), array("q", accumulate(steps)))
+        return None
 
     def add(self, found: Probed) -> None:
         """Keep a probe for `save`."""
         steps = [later - earlier for earlier, later in pairwise([0, *found.timestamps_us])]
         content = zlib.compress(json.dumps([asdict(found.probe), steps]).encode())
-        self._new[_name(found.probe.mark)] = _digest(content) + content
+        self._new.append((str(found.probe.mark), _digest(content) + content))
 
     def save(self) -> None:
         """Write the added probes, drop the oldest beyond `MAX_FILES` and close the database."""
         with self._warning_on_failure():
             if self._database:
                 with self._database as writing:
-                    writing.executemany("INSERT OR REPLACE INTO files VALUES (?, ?)", self._new.items())
-                    oldest = "DELETE FROM files WHERE rowid <= (SELECT max(rowid) FROM files) - ?"
-                    writing.execute(oldest, (MAX_FILES,))
+                    writing.executemany("INSERT OR REPLACE INTO files VALUES (?, ?)", self._new)
+                    writing.execute("DELETE FROM files WHERE rowid <= (SELECT max(rowid) FROM files) - ?", (MAX_FILES,))
         if self._database:
             self._database.close()
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        database = sqlite3.connect(self._path, timeout=LOCKED_SECONDS)
-        database.execute("CREATE TABLE IF NOT EXISTS files (mark TEXT PRIMARY KEY, content BLOB)")
-        return database
+        self._database = sqlite3.connect(self._path, timeout=LOCKED_SECONDS)
+        self._database.execute("CREATE TABLE IF NOT EXISTS files (mark TEXT PRIMARY KEY, content BLOB)")
 
     @contextmanager
     def _warning_on_failure(self) -> Iterator[None]:
@@ -85,13 +79,9 @@ class KnownFiles:
         except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
             say(f"warning: precompute.remember_files: {self._path}: {error}; files are read again")
             self._database = None
-            if not isinstance(error, OSError) and not getattr(error, "sqlite_errorname", "").startswith(UNUSABLE):
+            if not isinstance(error, sqlite3.OperationalError | OSError):  # damaged, neither locked nor read-only
                 self._path.unlink(missing_ok=True)
-                self._database = self._connect()
-
-
-def _name(mark: FileMark) -> str:
-    return " ".join(map(str, mark))
+                self._connect()
 
 
 def _digest(content: bytes) -> bytes:

@@ -9,9 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
-from precompute.clip import Skipped
-from precompute.video.child import Child, Decoded, DecodeJob
-from precompute.video.probe import Probed
+from precompute.video.child import EXIT_SECONDS, Child, Decoded, DecodeJob
+from precompute.video.probe import Probed, Skipped
 from shared.signals import SIGNALS
 
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
@@ -28,7 +27,6 @@ class DecodePool:
     """
 
     def __init__(self, *, workers: int, deadline_seconds: float, memory_gib: float) -> None:
-        assert workers > 0 and deadline_seconds > 0 and memory_gib > 0
         self._workers = workers
         self._deadline_seconds = deadline_seconds
         self._memory_gib = memory_gib
@@ -36,7 +34,8 @@ class DecodePool:
         self._closed = False
         self._children: set[Child] = set()
         self._idle: list[Child] = []
-        self._busy_seconds = 0.0
+        self.busy_seconds = 0.0
+        """Time spent on jobs, summed over the processes."""
         # Blocked signals reach the main thread at once, and never a process started by these threads: schedulers and
         # terminals send them to every process.
         self._threads = ThreadPoolExecutor(
@@ -62,10 +61,6 @@ class DecodePool:
     def decode_all(self, jobs: Iterable[DecodeJob], ahead: int = 0) -> Iterator[Decoded | Skipped]:
         """Yield one outcome per job, in order; take at most max(ahead, 2 * workers) jobs ahead of the consumer."""
         return cast("Iterator[Decoded | Skipped]", self._run(jobs, ahead))
-
-    def busy_seconds(self) -> float:
-        """Return the seconds spent on jobs, summed over the processes."""
-        return self._busy_seconds
 
     def _run(self, jobs: Iterable[Path | DecodeJob], ahead: int) -> Iterator[Outcome]:
         pending: deque[Future[Outcome]] = deque()
@@ -96,7 +91,7 @@ class DecodePool:
             return _cause_of_death(child)
         finally:
             with self._lock:
-                self._busy_seconds += time.perf_counter() - started
+                self.busy_seconds += time.perf_counter() - started
                 if reusable:
                     self._idle.append(child)
                 else:
@@ -110,7 +105,7 @@ class DecodePool:
                 raise RuntimeError("the pool is closed")
             while self._idle:
                 child = self._idle.pop()
-                if child.alive:
+                if child.exit_code(0) is None:
                     return child
                 self._children.remove(child)
                 child.end()
@@ -121,12 +116,12 @@ class DecodePool:
 
 def _cause_of_death(child: Child) -> Skipped:
     """Return the outcome of a job whose process died; raise `RuntimeError` if it exited before its first job."""
-    exit_code = child.exit_code()
-    if exit_code is None or exit_code >= 0:
-        if not child.ready:
-            raise RuntimeError(f"a decode process does not start (exit code {exit_code})")
-        return Skipped(f"decoder died (exit code {exit_code})")
-    killer = signal.Signals(-exit_code)
-    if killer in CRASHES:
-        return Skipped(f"decoder died ({killer.name})")
-    return Skipped(f"its decoder was killed ({killer.name})", permanent=False)
+    exit_code = child.exit_code(EXIT_SECONDS)
+    if exit_code is not None and exit_code < 0:
+        killer = signal.Signals(-exit_code)
+        if killer in CRASHES:
+            return Skipped(f"decoder died ({killer.name})")
+        return Skipped(f"its decoder was killed ({killer.name})", permanent=False)
+    if not child.ready:
+        raise RuntimeError(f"a decode process does not start (exit code {exit_code})")
+    return Skipped(f"decoder died (exit code {exit_code})")

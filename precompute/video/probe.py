@@ -41,6 +41,16 @@ FileMark = tuple[int, int, int, int, int]
 """Device, inode, size in bytes, mtime and ctime in nanoseconds."""
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """The reason why a source or clip is left out."""
+
+    reason: str
+    """One short line; reports count reasons up to the first colon."""
+    permanent: bool = True
+    """True for a bad file, False for a failure that a later run may not have."""
+
+
 class VideoError(Exception):
     """A file without exact frames; `reason` is one short line, and reports count reasons up to the first colon.
 
@@ -48,12 +58,8 @@ class VideoError(Exception):
     """
 
     def __init__(self, reason: str, *, permanent: bool = True) -> None:
-        super().__init__(" ".join(reason.split())[:200])
-        self.permanent = permanent
-
-    @property
-    def reason(self) -> str:
-        return str(self.args[0])
+        self.reason, self.permanent = " ".join(reason.split())[:200], permanent
+        super().__init__(self.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +114,19 @@ def probe(path: Path) -> Probed:
             times, first = _times_of_packets(container, stream) if by_packets else (None, None)
         if name in IMAGE_FORMATS:
             _refuse_mirrored(file)
-        by_frames = times is None
-        if times is None:
+        if by_frames := times is None:
             with demuxer(file) as (container, stream):
                 times, first = _times_of_frames(container, stream)
         if first is None or not times or base is None:
             raise VideoError("no frame can be decoded")
         turned = rotation(first)
-        height, width = (first.width, first.height) if turned % 180 else (first.height, first.width)
         found = Probe(
             sha256=digest,
             mark=mark(file),
             num_frames=len(times),
             origin=times[0],
-            height=height,
-            width=width,
+            height=first.width if turned % 180 else first.height,
+            width=first.height if turned % 180 else first.width,
             rotation=turned,
             codec=codec,
             container=name,
@@ -245,8 +249,7 @@ def _times_of_packets(
     first: VideoFrame | None = None
     begin: int | None = None
     for packet in container.demux(stream):
-        if first is None:
-            first = next(iter(packet.decode()), None)
+        first = first or next(iter(packet.decode()), None)
         if packet.size == 0:
             continue
         if packet.pts is None or (begin is None and not packet.is_keyframe):
@@ -271,8 +274,7 @@ def _times_of_frames(container: "InputContainer", stream: "VideoStream") -> tupl
         times.append(frame.pts)
         _check_count(len(times))
     if container.format.name == "avi":
-        # AVI numbers packets in decoding order: right times in the wrong order.
-        times.sort()
+        times.sort()  # it numbers packets in decoding order: right times in the wrong order
     elif any(a > b for a, b in pairwise(times)):
         raise VideoError("time stamps go backwards")
     return times, first

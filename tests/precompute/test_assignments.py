@@ -152,12 +152,15 @@ def test_damaged_or_foreign_assignment_is_refused(storage: LocalStorage) -> None
 
 
 def test_everything_is_stored_at_the_end_and_nothing_twice(storage: LocalStorage) -> None:
+    old = take_inventory(storage, LATENTS)
     first, inventory = make_all(storage, wanted_of(KEYS[:12], 3, 2, buckets=2))
     assert inventory.stored == frozenset(KEYS[:12])
     second, inventory = make_all(storage, wanted_of(KEYS, 3, 2, buckets=2), Part(1, 2))
     assert inventory.stored == frozenset(KEYS)
     assert sorted(key for shard in first + second for key in shard.keys) == KEYS
     assert make_all(storage, wanted_of(KEYS[3:], 3, 2, buckets=2))[0] == []
+    shards, inventory = shards_to_make(storage, wanted_of(KEYS, 6, buckets=2), old, Part())
+    assert shards == [] and inventory.stored == frozenset(KEYS), "stored after the inventory"
 
 
 def test_each_receipt_is_read_once_in_a_run(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,14 +181,6 @@ def test_shards_of_another_data_set_are_not_made_again(storage: LocalStorage) ->
     store(storage, shards[0])
     assert len(make_all(storage, wanted_of(KEYS, 4))[0]) == 4
     assert make_all(storage, wanted)[0] == []
-
-
-def test_shards_stored_after_the_inventory_are_not_assigned_again(storage: LocalStorage) -> None:
-    old = take_inventory(storage, LATENTS)
-    make_all(storage, wanted_of(KEYS[:5]))
-    make_all(storage, wanted_of(KEYS[:6]))
-    shards, inventory = shards_to_make(storage, wanted_of(KEYS[:6], 6), old, Part())
-    assert shards == [] and inventory.stored == frozenset(KEYS[:6])
 
 
 def test_skipped_key_is_retried_only_on_demand(storage: LocalStorage) -> None:

@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 
 from precompute.assignments import Part
-from precompute.clip import Skipped
-from precompute.discover import cut_clips
+from precompute.discover import Stage, cut_clips, open_stage
 from precompute.sources.rows import read_sources
-from precompute.stage import Stage, open_stage
-from precompute.video.probe import Probed, probe
+from precompute.video.probe import Probed, Skipped, probe
 from tests.corpus import config_for, write_corpus
 
 

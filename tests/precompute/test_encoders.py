@@ -14,7 +14,7 @@ from transformers import T5EncoderModel
 
 from precompute.encoders import CompiledModule, TextEncoder, VaeEncoder, load_tokenizer, truncated_tokens, vae_precision
 from precompute.latents import conditioning_images
-from shared.config import Model
+from shared.config import Model, Precompute
 from shared.errors import UsageError
 from shared.model.pretrained import Component, pretrained_part
 from tests.tiny import TEXT_LENGTH
@@ -31,37 +31,43 @@ def vae(pipeline: Path) -> Component:
 @pytest.fixture(scope="module")
 def t5(pipeline: Path) -> TextEncoder:
     part = pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "text_encoder")
-    return TextEncoder(part, load_tokenizer(str(pipeline / "tokenizer")), "fp32", CPU, TEXT_LENGTH)
+    return TextEncoder(
+        part,
+        load_tokenizer(str(pipeline / "tokenizer")),
+        Precompute(cache="unused", text_dtype="fp32"),
+        CPU,
+        TEXT_LENGTH,
+    )
 
 
 def clips(count: int, frames: int = 9, height: int = 32, width: int = 48) -> torch.Tensor:
     return torch.randn(count, 3, frames, height, width, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
 
 
-def encoder(part: Component, *, tiling: bool = False, slicing: bool = False, precision: str = "fp32") -> VaeEncoder:
-    return VaeEncoder(part, precision, CPU, tiling=tiling, slicing=slicing)
+def encoder(part: Component, **settings: Any) -> VaeEncoder:
+    return VaeEncoder(part, Precompute(**{"cache": "unused", "vae_dtype": "fp32", **settings}), CPU)
 
 
-@pytest.mark.parametrize("frames", [1, 5, 9, 17])
+@pytest.mark.parametrize("frames", [1, 17])
 def test_batch_equals_single_clips(vae: Component, frames: int) -> None:
-    batch = clips(3, frames)
-    together = encoder(vae).encode(batch)
-    alone = torch.cat([encoder(vae).encode(clip[None]) for clip in batch])
-    assert together.shape == (3, 32, (frames - 1) // 4 + 1, 4, 6)
+    batch, encoding = clips(2, frames), encoder(vae)
+    together = encoding.encode(batch)
+    alone = torch.cat([encoding.encode(clip[None]) for clip in batch])
+    assert together.shape == (2, 32, (frames - 1) // 4 + 1, 4, 6)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_slicing_keeps_the_latents_and_tiling_changes_them(vae: Component) -> None:
     batch = clips(2, frames=5, height=96, width=160)
     plain = encoder(vae).encode(batch)
-    torch.testing.assert_close(encoder(vae, slicing=True).encode(batch), plain, rtol=1e-5, atol=1e-5)
-    tiled = encoder(vae, tiling=True).encode(batch)
+    torch.testing.assert_close(encoder(vae, enable_slicing=True).encode(batch), plain, rtol=1e-5, atol=1e-5)
+    tiled = encoder(vae, enable_tiling=True).encode(batch)
     assert tiled.shape == plain.shape and (tiled - plain).abs().max() > 1e-3
 
 
 def test_channels_last_keeps_the_latents(vae: Component) -> None:
     batch = clips(2, frames=9)
-    laid_out = VaeEncoder(vae, "fp32", CPU, tiling=False, slicing=False, channels_last=True)
+    laid_out = encoder(vae, channels_last=True)
     weight = laid_out.vae.encoder.conv_in.conv.weight
     assert weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
     moments = laid_out.encode(batch)
@@ -72,7 +78,7 @@ def test_channels_last_keeps_the_latents(vae: Component) -> None:
 @pytest.mark.faults  # compiling takes long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_compiled_encoder_keeps_the_latents(vae: Component) -> None:
-    compiled = VaeEncoder(vae, "fp32", CPU, tiling=False, slicing=False, compiled=True)
+    compiled = encoder(vae, compile_vae=True)
     for frames in (1, 9):
         batch = clips(1, frames)
         torch.testing.assert_close(compiled.encode(batch), encoder(vae).encode(batch), rtol=1e-4, atol=1e-5)
@@ -92,7 +98,7 @@ def test_missing_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_moments_have_the_precision_of_the_recipe(vae: Component) -> None:
-    moments = encoder(vae, precision="bf16").encode(clips(1, frames=5))
+    moments = encoder(vae, vae_dtype="bf16").encode(clips(1, frames=5))
     assert moments.dtype == torch.bfloat16
     torch.testing.assert_close(moments.float(), encoder(vae).encode(clips(1, frames=5)), rtol=0.1, atol=0.1)
 
@@ -138,7 +144,7 @@ def test_fp32_is_never_tf32_and_switches_are_restored(vae: Component, t5: TextEn
 def test_fp32_on_the_gpu_is_fp32(vae: Component) -> None:
     batch = clips(2, frames=9, height=96, width=160)
     expected = encoder(vae).encode(batch)
-    found = VaeEncoder(vae, "fp32", torch.device("cuda"), tiling=False, slicing=False).encode(batch)
+    found = VaeEncoder(vae, Precompute(cache="unused", vae_dtype="fp32"), torch.device("cuda")).encode(batch)
     assert (found - expected).norm() / expected.norm() < 1e-5  # with TF32 about 3e-4
 
 
@@ -163,24 +169,18 @@ class CrampedVae:
         return self.real.encode(batch)
 
 
-@pytest.mark.parametrize(("room", "batches"), [(5, [5]), (3, [5, 2, 3]), (1, [5, 2, 1, 1, 3, 1, 2, 1, 1])])
-def test_out_of_memory_halves_the_batch(vae: Component, room: int, batches: list[int]) -> None:
-    whole = encoder(vae).encode(clips(5, frames=5))
+def test_out_of_memory_halves_the_batch_down_to_one(vae: Component) -> None:
     cramped = encoder(vae)
-    cramped.vae = CrampedVae(cramped.vae, room)
-    torch.testing.assert_close(cramped.encode(clips(5, frames=5)), whole, rtol=1e-5, atol=1e-5)
-    assert cramped.vae.batches == batches
-
-
-def test_out_of_memory_with_one_clip_is_raised(vae: Component) -> None:
-    cramped = encoder(vae)
-    cramped.vae = CrampedVae(cramped.vae, 0)
+    real, batch = cramped.vae, clips(5, frames=5)
+    assert real.decoder is None
+    whole = cramped.encode(batch)
+    for room, batches in ((3, [5, 2, 3]), (1, [5, 2, 1, 1, 3, 1, 2, 1, 1])):
+        cramped.vae = CrampedVae(real, room)
+        torch.testing.assert_close(cramped.encode(batch), whole, rtol=1e-5, atol=1e-5)
+        assert cramped.vae.batches == batches
+    cramped.vae = CrampedVae(real, 0)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         cramped.encode(clips(2, frames=5))
-
-
-def test_only_the_vaes_encoder_is_kept(vae: Component) -> None:
-    assert encoder(vae).vae.decoder is None
 
 
 def test_embedding_is_independent_of_its_batch(t5: TextEncoder) -> None:
@@ -199,13 +199,13 @@ def test_embedding_is_t5s_last_hidden_state_without_a_mask(t5: TextEncoder, pipe
         torch.testing.assert_close(t5.encode(["a bird"]), model(ids)[0])
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_offloaded_t5_gives_the_same_bits(pipeline: Path, precision: str) -> None:
+def test_offloaded_t5_gives_the_same_bits(pipeline: Path) -> None:
     part = pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "text_encoder")
     tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
     texts = ["a grey rabbit yawns", ""]
-    whole = TextEncoder(part, tokenizer, precision, CPU, TEXT_LENGTH)
-    offloaded = TextEncoder(part, tokenizer, precision, CPU, TEXT_LENGTH, offload=True)
+    whole = TextEncoder(part, tokenizer, Precompute(cache="unused", text_dtype="fp16"), CPU, TEXT_LENGTH)
+    settings = Precompute(cache="unused", text_dtype="fp16", text_offload=True)
+    offloaded = TextEncoder(part, tokenizer, settings, CPU, TEXT_LENGTH)
     assert {parameter.device.type for parameter in offloaded.model.parameters()} == {"meta"}
     for _ in range(2):
         assert torch.equal(offloaded.encode(texts), whole.encode(texts))
@@ -221,7 +221,7 @@ def test_fp16_t5_computes_in_fp32_what_exceeds_65504(pipeline: Path, tmp_path: P
     save_file(tensors, weights, {"format": "pt"})
     part = Component(tmp_path / "text_encoder", None, (weights,))
     tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
-    exact = TextEncoder(part, tokenizer, "fp32", CPU, TEXT_LENGTH)
+    exact = TextEncoder(part, tokenizer, Precompute(cache="unused", text_dtype="fp32"), CPU, TEXT_LENGTH)
     largest: list[float] = []
     exact.model.encoder.block[0].layer[1].DenseReluDense.wo.register_forward_hook(
         lambda _layer, _given, result: largest.append(float(result.abs().max()))
@@ -229,20 +229,13 @@ def test_fp16_t5_computes_in_fp32_what_exceeds_65504(pipeline: Path, tmp_path: P
     expected = exact.encode(["a grey rabbit yawns"]).flatten(1)
     assert largest[0] > 65504
     for offload in (False, True):
-        encoder = TextEncoder(part, tokenizer, "fp16", CPU, TEXT_LENGTH, offload=offload)
+        settings = Precompute(cache="unused", text_dtype="fp16", text_offload=offload)
+        encoder = TextEncoder(part, tokenizer, settings, CPU, TEXT_LENGTH)
         found = encoder.encode(["a grey rabbit yawns"]).float().flatten(1)
         assert torch.nn.functional.cosine_similarity(expected, found).min() > 0.99
 
 
-def test_tokens_beyond_the_text_length_are_counted(pipeline: Path) -> None:
-    tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
-    text = "a grey rabbit yawns in the meadow " * 20
-    [none, many] = truncated_tokens(tokenizer, ["a", text], TEXT_LENGTH)
-    assert none == 0 and many == len(tokenizer(text).input_ids) - TEXT_LENGTH > 0
-    assert truncated_tokens(tokenizer, [], TEXT_LENGTH) == []
-
-
-def test_tokens_are_counted_block_by_block(pipeline: Path) -> None:
+def test_tokens_beyond_the_text_length_are_counted_by_blocks(pipeline: Path) -> None:
     tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
     texts = [f"a grey rabbit {'yawns ' * (number % 30)}" for number in range(600)]
     blocks: list[int] = []
@@ -253,13 +246,14 @@ def test_tokens_are_counted_block_by_block(pipeline: Path) -> None:
 
     expected = [max(0, len(tokenizer(text).input_ids) - TEXT_LENGTH) for text in texts[:60]]
     assert truncated_tokens(counting, texts, TEXT_LENGTH) == expected * 10
-    assert sum(blocks) == 600 and max(blocks) <= 250
+    assert sum(blocks) == 600 and max(blocks) <= 250 and 0 == min(expected) < max(expected)
+    assert truncated_tokens(tokenizer, [], TEXT_LENGTH) == []
 
 
 def test_conditioning_images_are_the_frame_and_noised_copies() -> None:
     frame = clips(1)[0][:, :1]
-    images = conditioning_images(frame, 200, "key")
-    assert torch.equal(images[0], frame) and len(images) == 201
+    images = conditioning_images(frame, 100, "key")
+    assert torch.equal(images[0], frame) and len(images) == 101
     again = conditioning_images(frame, 2, "key")
     assert all(torch.equal(one, two) for one, two in zip(images, again, strict=False))
     assert not torch.equal(images[1], conditioning_images(frame, 1, "other")[1])

@@ -18,7 +18,7 @@ from precompute.report import Report
 from shared.cache.shard import Receipt, write_shard
 from shared.config import Config
 from shared.errors import DataError, Preempted, UsageError
-from tests.corpus import config_for, run, stored_files, write_corpus
+from tests.corpus import config_for, stored_files, write_corpus
 
 
 def test_missing_ray_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,14 +108,13 @@ class KilledOnce(Worker):
 
 @pytest.mark.usefixtures("cluster")
 def test_killed_worker_is_restarted_and_the_cache_is_the_same(
-    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: Path, filled: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, cache = write_corpus(tmp_path / "clips", 12), tmp_path / "cache"
-    run(config_for(pipeline, root, tmp_path / "alone"))
+    root, alone = filled
     monkeypatch.setattr("precompute.ray_engine.Worker", KilledOnce)
-    report = precompute_with_ray(config_for(pipeline, root, cache))
-    assert (tmp_path / "killed").exists() and report.clips == 12
-    assert stored_files(cache) == stored_files(tmp_path / "alone")
+    report = precompute_with_ray(config_for(pipeline, root, tmp_path / "new"))
+    assert (tmp_path / "killed").exists() and report.clips == 6
+    assert stored_files(tmp_path / "new") == stored_files(alone)
 
 
 @pytest.mark.faults

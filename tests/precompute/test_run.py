@@ -1,8 +1,10 @@
 """Stage 1 from end to end: the cost of each change, skips, failures and reruns."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from precompute import latents, prompts
 from precompute.encoders import VaeEncoder
-from precompute.report import Report
+from precompute.report import PassResult, Report
 from precompute.sources.rows import read_sources
-from precompute.stage import PassResult
 from shared.cache.collection import SampleReader, receipt_names, shards
 from shared.cache.shard import Receipt, Sample, write_shard
 from shared.cache.storage import LocalStorage
@@ -24,8 +25,9 @@ from shared.errors import CacheError, DataError, UsageError
 from tests.corpus import config_for, count_storage_calls, run, stored_files, write_captions, write_corpus, write_video
 from tests.tiny import save_pipeline
 
-CLIPS = 30
-Small = tuple[Path, Path]
+CLIPS = 10
+SETTINGS: dict[str, Any] = {"clips_per_shard": 6, "vae_batch_size": 3}
+Filled = tuple[Path, Path]
 
 
 def counts(report: Report) -> tuple[int, int, int, int]:
@@ -42,37 +44,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, corpus: Path) -> Path:
     """Fill a cache with the whole corpus."""
     folder = tmp_path_factory.mktemp("run") / "cache"
-    report = run(config_for(pipeline, corpus, folder, clips_per_shard=20, vae_batch_size=10))
+    report = run(config_for(pipeline, corpus, folder, **SETTINGS))
     assert counts(report) == (CLIPS, 0, CLIPS + 2, 0)
     return folder
 
 
-@pytest.fixture
-def small(tmp_path: Path, pipeline: Path) -> Small:
-    """Fill a cache with five clips."""
-    root, cache = write_corpus(tmp_path / "clips", 5), tmp_path / "cache"
-    run(config_for(pipeline, root, cache))
-    return root, cache
-
-
 def test_each_change_costs_only_what_it_touches(pipeline: Path, corpus: Path, cache: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"clips_per_shard": 20, "vae_batch_size": 10}
-    assert counts(run(config_for(pipeline, corpus, cache, **settings))) == (0, CLIPS, 0, CLIPS + 2)
-
     root = tmp_path / "moved"
     shutil.copytree(corpus, root)
     for path in root.glob("*.mp4"):
         os.utime(path, (1, 1))
-    assert counts(run(config_for(pipeline, root, cache, **settings))) == (0, CLIPS, 0, CLIPS + 2)
+    assert counts(run(config_for(pipeline, root, cache, **SETTINGS))) == (0, CLIPS, 0, CLIPS + 2)
 
     captions = [f"clip number {number}" for number in range(CLIPS)]
     write_captions(root, ["another caption", *captions[1:]])
-    assert counts(run(config_for(pipeline, root, cache, **settings))) == (0, CLIPS, 1, CLIPS + 1)
-
     write_video(root / "007.mp4", seed=1007)
-    assert counts(run(config_for(pipeline, root, cache, **settings))) == (1, CLIPS - 1, 0, CLIPS + 2)
+    assert counts(run(config_for(pipeline, root, cache, **SETTINGS))) == (1, CLIPS - 1, 1, CLIPS + 1)
 
-    cropped = config_for(pipeline, root, cache, data={"video_reshape_mode": "random"}, **settings)
+    cropped = config_for(pipeline, root, cache, data={"video_reshape_mode": "random"}, **SETTINGS)
     assert counts(run(cropped)) == (CLIPS, 0, 0, CLIPS + 2)
 
     other = tmp_path / "pipeline"
@@ -81,14 +70,14 @@ def test_each_change_costs_only_what_it_touches(pipeline: Path, corpus: Path, ca
     tensors = load_file(weights)
     tensors["encoder.conv_in.conv.bias"] += 0.01
     save_file(tensors, weights, {"format": "pt"})
-    assert counts(run(config_for(other, root, cache, **settings))) == (CLIPS, 0, 0, CLIPS + 2)
+    assert counts(run(config_for(other, root, cache, **SETTINGS))) == (CLIPS, 0, 0, CLIPS + 2)
 
 
-def test_stored_moments_are_the_vaes_own(pipeline: Path, small: Small) -> None:
+def test_stored_moments_are_the_vaes_own(pipeline: Path, filled: Filled) -> None:
     import av
     from diffusers import AutoencoderKLCogVideoX
 
-    root, cache = small
+    root, cache = filled
     storage = LocalStorage(str(cache))
     view = read_view(storage, "corpus")
     vae = AutoencoderKLCogVideoX.from_pretrained(pipeline / "vae")
@@ -105,7 +94,7 @@ def test_image_moments_are_of_the_clips_own_first_frame(tmp_path: Path) -> None:
     from precompute.latents import conditioning_images
     from precompute.video.decode import decode
     from precompute.video.probe import probe
-    from shared.config import Model
+    from shared.config import Model, Precompute
     from shared.model.pretrained import pretrained_part
 
     pipeline, root = save_pipeline("1.5-5b-i2v", tmp_path / "i2v"), write_corpus(tmp_path / "clips", 2)
@@ -116,7 +105,7 @@ def test_image_moments_are_of_the_clips_own_first_frame(tmp_path: Path) -> None:
         (name, flip) for name in ("000.mp4", "001.mp4") for flip in (False, True)
     ]
     part = pretrained_part(Model(pretrained_model_name_or_path=str(pipeline)), "vae")
-    encoder = VaeEncoder(part, "fp32", torch.device("cpu"), tiling=False, slicing=False)
+    encoder = VaeEncoder(part, Precompute(cache="unused", vae_dtype="fp32"), torch.device("cpu"))
     for row in view.rows:
         found = probe(root / row.source)
         frames = decode(root / row.source, found.probe, range(5), found.timestamps_us, "pyav")[0]
@@ -167,14 +156,13 @@ def test_clip_that_cannot_be_encoded_is_retried_on_demand(pipeline: Path, tmp_pa
 
 
 def test_written_bytes_are_those_on_the_disk(pipeline: Path, tmp_path: Path) -> None:
-    config = config_for(pipeline, write_corpus(tmp_path / "clips", 6), tmp_path / "cache")
+    config = config_for(pipeline, write_corpus(tmp_path / "clips", 2), tmp_path / "cache")
 
     def shard_files() -> dict[Path, int]:
         found = (path for kind in ("latents", "prompts") for path in (tmp_path / "cache" / kind).rglob("*.*"))
         return {path: path.stat().st_size for path in found if path.name != "recipe.json"}
 
     assert run(config).written_bytes == sum(shard_files().values())
-    assert run(config).written_bytes == 0
     receipts = {path: size for path, size in shard_files().items() if path.suffix == ".json"}
     for path in receipts:
         path.unlink()
@@ -206,8 +194,8 @@ def test_clip_with_non_finite_latents_is_skipped_and_not_held_out(
     assert view.split("held_out")[0].source != first.source
 
 
-def test_shard_set_aside_is_made_again_with_the_same_bytes(pipeline: Path, small: Small) -> None:
-    root, cache = small
+def test_shard_set_aside_is_made_again_with_the_same_bytes(pipeline: Path, filled: Filled) -> None:
+    root, cache = filled
     before = stored_files(cache)
     tar = min(cache.glob("latents/*/*/*.tar"))
     damaged = bytearray(tar.read_bytes())
@@ -216,27 +204,22 @@ def test_shard_set_aside_is_made_again_with_the_same_bytes(pipeline: Path, small
     checked, found = verify(LocalStorage(str(cache)), repair=True)
     assert checked == 3 and len(found) == 1 and str(tar) in found[0]
     kept = sum(len(receipt.samples) for _, receipt in shards(LocalStorage(str(cache)), "latents"))
-    assert run(config_for(pipeline, root, cache)).latents.made == 5 - kept > 0
+    assert run(config_for(pipeline, root, cache)).latents.made == 6 - kept > 0
     after = {name: content for name, content in stored_files(cache).items() if not name.endswith(".damaged")}
     assert after == before
 
 
-def test_data_sets_share_their_common_clips(pipeline: Path, small: Small) -> None:
-    root, cache = small
+def test_data_sets_and_equal_sources_share_clips(pipeline: Path, filled: Filled) -> None:
+    root, cache = filled
     write_video(root / "new.mp4", seed=77)
-    write_captions(root, [f"clip number {number}" for number in range(6)])
-    assert counts(run(config_for(pipeline, root, cache))) == (1, 5, 1, 7)
-    (root / "new.mp4").unlink()
-    write_captions(root, [f"clip number {number}" for number in range(5)])
-    assert counts(run(config_for(pipeline, root, cache))) == (0, 5, 0, 7)
-
-
-def test_sources_of_equal_bytes_are_stored_once(pipeline: Path, tmp_path: Path) -> None:
-    root, cache = write_corpus(tmp_path / "clips", 2), tmp_path / "cache"
-    shutil.copy(root / "000.mp4", root / "copy.mp4")
-    write_captions(root, ["a", "b", "c"])
+    shutil.copy(root / "new.mp4", root / "same.mp4")
+    write_captions(root, [f"clip number {number}" for number in range(8)])
     report = run(config_for(pipeline, root, cache))
-    assert (report.clips, report.latents.made) == (3, 2)
+    assert counts(report) == (1, 6, 2, 8) and report.clips == 8
+    (root / "new.mp4").unlink()
+    (root / "same.mp4").unlink()
+    write_captions(root, [f"clip number {number}" for number in range(6)])
+    assert counts(run(config_for(pipeline, root, cache))) == (0, 6, 0, 8)
 
 
 def test_full_disk_is_refused_before_encoding(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,8 +246,8 @@ def test_moments_of_another_shape_end_the_run(pipeline: Path, tmp_path: Path) ->
     assert run(config_for(other, root, cache, data=data)).latents.made == 3
 
 
-def test_run_without_clips_to_train_on_keeps_the_old_view(pipeline: Path, small: Small) -> None:
-    root, cache = small
+def test_run_without_clips_to_train_on_keeps_the_old_view(pipeline: Path, filled: Filled) -> None:
+    root, cache = filled
     views = {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()}
     with pytest.raises(DataError, match=r"left to train on \(data\.held_out_clips takes all \d\)"):
         run(config_for(pipeline, root, cache, data={"held_out_clips": 100}))
@@ -358,7 +341,7 @@ def test_clip_read_by_another_worker_is_no_failure(
 def test_rerun_reads_each_receipt_once(
     pipeline: Path, corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_for(pipeline, corpus, cache, clips_per_shard=20, vae_batch_size=10)
+    config = config_for(pipeline, corpus, cache, **SETTINGS)
     run(config)
     calls = count_storage_calls(monkeypatch)
     report = run(config)
@@ -373,6 +356,30 @@ def test_rerun_reads_each_receipt_once(
 
 
 def test_missing_part_of_the_checkpoint_is_named(tmp_path: Path) -> None:
-    root = write_corpus(tmp_path / "clips", 1)
     with pytest.raises(UsageError, match="vae/ not found"):
-        run(config_for(root, root, tmp_path / "cache"))
+        run(config_for(tmp_path, tmp_path, tmp_path / "cache"))
+
+
+def test_each_environment_is_recorded_once_per_recipe(
+    pipeline: Path, filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, cache = filled
+
+    def records(folder: Path) -> list[dict[str, Any]]:
+        return [json.loads(path.read_bytes()) for path in (folder / "made_by").glob("*/*.json")]
+
+    recipes = {path.parent.name for path in cache.glob("*/*/recipe.json")}
+    assert {path.name for path in (cache / "made_by").iterdir()} == recipes and len(records(cache)) == 2
+    for made_by in records(cache):
+        assert made_by["versions"]["torch"] == metadata.version("torch") and made_by["device"]["name"]
+        assert {"diffusers", "transformers", "av", "python"} <= made_by["versions"].keys()
+    monkeypatch.setattr(metadata, "version", lambda name: f"{name} 9.9")
+    run(config_for(pipeline, root, tmp_path / "other"))
+    assert stored_files(tmp_path / "other") == stored_files(cache), "the versions are part of no shared file"
+    assert [made_by["versions"]["torch"] for made_by in records(tmp_path / "other")] == ["torch 9.9"] * 2
+    run(config_for(pipeline, root, cache))
+    assert len(records(cache)) == 2, "nothing was encoded: there is nothing to record"
+    write_video(root / "new.mp4", seed=77)
+    write_captions(root, [f"clip number {number}" for number in range(7)])
+    run(config_for(pipeline, root, cache))
+    assert len(records(cache)) == 4

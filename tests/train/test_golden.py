@@ -109,7 +109,7 @@ def test_losses_norms_and_weights_are_the_reference_scripts(
 
 def test_moments_of_the_recorded_pixels_are_the_reference_scripts(recorded: dict[str, Tensor]) -> None:
     model = Model(pretrained_model_name_or_path=str(PIPELINE))
-    encoder = VaeEncoder(pretrained_part(model, "vae"), "fp32", CPU, tiling=False, slicing=False)
+    encoder = VaeEncoder(pretrained_part(model, "vae"), Precompute(cache="unused", vae_dtype="fp32"), CPU)
     for clip in range(8):
         pixels = recorded[f"clip{clip}.pixels"].permute(0, 2, 3, 1)  # [F,H,W,C], as they are decoded
         clips = to_clip(pixels, Bucket(17, 64, 96), mode="center", flip=False, crop_seed="")
@@ -122,7 +122,13 @@ def test_prompt_embeds_of_the_captions_are_the_reference_scripts(
 ) -> None:
     model = Model(pretrained_model_name_or_path=str(PIPELINE))
     tokenizer = load_tokenizer(str(PIPELINE / "tokenizer"))
-    encoder = TextEncoder(pretrained_part(model, "text_encoder"), tokenizer, "fp32", CPU, conventions.text_length)
+    encoder = TextEncoder(
+        pretrained_part(model, "text_encoder"),
+        tokenizer,
+        Precompute(cache="unused", text_dtype="fp32"),
+        CPU,
+        conventions.text_length,
+    )
     captions = (GOLDEN / "prompts.txt").read_text(encoding="utf-8").splitlines()
     assert len(captions) == 8
     for clip, embeds in enumerate(encoder.encode(captions)):

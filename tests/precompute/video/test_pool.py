@@ -16,11 +16,10 @@ import numpy as np
 import psutil
 import pytest
 
-from precompute.clip import Skipped
 from precompute.video.child import Decoded, DecodeJob
 from precompute.video.decode import Requested
 from precompute.video.pool import DecodePool
-from precompute.video.probe import Probed, probe
+from precompute.video.probe import Probed, Skipped, probe
 from shared.signals import SIGNALS
 from tests import media
 from tests.processes import decoders, wait_until
@@ -100,11 +99,11 @@ def test_a_name_that_is_not_utf_8_reaches_the_process(shared_pool: DecodePool, c
 
 def test_a_job_that_never_ends_ends_at_its_deadline(shared_pool: DecodePool, good: DecodeJob) -> None:
     suspend(shared_pool, good)
-    begin, busy = time.monotonic(), shared_pool.busy_seconds()
+    begin, busy = time.monotonic(), shared_pool.busy_seconds
     outcomes = list(shared_pool.decode_all([good, good]))
     assert outcomes[0] == Skipped("timed out after 1.5 s") and isinstance(outcomes[1], Decoded)
     assert 1.5 <= time.monotonic() - begin < 20
-    assert shared_pool.busy_seconds() - busy > 1.4, "killed work counts as work"
+    assert shared_pool.busy_seconds - busy > 1.4, "killed work counts as work"
 
 
 def test_a_crash_is_the_fault_of_the_video(shared_pool: DecodePool, good: DecodeJob) -> None:

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precompute.clip import Skipped
-from precompute.video.timeline import STAMP_SLACK_US
-from precompute.video.windows import Window, bucket_warnings, cut_windows, window_starts
+from precompute.video.probe import Skipped
+from precompute.video.windows import STAMP_SLACK_US, Window, bucket_warnings, cut_windows, window_starts
 from shared.config import Data
 from shared.model.geometry import Bucket
 
@@ -29,34 +28,20 @@ def steady(num_frames: int, fps: float, start_us: int = 0, unit_us: int = 1) -> 
     return [start_us + round(k * step / unit_us) * unit_us for k in range(num_frames)]
 
 
-def cut(
-    stamps: Sequence[int],
-    source_height: int = 64,
-    source_width: int = 96,
-    *,
-    start: float | None = None,
-    end: float | None = None,
-    **changes: Any,
-) -> list[Window]:
-    windows = cut_windows(
-        stamps, source_height, source_width, make_data(**changes), start_seconds=start, end_seconds=end
-    )
+def result(
+    stamps: Sequence[int], size: tuple[int, int], start: float | None = None, end: float | None = None, **changes: Any
+) -> list[Window] | Skipped:
+    return cut_windows(stamps, *size, make_data(**changes), start_seconds=start, end_seconds=end)
+
+
+def cut(stamps: Sequence[int], source_height: int = 64, source_width: int = 96, **changes: Any) -> list[Window]:
+    windows = result(stamps, (source_height, source_width), **changes)
     assert isinstance(windows, list), windows
     return windows
 
 
-def reason(
-    stamps: Sequence[int],
-    source_height: int = 64,
-    source_width: int = 96,
-    *,
-    start: float | None = None,
-    end: float | None = None,
-    **changes: Any,
-) -> str:
-    skipped = cut_windows(
-        stamps, source_height, source_width, make_data(**changes), start_seconds=start, end_seconds=end
-    )
+def reason(stamps: Sequence[int], source_height: int = 64, source_width: int = 96, **changes: Any) -> str:
+    skipped = result(stamps, (source_height, source_width), **changes)
     assert isinstance(skipped, Skipped), skipped
     return skipped.reason
 
