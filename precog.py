@@ -7,6 +7,8 @@ import typer
 
 from precompute.cli import app as precompute_app
 from precompute.cli import cache_app, show_plan
+from prepare.cli import app as prepare_app
+from report.cli import app as report_app
 from sample.cli import app as sample_app
 from shared.command import ConfigFile, JsonOutput, Overrides, exits
 from train.cli import app as train_app
@@ -14,9 +16,10 @@ from train.cli import app as train_app
 __version__ = "0.1.0"
 
 app = typer.Typer(name="precog", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for stage in (precompute_app, train_app, sample_app):
+for stage in (prepare_app, precompute_app, train_app, sample_app):
     app.registered_commands += stage.registered_commands
 app.add_typer(cache_app, name="cache")
+app.add_typer(report_app, name="report")
 
 
 def show_version(wanted: bool) -> None:

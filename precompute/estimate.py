@@ -10,7 +10,7 @@ from precompute.assignments import Inventory, Wanted, propose, take_inventory
 from precompute.changes import changed_clips, recipe_changes
 from precompute.discover import Survey, survey
 from precompute.encoders import vae_precision
-from precompute.report import Tally, reasons_json
+from precompute.report import SampleCounts, reasons_json
 from precompute.stage import Stage, Work
 from precompute.video.pool import DecodePool
 from precompute.video.windows import bucket_warnings
@@ -35,8 +35,8 @@ class Estimate:
     """The work of a run; `as_json` is the `--json` contract."""
 
     clips: int
-    latents: Tally
-    prompts: Tally
+    latents: SampleCounts
+    prompts: SampleCounts
     prompts_recipe_changed: list[str]
     """Fields of the prompts' recipe that differ from the old view of this name."""
     new: int

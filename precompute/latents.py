@@ -13,7 +13,7 @@ from precompute import provenance, recipes
 from precompute.assignments import PlannedShard, shards_to_make, unmade
 from precompute.clip import Clip, Skipped
 from precompute.encoders import VaeEncoder, vae_precision
-from precompute.report import Tally, Timer
+from precompute.report import SampleCounts, Timer
 from precompute.stage import PassResult, Stage, Work
 from precompute.video.child import Decoded, DecodeJob
 from precompute.video.pixels import to_clip
@@ -77,7 +77,9 @@ def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: De
     seconds = {**timer.seconds, "write": sum(write.result()[1] for write in writes)}
     reused = len(inventory.stored & clips.keys()) - made
     failed = {key: skip for key, skip in failed.items() if key not in inventory.stored | inventory.skipped.keys()}
-    return PassResult(inventory, Tally(made, reused), sum(write.result()[0] for write in writes), seconds, failed)
+    return PassResult(
+        inventory, SampleCounts(made, reused), sum(write.result()[0] for write in writes), seconds, failed
+    )
 
 
 def load_vae(stage: Stage) -> VaeEncoder:

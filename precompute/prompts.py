@@ -9,7 +9,7 @@ import torch
 from precompute import provenance, recipes
 from precompute.assignments import shards_to_make, unmade
 from precompute.encoders import TextEncoder
-from precompute.report import Tally, Timer
+from precompute.report import SampleCounts, Timer
 from precompute.sources.rows import Source
 from precompute.stage import PassResult, Stage, Work
 from shared import console
@@ -49,7 +49,7 @@ def encode_prompts(stage: Stage, work: Work, texts: Mapping[str, str], tokenizer
         shards, inventory = shards_to_make(stage.storage, wanted, inventory, stage.part)
     del encoder
     free_memory()
-    return PassResult(inventory, Tally(made, len(texts) - made), written_bytes, timer.seconds)
+    return PassResult(inventory, SampleCounts(made, len(texts) - made), written_bytes, timer.seconds)
 
 
 def free_memory() -> None:

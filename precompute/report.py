@@ -40,7 +40,7 @@ class Timer:
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class SampleCounts:
     """Samples of one kind: made by this run (or to be made by the planned one), and stored before."""
 
     made: int = 0
@@ -66,8 +66,8 @@ class Report:
     """The results of a run; `as_json` is the `--json` contract."""
 
     clips: int = 0
-    latents: Tally = Tally()
-    prompts: Tally = Tally()
+    latents: SampleCounts = SampleCounts()
+    prompts: SampleCounts = SampleCounts()
     truncated: list[Truncated] = field(default_factory=list)
     written_bytes: int = 0
     """Shards and receipts; files that existed before are not counted."""
@@ -133,7 +133,7 @@ def merge(reports: Sequence[Report]) -> Report:
     )
 
 
-def _merge(tallies: Sequence[Tally]) -> Tally:
+def _merge(tallies: Sequence[SampleCounts]) -> SampleCounts:
     """Merge tallies; a worker counts samples that other workers made meanwhile as reused."""
     made = sum(tally.made for tally in tallies)
-    return Tally(made, max(0, tallies[0].made + tallies[0].reused - made))
+    return SampleCounts(made, max(0, tallies[0].made + tallies[0].reused - made))

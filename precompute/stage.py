@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from precompute.assignments import Inventory, Part, PlannedShard, Wanted
 from precompute.clip import Skipped
 from precompute.recipes import Encoders, find_encoders
-from precompute.report import Tally
+from precompute.report import SampleCounts
 from shared.cache.storage import Storage, open_storage
 from shared.config import Config
 
@@ -35,8 +35,8 @@ class Work:
         return {key for shard in self.shards for key in shard.keys}
 
     @property
-    def tally(self) -> Tally:
-        return Tally(len(self.planned), len(self.inventory.stored & self.wanted.folders.keys()))
+    def tally(self) -> SampleCounts:
+        return SampleCounts(len(self.planned), len(self.inventory.stored & self.wanted.folders.keys()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class PassResult:
 
     inventory: Inventory
     """The collection afterwards."""
-    samples: Tally
+    samples: SampleCounts
     written_bytes: int
     seconds: dict[str, float]
     """Activity -> time."""

@@ -59,11 +59,37 @@ class RunSummary:
         return body
 
 
-def write_run_page(run: Path) -> Path:
-    """Write `report.html` into a run folder and return its path. Raise `UsageError` if the folder has no metrics."""
+def read_run(run: Path) -> RunSummary:
+    """Return the numbers of a run folder. Raise `UsageError` if it has no metrics."""
+    return summarize(run, _lines(run))
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
     lines = read_metrics(run)
     if not lines:
         raise UsageError(f"{run}: no {FILE_NAME} with a step in it; give the run folder of a training run")
+    return lines
+
+
+def write_comparison(path: Path, runs: Sequence[RunSummary]) -> Path:
+    """Write a page with the runs' verdicts, held-out losses and the settings in which they differ; return its path."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    differing = [name for name in names if len({run.settings.get(name) for run in runs}) > 1]
+    ranked = sorted(runs, key=lambda run: run.held_out[-1].mean if run.held_out else float("inf"))
+    spec = charts.runs_chart([(run.name, run.held_out, run.base) for run in runs])
+    return write_page(
+        path,
+        "comparison.html",
+        title=f"{len(runs)} runs",
+        runs=ranked,
+        differing=differing,
+        charts={"runs": spec} if any(run.held_out for run in runs) else {},
+    )
+
+
+def write_run_page(run: Path) -> Path:
+    """Write `report.html` into a run folder and return its path. Raise `UsageError` if the folder has no metrics."""
+    lines = _lines(run)
     summary = summarize(run, lines)
     specs = {"loss": charts.loss_chart(lines, summary.held_out, summary.base)}
     quantile_ids: list[str] = []

@@ -22,7 +22,7 @@ from shared.config import Config, save_config
 from shared.console import run_command
 from shared.signals import raise_on_signal
 from tests.corpus import config_for, run, stored_files, write_corpus
-from tests.faults.test_writer import ended, in_child
+from tests.faults.writer import ended, in_child
 from tests.tiny import save_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

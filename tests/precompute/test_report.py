@@ -2,11 +2,13 @@
 
 import time
 
-from precompute.report import Report, Tally, Timer, merge
+from precompute.report import Report, SampleCounts, Timer, merge
 
 
 def report(made: int, reused: int, written: int, **seconds: float) -> Report:
-    return Report(latents=Tally(made, reused), prompts=Tally(1, reused), written_bytes=written, seconds=seconds)
+    return Report(
+        latents=SampleCounts(made, reused), prompts=SampleCounts(1, reused), written_bytes=written, seconds=seconds
+    )
 
 
 def test_rates_and_shares_are_of_the_video_pass() -> None:
@@ -33,6 +35,6 @@ def test_timer_adds_up_and_measures_only_the_wait_for_items() -> None:
 
 def test_merged_samples_are_summed_and_times_are_the_slowest() -> None:
     merged = merge([report(4, 6, 10, total=3.0, write=1.0), report(5, 5, 20, total=2.0, load_vae=4.0)])
-    assert (merged.latents, merged.prompts) == (Tally(9, 1), Tally(2, 5))
+    assert (merged.latents, merged.prompts) == (SampleCounts(9, 1), SampleCounts(2, 5))
     assert merged.written_bytes == 30
     assert merged.seconds == {"total": 3.0, "write": 1.0, "load_vae": 4.0}

@@ -374,5 +374,5 @@ def test_rerun_reads_each_receipt_once(
 
 def test_missing_part_of_the_checkpoint_is_named(tmp_path: Path) -> None:
     root = write_corpus(tmp_path / "clips", 1)
-    with pytest.raises(UsageError, match="has no vae/ folder"):
+    with pytest.raises(UsageError, match="vae/ not found"):
         run(config_for(root, root, tmp_path / "cache"))

@@ -1,0 +1,37 @@
+"""Command `precog report`; heavy imports sit inside the command."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.command import JsonOutput, exits
+
+app = typer.Typer(help="Write HTML pages about runs.", no_args_is_help=True)
+
+
+@app.command("run")
+@exits
+def report_run_command(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders (train.output_dir).")], json_output: JsonOutput = False
+) -> None:
+    """Write report.html into each run folder; several runs are also compared in the first one's parent folder."""
+    from report.run_page import read_run, write_comparison, write_run_page
+    from shared.console import say
+
+    summaries = [read_run(run) for run in runs]
+    pages = [write_run_page(run) for run in runs]
+    if len(runs) > 1:
+        pages.append(write_comparison(runs[0].resolve().parent / "comparison.html", summaries))
+    for summary in summaries:
+        say(f"{summary.name}: {summary.verdict.sentence}")
+    for page in pages:
+        say(str(page))
+    if json_output:
+        typer.echo(json.dumps({"pages": [str(page) for page in pages], "runs": [one.as_json() for one in summaries]}))
+
+
+@app.callback()
+def report() -> None:
+    """Keep `run` a subcommand."""

@@ -1,0 +1,160 @@
+"""`precog init`: a folder as people have it becomes a config and a table that stage 1 reads."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from prepare.probe import VideoSummary, probe
+from prepare.project import MODELS, choose_buckets
+from shared.config import load_config
+from shared.errors import DataError
+from shared.model.conventions import refusal
+from shared.model.geometry import Bucket
+from tests.media import write_playlist, write_text
+from tests.raw_videos import precog, report_of, rows_of, write_table, write_video
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Landscape, portrait by rotation, captions of three kinds, and what should be left out."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "raw"
+    write_video(root / "land.mp4")
+    write_video(root / "phones" / "turned.mp4", rotation=90)
+    write_video(root / "listed.mkv", frames=20)
+    write_video(root / "tabled é.mp4", height=270, width=480)
+    write_video(root / "bare.mp4", frames=10)
+    write_video(root / "short.mp4", frames=4)
+    write_video(root / "small.mp4", height=48, width=64)
+    write_text(root / "broken.mp4")
+    (root / "land.txt").write_text("sks dog, a dog\nruns\n", "utf-8")
+    (root / "metadata.csv").write_text('text,file_name\n"a dog, asleep",tabled e\u0301.mp4\n', "utf-8")
+    (root / "prompts.txt").write_text("sks dogs swim\n", "utf-8")
+    (root / "videos.txt").write_text("listed.mkv\n", "utf-8")
+    (root / "notes.txt").write_text("to do", "utf-8")
+    (root / "cover.jpg").write_bytes(b"jpeg")
+    (root / "away.mp4").symlink_to(write_video(tmp_path / "elsewhere" / "away.mp4"))
+    (root / ".hidden").mkdir()
+    return root
+
+
+def test_a_messy_folder_becomes_a_table_and_a_config(folder: Path) -> None:
+    report = report_of(
+        precog("init", "dog", "--videos=raw", "--model=5b", "--card=4090", "--trigger=sks dog", "--json")
+    )
+    assert rows_of(Path("dog.jsonl")) == [
+        {"video": "bare.mp4", "text": ""},
+        {"video": "land.mp4", "text": "a dog runs"},
+        {"video": "listed.mkv", "text": "sks dogs swim"},
+        {"video": "phones/turned.mp4", "text": ""},
+        {"video": "tabled é.mp4", "text": "a dog, asleep"},
+    ]
+    assert report["summary"]["rows without a caption"] == ["bare.mp4", "phones/turned.mp4"]
+    assert {name: reason.split(":")[0] for name, reason in report["files"].items()} == {
+        "broken.mp4": "cannot be read",
+        "away.mp4": "a link that leads out of the folder; copy the file into it",
+        "cover.jpg": "not a video",
+        "notes.txt": "not a video",
+        "short.mp4": "too short",
+        "small.mp4": "too few pixels",
+    }
+    config = load_config(Path("dog.toml"))
+    assert config.data.id_token == "sks dog" and config.data.frame_buckets == (9, 17)
+    assert config.data.resolution_buckets == ((480, 720), (720, 480)) and config.data.held_out_clips == 1
+    assert config.train.lora_rank == 32 and config.memory.base_precision == "model"
+    assert config.data.validation_prompts == ("sks dog a dog runs", "sks dog sks dogs swim")
+
+
+def test_a_rerun_adds_new_videos_and_changes_nothing_else(folder: Path) -> None:
+    command = ("init", "dog", "--videos=raw", "--model=5b", "--json")
+    precog(*command)
+    rows = rows_of(Path("dog.jsonl"))
+    rows[0] |= {"text": "edited by hand", "start_seconds": 0.25}
+    write_table(Path("dog.jsonl"), rows)
+    with Path("dog.toml").open("a", encoding="utf-8") as config:
+        config.write("# edited\n")
+    before = Path("dog.toml").read_bytes()
+    shutil.copy("raw/land.mp4", "raw/zebra.mp4")
+    report = report_of(precog(*command))
+    assert report["summary"]["new rows"] == ["zebra.mp4"] and "dog.toml is kept as it is" in report["notes"]
+    assert rows_of(Path("dog.jsonl")) == [*rows, {"video": "zebra.mp4", "text": ""}]
+    assert Path("dog.toml").read_bytes() == before
+
+
+def test_stage_1_reads_what_init_wrote(folder: Path, pipeline: Path) -> None:
+    assert precog("init", "dog", "--videos=raw", "--model=2b").exit_code == 0
+    overrides = (f"model.pretrained_model_name_or_path={pipeline}", "data.resolution_buckets=[[32, 48], [48, 32]]")
+    made = report_of(precog("precompute", "dog.toml", *overrides, "precompute.device=cpu", "--json"))
+    assert made["clips"] == 5 and made["skipped"] == [] and made["latents"]["encoded"] == 5
+
+
+def test_a_folder_without_a_usable_video_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "film.mp4")
+    for arguments, code, words in (
+        (("--videos=.",), 3, "no video can be used; film.mp4: cannot be read"),
+        (("--videos=nowhere",), 3, "nowhere: not a folder"),
+        (("--videos=.", "--card=5099"), 2, "--card '5099': unknown card; did you mean 5090?"),
+    ):
+        result = precog("init", "dog", "--model=5b", *arguments)
+        assert result.exit_code == code and words in result.stderr
+    assert precog("init", "my dog", "--model=5b", "--videos=.").exit_code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
+
+
+def test_caption_lists_that_may_be_shifted_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / "raw" / name)
+    (tmp_path / "raw" / "prompts.txt").write_text("one\n\ntwo\n", "utf-8")
+    (tmp_path / "raw" / "videos.txt").write_text("a.mp4\nb.mp4\n\n", "utf-8")
+    report = report_of(precog("init", "dog", "--videos=raw", "--model=5b", "--json"))
+    assert report["summary"]["rows without a caption"] == ["a.mp4", "b.mp4"]
+    assert report["notes"][0] == (
+        "prompts.txt and videos.txt: not used: prompts.txt line 2 is blank, so that pairs may be shifted"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "video", "size"),
+    [
+        ("5b", (1080, 1920), (480, 720)),
+        ("5b", (1920, 1080), (720, 480)),
+        ("2b", (1080, 1440), (480, 720)),
+        ("5b", (1080, 1080), (480, 480)),
+        ("2b", (800, 1920), (304, 720)),
+        ("5b-i2v", (1920, 1080), (480, 720)),
+        ("1.5-5b", (1080, 1920), (768, 1360)),
+        ("1.5-5b", (1440, 1080), (1024, 768)),
+        ("1.5-5b-i2v", (800, 1920), (768, 1360)),
+    ],
+)
+def test_the_bucket_follows_the_shape_of_the_video(model: str, video: tuple[int, int], size: tuple[int, int]) -> None:
+    choice = MODELS[model]
+    found = choose_buckets({"a": VideoSummary(10.0, *video)}, choice)
+    assert found.sizes == {"a": size} and found.frames[-1] == choice.frames[-1]
+    assert all(refusal(choice.conventions, Bucket(frames, *size)) is None for frames in found.frames)
+    assert all(frames % 8 == 1 for frames in found.frames)
+
+
+def test_steps_and_memory_follow_clips_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    video = write_video(tmp_path / "raw" / "00.mp4")
+    for number in range(1, 60):
+        shutil.copy(video, tmp_path / "raw" / f"{number:02}.mp4")
+    precog("init", "small", "--videos=raw", "--model=5b", "--card=4GiB")
+    precog("init", "large", "--videos=raw", "--model=2b", "--card=H100")
+    small, large = load_config(Path("small.toml")), load_config(Path("large.toml"))
+    assert small.memory.base_precision == "int8" and small.precompute.enable_tiling
+    assert large.memory.base_precision == "model" and not large.precompute.enable_tiling
+    assert (large.train.max_train_steps, large.train.learning_rate, large.train.lora_rank) == (2400, 1e-3, 64)
+    assert large.data.held_out_clips == 6
+
+
+def test_a_probe_sees_what_a_player_shows(tmp_path: Path) -> None:
+    turned = probe(write_video(tmp_path / "turned.mp4", rotation=90))
+    assert (turned.height, turned.width, turned.frames_at(8)) == (384, 256, 12)
+    for path in (tmp_path / "missing.mp4", write_playlist(tmp_path / "list.mp4", tmp_path / "turned.mp4")):
+        with pytest.raises(DataError, match="cannot be read"):
+            probe(path)
