@@ -71,26 +71,13 @@ def held_in_loss(run: Run) -> float:
     return found[0]
 
 
-@pytest.fixture(scope="module")
-def experiments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    return {
-        variant: run_both_stages(variant, tmp_path_factory.mktemp(variant.replace(".", "_")), LORA)
-        for variant in VARIANTS
-    }
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_forty_steps_lower_the_held_in_velocity_loss(variant: str, experiments: dict[str, Trained]) -> None:
-    trained = experiments[variant]
+def test_training_lowers_the_loss_and_moves_samples_towards_the_clip(variant: str, tmp_path: Path) -> None:
+    trained = run_both_stages(variant, tmp_path, LORA)
     assert len(trained.run.dataset.rows) == 2
     assert trained.after < 0.85 * trained.before
-
-
-@pytest.mark.parametrize("variant", ["2b", "1.5-5b", "5b-i2v", "1.5-5b-i2v"])
-def test_exported_adapter_moves_diffusers_samples_towards_the_clip(
-    variant: str, experiments: dict[str, Trained]
-) -> None:
-    trained = experiments[variant]
+    if variant == "5b":
+        return  # its samples are already near
     pipeline = DiffusionPipeline.from_pretrained(trained.config.model.pretrained_model_name_or_path)
     pipeline.set_progress_bar_config(disable=True)
     clip = stored_latents(trained)
@@ -140,7 +127,7 @@ def test_learned_table_refuses_other_shapes_and_can_be_dropped(tmp_path: Path) -
     other = config.data.model_copy(update={"resolution_buckets": ((64, 64),), "frame_buckets": (5,)})
     config = config.model_copy(update={"data": other})
     reason = "5x64x64: the learned position table of this checkpoint covers only 9x64x96"
-    with pytest.raises(UsageError, match=f"{reason}; use that bucket, or drop the table with drop_learned_positions"):
+    with pytest.raises(UsageError, match=f"{reason}; use that bucket or set model.drop_learned_positions=true"):
         fill_cache(config)
     dropped = config.model_copy(update={"model": config.model.model_copy(update={"drop_learned_positions": True})})
     fill_cache(dropped)
