@@ -36,13 +36,19 @@ class Pack:
         return [text + video for text, video in zip(self.part_lengths[::2], self.part_lengths[1::2], strict=True)]
 
 
-def block_forward(block: CogVideoXBlock, hidden: Tensor, pack: Pack, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the hidden states [S,D] after attention, the feed-forward update [S,D] and its modulation [2n,3,D].
+Modulation = tuple[Tensor, Tensor]
+"""Shift, scale and gate of each part [2n,3,D], for attention and for the feed-forward layers."""
 
-    `add_gated` of the three is the block's output.
+
+def block_forward(
+    block: CogVideoXBlock, hidden: Tensor, modulations: Modulation, pack: Pack, attend: Attend
+) -> tuple[Tensor, Tensor]:
+    """Return the hidden states [S,D] after attention and the feed-forward update [S,D].
+
+    `add_gated` of the two with the second modulation is the block's output.
     """
     attention, feed_forward = block.attn1, block.ff.net
-    modulation = modulation_rows(block.norm1, pack.temb)
+    modulation, feed_forward_modulation = modulations
     normed = modulate(block.norm1.norm, hidden, modulation, pack)
     query, key, value = (
         linear(layer, normed).view(len(normed), attention.heads, -1)
@@ -52,10 +58,14 @@ def block_forward(block: CogVideoXBlock, hidden: Tensor, pack: Pack, attend: Att
     attended = attend(query, key, value, pack.clip_lengths)
     hidden = add_gated(hidden, linear(attention.to_out[0], attended), modulation, pack)
 
-    modulation = modulation_rows(block.norm2, pack.temb)
-    normed = modulate(block.norm2.norm, hidden, modulation, pack)
+    normed = modulate(block.norm2.norm, hidden, feed_forward_modulation, pack)
     activated = feed_forward[0].gelu(linear(feed_forward[0].proj, normed))
-    return hidden, linear(feed_forward[2], activated), modulation
+    return hidden, linear(feed_forward[2], activated)
+
+
+def block_modulation(block: CogVideoXBlock, pack: Pack) -> Modulation:
+    """Return the block's two modulations for the clips of a pack."""
+    return modulation_rows(block.norm1, pack.temb), modulation_rows(block.norm2, pack.temb)
 
 
 def modulation_rows(norm: CogVideoXLayerNormZero, temb: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from train.transformer.activation_offload import OffloadedBlock, OffloadedTensor
-from train.transformer.block import Pack, add_gated, block_forward
+from train.transformer.block import Pack, add_gated, block_forward, block_modulation
 from train.transformer.engine import Activations, Engine
 
 aten = torch.ops.aten
@@ -39,20 +39,30 @@ def run_block(block: CogVideoXBlock, hidden: Tensor, pack: Pack, engine: Engine,
 
     The last linear layer ends the checkpointed region, and its gate is outside. Autograd needs that layer's weight and
     nothing else, so the recomputation stops before its product, and the weight is on the device when it is read.
+
+    A frozen modulation is computed once, outside. It has a few rows for each clip, but its layers are as large as the
+    others: on short packs, reading them again costs as much as a product over all tokens.
     """
-    directions = chain([1], repeat(-1))  # the next block is the one above, in a recomputation the one below
+    recomputes = chain([False], repeat(True))
 
-    def region(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if engine.weights is not None:
-            engine.weights.bring(index, index + next(directions))
-        return block_forward(block, hidden, pack, engine.attend)
+    def region(hidden: Tensor, *frozen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if next(recomputes) and engine.weights is not None:
+            engine.weights.bring(index, index - 1)
+        modulations = (frozen[0], frozen[1]) if frozen else block_modulation(block, pack)
+        return *block_forward(block, hidden, modulations, pack, engine.attend), modulations[1]
 
+    if engine.weights is not None:
+        engine.weights.bring(index, index + 1)
+    trained_modulation = pack.temb.requires_grad or any(
+        value.requires_grad for norm in (block.norm1, block.norm2) for value in norm.linear.parameters()
+    )
+    frozen = () if trained_modulation else block_modulation(block, pack)
     trains = torch.is_grad_enabled() and (
-        hidden.requires_grad or pack.temb.requires_grad or any(value.requires_grad for value in block.parameters())
+        hidden.requires_grad or trained_modulation or any(value.requires_grad for value in block.parameters())
     )
     if not trains:
         with torch.no_grad():
-            return add_gated(*region(hidden), pack)
+            return add_gated(*region(hidden, *frozen), pack)
     level = engine.level(index)
     offloaded = None if engine.offload is None else engine.offload.open_block()
 
@@ -67,6 +77,7 @@ def run_block(block: CogVideoXBlock, hidden: Tensor, pack: Pack, engine: Engine,
         results: tuple[Tensor, Tensor, Tensor] = checkpoint(
             region,
             hidden,
+            *frozen,
             use_reentrant=False,
             context_fn=contexts,
             preserve_rng_state=_drops(block),
