@@ -15,7 +15,6 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import CogVideoXDPMScheduler
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import save_file
 from torch import Tensor
@@ -123,7 +122,7 @@ def denoise(run: Run, prompt: PreviewPrompt, stopped: Stopped) -> Tensor | None:
     shape = (frames + padding, channels, height, width)
     condition = torch.zeros(shape[0], 0, height, width, device=device, dtype=dtype)  # no channels without an image
     if prompt.first_frame_moments is not None:  # the pipeline draws the image before the noise
-        image = DiagonalGaussianDistribution(prompt.first_frame_moments[None]).sample(generator)[0].transpose(0, 1)
+        image = _draw(prompt.first_frame_moments, generator).transpose(0, 1)
         condition = image_condition(image.to(device, dtype), frames, run.conventions)
     latents: Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     latents = latents * scheduler.init_noise_sigma
@@ -166,3 +165,11 @@ def guidance(settings: Sampling, timestep: int) -> float:
         return settings.guidance_scale
     steps = settings.num_inference_steps
     return 1 + settings.guidance_scale * (1 - math.cos(math.pi * ((steps - timestep) / steps) ** 5)) / 2
+
+
+def _draw(moments: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw [C,1,H,W] from [2C,1,H,W] as the pipeline does."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    drawn: Tensor = DiagonalGaussianDistribution(moments[None]).sample(generator)[0]
+    return drawn

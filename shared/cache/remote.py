@@ -59,7 +59,7 @@ class RemoteStorage:
     def path(self, name: str) -> Path:
         with self._driver(name, "cannot be fetched"):
             version = key_of([self._url, name, self._filesystem.ukey(self._at(name))])
-            local = self._local / f"{version}{Path(name).suffix}"
+            local = self._local / f"{name.partition('/')[0]}-{version}{Path(name).suffix}"
             if local.is_file():
                 os.utime(local)  # the least recently used copies are deleted first
                 return local
@@ -143,7 +143,10 @@ class RemoteStorage:
             raise CacheError(f"{self}/{name}: {what} ({one_line(error)}); run the same command again") from error
 
     def _make_room(self, size: int) -> None:
-        """Delete the least recently used copies until `size` fits; a mapped copy stays readable."""
+        """Delete the least recently opened copies until `size` fits, of latents first; a mapped copy stays readable.
+
+        Prompts are drawn from all their shards at any time, latents from a window of theirs.
+        """
         for path in self._local.glob(f"{TEMPORARY}*"):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
@@ -151,9 +154,10 @@ class RemoteStorage:
         copies = []
         for path in self._local.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):  # another process deletes copies too
-                copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        excess = size + sum(copy_size for _, copy_size, _ in copies) - self._limit_bytes
-        for _, copy_size, path in sorted(copies):
+                about = path.stat()
+                copies.append((path.name.startswith("prompts-"), about.st_mtime_ns, about.st_size, path))
+        excess = size + sum(copy_size for *_, copy_size, _ in copies) - self._limit_bytes
+        for *_, copy_size, path in sorted(copies):
             if excess > 0:
                 path.unlink(missing_ok=True)
                 excess -= copy_size
