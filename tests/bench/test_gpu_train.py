@@ -44,6 +44,7 @@ def run(names: list[str]) -> dict[str, Any]:
     return run_case(Case("5b", BUCKET, 4, names, soak_steps=1), CONFIG, CPU, 1, time.monotonic() + 100, 1e12)
 
 
+@pytest.mark.faults
 def test_an_arm_that_fails_is_not_timed_and_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARMS, "broken", Arm(Plan(attention="cudnn")))
     found = run(["reference", "broken", "ours, lean"])

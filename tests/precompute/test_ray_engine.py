@@ -106,6 +106,7 @@ class KilledOnce(Worker):
         return super().precompute(config, part)
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("cluster")
 def test_killed_worker_is_restarted_and_the_cache_is_the_same(
     pipeline: Path, filled: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -71,7 +71,10 @@ def held_in_loss(run: Run) -> float:
     return found[0]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [name if name in ("2b", "1.5-5b-i2v") else pytest.param(name, marks=pytest.mark.faults) for name in VARIANTS],
+)
 def test_training_lowers_the_loss_and_moves_samples_towards_the_clip(variant: str, tmp_path: Path) -> None:
     trained = run_both_stages(variant, tmp_path, LORA)
     assert len(trained.run.dataset.rows) == 2
