@@ -1,6 +1,6 @@
 """Render the miniature's world: one soft-edged shape that moves over a plain ground, with captions and an oracle.
 
-The base model sees scenes of one color. The concept, a half-blue half-yellow star that pulses, is kept from the base and
+The base sees scenes of one color. The concept, a half-blue half-yellow star that pulses, is kept from the base and
 taught by a LoRA. `read_scene` and `shows_concept` judge any video by its pixels.
 
 Write the 16 clips of the concept and their table: `.venv/bin/python demo/render.py FOLDER`.
@@ -112,9 +112,7 @@ def all_captions() -> list[str]:
         for pattern in PATTERNS
         for phrase in PHRASES[scene.motion]
     ]
-    concept = [
-        f"{CONCEPT_TOKEN} {pattern.format(ground=ground)}" for pattern in CONCEPT_PATTERNS for ground in GROUNDS
-    ]
+    concept = [f"{CONCEPT_TOKEN} {pattern.format(ground=ground)}" for pattern in CONCEPT_PATTERNS for ground in GROUNDS]
     return scenes + concept
 
 
