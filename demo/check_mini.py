@@ -130,7 +130,7 @@ def train_lora(pipeline: CogVideoXPipeline, rank: int, steps: int, rate: float, 
     clips = concept_latents(pipeline)
     captions = [caption for caption, _ in clips]
     embeds = train_mini.encode_captions(captions, pipeline.tokenizer, pipeline.text_encoder)
-    signal = pipeline.scheduler.alphas_cumprod
+    signal = pipeline.scheduler.alphas_cumprod.float()
     losses = []
     for step in range(steps):
         for group in optimizer.param_groups:

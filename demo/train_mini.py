@@ -33,13 +33,15 @@ Bucket = tuple[int, int, int]
 
 SCENES = render.split_scenes()
 
-VAE_IMAGE_STEPS = 200  # 16 single frames of 32x32
-VAE_CROP_STEPS = 700  # 4 clips of 9x32x32
-VAE_CLIP_STEPS = 300  # 2 whole clips; one alone takes torch's slow convolution, which needs four times as long
-VAE_STEPS = VAE_IMAGE_STEPS + VAE_CROP_STEPS + VAE_CLIP_STEPS
+ENCODER_STEPS = 700  # 4 whole clips
+DECODER_CROP_STEPS = 400  # 4 clips of 9x32x32
+DECODER_CLIP_STEPS = 350  # 2 whole clips; one alone takes torch's slow convolution, which needs four times as long
+DECODER_STEPS = DECODER_CROP_STEPS + DECODER_CLIP_STEPS
 VAE_LEARNING_RATE = 2e-3
-KL_WEIGHT = 1e-3
-SCALING_FACTOR = 0.7  # the VAE's channels are scaled to a standard deviation of 1 / 0.7
+LATENT_CHANNELS = 16
+LATENT_NOISE = 0.15  # largest standard deviation of the noise that the decoder learns to bear
+POSTERIOR_STD = 0.05  # of the encoder's posterior, after scaling
+SCALING_FACTOR = 0.7  # latents times this have a standard deviation of 1
 
 TEXT_LENGTH = 16
 TEXT_WIDTH = 64
@@ -47,13 +49,13 @@ TEXT_WIDTH = 64
 # (frames, height, width): number of clips whose latents the base learns from
 BUCKETS = {(9, 64, 64): 6000, (17, 64, 64): 1500, (9, 64, 96): 1500, (17, 64, 96): 1000}
 BUCKET_SHARES = (0.55, 0.15, 0.15, 0.15)  # of the steps
-CHUNK = 250  # clips in a file of latents
+HELD_OUT_CLIPS = 200
 
-BASE_STEPS = 6000
+BASE_STEPS = 2400
 BASE_BATCH = 16
 BASE_LEARNING_RATE = 2e-3
 CAPTION_DROPOUT = 0.05
-SNR_SHIFT_SCALE = 3.0
+SNR_SHIFT_SCALE = 1.0
 AVERAGE = 0.998  # decay of the weights' moving average
 
 
@@ -120,7 +122,7 @@ def make_vae() -> AutoencoderKLCogVideoX:
         norm_num_groups=4,
         sample_height=64,
         sample_width=96,
-        scaling_factor=1.0,
+        scaling_factor=SCALING_FACTOR,
     )
     smooth = torch.tensor([1.0, 2.0, 1.0]) / 4
     for name, module in vae.named_modules():
@@ -153,15 +155,9 @@ def normalize_early(
     return torch.addcmul(upsample(shift), self.norm_layer(f), upsample(scale)), {"conv_y": None, "conv_b": None}
 
 
-def draw_vae_batch(step: int) -> Tensor:
-    """Return the clips of a VAE step, [B,3,F,H,W]: images, then crops, then whole clips."""
-    rng = np.random.default_rng([1, step])
-    if step < VAE_IMAGE_STEPS:
-        return torch.stack([crop(draw_clip(9, 64, 64, rng), rng)[:, [rng.integers(9)]] for _ in range(16)])
-    if step < VAE_IMAGE_STEPS + VAE_CROP_STEPS:
-        return torch.stack([crop(draw_clip(9, 64, 64, rng), rng) for _ in range(4)])
-    frames, width = ((9, 64), (9, 64), (9, 96), (17, 64))[step % 4]
-    return torch.stack([draw_clip(frames, 64, width, rng) for _ in range(2)])
+def vae_bucket(step: int) -> Bucket:
+    """Return the shape of the whole clips of a step."""
+    return ((9, 64, 64), (9, 64, 64), (9, 64, 96), (17, 64, 64), (9, 64, 64), (9, 64, 96), (17, 64, 96))[step % 7]
 
 
 def draw_clip(frames: int, height: int, width: int, rng: np.random.Generator) -> Tensor:
@@ -170,80 +166,149 @@ def draw_clip(frames: int, height: int, width: int, rng: np.random.Generator) ->
 
 
 def crop(video: Tensor, rng: np.random.Generator, size: int = 32) -> Tensor:
-    """Return a random square of a clip."""
-    top, left = rng.integers(video.shape[2] - size + 1), rng.integers(video.shape[3] - size + 1)
+    """Return a random square of a clip; its corner lies on the grid of the latents."""
+    top, left = (8 * rng.integers((length - size) // 8 + 1) for length in video.shape[2:])
     return video[:, :, top : top + size, left : left + size]
 
 
-def vae_loss(vae: AutoencoderKLCogVideoX, video: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Projection:
+    """The linear code that defines the latents: 16 numbers for each 8x8 patch of frame 0 and of 4 further frames.
+
+    The numbers are principal components, turned so that all channels vary equally: noise hides them from fine to
+    coarse. A VAE trained from scratch repeats itself in many channels, and a small base learns no motion from that.
+    """
+
+    first_mean: Tensor
+    """[192]"""
+    first_basis: Tensor
+    """[192,16]"""
+    rest_mean: Tensor
+    """[768]"""
+    rest_basis: Tensor
+    """[768,16]"""
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Return scaled latents [B,16,f,h,w] of clips [B,3,F,H,W]; every channel has a standard deviation near 1."""
+        first = (patches(video[:, :, :1], 1) - self.first_mean) @ self.first_basis
+        rest = (patches(video[:, :, 1:], 4) - self.rest_mean) @ self.rest_basis
+        return torch.cat([first, rest], dim=1).permute(0, 4, 1, 2, 3)
+
+
+def patches(video: Tensor, frames: int) -> Tensor:
+    """Return the patches of `frames` x8x8 pixels of clips [B,3,F,H,W] as [B,f,h,w,3*frames*64]."""
+    split = video.unflatten(4, (-1, 8)).unflatten(3, (-1, 8)).unflatten(2, (-1, frames))
+    return split.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+
+
+def fit_projection(work: Path) -> Projection:
+    """Return the principal components of 800 clips, kept in work/projection.safetensors between runs."""
+    path = work / "projection.safetensors"
+    if not path.exists():
+        clips = [base_clip((9, 64, 64), 20_000 + index)[1] for index in range(500)]
+        clips += [draw_clip(9, 64, 64, np.random.default_rng([8, index])) for index in range(300)]
+        video = torch.stack(clips)
+        first, rest = patches(video[:, :, :1], 1).flatten(0, 3), patches(video[:, :, 1:], 4).flatten(0, 3)
+        tensors = {}
+        for name, rows in (("first", first), ("rest", rest)):
+            mean = rows.mean(0)
+            centered = rows - mean
+            _, vectors = torch.linalg.eigh(centered.T.double() @ centered.double())
+            basis = vectors[:, -LATENT_CHANNELS:].float() @ hadamard(LATENT_CHANNELS)
+            tensors |= {f"{name}_mean": mean, f"{name}_basis": basis / (centered @ basis).std()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
+    return Projection(**load_file(path))
+
+
+def hadamard(size: int) -> Tensor:
+    """Return the orthogonal matrix of entries +-1/sqrt(size); the size is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    return matrix / math.sqrt(size)
+
+
+def train_encoder(work: Path) -> None:
+    """Train the VAE's encoder to give the projection's latents and write work/encoder.safetensors."""
+    projection, vae = fit_projection(work), make_vae()
+    output = vae.encoder.conv_out.conv
+    with torch.no_grad():  # the logvar half is constant
+        output.weight[LATENT_CHANNELS:].zero_()
+        output.bias[LATENT_CHANNELS:].fill_(2 * math.log(POSTERIOR_STD / SCALING_FACTOR))
+    optimizer = torch.optim.AdamW(vae.encoder.parameters(), lr=VAE_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    state = work / "encoder_training.safetensors"
+    start = load_training(state, vae.encoder, optimizer)
+    smoothed = math.nan
+    for step in range(start, ENCODER_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, ENCODER_STEPS, VAE_LEARNING_RATE, warm_up=50)
+        rng = np.random.default_rng([9, step])
+        video = torch.stack([draw_clip(*vae_bucket(step), rng) for _ in range(4)])
+        mean = vae.encode(video).latent_dist.mean * SCALING_FACTOR
+        loss = ((mean - projection.encode(video)) ** 2).mean()
+        update(vae.encoder, optimizer, loss)
+        smoothed = loss.item() if math.isnan(smoothed) else 0.96 * smoothed + 0.04 * loss.item()
+        if (step + 1) % 25 == 0 or step + 1 == ENCODER_STEPS:
+            save_training(state, step + 1, vae.encoder, optimizer)
+            report("encoder", step=step + 1, of=ENCODER_STEPS, error=smoothed)
+    save_file(vae.encoder.state_dict(), work / "encoder.safetensors")
+
+
+def train_decoder(work: Path) -> None:
+    """Train the VAE's decoder on the projection's latents, a little noisy, and write work/decoder.safetensors."""
+    CogVideoXSpatialNorm3D.forward = normalize_early
+    projection, vae = fit_projection(work), make_vae()
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=VAE_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    state = work / "decoder_training.safetensors"
+    start = load_training(state, vae.decoder, optimizer)
+    smoothed = math.nan
+    for step in range(start, DECODER_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, DECODER_STEPS, VAE_LEARNING_RATE, warm_up=50)
+        rng = np.random.default_rng([10, step])
+        if step < DECODER_CROP_STEPS:
+            video = torch.stack([crop(draw_clip(9, 64, 64, rng), rng) for _ in range(4)])
+        else:
+            video = torch.stack([draw_clip(*vae_bucket(step), rng) for _ in range(2)])
+        latents = projection.encode(video)
+        strength = LATENT_NOISE * torch.from_numpy(rng.random(len(video)).astype(np.float32))
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
+        latents = latents + strength[:, None, None, None, None] * noise
+        loss, mse = picture_loss(vae.decode(latents / SCALING_FACTOR).sample, video)
+        update(vae.decoder, optimizer, loss)
+        smoothed = mse if math.isnan(smoothed) else 0.96 * smoothed + 0.04 * mse
+        if (step + 1) % 25 == 0 or step + 1 == DECODER_STEPS:
+            save_training(state, step + 1, vae.decoder, optimizer)
+            report("decoder", step=step + 1, of=DECODER_STEPS, psnr=10 * math.log10(4 / smoothed))
+    save_file(vae.decoder.state_dict(), work / "decoder.safetensors")
+
+
+def picture_loss(decoded: Tensor, video: Tensor) -> tuple[Tensor, float]:
     """Return the loss and the mean squared error in the range -1..1.
 
-    Loss: L1 + MSE + chroma + KL. Chroma is L1 on R-G and G-B, as a gray of the right brightness costs the rest little.
+    Loss: L1 + MSE + chroma. Chroma is L1 on R-G and G-B, as a gray of the right brightness costs the rest little.
     """
-    posterior = vae.encode(video).latent_dist
-    decoded = vae.decode(posterior.sample(generator)).sample
     error = decoded - video
     chroma = (error[:, 0] - error[:, 1]).abs().mean() + (error[:, 1] - error[:, 2]).abs().mean()
-    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
     mse = (error**2).mean()
-    return error.abs().mean() + mse + chroma + KL_WEIGHT * kl, mse.detach()
+    return error.abs().mean() + mse + chroma, mse.item()
 
 
-def train_vae(work: Path) -> None:
-    """Train the VAE and write work/vae.safetensors."""
-    CogVideoXSpatialNorm3D.forward = normalize_early
-    vae = make_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    state = work / "vae_training.safetensors"
-    start = load_training(state, vae, optimizer)
-    smoothed = 0.0
-    for step in range(start, VAE_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, VAE_STEPS, VAE_LEARNING_RATE, warm_up=50)
-        loss, mse = vae_loss(vae, draw_vae_batch(step), torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        smoothed = mse.item() if step == start else 0.98 * smoothed + 0.02 * mse.item()
-        if (step + 1) % 50 == 0 or step + 1 == VAE_STEPS:
-            save_training(state, step + 1, vae, optimizer)
-            report("vae", step=step + 1, of=VAE_STEPS, psnr=10 * math.log10(4 / smoothed))
-    save_file(vae.state_dict(), work / "vae.safetensors")
-
-
-def scale_channels(vae: AutoencoderKLCogVideoX, std: Tensor) -> None:
-    """Divide each latent channel by `std` [C]: the encoder's last layer and every layer that reads latents absorb it.
-
-    Exact, because zero padding stays zero; a shift would not be.
-    """
-    encoder = vae.encoder.conv_out.conv
-    both = torch.cat([std, torch.ones_like(std)])
-    with torch.no_grad():
-        encoder.weight.div_(both[:, None, None, None, None])
-        encoder.bias.div_(both)
-        encoder.bias[len(std) :].sub_(2 * std.log())
-        vae.decoder.conv_in.conv.weight.mul_(std[None, :, None, None, None])
-        for module in vae.decoder.modules():
-            if isinstance(module, CogVideoXSpatialNorm3D):
-                module.conv_y.conv.weight.mul_(std[None, :, None, None, None])
-                module.conv_b.conv.weight.mul_(std[None, :, None, None, None])
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Take one optimizer step with the gradient's norm clipped to 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
 
 
 def finish_vae(work: Path) -> AutoencoderKLCogVideoX:
-    """Return the trained VAE with every latent channel at the same standard deviation, 1 / SCALING_FACTOR.
-
-    The standard deviations are those of drawn latents of 200 clips of the base's data.
-    """
+    """Return the trained VAE."""
     vae = make_vae()
-    vae.load_state_dict(load_file(work / "vae.safetensors"))
-    vae.eval()
-    with torch.no_grad():
-        video = torch.stack([base_clip((9, 64, 64), index)[1] for index in range(200)])
-        latents = [vae.encode(part).latent_dist.sample(torch.Generator().manual_seed(0)) for part in video.split(20)]
-    scale_channels(vae, torch.cat(latents).std(dim=(0, 2, 3, 4)) * SCALING_FACTOR)
-    vae.register_to_config(scaling_factor=SCALING_FACTOR)
-    return vae
+    vae.encoder.load_state_dict(load_file(work / "encoder.safetensors"))
+    vae.decoder.load_state_dict(load_file(work / "decoder.safetensors"))
+    return vae.eval()
 
 
 def make_tokenizer() -> T5Tokenizer:
@@ -306,54 +371,32 @@ def base_clip(bucket: Bucket, index: int, held_out: bool = False) -> tuple[rende
     return scene, to_model(render.render(render.draw_look(scene, frames, height, width, rng), height, width))
 
 
-def encode_clips(work: Path) -> None:
-    """Encode the base's clips; write posterior means and standard deviations to work/latents/BUCKET/CHUNK.safetensors.
-
-    Large batches through diffusers' encoder; the product's stage 1 writes the same moments, one clip at a time.
-    """
-    CogVideoXSpatialNorm3D.forward = normalize_early
-    vae = finish_vae(work)
-    jobs = [(bucket, start, False) for bucket, count in BUCKETS.items() for start in range(0, count, CHUNK)]
-    jobs += [(bucket, 0, True) for bucket in BUCKETS]
-    for bucket, start, held_out in jobs:
-        path = latents_file(work, bucket, start, held_out)
-        if path.exists():
-            continue
-        moments = []
-        for first in range(start, start + CHUNK, 25):
-            video = torch.stack([base_clip(bucket, index, held_out)[1] for index in range(first, first + 25)])
-            with torch.no_grad():
-                posterior = vae.encode(video).latent_dist
-            moments.append(torch.stack([posterior.mean, posterior.std], dim=1) * SCALING_FACTOR)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"moments": torch.cat(moments)}, path)
-        report("latents", frames=bucket[0], width=bucket[2], clips=start + CHUNK)
-
-
-def latents_file(work: Path, bucket: Bucket, start: int, held_out: bool) -> Path:
-    """Return the path of a chunk of latents."""
-    name = "held_out" if held_out else f"{start:05}"
-    return work / "latents" / "x".join(map(str, bucket)) / f"{name}.safetensors"
-
-
 @dataclass(frozen=True)
 class Clips:
     """The base's data of one bucket."""
 
     scenes: list[render.Scene]
-    moments: Tensor
-    """[N,2,C,F,H,W]: mean and standard deviation, scaled."""
+    latents: Tensor
+    """[N,C,F,H,W], scaled, without the posterior's noise."""
 
 
 def load_clips(work: Path, bucket: Bucket, held_out: bool = False) -> Clips:
-    """Return the encoded clips of a bucket."""
-    count = CHUNK if held_out else BUCKETS[bucket]
-    files = [latents_file(work, bucket, start, held_out) for start in range(0, count, CHUNK)]
-    moments = torch.cat([load_file(path)["moments"] for path in files])
-    return Clips([draw_scene(bucket, index, held_out) for index in range(count)], moments)
+    """Return the clips of a bucket as the projection's latents, kept in work/latents between runs."""
+    count = HELD_OUT_CLIPS if held_out else BUCKETS[bucket]
+    path = work / "latents" / f"{'x'.join(map(str, bucket))}{'_held_out' * held_out}.safetensors"
+    if not path.exists():
+        projection = fit_projection(work)
+        parts = []
+        for first in range(0, count, 50):
+            video = torch.stack([base_clip(bucket, index, held_out)[1] for index in range(first, first + 50)])
+            parts.append(projection.encode(video))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": torch.cat(parts)}, path)
+        report("latents", frames=bucket[0], width=bucket[2], clips=count)
+    return Clips([draw_scene(bucket, index, held_out) for index in range(count)], load_file(path)["latents"])
 
 
-def make_transformer(width: int = 128, layers: int = 6) -> CogVideoXTransformer3DModel:
+def make_transformer(width: int = 128, layers: int = 4) -> CogVideoXTransformer3DModel:
     """Return an untrained transformer with the conventions of CogVideoX-2B, whose blocks start as identities."""
     torch.manual_seed(2)
     transformer = CogVideoXTransformer3DModel(
@@ -376,7 +419,7 @@ def make_transformer(width: int = 128, layers: int = 6) -> CogVideoXTransformer3
 
 
 def make_scheduler() -> CogVideoXDDIMScheduler:
-    """Return 2B's noise schedule with a shift of its own: these latents repeat themselves, so they need more noise."""
+    """Return CogVideoX's noise schedule: zero terminal SNR, velocity, trailing timesteps."""
     return CogVideoXDDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -421,7 +464,7 @@ def train_base(work: Path) -> None:
     captions = ["", *render.all_captions()]
     row = {caption: index for index, caption in enumerate(captions)}
     embeds = encode_captions(captions, tokenizer, make_text_encoder(tokenizer))
-    signal = make_scheduler().alphas_cumprod
+    signal = make_scheduler().alphas_cumprod.float()
 
     transformer, average = make_transformer(), make_transformer()
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=BASE_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
@@ -434,10 +477,7 @@ def train_base(work: Path) -> None:
         rng = np.random.default_rng([3, step])
         clips = data[rng.choice(len(data), p=BUCKET_SHARES)]
         loss = batch_loss(transformer, signal, clips, embeds, row, rng, CAPTION_DROPOUT).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        optimizer.step()
+        update(transformer, optimizer, loss)
         with torch.no_grad():
             for kept, new in zip(average.parameters(), transformer.parameters(), strict=True):
                 kept.lerp_(new, 1 - min(AVERAGE, (step + 1) / (step + 10)))
@@ -461,10 +501,9 @@ def batch_loss(
     """Return the losses [B] of a batch drawn from `clips`: clips, captions, timesteps and noise come from `rng`."""
     chosen = rng.integers(len(clips.scenes), size=BASE_BATCH)
     rows = [row["" if rng.random() < dropout else render.describe(clips.scenes[i], rng)] for i in chosen]
-    moments = clips.moments[torch.from_numpy(chosen)]
+    mean = clips.latents[torch.from_numpy(chosen)]
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    mean, std = moments.unbind(1)
-    latents = mean + std * torch.randn(mean.shape, generator=generator)
+    latents = mean + POSTERIOR_STD * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(mean.shape, generator=generator)
     return velocity_loss(transformer, signal, latents, noise, embeds[rows], spread_timesteps(BASE_BATCH, rng))
 
@@ -500,18 +539,15 @@ def report(stage: str, **figures: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["vae", "latents", "base", "export", "all"])
+    parser.add_argument("stage", choices=["encoder", "decoder", "base", "export", "all"])
     parser.add_argument("--work", type=Path, default=Path("runs/mini"), help="checkpoints and latents")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "mini")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.stage in ("vae", "all"):
-        train_vae(options.work)
-    if options.stage in ("latents", "all"):
-        encode_clips(options.work)
-    if options.stage in ("base", "all"):
-        train_base(options.work)
+    torch.set_num_threads(1)
+    stages = {"encoder": train_encoder, "decoder": train_decoder, "base": train_base}
+    for name, train in stages.items():
+        if options.stage in (name, "all"):
+            train(options.work)
     if options.stage in ("export", "all"):
         export(options.work, options.output)
 
