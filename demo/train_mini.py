@@ -8,18 +8,21 @@ import argparse
 import io
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import sentencepiece
 import torch
+import torch.multiprocessing
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -31,13 +34,19 @@ except ImportError:  # run as a script: this folder is on the path, its parent i
 Bucket = tuple[int, int, int]
 """Frames, height, width in pixels."""
 
+PORTS = {"encoder": 29601, "decoder": 29602, "base": 29603}
+
 SCENES = render.split_scenes()
 
-ENCODER_STEPS = 700  # 4 whole clips
+ENCODER_CROP_STEPS = 500  # 4 clips of 9x32x32
+ENCODER_CLIP_STEPS = 150  # 4 whole clips
+ENCODER_STEPS = ENCODER_CROP_STEPS + ENCODER_CLIP_STEPS
 DECODER_CROP_STEPS = 400  # 4 clips of 9x32x32
-DECODER_CLIP_STEPS = 350  # 2 whole clips; one alone takes torch's slow convolution, which needs four times as long
+DECODER_CLIP_STEPS = 200  # 4 whole clips
 DECODER_STEPS = DECODER_CROP_STEPS + DECODER_CLIP_STEPS
 VAE_LEARNING_RATE = 2e-3
+VAE_PARTS = 2  # of a batch; a process takes its parts in turn, so the number of processes changes only rounding
+BASE_PARTS = 4
 LATENT_CHANNELS = 16
 LATENT_NOISE = 0.15  # largest standard deviation of the noise that the decoder learns to bear
 POSTERIOR_STD = 0.05  # of the encoder's posterior, after scaling
@@ -47,11 +56,11 @@ TEXT_LENGTH = 16
 TEXT_WIDTH = 64
 
 # (frames, height, width): number of clips whose latents the base learns from
-BUCKETS = {(9, 64, 64): 6000, (17, 64, 64): 1500, (9, 64, 96): 1500, (17, 64, 96): 1000}
-BUCKET_SHARES = (0.55, 0.15, 0.15, 0.15)  # of the steps
+BUCKETS = {(9, 64, 64): 5000, (17, 64, 64): 1000, (9, 64, 96): 1000, (17, 64, 96): 500}
+BUCKET_SHARES = (0.64, 0.12, 0.12, 0.12)  # of the steps
 HELD_OUT_CLIPS = 200
 
-BASE_STEPS = 2400
+BASE_STEPS = 2000
 BASE_BATCH = 16
 BASE_LEARNING_RATE = 2e-3
 CAPTION_DROPOUT = 0.05
@@ -62,7 +71,12 @@ AVERAGE = 0.998  # decay of the weights' moving average
 def save_training(
     path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
 ) -> None:
-    """Write weights, AdamW state, averaged weights and the number of finished steps; replace the file at once."""
+    """Write weights, AdamW state, averaged weights and the number of finished steps; replace the file at once.
+
+    Of several processes the first writes.
+    """
+    if is_shared() and distributed.get_rank():
+        return
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
@@ -95,12 +109,13 @@ def load_training(
         return int(file.metadata()["step"])
 
 
-def learning_rate(step: int, steps: int, peak: float, warm_up: int, floor: float = 0.03) -> float:
-    """Return a linear warm-up followed by a cosine down to `floor` times the peak."""
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    done = (step - warm_up) / max(1, steps - warm_up)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+def learning_rate(step: int, steps: int, peak: float, warm_up: int) -> float:
+    """Return a linear warm-up, a plateau, and a linear fall to 3 % over the last 30 % of the steps.
+
+    A plateau leaves the number of steps open until the fall begins.
+    """
+    left = (steps - step) / (0.3 * steps)
+    return peak * min(1.0, (step + 1) / warm_up, max(0.03, left))
 
 
 def to_model(video: render.Pixels) -> Tensor:
@@ -160,6 +175,17 @@ def vae_bucket(step: int) -> Bucket:
     return ((9, 64, 64), (9, 64, 64), (9, 64, 96), (17, 64, 64), (9, 64, 64), (9, 64, 96), (17, 64, 96))[step % 7]
 
 
+def draw_pair(step: int, part: int, crops: bool) -> Tensor:
+    """Return one part of a batch for the VAE, two crops of 9x32x32 or two whole clips, [2,3,F,H,W].
+
+    Two, because torch takes a convolution that is four times slower for one clip alone.
+    """
+    rng = np.random.default_rng([1, step, part])
+    if crops:
+        return torch.stack([crop(draw_clip(9, 64, 64, rng), rng) for _ in range(2)])
+    return torch.stack([draw_clip(*vae_bucket(step), rng) for _ in range(2)])
+
+
 def draw_clip(frames: int, height: int, width: int, rng: np.random.Generator) -> Tensor:
     """Return a clip for the VAE, [3,F,H,W] in -1..1."""
     return to_model(render.render(render.draw_any(frames, height, width, rng), height, width))
@@ -175,8 +201,9 @@ def crop(video: Tensor, rng: np.random.Generator, size: int = 32) -> Tensor:
 class Projection:
     """The linear code that defines the latents: 16 numbers for each 8x8 patch of frame 0 and of 4 further frames.
 
-    The numbers are principal components, turned so that all channels vary equally: noise hides them from fine to
-    coarse. A VAE trained from scratch repeats itself in many channels, and a small base learns no motion from that.
+    The numbers are principal components, the large ones made smaller, then turned so that all channels vary equally:
+    noise hides the fine ones first. A VAE trained from scratch repeats itself in many channels, and a small
+    base learns no motion from that.
     """
 
     first_mean: Tensor
@@ -209,13 +236,20 @@ def fit_projection(work: Path) -> Projection:
         clips += [draw_clip(9, 64, 64, np.random.default_rng([8, index])) for index in range(300)]
         video = torch.stack(clips)
         first, rest = patches(video[:, :, :1], 1).flatten(0, 3), patches(video[:, :, 1:], 4).flatten(0, 3)
-        tensors = {}
+        tensors, bases, spreads = {}, [], []
         for name, rows in (("first", first), ("rest", rest)):
             mean = rows.mean(0)
             centered = rows - mean
             _, vectors = torch.linalg.eigh(centered.T.double() @ centered.double())
-            basis = vectors[:, -LATENT_CHANNELS:].float() @ hadamard(LATENT_CHANNELS)
-            tensors |= {f"{name}_mean": mean, f"{name}_basis": basis / (centered @ basis).std()}
+            basis = vectors[:, -LATENT_CHANNELS:].float()
+            variance = (centered @ basis).var(0)
+            bases.append(basis / variance.mean().sqrt())
+            spreads.append((variance / variance.mean()).sqrt())
+            tensors[f"{name}_mean"] = mean
+        # Half-way to whitening: without it four fifths of the variance is the ground's brightness.
+        spread = (spreads[0] + spreads[1]) / 2
+        turn = (spread**-0.5 / spread.mean().sqrt()).diag() @ hadamard(LATENT_CHANNELS)
+        tensors |= {"first_basis": bases[0] @ turn, "rest_basis": bases[1] @ turn}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
     return Projection(**load_file(path))
@@ -232,10 +266,7 @@ def hadamard(size: int) -> Tensor:
 def train_encoder(work: Path) -> None:
     """Train the VAE's encoder to give the projection's latents and write work/encoder.safetensors."""
     projection, vae = fit_projection(work), make_vae()
-    output = vae.encoder.conv_out.conv
-    with torch.no_grad():  # the logvar half is constant
-        output.weight[LATENT_CHANNELS:].zero_()
-        output.bias[LATENT_CHANNELS:].fill_(2 * math.log(POSTERIOR_STD / SCALING_FACTOR))
+    prepare_encoder(vae)
     optimizer = torch.optim.AdamW(vae.encoder.parameters(), lr=VAE_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     state = work / "encoder_training.safetensors"
     start = load_training(state, vae.encoder, optimizer)
@@ -243,16 +274,36 @@ def train_encoder(work: Path) -> None:
     for step in range(start, ENCODER_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, ENCODER_STEPS, VAE_LEARNING_RATE, warm_up=50)
-        rng = np.random.default_rng([9, step])
-        video = torch.stack([draw_clip(*vae_bucket(step), rng) for _ in range(4)])
-        mean = vae.encode(video).latent_dist.mean * SCALING_FACTOR
-        loss = ((mean - projection.encode(video)) ** 2).mean()
-        update(vae.encoder, optimizer, loss)
-        smoothed = loss.item() if math.isnan(smoothed) else 0.96 * smoothed + 0.04 * loss.item()
+        loss = take_step(vae.encoder, optimizer, VAE_PARTS, partial(encoder_loss, vae, projection, step))
+        smoothed = loss if math.isnan(smoothed) else 0.96 * smoothed + 0.04 * loss
         if (step + 1) % 25 == 0 or step + 1 == ENCODER_STEPS:
             save_training(state, step + 1, vae.encoder, optimizer)
             report("encoder", step=step + 1, of=ENCODER_STEPS, error=smoothed)
     save_file(vae.encoder.state_dict(), work / "encoder.safetensors")
+
+
+def prepare_encoder(vae: AutoencoderKLCogVideoX) -> None:
+    """Set a constant posterior variance, and let the last group norm pass brightness on.
+
+    Group norm divides by what a clip's features spread; constant channels in each group make that nearly a constant.
+    """
+    output, last = vae.encoder.conv_out.conv, vae.encoder.mid_block.resnets[-1]
+    spread: list[Tensor] = []
+    hook = last.register_forward_hook(lambda module, inputs, result: spread.append(result[0].std()))
+    with torch.no_grad():
+        output.weight[LATENT_CHANNELS:].zero_()
+        output.bias[LATENT_CHANNELS:].fill_(2 * math.log(POSTERIOR_STD / SCALING_FACTOR))
+        vae.encode(draw_pair(0, 0, crops=False))
+        last.conv2.conv.bias[0::4] = 2 * spread[0]
+        last.conv2.conv.bias[1::4] = -2 * spread[0]
+    hook.remove()
+
+
+def encoder_loss(vae: AutoencoderKLCogVideoX, projection: Projection, step: int, part: int) -> Tensor:
+    """Return the mean squared error of the encoder's scaled latents against the projection's."""
+    video = draw_pair(step, part, crops=step < ENCODER_CROP_STEPS)
+    mean = vae.encode(video).latent_dist.mean * SCALING_FACTOR
+    return ((mean - projection.encode(video)) ** 2).mean()
 
 
 def train_decoder(work: Path) -> None:
@@ -266,41 +317,61 @@ def train_decoder(work: Path) -> None:
     for step in range(start, DECODER_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, DECODER_STEPS, VAE_LEARNING_RATE, warm_up=50)
-        rng = np.random.default_rng([10, step])
-        if step < DECODER_CROP_STEPS:
-            video = torch.stack([crop(draw_clip(9, 64, 64, rng), rng) for _ in range(4)])
-        else:
-            video = torch.stack([draw_clip(*vae_bucket(step), rng) for _ in range(2)])
-        latents = projection.encode(video)
-        strength = LATENT_NOISE * torch.from_numpy(rng.random(len(video)).astype(np.float32))
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(step))
-        latents = latents + strength[:, None, None, None, None] * noise
-        loss, mse = picture_loss(vae.decode(latents / SCALING_FACTOR).sample, video)
-        update(vae.decoder, optimizer, loss)
-        smoothed = mse if math.isnan(smoothed) else 0.96 * smoothed + 0.04 * mse
+        loss = take_step(vae.decoder, optimizer, VAE_PARTS, partial(decoder_loss, vae, projection, step))
+        smoothed = loss if math.isnan(smoothed) else 0.96 * smoothed + 0.04 * loss
         if (step + 1) % 25 == 0 or step + 1 == DECODER_STEPS:
             save_training(state, step + 1, vae.decoder, optimizer)
-            report("decoder", step=step + 1, of=DECODER_STEPS, psnr=10 * math.log10(4 / smoothed))
+            report("decoder", step=step + 1, of=DECODER_STEPS, loss=smoothed)
     save_file(vae.decoder.state_dict(), work / "decoder.safetensors")
 
 
-def picture_loss(decoded: Tensor, video: Tensor) -> tuple[Tensor, float]:
-    """Return the loss and the mean squared error in the range -1..1.
+def decoder_loss(vae: AutoencoderKLCogVideoX, projection: Projection, step: int, part: int) -> Tensor:
+    """Return L1 + MSE + chroma of decoded clips; chroma is L1 on R-G and G-B.
 
-    Loss: L1 + MSE + chroma. Chroma is L1 on R-G and G-B, as a gray of the right brightness costs the rest little.
+    Without chroma, a gray of the right brightness stands for weak colors.
     """
-    error = decoded - video
+    rng = np.random.default_rng([10, step, part])
+    video = draw_pair(step, part, crops=step < DECODER_CROP_STEPS)
+    latents = projection.encode(video)
+    strength = LATENT_NOISE * torch.from_numpy(rng.random(len(video)).astype(np.float32))
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(VAE_PARTS * step + part))
+    latents = latents + strength[:, None, None, None, None] * noise
+    error = vae.decode(latents / SCALING_FACTOR).sample - video
     chroma = (error[:, 0] - error[:, 1]).abs().mean() + (error[:, 1] - error[:, 2]).abs().mean()
-    mse = (error**2).mean()
-    return error.abs().mean() + mse + chroma, mse.item()
+    return error.abs().mean() + (error**2).mean() + chroma
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Take one optimizer step with the gradient's norm clipped to 1."""
+def my_parts(count: int) -> range:
+    """Return which of `count` parts of a batch fall to this process."""
+    return range(count)[distributed.get_rank() :: distributed.get_world_size()] if is_shared() else range(count)
+
+
+def is_shared() -> bool:
+    """Return whether several processes train together."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def take_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, parts: int, loss_of: Callable[[int], Tensor]
+) -> float:
+    """Take one optimizer step on the mean loss of all parts, the gradient's norm clipped to 1; return that loss."""
     optimizer.zero_grad()
-    loss.backward()
+    total = torch.zeros(1)
+    for part in my_parts(parts):
+        loss = loss_of(part) / parts
+        loss.backward()
+        total += loss.detach()
+    gradients = [value.grad for value in model.parameters() if value.grad is not None]
+    if is_shared():
+        flat = torch.cat([total, *(gradient.flatten() for gradient in gradients)])
+        distributed.all_reduce(flat)
+        pieces = flat.split([1, *(gradient.numel() for gradient in gradients)])
+        total = pieces[0]
+        for gradient, piece in zip(gradients, pieces[1:], strict=True):
+            gradient.copy_(piece.view_as(gradient))
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    return total.item()
 
 
 def finish_vae(work: Path) -> AutoencoderKLCogVideoX:
@@ -391,7 +462,7 @@ def load_clips(work: Path, bucket: Bucket, held_out: bool = False) -> Clips:
             video = torch.stack([base_clip(bucket, index, held_out)[1] for index in range(first, first + 50)])
             parts.append(projection.encode(video))
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": torch.cat(parts)}, path)
+        save_file({"latents": torch.cat(parts).contiguous()}, path)
         report("latents", frames=bucket[0], width=bucket[2], clips=count)
     return Clips([draw_scene(bucket, index, held_out) for index in range(count)], load_file(path)["latents"])
 
@@ -456,8 +527,18 @@ def spread_timesteps(count: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(((rng.permutation(count) + rng.random(count)) * 1000 / count).astype(np.int64))
 
 
+def share_out(jobs: list[Callable[[], object]]) -> None:
+    """Call each job in one of the processes and wait for all."""
+    if not is_shared():
+        return
+    for job in jobs[distributed.get_rank() :: distributed.get_world_size()]:
+        job()
+    distributed.barrier()
+
+
 def train_base(work: Path) -> None:
     """Train the base transformer and write its averaged weights to work/base.safetensors."""
+    share_out([partial(load_clips, work, bucket) for bucket in BUCKETS])
     data = [load_clips(work, bucket) for bucket in BUCKETS]
     held_out = [load_clips(work, bucket, held_out=True) for bucket in BUCKETS]
     tokenizer = make_tokenizer()
@@ -474,19 +555,33 @@ def train_base(work: Path) -> None:
     for step in range(start, BASE_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, BASE_STEPS, BASE_LEARNING_RATE, warm_up=100)
-        rng = np.random.default_rng([3, step])
-        clips = data[rng.choice(len(data), p=BUCKET_SHARES)]
-        loss = batch_loss(transformer, signal, clips, embeds, row, rng, CAPTION_DROPOUT).mean()
-        update(transformer, optimizer, loss)
+        clips = data[np.random.default_rng([3, step]).choice(len(data), p=BUCKET_SHARES)]
+        loss = take_step(
+            transformer, optimizer, BASE_PARTS, partial(base_loss, transformer, signal, clips, embeds, row, step)
+        )
         with torch.no_grad():
             for kept, new in zip(average.parameters(), transformer.parameters(), strict=True):
                 kept.lerp_(new, 1 - min(AVERAGE, (step + 1) / (step + 10)))
-        smoothed = loss.item() if math.isnan(smoothed) else 0.99 * smoothed + 0.01 * loss.item()
-        if (step + 1) % 250 == 0 or step + 1 == BASE_STEPS:
+        smoothed = loss if math.isnan(smoothed) else 0.98 * smoothed + 0.02 * loss
+        if (step + 1) % 100 == 0 or step + 1 == BASE_STEPS:
             save_training(state, step + 1, transformer, optimizer, average)
             checks = [held_out_loss(average, signal, clips, embeds, row) for clips in held_out]
             report("base", step=step + 1, of=BASE_STEPS, loss=smoothed, held_out=sum(checks) / len(checks))
     save_file(average.state_dict(), work / "base.safetensors")
+
+
+def base_loss(
+    transformer: CogVideoXTransformer3DModel,
+    signal: Tensor,
+    clips: Clips,
+    embeds: Tensor,
+    row: dict[str, int],
+    step: int,
+    part: int,
+) -> Tensor:
+    """Return the loss of one part of a training batch."""
+    rng = np.random.default_rng([3, step, part])
+    return batch_loss(transformer, signal, clips, embeds, row, rng, CAPTION_DROPOUT, BASE_BATCH // BASE_PARTS).mean()
 
 
 def batch_loss(
@@ -497,15 +592,16 @@ def batch_loss(
     row: dict[str, int],
     rng: np.random.Generator,
     dropout: float,
+    count: int,
 ) -> Tensor:
-    """Return the losses [B] of a batch drawn from `clips`: clips, captions, timesteps and noise come from `rng`."""
-    chosen = rng.integers(len(clips.scenes), size=BASE_BATCH)
+    """Return the losses [B] of `count` clips drawn from `clips`: captions, timesteps and noise are drawn too."""
+    chosen = rng.integers(len(clips.scenes), size=count)
     rows = [row["" if rng.random() < dropout else render.describe(clips.scenes[i], rng)] for i in chosen]
     mean = clips.latents[torch.from_numpy(chosen)]
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     latents = mean + POSTERIOR_STD * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(mean.shape, generator=generator)
-    return velocity_loss(transformer, signal, latents, noise, embeds[rows], spread_timesteps(BASE_BATCH, rng))
+    return velocity_loss(transformer, signal, latents, noise, embeds[rows], spread_timesteps(count, rng))
 
 
 def held_out_loss(
@@ -514,7 +610,7 @@ def held_out_loss(
     """Return the mean loss of four batches of held-out clips; the same draws on every call."""
     with torch.no_grad():
         batches = [
-            batch_loss(transformer, signal, clips, embeds, row, np.random.default_rng([4, number]), 0.0)
+            batch_loss(transformer, signal, clips, embeds, row, np.random.default_rng([4, number]), 0.0, 16)
             for number in range(4)
         ]
     return float(torch.cat(batches).mean())
@@ -534,20 +630,33 @@ def export(work: Path, folder: Path) -> None:
 def report(stage: str, **figures: float) -> None:
     """Print one line of figures with the CPU seconds of this process."""
     words = " ".join(f"{name}={value:.4g}" for name, value in figures.items())
-    print(f"{stage} {words} cpu_s={time.process_time():.0f}", flush=True)
+    if not is_shared() or distributed.get_rank() == 0:
+        print(f"{stage} {words} cpu_s={time.process_time():.0f}", flush=True)
+
+
+STAGES = {"encoder": train_encoder, "decoder": train_decoder, "base": train_base}
+
+
+def run_stage(rank: int, stage: str, work: Path, processes: int) -> None:
+    """Run a stage of training as one of several processes, each with one thread."""
+    torch.set_num_threads(1)
+    if processes > 1:
+        store = distributed.TCPStore("127.0.0.1", PORTS[stage], processes, is_master=rank == 0)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    STAGES[stage](work)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["encoder", "decoder", "base", "export", "all"])
+    parser.add_argument("stage", choices=[*STAGES, "export", "all"])
     parser.add_argument("--work", type=Path, default=Path("runs/mini"), help="checkpoints and latents")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "mini")
+    parser.add_argument("--processes", type=int, default=1, choices=(1, 2, 4))
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    stages = {"encoder": train_encoder, "decoder": train_decoder, "base": train_base}
-    for name, train in stages.items():
-        if options.stage in (name, "all"):
-            train(options.work)
+    for stage in STAGES:
+        if options.stage in (stage, "all"):
+            arguments = (stage, options.work, options.processes)
+            torch.multiprocessing.spawn(run_stage, args=arguments, nprocs=options.processes)
     if options.stage in ("export", "all"):
         export(options.work, options.output)
 
