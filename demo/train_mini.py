@@ -42,11 +42,11 @@ ENCODER_CROP_STEPS = 500  # 4 clips of 9x32x32
 ENCODER_CLIP_STEPS = 150  # 4 whole clips
 ENCODER_STEPS = ENCODER_CROP_STEPS + ENCODER_CLIP_STEPS
 DECODER_CROP_STEPS = 400  # 4 clips of 9x32x32
-DECODER_CLIP_STEPS = 200  # 4 whole clips
+DECODER_CLIP_STEPS = 150  # 4 whole clips
 DECODER_STEPS = DECODER_CROP_STEPS + DECODER_CLIP_STEPS
 VAE_LEARNING_RATE = 2e-3
 VAE_PARTS = 2  # of a batch; a process takes its parts in turn, so the number of processes changes only rounding
-BASE_PARTS = 4
+BASE_PARTS = 2
 LATENT_CHANNELS = 16
 LATENT_NOISE = 0.15  # largest standard deviation of the noise that the decoder learns to bear
 POSTERIOR_STD = 0.05  # of the encoder's posterior, after scaling
@@ -283,19 +283,27 @@ def train_encoder(work: Path) -> None:
 
 
 def prepare_encoder(vae: AutoencoderKLCogVideoX) -> None:
-    """Set a constant posterior variance, and let the last group norm pass brightness on.
+    """Set a constant posterior variance, and start the encoder close to a linear map, which the projection is.
 
-    Group norm divides by what a clip's features spread; constant channels in each group make that nearly a constant.
+    The convolutions outside the residual branches keep the signal's size and add no bias. Group norm divides by the
+    spread of a clip's features; two constant channels of four make that nearly a constant.
     """
     output, last = vae.encoder.conv_out.conv, vae.encoder.mid_block.resnets[-1]
     spread: list[Tensor] = []
     hook = last.register_forward_hook(lambda module, inputs, result: spread.append(result[0].std()))
+    outside = [vae.encoder.conv_in.conv]
+    outside += [
+        module for name, module in vae.encoder.named_modules() if name.endswith(("shortcut", "downsamplers.0.conv"))
+    ]
+    for module in outside:
+        nn.init.orthogonal_(module.weight)
+        nn.init.zeros_(module.bias)
     with torch.no_grad():
         output.weight[LATENT_CHANNELS:].zero_()
         output.bias[LATENT_CHANNELS:].fill_(2 * math.log(POSTERIOR_STD / SCALING_FACTOR))
         vae.encode(draw_pair(0, 0, crops=False))
-        last.conv2.conv.bias[0::4] = 2 * spread[0]
-        last.conv2.conv.bias[1::4] = -2 * spread[0]
+        last.conv2.conv.bias[0::4] = 1.5 * spread[0]
+        last.conv2.conv.bias[1::4] = -1.5 * spread[0]
     hook.remove()
 
 
@@ -563,7 +571,7 @@ def train_base(work: Path) -> None:
             for kept, new in zip(average.parameters(), transformer.parameters(), strict=True):
                 kept.lerp_(new, 1 - min(AVERAGE, (step + 1) / (step + 10)))
         smoothed = loss if math.isnan(smoothed) else 0.98 * smoothed + 0.02 * loss
-        if (step + 1) % 100 == 0 or step + 1 == BASE_STEPS:
+        if (step + 1) % 50 == 0 or step + 1 == BASE_STEPS:
             save_training(state, step + 1, transformer, optimizer, average)
             checks = [held_out_loss(average, signal, clips, embeds, row) for clips in held_out]
             report("base", step=step + 1, of=BASE_STEPS, loss=smoothed, held_out=sum(checks) / len(checks))
@@ -651,7 +659,7 @@ def main() -> None:
     parser.add_argument("stage", choices=[*STAGES, "export", "all"])
     parser.add_argument("--work", type=Path, default=Path("runs/mini"), help="checkpoints and latents")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "mini")
-    parser.add_argument("--processes", type=int, default=1, choices=(1, 2, 4))
+    parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
     options = parser.parse_args()
     for stage in STAGES:
         if options.stage in (stage, "all"):
