@@ -38,7 +38,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChoice:
-    """What a published checkpoint was made for, and what it needs."""
+    """The sizes and memory of a published checkpoint."""
 
     hub_name: str
     transformer: Mapping[str, Any] = field(default_factory=dict)

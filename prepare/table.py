@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareReport:
-    """What one of the commands found and wrote; the object of its `--json`."""
+    """The findings and files of one command; the object of its `--json`."""
 
     config: str
     table: str

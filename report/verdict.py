@@ -48,7 +48,7 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the held-out losses say of a run."""
+    """The judgment of a run by its held-out losses."""
 
     kind: Kind
     sentence: str

@@ -327,7 +327,7 @@ class Train(Table):
 
 
 class Memory(Table):
-    """What training keeps on the card. "auto" fields are chosen by the card's free memory and the largest pack."""
+    """Memory of training on the card. "auto" fields are chosen by the card's free memory and the largest pack."""
 
     activations: Annotated[Literal["auto", "block_input", "attention_output", "full"], FREE] = "auto"
     """What a block keeps for its backward pass; block_input recomputes all, attention_output all but attention."""

@@ -1,4 +1,4 @@
-"""Where a run resumes: rank 0 chooses and loads the checkpoint, and every process compares its identity with the run's.
+"""Resuming a run: rank 0 chooses and loads the checkpoint, and every process compares its identity with the run's.
 
 The identity is the view, the base model and the settings that a resumed run may not change.
 """

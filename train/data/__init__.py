@@ -1,1 +1,1 @@
-"""Which clips when, and their examples."""
+"""The order of the clips, and their examples."""

@@ -1,1 +1,1 @@
-"""What a setting costs on the card, and the choice of a plan."""
+"""Memory of each setting on the card, and the choice of a plan."""

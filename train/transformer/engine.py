@@ -1,4 +1,4 @@
-"""How the blocks are run: what they keep for the backward pass, and what is off the device meanwhile."""
+"""The engine that runs the blocks: what they keep for the backward pass, and what is off the device meanwhile."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
