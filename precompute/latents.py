@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,7 +21,7 @@ from precompute.video.pixels import to_clip
 from precompute.video.pool import DecodePool
 from precompute.video.probe import Skipped
 from shared import console, seeding
-from shared.cache.shard import Sample, write_shard
+from shared.cache.shard import Sample, ShardWriter
 from shared.cache.storage import Storage
 from shared.device import choose_device
 from shared.errors import UsageError
@@ -30,14 +31,15 @@ from shared.model.geometry import Bucket, latent_shape
 DECODED_BATCHES = 2
 """Batches that are decoded ahead of the encoder."""
 MAX_WRITING = 2
-"""Shards in memory that wait for the disk."""
+"""Encoded batches in memory that wait for the disk."""
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedShard:
-    """The results for one planned shard."""
+class EncodedBatch:
+    """The results for one batch of a planned shard."""
 
     planned: PlannedShard
+    is_last: bool
     samples: list[Sample]
     skipped: dict[str, str]
     """Key -> reason of a permanent failure."""
@@ -63,16 +65,17 @@ def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: De
         with (
             timer.measure("video_pass"),
             console.Progress("clips", sum(len(shard.keys) for shard in shards)) as bar,
+            closing(ShardOutput(stage.storage)) as output,
             ThreadPoolExecutor(1) as writer,
         ):
             batches = _decode_batches(stage, unmade(stage.storage, shards), clips, pool)
-            for shard in _encode_shards(stage, batches, clips, encoder, timer, bar):
+            for batch in _encode_batches(stage, batches, clips, encoder, timer, bar):
                 if len(writes) >= MAX_WRITING:
                     with timer.measure("wait_for_write"):
                         writes[-MAX_WRITING].result()
-                writes.append(writer.submit(_write, stage.storage, shard))
-                made += len(shard.samples)
-                failed |= shard.failed
+                writes.append(writer.submit(output.write, batch))
+                made += len(batch.samples)
+                failed |= batch.failed
         for write in writes:
             write.result()
         shards, inventory = shards_to_make(stage.storage, wanted, inventory, stage.part, failed)
@@ -84,32 +87,59 @@ def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: De
     )
 
 
-def _write(storage: Storage, shard: EncodedShard) -> tuple[int, float]:
-    """Write a shard; return bytes and seconds. Without the failed clips it has another name, from its other keys."""
-    started = time.perf_counter()
-    planned = shard.planned
-    another_had_all_clips = shard.failed and storage.size(planned.receipt) is not None
-    if another_had_all_clips or not (shard.samples or shard.skipped):
-        return 0, 0.0
-    _, written_bytes = write_shard(storage, planned.folder, shard.samples, shard.skipped, planned.attempt)
-    return written_bytes, time.perf_counter() - started
+class ShardOutput:
+    """The shards being written, one after another, batch by batch."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._writer: ShardWriter | None = None
+        self._stored, self._skipped, self._failed = 0, dict[str, str](), False
+
+    def close(self) -> None:
+        """Give up the unfinished shard."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def write(self, batch: EncodedBatch) -> tuple[int, float]:
+        """Write a batch, and with its last one the shard; return bytes stored and seconds."""
+        started = time.perf_counter()
+        if self._writer is None:
+            self._writer = ShardWriter(self._storage, batch.planned.folder)
+            self._stored, self._skipped, self._failed = 0, {}, False
+        for sample in batch.samples:
+            self._writer.add(sample)
+        self._stored += len(batch.samples)
+        self._skipped |= batch.skipped
+        self._failed |= bool(batch.failed)
+        written_bytes = self._finish(batch.planned) if batch.is_last else 0
+        return written_bytes, time.perf_counter() - started
+
+    def _finish(self, planned: PlannedShard) -> int:
+        """Finish the shard; without the failed clips it has another name, from its other keys."""
+        assert self._writer is not None
+        another_had_all_clips = self._failed and self._storage.size(planned.receipt) is not None
+        written_bytes = 0
+        if not another_had_all_clips and (self._stored or self._skipped):
+            written_bytes = self._writer.finish(self._skipped, planned.attempt)[1]
+        self.close()
+        return written_bytes
 
 
-def _encode_shards(
+def _encode_batches(
     stage: Stage,
     batches: Iterator[tuple[PlannedShard, dict[str, Decoded | Skipped]]],
     clips: Mapping[str, Clip],
     encoder: VaeEncoder,
     timer: Timer,
     bar: console.Progress,
-) -> Iterator[EncodedShard]:
-    """Yield each shard when its last batch is encoded."""
-    samples, skipped, failed = list[Sample](), dict[str, str](), dict[str, Skipped]()
+) -> Iterator[EncodedBatch]:
+    """Yield each batch when it is encoded."""
     for shard, outcomes in timer.waiting("wait_for_decode", batches):
         decoded = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Decoded)}
         skips = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Skipped)}
-        skipped |= {key: skip.reason for key, skip in skips.items() if skip.permanent}
-        failed |= {key: skip for key, skip in skips.items() if not skip.permanent}
+        skipped = {key: skip.reason for key, skip in skips.items() if skip.permanent}
+        samples = []
         with timer.measure("encode_latents"):
             for sample in encode_clips(stage, clips, decoded, encoder):
                 if all(torch.isfinite(tensor).all() for tensor in sample.tensors.values()):
@@ -117,9 +147,8 @@ def _encode_shards(
                 else:
                     skipped[sample.key] = "non-finite latents; set precompute.vae_dtype = 'fp32'"
         bar.advance(len(outcomes))
-        if shard.keys[-1] in outcomes:
-            yield EncodedShard(shard, samples, skipped, failed)
-            samples, skipped, failed = [], {}, {}
+        failed = {key: skip for key, skip in skips.items() if not skip.permanent}
+        yield EncodedBatch(shard, shard.keys[-1] in outcomes, samples, skipped, failed)
 
 
 def _decode_batches(

@@ -13,7 +13,7 @@ from precompute.encoders import TextEncoder
 from precompute.estimate import Work
 from precompute.report import PassResult, SampleCounts, Timer
 from shared import console
-from shared.cache.shard import Sample, write_shard
+from shared.cache.shard import Sample, ShardWriter
 from shared.device import choose_device
 from shared.errors import DataError
 
@@ -31,14 +31,17 @@ def encode_prompts(stage: Stage, work: Work, texts: Mapping[str, str], tokenizer
             recipes.record_environment(stage.storage, wanted.collection, encoder.device)
         with console.Progress("prompts", sum(len(shard.keys) for shard in shards)) as bar:
             for shard in unmade(stage.storage, shards):
-                samples: list[Sample] = []
-                for batch in shard.batches:
-                    with timer.measure("encode_prompts"):
-                        samples += encode_texts(encoder, {key: texts[key] for key in batch})
-                    bar.advance(len(batch))
-                with timer.measure("write"):
-                    written_bytes += write_shard(stage.storage, shard.folder, samples, attempt=shard.attempt)[1]
-                made += len(samples)
+                with ShardWriter(stage.storage, shard.folder) as writer:
+                    for batch in shard.batches:
+                        with timer.measure("encode_prompts"):
+                            samples = encode_texts(encoder, {key: texts[key] for key in batch})
+                        with timer.measure("write"):
+                            for sample in samples:
+                                writer.add(sample)
+                        bar.advance(len(batch))
+                    with timer.measure("write"):
+                        written_bytes += writer.finish({}, shard.attempt)[1]
+                made += len(shard.keys)
         shards, inventory = shards_to_make(stage.storage, wanted, inventory, stage.part)
     del encoder  # the VAE gets its memory
     gc.collect()

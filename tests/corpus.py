@@ -107,6 +107,6 @@ def count_storage_calls(patch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
 
         return call
 
-    for method in ("files", "read", "read_part", "size", "path"):
+    for method in ("files", "read", "read_part", "size", "local_tar"):
         patch.setattr(LocalStorage, method, counted(method))
     return calls

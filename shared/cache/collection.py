@@ -4,7 +4,6 @@ A collection is the folder `latents/<recipe>` or `prompts/<recipe>`. All its sha
 `recipe.json`.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Container, Iterable, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from shared.cache.shard import MappedShard, Receipt, SamplePlace, read_receipt, sample_tensors
+from shared.cache.shard import OpenShard, Receipt, SamplePlace, read_receipt, sample_tensors
 from shared.cache.storage import VERIFY, Storage
 from shared.errors import CacheError
 from shared.fingerprint import Json, key_of
@@ -26,8 +25,8 @@ KINDS = ("latents", "prompts")
 RECIPE_BYTES = 2**20
 READERS = 16
 """Receipts read at the same time; an object store answers each after tens of milliseconds."""
-MAPPED_SHARDS = 2
-"""Shards that a reader keeps mapped; their pages count as its memory."""
+OPEN_SHARDS = 2
+"""Shards that a reader keeps open, so that deleted local copies of remote ones stay readable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +49,26 @@ def collection_for(kind: str, recipe: Mapping[str, Json]) -> Collection:
 
 
 def collections(storage: Storage) -> list[Collection]:
-    """List the collections that have a recipe."""
+    """List the collections that have a recipe of this format."""
     names = [name for kind in KINDS for name in storage.files(kind) if name.endswith("/recipe.json")]
-    return [Collection(*name.split("/")[:2]) for name in names]
+    foreign = foreign_formats(storage, names)
+    return [found for name in names if (found := Collection(*name.split("/")[:2])).folder not in foreign]
+
+
+def foreign_formats(storage: Storage, names: Iterable[str]) -> dict[str, Json]:
+    """Return folder -> format of the collections of other formats among the files `names`; they are left alone."""
+    found: dict[str, Json] = {}
+    for name in (name for name in names if name.endswith("/recipe.json")):
+        folder = name.removesuffix("/recipe.json")
+        try:
+            recipe = json.loads(storage.read(name, limit_bytes=RECIPE_BYTES))
+            written = recipe.get("format", FORMAT)
+            own = written == FORMAT or key_of({**recipe, "format": FORMAT}) == folder.rpartition("/")[2]  # damaged
+        except (ValueError, AttributeError, RecursionError, CacheError):  # damaged too
+            continue
+        if not own:
+            found[folder] = written
+    return found
 
 
 def write_recipe(storage: Storage, collection: Collection, recipe: Mapping[str, Json]) -> None:
@@ -97,7 +113,7 @@ def shards(storage: Storage, folder: str, known: Container[str] = frozenset()) -
 
 
 class SampleReader:
-    """Reads samples of a collection by key, zero-copy; its memory does not grow with what it has read."""
+    """Reads samples of a collection by key; its memory does not grow with what it has read."""
 
     def __init__(
         self,
@@ -108,8 +124,7 @@ class SampleReader:
     ) -> None:
         """Read the collection's receipts; `keys` are those that will be read, None for all.
 
-        Their shards are mapped, which fetches remote ones whole, if they take at most `whole_up_to_bytes`. Otherwise
-        each read fetches one sample.
+        Remote shards are fetched whole if they take at most `whole_up_to_bytes`; otherwise a read fetches one sample.
         """
         self._storage = storage
         self._collection = collection
@@ -121,8 +136,7 @@ class SampleReader:
                 self._receipts[tar] = replace(receipt, samples=(), skipped={})
                 self._places |= {place.key: (tar, place) for place in wanted}
         self._whole = sum(self.shard_bytes.values()) <= whole_up_to_bytes
-        self._mapped: dict[str, MappedShard] = {}
-        self._checked: set[str] = set()
+        self._open: dict[str, OpenShard] = {}
 
     @property
     def shard_bytes(self) -> dict[str, int]:
@@ -146,24 +160,12 @@ class SampleReader:
         return {name: tensor.shape for name, tensor in self._place(key)[1].tensors.items()}
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
-        """Return the sample's tensors, views of the mapped file; raises `CacheError` if it is missing or damaged.
-
-        The first read of a sample compares its bytes with the receipt's hash.
-        """
+        """Return the sample's tensors; raises `CacheError` if it is missing, or not the one of the receipt."""
         tar, place = self._place(key)
-        found = place.sha256
-        if not self._whole:
-            content = bytearray(self._storage.read_part(tar, place.offset, place.length))
-            found, tensors = hashlib.sha256(content).hexdigest(), sample_tensors(place, content, place.offset)
-        else:
-            shard = self._shard(tar)
-            if key not in self._checked:
-                found = shard.payload_sha256(place)
-            tensors = shard.tensors(place)
-        if found != place.sha256:
-            raise CacheError(f"{self._storage}/{tar}: sample {place.key} is damaged; {VERIFY}")
-        self._checked.add(key)
-        return tensors
+        if self._whole:
+            return self._shard(tar).read(place)
+        content = bytearray(self._storage.read_part(tar, place.offset, place.length))
+        return sample_tensors(place, content, f"{self._storage}/{tar}")
 
     def _place(self, key: str) -> tuple[str, SamplePlace]:
         try:
@@ -172,10 +174,10 @@ class SampleReader:
             where = f"{self._storage}/{self._collection.folder}"
             raise CacheError(f"{where}: sample {key} is not stored; run `precog precompute` with this config") from None
 
-    def _shard(self, tar: str) -> MappedShard:
-        """Return the mapped shard and unmap the least recently used; its tensors keep a shard mapped."""
-        shard = self._mapped.pop(tar, None) or MappedShard(self._storage, tar, self._receipts[tar])
-        self._mapped[tar] = shard
-        if len(self._mapped) > MAPPED_SHARDS:
-            del self._mapped[next(iter(self._mapped))]
+    def _shard(self, tar: str) -> OpenShard:
+        """Return the open shard and close the least recently used."""
+        shard = self._open.pop(tar, None) or OpenShard(self._storage, self._receipts[tar])
+        self._open[tar] = shard
+        if len(self._open) > OPEN_SHARDS:
+            del self._open[next(iter(self._open))]
         return shard

@@ -5,21 +5,49 @@ torn object is visible all the same, it has no receipt. Shards are fetched whole
 """
 
 import contextlib
+import math
 import os
 import secrets
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 from shared.atomic_files import TEMPORARY, user_folder
-from shared.errors import CacheError, UsageError, one_line
-from shared.fingerprint import key_of
+from shared.errors import CacheError, PrecogError, UsageError, one_line
+from shared.fingerprint import sha256_file
 
 UNSUITABLE = ("http", "https", "data", "zip", "tar", "filecache", "simplecache", "blockcache", "cached", "reference")
 """fsspec protocols that cannot be written, or that have a cache of their own."""
 ABANDONED_SECONDS = 24 * 60 * 60.0
 """An unfinished copy older than this belongs to a process that was killed."""
+
+
+class Entry(NamedTuple):
+    """A name in a cache."""
+
+    size: int | None
+    """In bytes; None for what is no regular file."""
+    modified: float
+    """Seconds since 1970; infinite where the driver does not say, so that the file never counts as old."""
+
+
+def finished(entries: Mapping[str, Entry]) -> dict[str, int]:
+    """Return name -> size of the regular files that are no writer's temporary."""
+    whole = {name: size for name, (size, _) in entries.items() if size is not None}
+    return {name: size for name, size in whole.items() if not is_temporary(name)}
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file is the unfinished one of a writer that runs or was killed."""
+    return PurePosixPath(name).name.startswith(TEMPORARY)
+
+
+def _modified(about: Mapping[str, Any]) -> float:
+    """Return the time that a driver's listing states, under the driver's own name for it."""
+    time = next((about[name] for name in ("LastModified", "mtime", "updated", "created") if about.get(name)), math.inf)
+    return time.timestamp() if isinstance(time, datetime) else float(time)
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -56,31 +84,35 @@ class RemoteStorage:
     def __str__(self) -> str:
         return self._url
 
-    def path(self, name: str) -> Path:
-        with self._driver(name, "cannot be fetched"):
-            version = key_of([self._url, name, self._filesystem.ukey(self._at(name))])
-            local = self._local / f"{name.partition('/')[0]}-{version}{Path(name).suffix}"
-            if local.is_file():
+    def local_tar(self, name: str, size: int) -> Path:
+        local = self._local / f"{name.partition('/')[0]}-{Path(name).name}"  # a tar is named by its content
+        with contextlib.suppress(FileNotFoundError):
+            if local.stat().st_size == size:
                 os.utime(local)  # the least recently used copies are deleted first
                 return local
-            self._local.mkdir(parents=True, exist_ok=True)
-            self._make_room(self._filesystem.size(self._at(name)) or 0)
-            temporary = local.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
-            try:
-                self._filesystem.get_file(self._at(name), str(temporary))
-                temporary.replace(local)
-            finally:
-                temporary.unlink(missing_ok=True)
+        self._make_room(size)
+        with self.unfinished(name) as temporary:
+            self.fetch(name, temporary)
+            if sha256_file(temporary) != PurePosixPath(name).stem:
+                raise CacheError(f"{self}/{name}: damaged; run `precog cache verify --repair`, then precompute again")
+            temporary.replace(local)
         return local
 
-    def files(self, folder: str) -> dict[str, int]:
+    def fetch(self, name: str, path: Path) -> None:
+        with self._driver(name, "cannot be fetched"):
+            self._filesystem.get_file(self._at(name), str(path))
+
+    def entries(self, folder: str) -> dict[str, Entry]:
         with self._driver(folder, "cannot be listed"):
             try:
                 found = self._filesystem.find(self._at(folder), detail=True)
             except FileNotFoundError:
                 return {}
-        sizes = {path.removeprefix(self._root).lstrip("/"): about["size"] for path, about in found.items()}
-        return dict(sorted(sizes.items()))
+        entries = {path.removeprefix(self._root).lstrip("/"): about for path, about in found.items()}
+        return {name: Entry(about["size"], _modified(about)) for name, about in sorted(entries.items())}
+
+    def files(self, folder: str) -> dict[str, int]:
+        return finished(self.entries(folder))
 
     def read(self, name: str, *, limit_bytes: int) -> bytes:
         with self._driver(name, "cannot be read"):
@@ -115,19 +147,45 @@ class RemoteStorage:
             with self._driver(name, "cannot be renamed"):
                 self._filesystem.mv(self._at(name), self._at(f"{name}.damaged"))
 
+    def remove(self, name: str) -> None:
+        with self._driver(name, "cannot be deleted"), contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm_file(self._at(name))
+
     def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
+        return self._put(name, self._filesystem.pipe_file, content, replace=replace)
+
+    @contextlib.contextmanager
+    def unfinished(self, _name: str) -> Iterator[Path]:
+        self._local.mkdir(parents=True, exist_ok=True)
+        temporary = self._local / f"{TEMPORARY}{secrets.token_hex(8)}"
+        temporary.touch(exist_ok=False)
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def publish_file(self, temporary: Path, name: str, *, replace: bool = False) -> bool:
+        def put(path: str, local: str, **options: str) -> None:
+            self._filesystem.put_file(local, path, **options)
+
+        return self._put(name, put, str(temporary), replace=replace)
+
+    def writing(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return self._driver(name, "cannot be written")
+
+    def _put(self, name: str, put: Callable[..., None], content: bytes | str, *, replace: bool) -> bool:
         with self._driver(name, "cannot be written"):
             if replace:
-                self._filesystem.pipe_file(self._at(name), content)
+                put(self._at(name), content)
                 return True
             try:
-                self._filesystem.pipe_file(self._at(name), content, mode="create")
+                put(self._at(name), content, mode="create")
             except FileExistsError:
                 return False
             except NotImplementedError:  # equal names hold equal bytes, so the race of look and write is harmless
                 if self.size(name) is not None:
                     return False
-                self._filesystem.pipe_file(self._at(name), content)
+                put(self._at(name), content)
         return True
 
     def _at(self, name: str) -> str:
@@ -137,13 +195,13 @@ class RemoteStorage:
     def _driver(self, name: str, what: str) -> Iterator[None]:
         try:
             yield
-        except CacheError:
+        except PrecogError:
             raise
         except Exception as error:  # drivers raise whatever the libraries below them raise
             raise CacheError(f"{self}/{name}: {what} ({one_line(error)}); run the same command again") from error
 
     def _make_room(self, size: int) -> None:
-        """Delete the least recently opened copies until `size` fits, of latents first; a mapped copy stays readable.
+        """Delete the least recently opened copies until `size` fits, of latents first; an open copy stays readable.
 
         Prompts are drawn from all their shards at any time, latents from a window of theirs.
         """

@@ -2,33 +2,36 @@
 
 Sample `key` is two members, `<key>.json` and `<key>.safetensors`. The tar is uncompressed ustar with sorted members and
 no times or owners, so equal samples give equal bytes. The tar is named by the sha256 of its bytes, the receipt by the
-keys that the shard was assigned. Payloads start on 512-byte blocks and safetensors pads its header to 8 bytes, so a
-tensor is a zero-copy view of the mapped file.
+keys that the shard was assigned. A sample is read by offset and compared with its hash at every read.
 """
 
 import hashlib
-import io
 import json
 import math
-import mmap
+import os
 import struct
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
 
 import torch
+import xxhash
 from pydantic import Field, TypeAdapter
 from safetensors.torch import save as safetensors_bytes
 
-from shared.cache.storage import VERIFY, Storage, open_file
+from shared.cache.storage import COPY_BYTES, VERIFY, Storage, open_file
 from shared.errors import CacheError, one_line
-from shared.fingerprint import KEY_LENGTH, Json, canonical_json, key_of, sealed, unsealed
+from shared.fingerprint import KEY_LENGTH, Json, canonical_json, key_of, sealed, sha256_file, unsealed
 
 RECEIPT_BYTES = 16 * 2**20
 SHARD_BYTES = 4 * 2**30
 HEADER_BYTES = 64 * 2**10
 SAMPLES_PER_SHARD = 50_000
+FACTS_BYTES = 64 * 2**10
+"""Where a sample's facts are looked for, before its tensors."""
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The safetensors dtypes that a sample may hold."""
@@ -57,7 +60,8 @@ class SamplePlace:
     key: Key
     offset: Annotated[int, Field(ge=0)]
     length: Annotated[int, Field(gt=0)]
-    sha256: Sha256
+    xxh128: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    """XXH3 of the member's bytes: as fast as memory, so that every read is checked; the tar has a SHA-256."""
     tensors: dict[str, TensorPlace]
 
 
@@ -106,29 +110,39 @@ def shard_name(keys: Iterable[str], attempt: int = 0) -> str:
     return key_of([*sorted(keys), attempt])
 
 
-def pack_shard(
-    folder: str, samples: Sequence[Sample], skipped: Mapping[str, str] | None = None, attempt: int = 0
-) -> tuple[bytes, Receipt]:
-    """Return the tar's bytes and its receipt."""
-    from webdataset.writer import TarWriter
+class TarStream:
+    """A shard's tar in the making; memory holds one sample."""
 
-    skipped = dict(skipped or {})
-    payloads: dict[str, bytes] = {}
-    stream = io.BytesIO()
-    with TarWriter(stream, user="", group="", mode=0o644, encoder=False, mtime=0) as writer:
-        for sample in sorted(samples, key=lambda sample: sample.key):
-            assert sample.key not in payloads, sample.key
-            tensors = {name: tensor.contiguous() for name, tensor in sample.tensors.items()}
-            payloads[sample.key] = safetensors_bytes(tensors)
-            members = {"json": canonical_json(sample.facts), "safetensors": payloads[sample.key]}
-            writer.write({"__key__": sample.key, **members})
-    content = stream.getvalue()
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-        offsets = {member.name: member.offset_data for member in tar}
-    places = tuple(_sample_place(key, payload, offsets[f"{key}.safetensors"]) for key, payload in payloads.items())
-    name = shard_name([*payloads, *skipped], attempt)
-    digest = hashlib.sha256(content).hexdigest()
-    return content, Receipt(folder, name, digest, len(content), places, skipped, attempt)
+    def __init__(self, file: BinaryIO) -> None:
+        from webdataset.writer import TarWriter
+
+        self._file = file
+        self._sha256, self._size = hashlib.sha256(), 0
+        self._writer = TarWriter(self, user="", group="", mode=0o644, encoder=False, mtime=0)
+        self._places: list[SamplePlace] = []
+
+    def write(self, content: bytes) -> int:
+        """Write the next bytes of the tar, for `TarWriter`."""
+        self._sha256.update(content)
+        self._size += len(content)
+        return self._file.write(content)
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample, whose key must follow that of the sample before."""
+        assert not self._places or self._places[-1].key < sample.key, sample.key
+        payload = safetensors_bytes({name: tensor.contiguous() for name, tensor in sample.tensors.items()})
+        members = {"json": canonical_json(sample.facts), "safetensors": payload}
+        self._writer.write({"__key__": sample.key, **members})
+        offset = self._writer.tarstream.offset - math.ceil(len(payload) / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        self._places.append(_sample_place(sample.key, payload, offset))
+
+    def finish(self, folder: str, skipped: Mapping[str, str], attempt: int) -> Receipt:
+        """Write the tar's end and return the receipt."""
+        self._writer.close()
+        self._file.flush()
+        name = shard_name([*(place.key for place in self._places), *skipped], attempt)
+        digest = self._sha256.hexdigest()
+        return Receipt(folder, name, digest, self._size, tuple(self._places), dict(skipped), attempt)
 
 
 def _sample_place(key: str, payload: bytes, offset: int) -> SamplePlace:
@@ -142,35 +156,77 @@ def _sample_place(key: str, payload: bytes, offset: int) -> SamplePlace:
         for name, entry in sorted(header.items())
         if name != "__metadata__"
     }
-    return SamplePlace(key, offset, len(payload), hashlib.sha256(payload).hexdigest(), tensors)
+    return SamplePlace(key, offset, len(payload), xxhash.xxh3_128_hexdigest(payload), tensors)
+
+
+class ShardWriter:
+    """A shard that is written sample by sample, in the order of their keys; close it to give up an unfinished one."""
+
+    def __init__(self, storage: Storage, folder: str) -> None:
+        self._storage, self._folder = storage, folder
+        self._cleanup = ExitStack()
+        self._name = f"{folder}/shard.tar"
+        self._path = self._cleanup.enter_context(storage.unfinished(self._name))
+        self._file = self._cleanup.enter_context(self._path.open("r+b"))
+        self._tar = TarStream(self._file)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete the temporary file."""
+        with self._storage.writing(self._name):
+            self._cleanup.close()
+
+    def add(self, sample: Sample) -> None:
+        """Write a sample; raises `CacheError` if the disk is full."""
+        with self._storage.writing(self._name):
+            self._tar.add(sample)
+
+    def finish(self, skipped: Mapping[str, str], attempt: int) -> tuple[Receipt, int]:
+        """Publish the tar, then its receipt; return the valid receipt and the number of bytes stored.
+
+        The first receipt wins. Two GPUs may round differently; then the second tar has no receipt and is garbage.
+        Raises `CacheError` if the disk is full.
+        """
+        with self._storage.writing(self._name):
+            receipt = self._tar.finish(self._folder, skipped, attempt)
+        if self._storage.size(receipt.name) is not None:
+            return read_receipt(self._storage, receipt.name), 0
+        written_bytes = receipt.size if publish_tar(self._storage, self._path, receipt) else 0
+        body = receipt_bytes(receipt)
+        if not self._storage.publish(receipt.name, body):
+            return read_receipt(self._storage, receipt.name), written_bytes
+        return receipt, written_bytes + len(body)
 
 
 def write_shard(
     storage: Storage,
     folder: str,
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     skipped: Mapping[str, str] | None = None,
     attempt: int = 0,
 ) -> tuple[Receipt, int]:
-    """Write the tar, then its receipt; return the valid receipt and how many bytes this call wrote.
+    """Write a shard whose samples are in memory; return as `ShardWriter.finish`."""
+    with ShardWriter(storage, folder) as writer:
+        for sample in sorted(samples, key=lambda sample: sample.key):
+            writer.add(sample)
+        return writer.finish(skipped or {}, attempt)
 
-    The first receipt wins. Two GPUs may round differently; then the second tar has no receipt and is garbage.
-    Raises `CacheError` if the disk is full.
-    """
-    content, receipt = pack_shard(folder, samples, skipped, attempt)
-    if storage.size(receipt.name) is not None:
-        return read_receipt(storage, receipt.name), 0
-    written_bytes = len(content)
-    if not storage.publish(receipt.tar, content):
-        whole = storage.size(receipt.tar) == len(content)
-        if whole and storage.read(receipt.tar, limit_bytes=len(content)) == content:
-            written_bytes = 0
-        else:  # a crash left it torn, on a disk that ignores fsync
-            storage.publish(receipt.tar, content, replace=True)
-    body = receipt_bytes(receipt)
-    if not storage.publish(receipt.name, body):
-        return read_receipt(storage, receipt.name), written_bytes
-    return receipt, written_bytes + len(body)
+
+def publish_tar(storage: Storage, path: Path, receipt: Receipt) -> bool:
+    """Give the file `path` the tar's name; return False if the whole tar is stored already."""
+    if storage.publish_file(path, receipt.tar):
+        return True
+    try:
+        whole = sha256_file(storage.local_tar(receipt.tar, receipt.size)) == receipt.sha256
+    except (OSError, CacheError):
+        whole = False
+    # a crash left it torn, on a disk that ignores fsync
+    return not whole and storage.publish_file(path, receipt.tar, replace=True)
 
 
 def receipt_bytes(receipt: Receipt) -> bytes:
@@ -210,38 +266,65 @@ def _check_place(place: SamplePlace, size: int) -> None:
             raise ValueError(f"tensor {name} of {place.key} lies outside its sample")
 
 
-def sample_tensors(place: SamplePlace, content: mmap.mmap | bytearray, start: int) -> dict[str, torch.Tensor]:
-    """Return zero-copy CPU tensors of one sample; `content` is the tar from byte `start` on."""
-    return {
-        name: torch.frombuffer(
-            content, dtype=DTYPES[tensor.dtype], count=math.prod(tensor.shape), offset=tensor.offset - start
-        ).view(tensor.shape)
-        for name, tensor in place.tensors.items()
-    }
+def sample_tensors(place: SamplePlace, content: bytearray, where: str) -> dict[str, torch.Tensor]:
+    """Return the CPU tensors of a sample, views of `content`; raises `CacheError` if its hash is not the receipt's."""
+    if xxhash.xxh3_128_hexdigest(content) != place.xxh128:
+        raise CacheError(f"{where}: sample {place.key} is damaged; {VERIFY}")
+    tensors = {}
+    for name, tensor in place.tensors.items():
+        flat = torch.frombuffer(
+            content, dtype=DTYPES[tensor.dtype], count=math.prod(tensor.shape), offset=tensor.offset - place.offset
+        )
+        tensors[name] = flat.view(tensor.shape)
+    return tensors
 
 
-class MappedShard:
-    """A tar mapped into memory; its samples are views of the page cache."""
+class OpenShard:
+    """A tar open for reading by offset; unlike of a mapped one, its end may move without SIGBUS."""
 
-    def __init__(self, storage: Storage, tar_name: str, receipt: Receipt) -> None:
-        where = f"{storage}/{tar_name}"
+    def __init__(self, storage: Storage, receipt: Receipt) -> None:
+        self._where = f"{storage}/{receipt.tar}"
         try:
-            with open_file(storage.path(tar_name)) as file:
-                self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise CacheError(f"{where}: cannot be opened ({reason}); {VERIFY}") from None
-        if len(self._map) != receipt.size:
-            raise CacheError(f"{where}: {len(self._map)} bytes, expected {receipt.size}; {VERIFY}")
+            self._file = open_file(storage.local_tar(receipt.tar, receipt.size))
+        except OSError as error:
+            raise CacheError(f"{self._where}: cannot be opened ({error.strerror}); {VERIFY}") from None
+        size = os.fstat(self._file.fileno()).st_size
+        if size != receipt.size:
+            self._file.close()
+            raise CacheError(f"{self._where}: {size} bytes, expected {receipt.size}; {VERIFY}")
 
-    def tensors(self, place: SamplePlace) -> dict[str, torch.Tensor]:
-        """Return zero-copy CPU tensors of one sample; writing to one changes private memory only."""
-        return sample_tensors(place, self._map, 0)
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
 
-    def payload_sha256(self, place: SamplePlace) -> str:
-        """Return the hash of a sample's present bytes, to compare with the receipt's."""
-        return hashlib.sha256(memoryview(self._map)[place.offset : place.offset + place.length]).hexdigest()
+    def read(self, place: SamplePlace) -> dict[str, torch.Tensor]:
+        """Return the tensors of one sample; raises `CacheError` if it is damaged."""
+        content = bytearray(place.length)
+        unread, offset = memoryview(content), place.offset
+        try:
+            while unread and (count := os.preadv(self._file.fileno(), [unread], offset)):
+                unread, offset = unread[count:], offset + count
+        except OSError as error:
+            raise CacheError(f"{self._where}: cannot be read ({error.strerror}); {VERIFY}") from None
+        return sample_tensors(place, content, self._where)
 
     def sha256(self) -> str:
         """Return the hash of the whole tar."""
-        return hashlib.sha256(self._map).hexdigest()
+        digest = hashlib.sha256()
+        self._file.seek(0)
+        while content := self._file.read(COPY_BYTES):
+            digest.update(content)
+        return digest.hexdigest()
+
+
+def read_facts(storage: Storage, tar: str, place: SamplePlace) -> dict[str, Any]:
+    """Return a sample's facts, the JSON member before its tensors; raises `CacheError`."""
+    start = max(0, place.offset - FACTS_BYTES)
+    content = storage.read_part(tar, start, place.offset - start)
+    at = content.rfind(f"{place.key}.json\0".encode())
+    try:
+        member = tarfile.TarInfo.frombuf(content[at : at + tarfile.BLOCKSIZE], "utf-8", "strict")
+        facts: dict[str, Any] = json.loads(content[at + tarfile.BLOCKSIZE :][: member.size])
+    except (ValueError, RecursionError, tarfile.TarError) as error:
+        raise CacheError(f"{storage}/{tar}: facts of {place.key} are damaged ({one_line(error)}); {VERIFY}") from None
+    return facts

@@ -9,16 +9,18 @@ import os
 import secrets
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from shared.atomic_files import TEMPORARY, make_folder, sync_folder
-from shared.cache.remote import RemoteStorage, open_filesystem
+from shared.cache.remote import Entry, RemoteStorage, finished, open_filesystem
 from shared.errors import CacheError, UsageError
 
 VERIFY = "run `precog cache verify --repair`, then precompute again"
 """The remedy for a damaged file of a cache."""
+COPY_BYTES = 2**20
 
 
 class LocalStorage:
@@ -31,25 +33,41 @@ class LocalStorage:
         return str(self.root)
 
     def path(self, name: str) -> Path:
-        """Return a local path of the file, for mapping; a remote file is fetched whole first."""
+        """Return the path of a file."""
         return self.root / name
 
+    def local_tar(self, name: str, size: int) -> Path:
+        """Return a local path of a tar of `size` bytes; a remote tar is fetched whole first."""
+        assert size > 0
+        return self.path(name)
+
+    def entries(self, folder: str) -> dict[str, Entry]:
+        """Return the entries below `folder` by name; raises `CacheError` if a folder cannot be listed.
+
+        A folder is an entry only where it has the name of a file.
+        """
+        found = {}
+        for parent, folders, names in os.walk(self.root / folder, onerror=self._refuse_listing):
+            names += [name for name in folders if name.endswith((".json", ".tar", ".parquet"))]
+            for path in (Path(parent) / name for name in names):
+                with suppress(FileNotFoundError):  # renamed meanwhile
+                    found[path.relative_to(self.root).as_posix()] = _entry(path)
+        return dict(sorted(found.items()))
+
+    def _refuse_listing(self, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise CacheError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions")
+
     def files(self, folder: str) -> dict[str, int]:
-        """Return name -> size in bytes of the regular files below `folder`, sorted by name."""
-        sizes = {}
-        for path in (self.root / folder).rglob("*"):
-            with suppress(OSError):  # a dangling link, or a file renamed meanwhile
-                status = path.stat()
-                if stat.S_ISREG(status.st_mode) and not path.name.startswith(TEMPORARY):
-                    sizes[path.relative_to(self.root).as_posix()] = status.st_size
-        return dict(sorted(sizes.items()))
+        """Return name -> size in bytes of the finished regular files below `folder`, sorted by name."""
+        return finished(self.entries(folder))
 
     def read(self, name: str, *, limit_bytes: int) -> bytes:
         """Return the whole file; raises `CacheError` if it is missing or larger than `limit_bytes`."""
         with self._open(name) as file:
             content = file.read(limit_bytes + 1)
         if len(content) > limit_bytes:
-            raise CacheError(f"{self.root / name}: more than the limit of {limit_bytes} bytes; delete this file")
+            raise CacheError(f"{self.path(name)}: more than the limit of {limit_bytes} bytes; delete this file")
         return content
 
     def read_part(self, name: str, offset: int, length: int) -> bytes:
@@ -58,18 +76,18 @@ class LocalStorage:
             file.seek(offset)
             content = file.read(length)
         if len(content) != length:
-            raise CacheError(f"{self.root / name}: ends before byte {offset + length}; {VERIFY}")
+            raise CacheError(f"{self.path(name)}: ends before byte {offset + length}; {VERIFY}")
         return content
 
     def _open(self, name: str) -> BinaryIO:
         try:
-            return open_file(self.root / name)
+            return open_file(self.path(name))
         except OSError as error:
-            raise CacheError(f"{self.root / name}: cannot be read ({error.strerror}); {VERIFY}") from None
+            raise CacheError(f"{self.path(name)}: cannot be read ({error.strerror}); {VERIFY}") from None
 
     def size(self, name: str) -> int | None:
         """Return the size in bytes, or None if there is no such file."""
-        path = self.root / name
+        path = self.path(name)
         return path.stat().st_size if path.is_file() else None
 
     def free_bytes(self) -> int | None:
@@ -83,7 +101,7 @@ class LocalStorage:
 
     def set_aside(self, name: str) -> None:
         """Rename a file, if it exists, to `<name>.damaged`, which no reader looks at. Raises `CacheError`."""
-        path = self.root / name
+        path = self.path(name)
         try:
             path.replace(path.with_name(f"{path.name}.damaged"))
         except FileNotFoundError:
@@ -91,30 +109,65 @@ class LocalStorage:
         except OSError as error:
             raise CacheError(f"{path}: cannot be renamed ({error.strerror}); check its permissions") from error
 
+    def remove(self, name: str) -> None:
+        """Delete a file if it exists; raises `CacheError`."""
+        try:
+            (self.path(name)).unlink(missing_ok=True)
+        except OSError as error:
+            raise CacheError(
+                f"{self.path(name)}: cannot be deleted ({error.strerror}); check its permissions"
+            ) from None
+
     def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
         """Write a file whole; return False if the name is taken, which keeps its file unless `replace`.
 
         Raises `CacheError` if the disk is full or the file cannot be written.
         """
-        final = self.root / name
+        with self.unfinished(name) as temporary:
+            with temporary.open("r+b") as stream:
+                stream.write(content)
+            return self.publish_file(temporary, name, replace=replace)
+
+    @contextmanager
+    def unfinished(self, name: str) -> Iterator[Path]:
+        """Yield the path of a new, empty file, to be filled and published as `name` or beside; removed at the end."""
+        final = self.path(name)
         temporary = final.with_name(f"{TEMPORARY}{secrets.token_hex(8)}-{final.name}")
         try:
-            make_folder(final.parent)
-            with temporary.open("xb") as stream:
-                stream.write(content)
-                stream.flush()
+            with self.writing(name):
+                make_folder(final.parent)
+                temporary.open("xb").close()
+                yield temporary
+        finally:
+            with suppress(OSError):  # the temporary may not exist
+                temporary.unlink()
+
+    def publish_file(self, temporary: Path, name: str, *, replace: bool = False) -> bool:
+        """Make a file of `unfinished` durable and give it its name, as `publish`."""
+        final = self.path(name)
+        with self.writing(name):
+            with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
             published = _rename(temporary, final, replace=replace)
             sync_folder(final.parent)
             return published
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Raise an `OSError` of the body as a `CacheError` naming the file."""
+        final = self.path(name)
+        try:
+            yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CacheError(f"{final}: the disk is full; free some space and run the same command again") from None
             where = f": {error.filename}" if error.filename else ""
             raise CacheError(f"{final}: cannot be written ({error.strerror}{where})") from error
-        finally:
-            with suppress(OSError):  # the temporary may not exist
-                temporary.unlink()
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file to `path`, which is overwritten; raises `CacheError`."""
+        with self._open(name) as source, path.open("r+b") as copy:
+            shutil.copyfileobj(source, copy, COPY_BYTES)
 
 
 def _rename(temporary: Path, final: Path, *, replace: bool) -> bool:
@@ -141,10 +194,21 @@ def open_file(path: Path) -> BinaryIO:
     """Open a regular file for reading; raises `OSError` for anything else, without waiting for a FIFO's writer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        return os.fdopen(descriptor, "rb")  # raises IsADirectoryError
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return os.fdopen(descriptor, "rb")
     except OSError:
         os.close(descriptor)
         raise
+
+
+def _entry(path: Path) -> Entry:
+    """Return a file's entry; what cannot be read as a file, such as a FIFO or a link to nowhere, has no size."""
+    try:
+        status = path.stat()
+    except OSError:
+        status = path.lstat()
+    return Entry(status.st_size if stat.S_ISREG(status.st_mode) else None, status.st_mtime)
 
 
 def open_storage(cache: str, *, local_cache_gib: float = 50, local_folder: Path | None = None) -> Storage:

@@ -1,27 +1,40 @@
 """Compare every byte of a cache with its hash: `precog cache verify`."""
 
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
-from shared.cache.collection import KINDS, Collection, read_recipe
-from shared.cache.shard import MappedShard, read_receipt
+from shared.cache.collection import KINDS, Collection, foreign_formats, read_recipe, receipt_names
+from shared.cache.remote import is_temporary
+from shared.cache.shard import OpenShard, read_receipt
 from shared.cache.storage import VERIFY, Storage
-from shared.cache.view import read_view
+from shared.cache.view import VIEW_BYTES, read_table_name, read_view, table_name
 from shared.errors import CacheError, Preempted, one_line
-from shared.fingerprint import unsealed
+from shared.fingerprint import key_of, unsealed
 
 ASSIGNMENT_BYTES = 256 * 2**20
+MADE_BY_BYTES = 2**20
+FOLDERS = (*KINDS, "made_by", "assignments", "datasets")
+"""Folders of a cache; nothing outside them is looked at."""
+
+Track = Callable[[Sequence[str]], Iterable[str]]
+"""Yields the names that it is given; a command shows its progress with one."""
 
 
-def verify(storage: Storage, *, repair: bool) -> tuple[int, list[str]]:
+def verify(storage: Storage, *, repair: bool, track: Track = iter) -> tuple[int, list[str]]:
     """Check shards, recipes, assignments and views; return (shards checked, one line per damaged file).
 
     A damaged file never ends the check, whatever it raises. With `repair`, it is renamed to `*.damaged`, together with
-    its second file; precompute makes both again.
+    its second file; precompute makes both again. Collections of other formats are left alone.
     """
-    checked, damaged = 0, []
-    files = [name for folder in (*KINDS, "assignments", "datasets") for name in storage.files(folder)]
-    for name in [name for name in files if name.endswith(".json")]:
-        checked += name.startswith(KINDS) and not name.endswith("/recipe.json")
+    files = [name for folder in FOLDERS for name in storage.entries(folder) if not is_temporary(name)]
+    foreign = tuple(f"{folder}/" for folder in foreign_formats(storage, files))
+    names = [name for name in files if name.endswith(".json") and not name.startswith(foreign)]
+    parts = [name.split("/") for name in names if name.startswith(KINDS)]
+    names = sorted({*names, *("/".join([*part[:2], "recipe.json"]) for part in parts if len(part) > 2)})  # also missing
+    damaged: list[str] = []
+    for name in track(names):
         try:
             _check(storage, name)
         except Preempted:
@@ -31,7 +44,7 @@ def verify(storage: Storage, *, repair: bool) -> tuple[int, list[str]]:
             damaged.append(line.partition(f"; {VERIFY}")[0])
             if repair:
                 _set_aside(storage, name)
-    return checked, damaged
+    return sum(name.startswith(KINDS) for name in receipt_names(names)), damaged
 
 
 def _check(storage: Storage, name: str) -> None:
@@ -40,6 +53,9 @@ def _check(storage: Storage, name: str) -> None:
         read_view(storage, name.removeprefix("datasets/").removesuffix(".json"))
     elif name.startswith("assignments/"):
         read_assignment(storage, name)
+    elif name.startswith("made_by/"):
+        if key_of(json.loads(storage.read(name, limit_bytes=MADE_BY_BYTES))) != name.rpartition("/")[2][:-5]:
+            raise CacheError(f"{storage}/{name}: damaged (its hash is not its name)")
     elif name.endswith("/recipe.json"):
         read_recipe(storage, Collection(*name.split("/")[:2]))
     else:
@@ -49,10 +65,13 @@ def _check(storage: Storage, name: str) -> None:
 def _set_aside(storage: Storage, name: str) -> None:
     """Rename a damaged file, and the tar of a receipt or the table of a view."""
     names = [name]
-    if name.startswith("datasets/"):
-        names.append(name.removesuffix(".json") + ".parquet")
-    elif name.startswith(KINDS):
-        with suppress(CacheError):  # a damaged receipt names no tar; precompute writes it again
+    with suppress(CacheError):  # a damaged receipt or view names no second file
+        if name.startswith("datasets/"):
+            table = read_table_name(storage, name)
+            content = storage.read(table, limit_bytes=VIEW_BYTES)
+            if table != table_name(hashlib.sha256(content).hexdigest()):  # else it may be another view's too
+                names.append(table)
+        elif name.startswith(KINDS) and not name.endswith("/recipe.json"):
             names.append(read_receipt(storage, name).tar)
     for each in names:
         storage.set_aside(each)
@@ -61,11 +80,10 @@ def _set_aside(storage: Storage, name: str) -> None:
 def check_shard(storage: Storage, receipt_name: str) -> None:
     """Compare all bytes of a shard with its receipt; raises `CacheError` naming the damaged file."""
     receipt = read_receipt(storage, receipt_name)
-    mapped = MappedShard(storage, receipt.tar, receipt)
-    for place in receipt.samples:
-        if mapped.payload_sha256(place) != place.sha256:
-            raise CacheError(f"{storage}/{receipt.tar}: sample {place.key} is damaged; {VERIFY}")
-    if mapped.sha256() != receipt.sha256:
+    shard = OpenShard(storage, receipt)
+    if shard.sha256() != receipt.sha256:
+        for place in receipt.samples:
+            shard.read(place)  # raises for the damaged one
         raise CacheError(f"{storage}/{receipt.tar}: the bytes between samples are damaged; {VERIFY}")
 
 

@@ -1,4 +1,7 @@
-"""The view of a data set: a parquet row per clip with its keys and split, or the reason why it was left out."""
+"""The view of a data set: a parquet row per clip with its keys and split, or the reason why it was left out.
+
+The table is named by its bytes, and `datasets/<name>.json` holds that name and its own hash.
+"""
 
 import hashlib
 import io
@@ -9,7 +12,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from shared.cache.collection import Collection
-from shared.cache.storage import Storage
+from shared.cache.storage import VERIFY, Storage
 from shared.errors import CacheError, one_line
 from shared.fingerprint import Json, key_of, sealed, unsealed
 from shared.model.geometry import Bucket
@@ -85,14 +88,28 @@ ROWS = TypeAdapter(tuple[ViewRow, ...])
 MARKS = TypeAdapter(dict[str, tuple[FileMark, ...]])
 
 
+def table_name(sha256: str) -> str:
+    """Return the name of a view's table with that hash."""
+    return f"datasets/{sha256}.parquet"
+
+
+def read_table_name(storage: Storage, name: str) -> str:
+    """Return the table's name in a view's JSON file `name`; raises `CacheError` if the file is damaged."""
+    try:
+        return table_name(unsealed(storage.read(name, limit_bytes=VIEW_BYTES))["table_sha256"])
+    except (ValueError, KeyError) as error:
+        raise CacheError(f"{storage}/{name}: damaged view ({one_line(error)}); {VERIFY}") from None
+
+
 def write_view(storage: Storage, view: View) -> None:
-    """Publish `datasets/<name>.parquet`, then the `.json` that makes it valid; an older view is replaced."""
+    """Publish the table, then `datasets/<name>.json`, which alone switches from an older view."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = {name: [getattr(row, name) for row in view.rows] for name in _schema().names}
     stream = io.BytesIO()
     pq.write_table(pa.table(columns, schema=_schema()), stream, compression="zstd")
+    digest = hashlib.sha256(stream.getbuffer()).hexdigest()
     body = {
         "name": view.name,
         "latents": view.latents.recipe,
@@ -102,14 +119,14 @@ def write_view(storage: Storage, view: View) -> None:
         "hash": view.hash,
         "encoders": view.encoders,
         "settings": view.settings,
-        "table_sha256": hashlib.sha256(stream.getbuffer()).hexdigest(),
+        "table_sha256": digest,
     }
-    storage.publish(f"datasets/{view.name}.parquet", stream.getvalue(), replace=True)
+    storage.publish(table_name(digest), stream.getvalue(), replace=True)  # an older one may be torn
     storage.publish(f"datasets/{view.name}.json", sealed(body), replace=True)
 
 
 def read_view(storage: Storage, name: str) -> View:
-    """Read a view; raises `CacheError` if it does not exist, is damaged, or its two files do not belong together."""
+    """Read a view; raises `CacheError` if it does not exist or is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -118,9 +135,9 @@ def read_view(storage: Storage, name: str) -> View:
         raise CacheError(f"{where}: view not found; run `precog precompute` with this config first")
     try:
         body = unsealed(storage.read(f"datasets/{name}.json", limit_bytes=VIEW_BYTES))
-        content = storage.read(f"datasets/{name}.parquet", limit_bytes=VIEW_BYTES)
+        content = storage.read(table_name(body["table_sha256"]), limit_bytes=VIEW_BYTES)
         if hashlib.sha256(content).hexdigest() != body["table_sha256"]:
-            raise ValueError("its table is damaged or another view's")
+            raise ValueError("its table is damaged")
         # The threaded data set reader of pyarrow 26 sometimes aborts at exit beside torch; this one does not.
         table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
         if not table.schema.equals(_schema()):

@@ -15,7 +15,7 @@ import pytest
 from precompute.assignments import Part
 from precompute.ray_engine import Worker, precompute_with_ray, worker_slots
 from precompute.report import Report
-from shared.cache.shard import Receipt, write_shard
+from shared.cache.shard import Receipt, ShardWriter
 from shared.config import Config
 from shared.errors import DataError, Preempted, UsageError
 from tests.corpus import config_for, stored_files, write_corpus
@@ -91,18 +91,20 @@ class KilledOnce(Worker):
     """A worker; the first one that has written a shard of clips dies then."""
 
     def precompute(self, config: Config, part: Part) -> Report:
-        from precompute import latents
-
         mark = Path(config.precompute.cache).with_name("killed")
 
-        def write_and_die(*arguments: Any) -> tuple[Receipt, int]:
-            written = write_shard(*arguments)
+        finish = ShardWriter.finish
+
+        def finish_and_die(writer: ShardWriter, *arguments: Any) -> tuple[Receipt, int]:
+            written = finish(writer, *arguments)
+            if not written[0].folder.startswith("latents"):
+                return written
             with contextlib.suppress(FileExistsError):
                 mark.touch(exist_ok=False)
                 os.kill(os.getpid(), signal.SIGKILL)
             return written
 
-        vars(latents)["write_shard"] = write_and_die
+        setattr(ShardWriter, "finish", finish_and_die)  # noqa: B010
         return super().precompute(config, part)
 
 

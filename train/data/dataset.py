@@ -25,7 +25,7 @@ from train.objective import NoiseSchedule, add_noise, min_snr_weight, velocity
 
 
 class Dataset:
-    """One split of a view, read by row number, zero-copy from the mapped shards."""
+    """One split of a view, read by row number."""
 
     def __init__(
         self,

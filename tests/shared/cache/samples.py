@@ -1,9 +1,12 @@
 """Samples and shards for tests of the cache."""
 
+import io
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from shared.cache.collection import collection_for, shards, write_recipe
-from shared.cache.shard import Sample, write_shard
+from shared.cache.shard import Receipt, Sample, TarStream, write_shard
 from shared.cache.storage import Storage
 from shared.fingerprint import Json, key_of
 
@@ -34,3 +37,15 @@ def store(storage: Storage, count: int = 1) -> list[str]:
     for seed in range(count):
         write_shard(storage, f"{COLLECTION.folder}/9x32x48", make_samples(2, seed))
     return [tar for tar, _ in shards(storage, COLLECTION.folder)]
+
+
+def pack_shard(
+    folder: str, samples: Sequence[Sample], skipped: Mapping[str, str] | None = None, attempt: int = 0
+) -> tuple[bytes, Receipt]:
+    """Return a shard's tar and receipt."""
+    stream = io.BytesIO()
+    tar = TarStream(stream)
+    for sample in sorted(samples, key=lambda sample: sample.key):
+        tar.add(sample)
+    receipt = tar.finish(folder, skipped or {}, attempt)
+    return stream.getvalue(), receipt

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shared.cache.collection import (
-    MAPPED_SHARDS,
+    OPEN_SHARDS,
     Collection,
     SampleReader,
     collections,
@@ -12,7 +12,7 @@ from shared.cache.collection import (
     shards,
     write_recipe,
 )
-from shared.cache.shard import MappedShard, Receipt
+from shared.cache.shard import OpenShard, Receipt
 from shared.cache.storage import LocalStorage, Storage
 from shared.errors import CacheError
 from tests.corpus import count_storage_calls
@@ -58,7 +58,7 @@ def test_tar_that_changes_its_size_after_listing_is_refused(storage: LocalStorag
     for other in (content[:-512], content + bytes(512)):
         storage.publish(tar, other, replace=True)
         with pytest.raises(CacheError, match=f"{tar}: {len(other)} bytes, expected {len(content)}"):
-            MappedShard(storage, tar, receipt)
+            OpenShard(storage, receipt)
 
 
 def test_tar_that_the_listing_missed_is_looked_up(storage: LocalStorage) -> None:
@@ -96,25 +96,38 @@ def test_every_read_sample_is_compared_with_its_hash(storage: LocalStorage) -> N
             reader.read(second.key)
 
 
-def test_reader_counts_wanted_shards_and_keeps_few_mapped(
-    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tars = store(storage, MAPPED_SHARDS + 1)
+def test_reader_counts_wanted_shards_and_keeps_few_open(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    tars = store(storage, OPEN_SHARDS + 1)
     keys = {tar: receipt.samples[0].key for tar, receipt in shards(storage, "latents")}
     wanted = SampleReader(storage, COLLECTION, [keys[tars[0]]])
     assert list(wanted.shard_bytes) == [tars[0]] and wanted.copies_bytes == storage.size(tars[0])
-    mapped: list[str] = []
+    opened: list[str] = []
 
-    class Counted(MappedShard):
-        def __init__(self, storage: Storage, tar_name: str, receipt: Receipt) -> None:
-            mapped.append(tar_name)
-            super().__init__(storage, tar_name, receipt)
+    class Counted(OpenShard):
+        def __init__(self, storage: Storage, receipt: Receipt) -> None:
+            opened.append(receipt.tar)
+            super().__init__(storage, receipt)
 
-    monkeypatch.setattr("shared.cache.collection.MappedShard", Counted)
+    monkeypatch.setattr("shared.cache.collection.OpenShard", Counted)
     reader = SampleReader(storage, COLLECTION)
     for tar in (*tars[:-1], tars[0], tars[-1], tars[0]):
         reader.read(keys[tar])
-    assert mapped == tars
+    assert opened == tars
+
+
+def test_sample_is_checked_again_at_every_read(storage: LocalStorage) -> None:
+    tars = store(storage, OPEN_SHARDS + 1)
+    keys = {tar: receipt.samples[0].key for tar, receipt in shards(storage, "latents")}
+    reader = SampleReader(storage, COLLECTION)
+    for tar in tars:
+        reader.read(keys[tar])
+    for tar in (tars[0], tars[-1]):  # closed by now, and still open
+        path = storage.path(tar)
+        content = path.read_bytes()
+        with path.open("r+b") as file:
+            file.write(bytes(len(content)))
+        with pytest.raises(CacheError, match=f"{tar}: sample {keys[tar]} is damaged"):
+            reader.read(keys[tar])
 
 
 def test_sample_that_is_not_stored_is_named(storage: LocalStorage) -> None:

@@ -1,5 +1,6 @@
 """A cache behind fsspec: in memory, and over the S3 protocol from a server on loopback, uploads cut off included."""
 
+import hashlib
 import os
 import socket
 import sys
@@ -14,13 +15,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from shared.cache.collection import SampleReader, shards
 from shared.cache.remote import RemoteStorage
-from shared.cache.shard import Sample, pack_shard, write_shard
+from shared.cache.shard import Sample, write_shard
 from shared.cache.storage import Storage, open_storage
 from shared.cache.verify import verify
 from shared.cache.view import read_view
 from shared.errors import CacheError, UsageError
 from tests.corpus import config_for, run, stored_files, write_corpus
-from tests.shared.cache.samples import COLLECTION, FOLDER, make_samples, store
+from tests.shared.cache.samples import COLLECTION, FOLDER, make_samples, pack_shard, store
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_errors_name_the_object(memory: RemoteStorage) -> None:
     with pytest.raises(CacheError, match=r"^memory://bucket/cache/big\.json: more than the limit of 10 bytes"):
         memory.read("big.json", limit_bytes=10)
     with pytest.raises(CacheError, match=r"gone\.tar: cannot be fetched"):
-        memory.path("gone.tar")
+        memory.local_tar("gone.tar", 1)
 
 
 def test_damage_is_found_and_set_aside(memory: RemoteStorage, tmp_path: Path) -> None:
@@ -183,17 +184,19 @@ def test_local_copies_stay_within_their_bound(tmp_path: Path) -> None:
 def test_least_recently_used_and_abandoned_copies_are_deleted_first(tmp_path: Path) -> None:
     local = tmp_path / "local"
     storage = open_storage("memory://bucket/recent", local_cache_gib=250 / 2**30, local_folder=local)
-    for name in ("a.tar", "b.tar", "c.tar"):
-        storage.publish(name, name.encode() * 20)
-    first, second = storage.path("a.tar"), storage.path("b.tar")
+    contents = [letter * 100 for letter in (b"a", b"b", b"c")]
+    names = [f"{hashlib.sha256(content).hexdigest()}.tar" for content in contents]
+    for name, content in zip(names, contents, strict=True):
+        storage.publish(name, content)
+    first, second = (storage.local_tar(name, 100) for name in names[:2])
     os.utime(first, (1, 1))
     os.utime(second, (2, 2))
     abandoned, under_way = local / ".tmp-0123456789abcdef", local / ".tmp-fedcba9876543210"
     for path in (abandoned, under_way):
         path.write_bytes(b"half")
     os.utime(abandoned, (0, 0))
-    assert storage.path("a.tar") == first
-    third = storage.path("c.tar")
+    assert storage.local_tar(names[0], 100) == first
+    third = storage.local_tar(names[2], 100)
     assert first.is_file() and third.is_file() and not second.exists()
     assert under_way.exists() and not abandoned.exists()
 
@@ -215,7 +218,7 @@ def test_failed_fetch_leaves_nothing(memory: RemoteStorage, tmp_path: Path, monk
 
     monkeypatch.setattr(MemoryFileSystem, "get_file", torn)
     with pytest.raises(CacheError, match=r"a\.tar: cannot be fetched \(connection lost\)"):
-        memory.path("a.tar")
+        memory.local_tar("a.tar", 10)
     assert list((tmp_path / "local").iterdir()) == []
 
 
@@ -234,12 +237,15 @@ def test_first_writer_wins_with_a_driver_that_overwrites(
     assert memory.read("a.json", limit_bytes=10) == b"first"
 
 
-def test_replaced_object_is_fetched_again(memory: RemoteStorage) -> None:
-    tar = write_shard(memory, FOLDER, make_samples(1))[0].tar
-    before = memory.path(tar)
-    assert memory.path(tar) == before
-    memory.publish(tar, b"other bytes", replace=True)
-    assert memory.path(tar) != before and memory.path(tar).read_bytes() == b"other bytes"
+def test_copy_of_a_damaged_object_is_refused_and_not_kept(memory: RemoteStorage, tmp_path: Path) -> None:
+    receipt = write_shard(memory, FOLDER, make_samples(1))[0]
+    content = memory.read(receipt.tar, limit_bytes=10**6)
+    memory.publish(receipt.tar, content[:-1] + b"x", replace=True)
+    with pytest.raises(CacheError, match=f"{receipt.tar}: damaged; run `precog cache verify --repair`"):
+        memory.local_tar(receipt.tar, receipt.size)
+    assert list((tmp_path / "local").iterdir()) == []
+    memory.publish(receipt.tar, content, replace=True)
+    assert memory.local_tar(receipt.tar, receipt.size).read_bytes() == content
 
 
 def test_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

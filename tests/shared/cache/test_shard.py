@@ -4,6 +4,7 @@ import gc
 import hashlib
 import io
 import json
+import os
 import random
 import tarfile
 from collections.abc import Callable
@@ -16,10 +17,10 @@ from safetensors.torch import load as load_safetensors
 
 from shared.cache.shard import (
     SAMPLES_PER_SHARD,
-    MappedShard,
+    OpenShard,
     Sample,
-    pack_shard,
     parse_receipt,
+    read_facts,
     read_receipt,
     receipt_bytes,
     shard_name,
@@ -28,7 +29,7 @@ from shared.cache.shard import (
 from shared.cache.storage import LocalStorage
 from shared.errors import CacheError
 from shared.fingerprint import key_of, sealed, unsealed
-from tests.shared.cache.samples import FOLDER, make_samples
+from tests.shared.cache.samples import FOLDER, make_samples, pack_shard
 
 RECEIPT = receipt_bytes(pack_shard(FOLDER, make_samples(2), {key_of("bad"): "broken"})[1])
 
@@ -37,12 +38,12 @@ RECEIPT = receipt_bytes(pack_shard(FOLDER, make_samples(2), {key_of("bad"): "bro
 def test_plain_webdataset_streams_what_our_reader_reads(storage: LocalStorage) -> None:
     samples = {sample.key: sample for sample in make_samples()}
     receipt, _ = write_shard(storage, FOLDER, list(samples.values()))
-    mapped = MappedShard(storage, receipt.tar, receipt)
+    opened = OpenShard(storage, receipt)
     streamed = list(webdataset.WebDataset(str(storage.path(receipt.tar)), shardshuffle=False))
     assert [item["__key__"] for item in streamed] == sorted(samples)
     for item, place in zip(streamed, receipt.samples, strict=True):
         sample = samples[item["__key__"]]
-        theirs, ours = load_safetensors(item["safetensors"]), mapped.tensors(place)
+        theirs, ours = load_safetensors(item["safetensors"]), opened.read(place)
         assert theirs.keys() == ours.keys() == sample.tensors.keys()
         for name, tensor in sample.tensors.items():
             assert torch.equal(ours[name], tensor) and ours[name].dtype == tensor.dtype
@@ -81,13 +82,33 @@ def test_shard_name_depends_on_keys_and_attempt_only() -> None:
     assert len({shard_name(keys), shard_name(keys[1:]), shard_name(keys, 1)}) == 3
 
 
-def test_tensors_are_aligned_views_and_writes_stay_private(storage: LocalStorage) -> None:
+def test_tensors_are_aligned_and_belong_to_the_reader(storage: LocalStorage) -> None:
     receipt, _ = write_shard(storage, FOLDER, make_samples())
     before = storage.path(receipt.tar).read_bytes()
-    tensors = MappedShard(storage, receipt.tar, receipt).tensors(receipt.samples[0])
+    tensors = OpenShard(storage, receipt).read(receipt.samples[0])
     assert all(tensor.data_ptr() % 8 == 0 for tensor in tensors.values())
     tensors["moments"].zero_()
     assert storage.path(receipt.tar).read_bytes() == before
+
+
+def test_shard_cut_off_while_it_is_open_is_an_error(storage: LocalStorage) -> None:
+    receipt, _ = write_shard(storage, FOLDER, make_samples())
+    opened = OpenShard(storage, receipt)
+    first, *_, last = receipt.samples
+    os.truncate(storage.path(receipt.tar), last.offset + last.length - 1)
+    assert opened.read(first)
+    with pytest.raises(CacheError, match=f"{receipt.tar}: sample {last.key} is damaged"):
+        opened.read(last)
+
+
+def test_facts_of_a_sample_are_read_alone(storage: LocalStorage) -> None:
+    receipt, _ = write_shard(storage, FOLDER, make_samples())
+    facts = [read_facts(storage, receipt.tar, place) for place in receipt.samples]
+    assert sorted(fact["number"] for fact in facts) == [0, 1, 2]
+    path = storage.path(receipt.tar)
+    path.write_bytes(path.read_bytes().replace(b'"number"', b'"number\xff'))
+    with pytest.raises(CacheError, match="are damaged"):
+        read_facts(storage, receipt.tar, receipt.samples[0])
 
 
 def test_flipped_bits_of_a_receipt_are_refused() -> None:
@@ -202,7 +223,7 @@ def test_writer_beaten_to_the_receipt_returns_the_first(storage: LocalStorage, m
 
 def test_receipt_of_too_many_samples_is_refused() -> None:
     body = unsealed(RECEIPT)
-    place = {"offset": 0, "length": 1, "sha256": "0" * 64, "tensors": {}}
+    place = {"offset": 0, "length": 1, "xxh128": "0" * 32, "tensors": {}}
     body["samples"] = [place | {"key": key_of(0)}] * (SAMPLES_PER_SHARD + 1)
     body["shard"] = shard_name([*(place["key"] for place in body["samples"]), *body["skipped"]])
     with pytest.raises(CacheError, match=r"^here: damaged receipt .*at most"):

@@ -5,13 +5,13 @@ import random
 
 import pytest
 
-from shared.cache.collection import Collection, shards
+from shared.cache.collection import Collection, collection_for, shards, write_recipe
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import check_shard, verify
-from shared.cache.view import View, write_view
+from shared.cache.view import View, read_table_name, read_view, write_view
 from shared.errors import CacheError
-from shared.fingerprint import key_of, sealed
-from tests.shared.cache.samples import COLLECTION, store
+from shared.fingerprint import Json, key_of, sealed
+from tests.shared.cache.samples import COLLECTION, RECIPE, store
 
 
 def test_every_flipped_bit_of_a_shard_is_found(storage: LocalStorage) -> None:
@@ -61,8 +61,9 @@ def test_shard_of_another_folder_is_found_and_made_again(storage: LocalStorage) 
     for folder in ("latents/" + "1" * 32 + "/9x32x48", f"{COLLECTION.folder}/17x32x48"):
         for name in (receipt.name, tar):
             storage.publish(f"{folder}/{name.rpartition('/')[2]}", storage.path(name).read_bytes())
-        _, [line] = verify(storage, repair=True)
-        assert f"{folder}/{receipt.shard}.json: the receipt of {receipt.name}" in line
+        write_recipe(storage, COLLECTION, RECIPE)
+        _, lines = verify(storage, repair=True)
+        assert f"{folder}/{receipt.shard}.json: the receipt of {receipt.name}" in lines[0]
         assert verify(storage, repair=False) == (1, [])
 
 
@@ -85,11 +86,12 @@ def test_damage_of_every_kind_is_found_in_one_check(storage: LocalStorage) -> No
         storage.path(tar).unlink()
     storage.path(tars[2]).symlink_to("nowhere")
     os.mkfifo(storage.path(tars[3]))
-    table = bytearray(storage.path("datasets/clips.parquet").read_bytes())
+    table_name = read_table_name(storage, "datasets/clips.json")
+    table = bytearray(storage.path(table_name).read_bytes())
     for position in (5, len(table) // 2, len(table) - 9):
         flipped = bytearray(table)
         flipped[position] ^= 1
-        storage.publish("datasets/clips.parquet", bytes(flipped), replace=True)
+        storage.publish(table_name, bytes(flipped), replace=True)
         lines = verify(storage, repair=False)[1]
         assert any("datasets/clips" in line and "\n" not in line for line in lines), position
     names = [recipe, tars[0], receipts[1], tars[2], tars[3], *assignments, "datasets/clips"]
@@ -97,13 +99,31 @@ def test_damage_of_every_kind_is_found_in_one_check(storage: LocalStorage) -> No
     assert checked == 4 and len(lines) == len(names)
     assert all(any(name in line for line in lines) for name in names)
     assert verify(storage, repair=False) == (0, [])
-    assert storage.size("datasets/clips.parquet") is None and storage.size("assignments/good.json")
+    assert storage.size(table_name) is None and storage.size("assignments/good.json")
 
 
-def test_view_with_a_changed_table_or_name_is_found(storage: LocalStorage) -> None:
-    view = View("clips", COLLECTION, Collection("prompts", "1" * 32), {"": key_of("")}, ())
-    write_view(storage, view)
-    for suffix in ("json", "parquet"):
-        storage.publish(f"datasets/other.{suffix}", storage.path(f"datasets/clips.{suffix}").read_bytes())
-    _, [line] = verify(storage, repair=False)
-    assert "datasets/other" in line
+def test_view_under_another_name_is_set_aside_alone(storage: LocalStorage) -> None:
+    write_view(storage, View("clips", COLLECTION, Collection("prompts", "1" * 32), {"": key_of("")}, ()))
+    storage.publish("datasets/other.json", storage.path("datasets/clips.json").read_bytes())
+    _, [line] = verify(storage, repair=True)
+    assert "datasets/other" in line and read_view(storage, "clips").name == "clips"
+
+
+def test_files_of_no_kind_missing_recipes_and_other_formats(storage: LocalStorage) -> None:
+    """A FIFO as a receipt or recipe would stop every reader; a collection of another format is left alone."""
+    store(storage)
+    other: dict[str, Json] = {"format": 3, "kind": "latents"}
+    write_recipe(storage, collection_for("latents", other), other)
+    storage.publish(f"{collection_for('latents', other).folder}/9x32x48/{'0' * 32}.json", b"{}")
+    assert verify(storage, repair=True) == (1, [])
+    storage.publish("made_by/x/y.json", b"{}")
+    os.mkfifo(storage.path(f"{COLLECTION.folder}/9x32x48/{'1' * 32}.json"))
+    storage.path(f"{COLLECTION.folder}/9x32x48/{'2' * 32}.json").mkdir()
+    storage.path(f"{COLLECTION.folder}/recipe.json").unlink()
+    _, lines = verify(storage, repair=True)
+    for name, line in zip(("1" * 32, "2" * 32, "recipe.json", "made_by/x/y.json"), lines, strict=True):
+        assert name in line
+    _, [line] = verify(storage, repair=True)
+    assert "recipe.json: cannot be read (No such file" in line
+    write_recipe(storage, COLLECTION, RECIPE)
+    assert verify(storage, repair=False) == (1, [])

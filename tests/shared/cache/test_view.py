@@ -1,6 +1,7 @@
 """The view: its two files, its hash and its splits."""
 
 import hashlib
+import io
 import random
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 
 from shared.cache.collection import Collection
 from shared.cache.storage import LocalStorage
-from shared.cache.view import View, ViewRow, read_view, view_names, write_view
+from shared.cache.view import View, ViewRow, read_table_name, read_view, view_names, write_view
 from shared.errors import CacheError
 from shared.fingerprint import Json, key_of, sealed, unsealed
 
@@ -76,20 +77,34 @@ def test_hash_holds_all_that_training_depends_on() -> None:
 
 def test_table_of_another_view_is_refused(storage: LocalStorage) -> None:
     write_view(storage, make_view(make_row(0), make_row(1)))
-    table = storage.path("datasets/clips.parquet").read_bytes()
+    [table] = [name for name in storage.files("datasets") if name.endswith(".parquet")]
+    content = storage.path(table).read_bytes()
     write_view(storage, make_view(make_row(0)))
-    storage.publish("datasets/clips.parquet", table, replace=True)
-    with pytest.raises(CacheError, match=r"clips: damaged view \(its table is damaged or another view's\); run"):
+    storage.publish(read_table_name(storage, "datasets/clips.json"), content, replace=True)
+    with pytest.raises(CacheError, match=r"clips: damaged view \(its table is damaged\); run"):
         read_view(storage, "clips")
+
+
+def test_json_alone_switches_a_view(storage: LocalStorage) -> None:
+    """A kill between the two files leaves the older view."""
+    old, new = make_view(make_row(0)), make_view(make_row(1))
+    write_view(storage, old)
+    before = storage.path("datasets/clips.json").read_bytes()
+    write_view(storage, new)
+    assert read_view(storage, "clips") == new
+    storage.publish("datasets/clips.json", before, replace=True)
+    assert read_view(storage, "clips") == old
 
 
 def test_table_of_other_columns_is_refused(storage: LocalStorage) -> None:
     write_view(storage, make_view(make_row(0)))
-    path, about = storage.path("datasets/clips.parquet"), storage.path("datasets/clips.json")
-    table = pq.ParquetFile(path).read()
+    about = storage.path("datasets/clips.json")
+    table = pq.ParquetFile(storage.path(read_table_name(storage, "datasets/clips.json"))).read()
     for other in (table.drop_columns(["source_sha256"]), table.set_column(3, "frames", pa.array([9], pa.int32()))):
-        pq.write_table(other, path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        stream = io.BytesIO()
+        pq.write_table(other, stream)
+        digest = hashlib.sha256(stream.getvalue()).hexdigest()
+        storage.publish(f"datasets/{digest}.parquet", stream.getvalue())
         about.write_bytes(sealed(unsealed(about.read_bytes()) | {"table_sha256": digest}))
         with pytest.raises(CacheError, match=r"clips: damaged view \(other columns than this version writes\)"):
             read_view(storage, "clips")
@@ -105,7 +120,7 @@ def test_json_that_makes_a_view_valid_is_written_last(storage: LocalStorage, mon
 
     monkeypatch.setattr(storage, "publish", noted)
     write_view(storage, make_view(make_row(0)))
-    assert names == ["datasets/clips.parquet", "datasets/clips.json"]
+    assert names == [read_table_name(storage, "datasets/clips.json"), "datasets/clips.json"]
 
 
 @pytest.mark.parametrize("encoders", [None, [], {"vae": 3}, {"vae": [[1]]}, {"vae": [[1, 2, 3]]}, {"vae": "ab"}])
