@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from precompute.cache_cli import cache_app
 from precompute.cli import app as precompute_app
-from precompute.cli import cache_app, show_plan
+from precompute.cli import show_plan
 from prepare.cli import app as prepare_app
 from report.cli import app as report_app
 from sample.cli import app as sample_app

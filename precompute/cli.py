@@ -1,9 +1,8 @@
-"""`precog precompute` and `precog cache`. Everything heavy is imported inside the commands."""
+"""`precog precompute`. Everything heavy is imported inside the commands."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -13,16 +12,9 @@ from shared.signals import raise_on_signal
 
 if TYPE_CHECKING:
     from precompute.report import Report
-    from shared.cache.storage import Storage
     from shared.config import Config
 
-MAX_LISTED = 20
-"""Clips that are listed; --json and the view have all."""
-
 app = typer.Typer()
-cache_app = typer.Typer(help="Look at and check the cache.", no_args_is_help=True)
-
-CacheName = Annotated[str, typer.Argument(help="Cache folder.")]
 
 
 @app.command("precompute")
@@ -71,7 +63,7 @@ def _precompute(config: "Config", part: str, engine: str) -> "Report":
 
 
 def _show_report(report: "Report", config: "Config") -> None:
-    from shared.console import bytes_text, say, table
+    from shared.console import bytes_text, say, say_first, table
 
     seconds = Counter(report.seconds)
     waited = {
@@ -93,8 +85,10 @@ def _show_report(report: "Report", config: "Config") -> None:
             ("seconds in total", f"{seconds['total']:.1f}"),
         ],
     )
-    _list(f"cut short {cut.source}, caption {cut.caption}: its last {cut.tokens} tokens" for cut in report.truncated)
-    _list(f"skipped {source}: {reason}" for source, reason in report.skipped)
+    say_first(
+        f"cut short {cut.source}, caption {cut.caption}: its last {cut.tokens} tokens" for cut in report.truncated
+    )
+    say_first(f"skipped {source}: {reason}" for source, reason in report.skipped)
     if report.skipped and not config.precompute.retry_skipped:
         say("precompute.retry_skipped=true tries the skipped clips again.")
     if not report.latents.made and not report.prompts.made:
@@ -107,22 +101,12 @@ def _count_by_kind(skipped: Iterable[tuple[str, str]]) -> list[tuple[str, int]]:
     return sorted(Counter(f"skipped: {reason.partition(':')[0]}" for _, reason in skipped).items())
 
 
-def _list(lines: Iterable[str]) -> None:
-    from shared.console import say
-
-    every = list(lines)
-    for line in every[:MAX_LISTED]:
-        say(line)
-    if len(every) > MAX_LISTED:
-        say(f"... and {len(every) - MAX_LISTED} more")
-
-
 def show_plan(config: "Config") -> dict[str, Any]:
     """Print stage 1's half of `precog plan` and return its JSON object; nothing is written.
 
     Raise `DataError` if every clip is skipped.
     """
-    from shared.console import bytes_text, say, table
+    from shared.console import bytes_text, say, say_first, table
     from shared.errors import DataError
 
     with raise_on_signal("nothing was written"):
@@ -153,80 +137,10 @@ def show_plan(config: "Config") -> dict[str, Any]:
     )
     for line in found.warnings:
         say(f"warning: {line}")
-    _list(f"skipped {source}: {reason}" for source, reason in found.skipped)
+    say_first(f"skipped {source}: {reason}" for source, reason in found.skipped)
     if not found.clips:
         raise DataError(f"data.name = {config.data.name!r}: every clip is skipped; replace the files named above")
     return found.as_json()
-
-
-@cache_app.command("ls")
-@exits
-def cache_ls(cache: CacheName = "cache", json_output: JsonOutput = False) -> None:
-    """List the collections and views of a cache."""
-    from shared.cache.collection import collections, read_recipe, shards
-    from shared.cache.view import read_view, view_names
-    from shared.console import bytes_text, table
-
-    storage = _open_cache(cache)
-    listed: dict[str, dict[str, Any]] = {"collections": {}, "datasets": {}}
-    for collection in collections(storage):
-        found = list(shards(storage, collection.folder))
-        buckets: Counter[str] = Counter()
-        for tar, receipt in found:
-            if len(parts := tar.split("/")) == 4:
-                buckets[parts[2]] += len(receipt.samples)
-        facts = {
-            "precision": read_recipe(storage, collection).get("precision", ""),
-            "shards": len(found),
-            "samples": sum(len(receipt.samples) for _, receipt in found),
-        }
-        size = sum(receipt.size for _, receipt in found)
-        listed["collections"][collection.folder] = {**facts, "buckets": dict(sorted(buckets.items())), "bytes": size}
-        table(collection.folder, [*facts.items(), *sorted(buckets.items()), ("size", bytes_text(size))])
-    for name in view_names(storage):
-        view = read_view(storage, name)
-        clips = {split: len(view.split(split)) for split in ("train", "held_out", "skipped")}
-        listed["datasets"][name] = facts = {**clips, "latents": view.latents.recipe, "prompts": view.prompts.recipe}
-        table(f"datasets/{name}", [*facts.items()])
-    if json_output:
-        _print_json(listed)
-
-
-def _open_cache(cache: str, **options: Any) -> "Storage":
-    """Open a cache; raise `UsageError` if it is empty, as a mistyped name is."""
-    from shared.cache.storage import open_storage
-    from shared.errors import UsageError
-
-    storage = open_storage(cache, **options)
-    if not any(storage.files(folder) for folder in ("latents", "prompts", "datasets")):
-        raise UsageError(f"{cache}: cache not found; give the folder or URL of precompute.cache")
-    return storage
-
-
-@cache_app.command("verify")
-@exits
-def cache_verify(
-    cache: CacheName = "cache",
-    repair: Annotated[bool, typer.Option(help="Set damaged files aside; precompute makes them again.")] = False,
-    json_output: JsonOutput = False,
-) -> None:
-    """Compare every file with its hashes; exit code 4 if anything is damaged."""
-    import tempfile
-
-    from shared.cache.verify import verify
-    from shared.console import say
-    from shared.errors import CacheError
-
-    with tempfile.TemporaryDirectory(prefix="precog-verify-") as fresh:  # not the local copies of a remote cache
-        checked, damaged = verify(_open_cache(cache, local_cache_gib=0, local_folder=Path(fresh)), repair=repair)
-    # the advice to repair is given once below
-    damaged = [line.partition("; `precog cache verify --repair`")[0] for line in damaged]
-    if json_output:
-        _print_json({"shards": checked, "damaged": damaged, "repaired": repair and bool(damaged)})
-    _list(f"{'set aside' if repair else 'damaged'}: {line}" for line in damaged)
-    if damaged and not repair:
-        raise CacheError(f"{cache}: {checked} shards checked, {len(damaged)} damaged; add --repair to set them aside")
-    say(f"{cache}: {checked} shards checked, {len(damaged)} {'set aside' if repair else 'damaged'}")
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -66,6 +66,27 @@ class Progress:
             self._last_line = now
             seconds = (now - self._started) / self._done * (self._total - self._done)
             say(f"{self._description}: {self._done}/{self._total}, {rate}, {seconds:.0f} s left")
+
+
+def track(description: str) -> Callable[[Sequence[str]], Iterator[str]]:
+    """Return a function that yields the items it is given and shows how many are done."""
+
+    def iterate(items: Sequence[str]) -> Iterator[str]:
+        with Progress(description, len(items)) as bar:
+            for item in items:
+                yield item
+                bar.advance()
+
+    return iterate
+
+
+def say_first(lines: Iterable[str], limit: int = 20) -> None:
+    """Print the first lines and the number of the rest; --json has all."""
+    every = list(lines)
+    for line in every[:limit]:
+        say(line)
+    if len(every) > limit:
+        say(f"... and {len(every) - limit} more")
 
 
 def show_config(config: BaseModel) -> None:

@@ -71,6 +71,11 @@ def foreign_formats(storage: Storage, names: Iterable[str]) -> dict[str, Json]:
     return found
 
 
+def foreign_prefixes(foreign: Iterable[str]) -> tuple[str, ...]:
+    """Return the starts of the names that belong to the collections `foreign`."""
+    return tuple(start for folder in foreign for start in (f"{folder}/", f"made_by/{folder.rpartition('/')[2]}/"))
+
+
 def write_recipe(storage: Storage, collection: Collection, recipe: Mapping[str, Json]) -> None:
     """Write `recipe.json` unless it exists."""
     assert key_of(recipe) == collection.recipe

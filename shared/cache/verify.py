@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from typing import Any
 
-from shared.cache.collection import KINDS, Collection, foreign_formats, read_recipe, receipt_names
+from shared.cache.collection import KINDS, Collection, foreign_formats, foreign_prefixes, read_recipe, receipt_names
 from shared.cache.remote import is_temporary
 from shared.cache.shard import OpenShard, read_receipt
 from shared.cache.storage import VERIFY, Storage
-from shared.cache.view import VIEW_BYTES, read_table_name, read_view, table_name
+from shared.cache.view import VIEW_BYTES, read_table_name, read_view, table_name, view_names
 from shared.errors import CacheError, Preempted, one_line
 from shared.fingerprint import key_of, unsealed
 
@@ -29,8 +30,10 @@ def verify(storage: Storage, *, repair: bool, track: Track = iter) -> tuple[int,
     its second file; precompute makes both again. Collections of other formats are left alone.
     """
     files = [name for folder in FOLDERS for name in storage.entries(folder) if not is_temporary(name)]
-    foreign = tuple(f"{folder}/" for folder in foreign_formats(storage, files))
-    names = [name for name in files if name.endswith(".json") and not name.startswith(foreign)]
+    foreign = foreign_formats(storage, files)
+    left_alone = (*foreign_prefixes(foreign), "datasets/")
+    names = [name for name in files if name.endswith(".json") and not name.startswith(left_alone)]
+    names += [f"datasets/{name}.json" for name in view_names(storage, foreign)]
     parts = [name.split("/") for name in names if name.startswith(KINDS)]
     names = sorted({*names, *("/".join([*part[:2], "recipe.json"]) for part in parts if len(part) > 2)})  # also missing
     damaged: list[str] = []
@@ -87,7 +90,7 @@ def check_shard(storage: Storage, receipt_name: str) -> None:
         raise CacheError(f"{storage}/{receipt.tar}: the bytes between samples are damaged; {VERIFY}")
 
 
-def read_assignment(storage: Storage, name: str) -> object:
+def read_assignment(storage: Storage, name: str) -> Any:
     """Read the shards of an assignment file; raises `CacheError` if it is damaged or another file's."""
     try:
         body = unsealed(storage.read(name, limit_bytes=ASSIGNMENT_BYTES))

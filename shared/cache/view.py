@@ -5,14 +5,15 @@ The table is named by its bytes, and `datasets/<name>.json` holds that name and 
 
 import hashlib
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from shared.cache.collection import Collection
-from shared.cache.storage import VERIFY, Storage
+from shared.cache.collection import Collection, SampleReader
+from shared.cache.storage import VERIFY, Storage, open_storage
 from shared.errors import CacheError, one_line
 from shared.fingerprint import Json, key_of, sealed, unsealed
 from shared.model.geometry import Bucket
@@ -69,6 +70,12 @@ class View:
     def split(self, name: str) -> tuple[ViewRow, ...]:
         """Return the rows of one split, ordered by their keys, not by the user's listing."""
         return tuple(row for row in self._sorted if row.split == name)
+
+    @property
+    def keys(self) -> dict[str, set[str]]:
+        """Folder of a collection -> keys of its samples that the view names, of skipped clips too."""
+        prompts = {key for row in self.rows for key in row.prompt_keys} | set(self.special_prompts.values())
+        return {self.latents.folder: {row.latent_key for row in self.rows} - {""}, self.prompts.folder: prompts}
 
     @cached_property
     def _sorted(self) -> list[ViewRow]:
@@ -159,9 +166,20 @@ def read_view(storage: Storage, name: str) -> View:
     return view
 
 
-def view_names(storage: Storage) -> list[str]:
-    """List the views of a cache."""
+def open_view(cache: str, name: str) -> tuple[View, SampleReader, SampleReader]:
+    """Return a view of the cache at a folder or URL, and the readers of its latents and prompts by key."""
+    storage = open_storage(cache)
+    view = read_view(storage, name)
+    latents, prompts = (SampleReader(storage, of, view.keys[of.folder]) for of in (view.latents, view.prompts))
+    return view, latents, prompts
+
+
+def view_names(storage: Storage, foreign: Iterable[str] = ()) -> list[str]:
+    """List the views of a cache, without those of `foreign` collections (`foreign_formats`)."""
     names = [name for name in storage.files("datasets") if name.endswith(".json")]
+    if recipes := [folder.rpartition("/")[2].encode() for folder in foreign]:
+        contents = {name: storage.read(name, limit_bytes=VIEW_BYTES) for name in names}
+        names = [name for name in names if not any(recipe in contents[name] for recipe in recipes)]
     return [name.removeprefix("datasets/").removesuffix(".json") for name in names]
 
 

@@ -70,7 +70,12 @@ def ended(child: int) -> int:
 
 
 def killed_at(root: Path, number: int, part: Part = Part()) -> int:  # noqa: B008
-    """Run a worker that dies before its effect `number` (fsyncs count too); return its exit code."""
+    """Run a worker that dies before its effect `number`; return its exit code."""
+    return killed_before(number, lambda: work(root, part))
+
+
+def killed_before(number: int, action: Callable[[], object]) -> int:
+    """Run an action in a child that dies before its effect `number` (fsyncs count too); return its exit code."""
 
     def body() -> None:
         global before_effect
@@ -90,7 +95,7 @@ def killed_at(root: Path, number: int, part: Part = Part()) -> int:  # noqa: B00
 
         os.fsync = counted_fsync
         before_effect = count
-        work(root, part)
+        action()
 
     return ended(in_child(body))
 

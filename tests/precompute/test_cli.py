@@ -17,6 +17,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from precog import app
+from shared.cache.storage import LocalStorage
+from shared.cache.view import read_view
 from shared.config_file import save_config
 from tests.corpus import config_for, write_corpus
 from tests.processes import decoders, fork_command, wait_until
@@ -111,6 +113,27 @@ def test_ls_and_verify_print_json_and_damage_once(filled: tuple[Path, Path]) -> 
     first, last = repaired.stderr.splitlines()
     assert first == f"set aside: {fault}" and last.endswith("1 set aside")
     command("cache", "verify", cache)
+
+
+def test_a_cache_is_pushed_shown_and_cleaned(filled: tuple[Path, Path], tmp_path: Path) -> None:
+    copied = str(tmp_path / "copied")
+    pushed = json.loads(command("cache", "push", copied, str(filled[1]), "--json").stdout)
+    assert pushed["views"] == ["corpus"] and pushed["shards"] == 3 and pushed["bytes"] > 0
+    again = json.loads(command("cache", "pull", str(filled[1]), copied, "--json").stdout)
+    assert again == {"shards": 0, "bytes": 0, "views": [], "kept": []}
+    key = read_view(LocalStorage(copied), "corpus").rows[0].latent_key
+    shown = json.loads(command("cache", "show", key[:20], copied, "--json").stdout)
+    assert shown["key"] == key and shown["bucket"] == "5x16x32" and shown["views"][0].startswith("corpus: 0")
+    assert shown["moments"].startswith("F32 [32, 2, 2, 4]") and shown["recipe"]["kind"] == "latents"
+    command("cache", "show", "", copied, code=2)
+    command("cache", "show", "0" * 32, copied, code=2)
+    Path(copied, "datasets/corpus.json").unlink()
+    waiting = command("cache", "gc", copied)
+    assert "3 shards that no view names are kept" in waiting.stderr
+    planned = command("cache", "gc", copied, "--dry-run", "--min-age-hours=0")
+    assert "shards that no view names: 6 files" in planned.stderr and any(Path(copied).rglob("*.tar"))
+    assert json.loads(command("cache", "gc", copied, "--min-age-hours=0", "--json").stdout)["deleted"] is True
+    assert not any(path.is_file() for path in Path(copied).rglob("*"))
 
 
 def test_a_wrong_part_is_a_usage_error(config: str) -> None:

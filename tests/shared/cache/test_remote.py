@@ -1,11 +1,16 @@
 """A cache behind fsspec: in memory, and over the S3 protocol from a server on loopback, uploads cut off included."""
 
+import contextlib
 import hashlib
 import os
+import random
+import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +19,18 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from shared.cache.collection import SampleReader, shards
+from shared.cache.garbage import find_garbage, remove_garbage
 from shared.cache.remote import RemoteStorage
 from shared.cache.shard import Sample, write_shard
-from shared.cache.storage import Storage, open_storage
+from shared.cache.storage import LocalStorage, Storage, open_storage
+from shared.cache.transfer import find_transfer, transfer
 from shared.cache.verify import verify
-from shared.cache.view import read_view
+from shared.cache.view import View, read_view
 from shared.errors import CacheError, UsageError
+from shared.fingerprint import key_of
 from tests.corpus import config_for, run, stored_files, write_corpus
-from tests.shared.cache.samples import COLLECTION, FOLDER, make_samples, pack_shard, store
+from tests.faults.writer import ended, in_child
+from tests.shared.cache.samples import COLLECTION, FOLDER, make_samples, pack_shard, read_whole, store, store_view
 
 
 @pytest.fixture
@@ -70,10 +79,8 @@ class Relay:
         except OSError:
             pass
         for end in (source, sink):
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
             end.close()
 
 
@@ -294,3 +301,47 @@ def test_stage_1_stores_the_same_bytes_on_s3_and_disk(bucket: str, pipeline: Pat
     view = read_view(storage, "corpus")
     reader = SampleReader(storage, view.latents)
     assert [reader.read(row.latent_key)["moments"].shape for row in view.rows] == [(32, 2, 2, 4)] * 3
+
+
+def copied(source: str, target: str, local: Path) -> None:
+    """Copy what the target lacks."""
+    here, there = (open_storage(cache, local_folder=local) for cache in (source, target))
+    found = find_transfer(here, there)
+    transfer(here, there, found, found.views)
+
+
+def test_push_and_pull_through_s3_give_the_same_bytes(bucket: str, tmp_path: Path) -> None:
+    here, there, url = str(tmp_path / "here"), str(tmp_path / "there"), f"s3://{bucket}/cache"
+    store(open_storage(here), 2)
+    store_view(open_storage(here), "clips", [key_of([0, 0]), key_of([1, 1])])
+    copied(here, url, tmp_path / "local")
+    copied(url, there, tmp_path / "local")
+    assert stored_files(Path(there)) == stored_files(Path(here))
+    storage = open_storage(url, local_folder=tmp_path / "local")
+    assert find_garbage(storage, 3600).files == {}
+    storage.remove("datasets/clips.json")
+    garbage = find_garbage(storage, -1)
+    remove_garbage(storage, garbage)
+    assert len(garbage.files) == 9 and all(not storage.files(folder) for folder in ("latents", "prompts", "datasets"))
+
+
+@pytest.mark.faults
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_pushes_to_s3_killed_at_random_moments_lose_nothing(bucket: str, tmp_path: Path) -> None:
+    draws, here, url, kills = random.Random(0), LocalStorage(str(tmp_path / "here")), f"s3://{bucket}/cache", 0
+    store(here, 6)
+    trial, views = 0, list[View]()
+    while kills < 20:
+        view = store_view(here, f"v{trial}", [key_of([trial % 6, 0])], [f"text {trial}"])
+        child = in_child(partial(copied, str(here.root), url, tmp_path / "child"))
+        time.sleep(0.1 + 0.5 * draws.random())
+        os.kill(child, signal.SIGKILL)
+        kills += ended(child) != 0
+        storage = open_storage(url, local_folder=tmp_path / str(trial))
+        for done in views:
+            read_whole(storage, done)
+        assert verify(storage, repair=False)[1] == []
+        copied(str(here.root), url, tmp_path / "local")
+        views.append(view)
+        read_whole(storage, view)
+        trial += 1
