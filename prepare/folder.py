@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from prepare.probe import VIDEO_SUFFIXES, VideoSummary, probe
+from prepare.probe import VideoSummary, probe
 from shared.console import Progress
 from shared.errors import DataError
+from shared.file_types import VIDEO_SUFFIXES
 
 VIDEO_COLUMNS = ("video", "file_name", "video_path", "path", "file")
 CAPTION_COLUMNS = ("text", "caption", "prompt")

@@ -33,11 +33,10 @@ from precompute.sources.tables import (
 )
 from shared.config import Data
 from shared.errors import DataError, UsageError
+from shared.file_types import VIDEO_SUFFIXES
 
 MAX_CAPTION_BYTES = 16 * 1024
 MAX_SHOWN_ERRORS = 5
-VIDEO_SUFFIXES = {".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
-"""Suffixes of the files that count as videos in a folder; probing finds out which of them decode."""
 READERS = {".csv": csv_rows, ".jsonl": jsonl_rows, ".parquet": parquet_rows}
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
