@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 SMALLER = 2.0**-4
 """Factor of the loss scale when a gradient overflows."""
+READING_THREADS = 4
+"""Examples that are drawn at once; a keyed draw is a pure function, so their number changes no value."""
 REDUCE_BYTES = 64 * 2**20
 """Gradients that are summed over the ranks at once."""
 
@@ -74,10 +76,14 @@ def read_batch(run: Run, step: int) -> Batch:
     dataset, device = run.dataset, run.accelerator.device
     draws, tokens, ranks = plan_batch(run, step)
     timesteps = dataset.timesteps(draws, step)
-    packs = [
-        [dataset.example(draws[index], timesteps[index]).to(device, run.transformer.dtype) for index in pack]
-        for pack in ranks[run.accelerator.process_index]
-    ]
+    with ThreadPoolExecutor(READING_THREADS) as readers:
+        packs = [
+            [
+                example.to(device, run.transformer.dtype)
+                for example in readers.map(lambda index: dataset.example(draws[index], timesteps[index]), pack)
+            ]
+            for pack in ranks[run.accelerator.process_index]
+        ]
     clips = [dataset.rows[draw.row].latent_key for draw in draws]
     return Batch(packs, sum(tokens), sum(map(len, ranks)), clips, timesteps)
 

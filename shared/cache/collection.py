@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def shards(storage: Storage, folder: str, known: Container[str] = frozenset()) -
 
 
 class SampleReader:
-    """Reads samples of a collection by key; its memory does not grow with what it has read."""
+    """Reads samples of a collection by key, in any thread; its memory does not grow with what it has read."""
 
     def __init__(
         self,
@@ -142,6 +143,7 @@ class SampleReader:
                 self._places |= {place.key: (tar, place) for place in wanted}
         self._whole = sum(self.shard_bytes.values()) <= whole_up_to_bytes
         self._open: dict[str, OpenShard] = {}
+        self._lock = Lock()
 
     @property
     def shard_bytes(self) -> dict[str, int]:
@@ -181,8 +183,9 @@ class SampleReader:
 
     def _shard(self, tar: str) -> OpenShard:
         """Return the open shard and close the least recently used."""
-        shard = self._open.pop(tar, None) or OpenShard(self._storage, self._receipts[tar])
-        self._open[tar] = shard
-        if len(self._open) > OPEN_SHARDS:
-            del self._open[next(iter(self._open))]
+        with self._lock:
+            shard = self._open.pop(tar, None) or OpenShard(self._storage, self._receipts[tar])
+            self._open[tar] = shard
+            if len(self._open) > OPEN_SHARDS:
+                del self._open[next(iter(self._open))]
         return shard
