@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from shared.cache.collection import SampleReader, shards
 from shared.cache.garbage import find_garbage, remove_garbage
-from shared.cache.remote import RemoteStorage
+from shared.cache.remote import KNOWN, RemoteStorage
 from shared.cache.shard import Sample, write_shard
 from shared.cache.storage import LocalStorage, Storage, open_storage
 from shared.cache.transfer import find_transfer, transfer
@@ -162,6 +162,30 @@ def test_damage_is_found_and_set_aside(memory: RemoteStorage, tmp_path: Path) ->
     checked, damaged = verify(fresh, repair=True)
     assert checked == 2 and len(damaged) == 1 and tar in damaged[0]
     assert len(shards(fresh, "latents")) == 1 and fresh.size(f"{tar}.damaged")
+
+
+def test_receipts_are_fetched_once_per_process_unless_replaced(
+    memory: RemoteStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(memory, 3)
+    KNOWN.clear()
+    fetched: list[str] = []
+    fetch = MemoryFileSystem.cat_file
+
+    def counted(driver: Any, name: str, **options: Any) -> Any:
+        fetched.append(name)
+        return fetch(driver, name, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
+    found = shards(memory, COLLECTION.folder)
+    assert len(fetched) == 3 and shards(open_storage("memory://bucket/cache"), COLLECTION.folder) == found
+    assert len(fetched) == 3
+    name = found[0][1].name
+    content = memory.read(name, limit_bytes=10**6)
+    for _ in range(2):
+        memory.publish(name, content, replace=True)
+        assert shards(memory, COLLECTION.folder) == found
+    assert len(fetched) == 5
 
 
 def test_torn_upload_has_no_receipt_and_is_repeated(memory: RemoteStorage) -> None:

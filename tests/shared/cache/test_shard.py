@@ -6,10 +6,12 @@ import io
 import json
 import os
 import random
+import resource
 import tarfile
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import webdataset
@@ -19,6 +21,7 @@ from shared.cache.shard import (
     SAMPLES_PER_SHARD,
     OpenShard,
     Sample,
+    ShardWriter,
     parse_receipt,
     read_facts,
     read_receipt,
@@ -29,6 +32,7 @@ from shared.cache.shard import (
 from shared.cache.storage import LocalStorage
 from shared.errors import CacheError
 from shared.fingerprint import key_of, sealed, unsealed
+from tests.faults.writer import ended, in_child
 from tests.shared.cache.samples import FOLDER, make_samples, pack_shard
 
 RECEIPT = receipt_bytes(pack_shard(FOLDER, make_samples(2), {key_of("bad"): "broken"})[1])
@@ -228,3 +232,22 @@ def test_receipt_of_too_many_samples_is_refused() -> None:
     body["shard"] = shard_name([*(place["key"] for place in body["samples"]), *body["skipped"]])
     with pytest.raises(CacheError, match=r"^here: damaged receipt .*at most"):
         parse_receipt(sealed(body), "here")
+
+
+@pytest.mark.faults
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_shard_of_real_size_is_written_in_little_memory(storage: LocalStorage) -> None:
+    """64 clips of 49x480x720 take 410 MB on disk."""
+    clip = torch.zeros(32, 13, 60, 90)
+
+    def write() -> None:
+        before = psutil.Process().memory_info().rss
+        with ShardWriter(storage, FOLDER) as writer:
+            for number in range(64):
+                writer.add(Sample(f"{number:032x}", {"moments": clip.half() + number, "image": clip.half()[:14]}, {}))
+            writer.finish({}, 0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        assert peak - before < 200e6
+
+    assert ended(in_child(write)) == 0
+    assert sum(storage.files(FOLDER).values()) > 400e6
