@@ -160,4 +160,6 @@ def _row(
         split=split,
         skipped=skipped,
         source_sha256=clip.probe.sha256 if clip else "",
+        repeats=source.repeats,
+        loss_weight=source.loss_weight,
     )

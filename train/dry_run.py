@@ -78,7 +78,7 @@ def dry_run(config: Config) -> DryRun:
 
 def batch_sizes(run: Run) -> list[tuple[int, int, int]]:
     """Return (step from 0, tokens of the batch, tokens of its largest pack) of the first epoch's steps."""
-    per_epoch = -(-len(run.dataset.rows) // run.config.train.global_batch_size)
+    per_epoch = -(-len(run.dataset.places) // run.config.train.global_batch_size)
     sizes = []
     for step in range(min(run.num_steps, per_epoch, MAX_SEARCHED_STEPS)):
         _, tokens, ranks = plan_batch(run, step)

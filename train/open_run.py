@@ -40,14 +40,14 @@ def open_run(config: Config) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = train.allow_tf32
     storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
     view = read_view(storage, config.data.name)
-    num_clips = len(view.split("train"))
-    num_steps = num_train_steps(num_clips, train.global_batch_size, train.max_train_steps, train.num_train_epochs)
+    buckets = view.epoch_buckets
+    num_steps = num_train_steps(len(buckets), train.global_batch_size, train.max_train_steps, train.num_train_epochs)
     latents = read_recipe(storage, view.latents)
     check_cache(config, view, latents, read_recipe(storage, view.prompts))
     shape, scheduler = (pretrained_config(config.model, part) for part in ("transformer", "scheduler"))
     dropped = config.model.drop_learned_positions
     conventions = read_conventions(shape, latents["vae"]["config"], scheduler, drop_learned_positions=dropped)
-    for bucket in sorted({row.bucket for row in view.split("train")}):
+    for bucket in sorted(set(buckets)):
         if reason := refusal(conventions, bucket):
             raise UsageError(f"view {view.name}: {reason}")
     schedule = read_schedule(scheduler)
@@ -55,7 +55,7 @@ def open_run(config: Config) -> Run:
     transformer = load_transformer(config, torch.device("cpu")).train()
     if train.initial_adapter is not None:
         load_adapter_weights(transformer, read_adapter(transformer, train, train.initial_adapter))
-    buckets, device = [row.bucket for row in dataset.rows], accelerator.device
+    device = accelerator.device
     plan = choose_plan(config, transformer, conventions, buckets, device)
     if plan.base_precision == "model":
         engine = open_engine(transformer, plan, device)

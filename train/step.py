@@ -66,7 +66,7 @@ class StepResult:
 def plan_batch(run: Run, step: int) -> tuple[tuple[Draw, ...], list[int], tuple[Packs, ...]]:
     """Return draws, tokens per clip and each rank's packs of optimizer step `step` (from 0); nothing is read."""
     train, dataset = run.config.train, run.dataset
-    draws = global_batch(run.view.hash, train.seed, len(dataset.rows), train.global_batch_size, step, run.windows)
+    draws = global_batch(run.view.hash, train.seed, dataset.places, train.global_batch_size, step, run.windows)
     tokens = [dataset.tokens(draw.row) for draw in draws]
     return draws, tokens, divide(tokens, run.width, run.accelerator.num_processes, train.max_tokens_per_pack)
 

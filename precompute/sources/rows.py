@@ -36,6 +36,7 @@ from shared.errors import DataError, UsageError
 from shared.file_types import VIDEO_SUFFIXES
 
 MAX_CAPTION_BYTES = 16 * 1024
+MAX_REPEATS = 10_000
 MAX_SHOWN_ERRORS = 5
 READERS = {".csv": csv_rows, ".jsonl": jsonl_rows, ".parquet": parquet_rows}
 
@@ -63,6 +64,10 @@ class Source:
     end_seconds: float | None
     where: str
     """The row, for messages: "metadata.csv row 3"."""
+    repeats: int = 1
+    """Times that its clips come in an epoch."""
+    loss_weight: float = 1.0
+    """Factor of its clips' training loss."""
 
 
 def read_sources(data: Data) -> list[Source]:
@@ -229,7 +234,17 @@ def _check_row(row: Row, root: Path, id_token: str) -> Source:
         raise DataError(f"start_seconds is {start:g}; it counts from the video's first frame")
     if end is not None and end <= (start or 0):
         raise DataError(f"end_seconds is {end:g}; it must be after the start at {start or 0:g}")
-    return Source(path, Path(name).as_posix(), captions, start, end, row.where)
+    weight = _check_number(row.loss_weight, "loss_weight")
+    if weight is not None and weight < 0:
+        raise DataError(f"loss_weight is {weight:g}; it must be 0 or above")
+    repeats = _check_number(row.repeats, "repeats")
+    repeats = 1 if repeats is None else repeats
+    if repeats not in range(1, MAX_REPEATS + 1):
+        raise DataError(f"repeats is {repeats:g}; it must be a whole number from 1 to {MAX_REPEATS:,}")
+    where = row.where
+    return Source(
+        path, Path(name).as_posix(), captions, start, end, where, int(repeats), 1.0 if weight is None else weight
+    )
 
 
 def _check_caption(entry: object, id_token: str) -> Caption:

@@ -17,6 +17,7 @@ MAX_TEXT_FILE_BYTES = 1 << 30
 MAX_JSON_LINE_BYTES = 1 << 20
 MAX_SHOWN_CHARACTERS = 200
 
+OPTIONAL_COLUMNS = ("start_seconds", "end_seconds", "repeats", "loss_weight")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -30,6 +31,8 @@ class Row:
     caption: object = None
     start_seconds: object = None
     end_seconds: object = None
+    repeats: object = None
+    loss_weight: object = None
     error: str = ""
 
 
@@ -137,8 +140,8 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
 
 
 def _row(values: Mapping[str, object], data: Data, where: str) -> Row:
-    start, end = values.get("start_seconds"), values.get("end_seconds")
-    return Row(where, values[data.video_column], values[data.caption_column], start, end)
+    optional = {name: values.get(name) for name in OPTIONAL_COLUMNS}
+    return Row(where, values[data.video_column], values[data.caption_column], **optional)
 
 
 def _choose_columns(names: Sequence[str], data: Data, table: str) -> list[str]:
@@ -146,7 +149,7 @@ def _choose_columns(names: Sequence[str], data: Data, table: str) -> list[str]:
     for needed in (data.caption_column, data.video_column):
         if needed not in names:
             raise DataError(f"{table} has no column '{escaped(needed)}'; there are {listed(names)}")
-    chosen = {data.caption_column, data.video_column, "start_seconds", "end_seconds"}
+    chosen = {data.caption_column, data.video_column, *OPTIONAL_COLUMNS}
     for name in chosen:
         if names.count(name) > 1:
             raise DataError(f"{table} has {names.count(name)} columns '{escaped(name)}'")

@@ -46,6 +46,10 @@ class ViewRow:
     """The reason why the clip was left out; empty if it was not."""
     source_sha256: str = ""
     """Of the source's bytes; empty if it could not be read."""
+    repeats: int = 1
+    """Times that the clip comes in an epoch."""
+    loss_weight: float = 1.0
+    """Factor of the clip's training loss."""
 
     @property
     def bucket(self) -> Bucket:
@@ -77,15 +81,26 @@ class View:
         prompts = {key for row in self.rows for key in row.prompt_keys} | set(self.special_prompts.values())
         return {self.latents.folder: {row.latent_key for row in self.rows} - {""}, self.prompts.folder: prompts}
 
+    @property
+    def epoch_buckets(self) -> list[Bucket]:
+        """Buckets of the clips of one epoch; a repeated clip comes as often as in training."""
+        return [row.bucket for row in self.split("train") for _ in range(row.repeats)]
+
     @cached_property
     def _sorted(self) -> list[ViewRow]:
-        return sorted(self.rows, key=lambda row: (row.latent_key, row.prompt_keys, row.caption_weights))
+        return sorted(
+            self.rows,
+            key=lambda row: (row.latent_key, row.prompt_keys, row.caption_weights, row.repeats, row.loss_weight),
+        )
 
     @cached_property
     def hash(self) -> str:
-        """Hash of what training depends on: keys, weights and splits, in canonical order."""
+        """Hash of what training depends on: keys, weights, repeats and splits, in canonical order."""
         splits: dict[str, Json] = {
-            split: [[row.latent_key, list(row.prompt_keys), list(row.caption_weights)] for row in self.split(split)]
+            split: [
+                [row.latent_key, list(row.prompt_keys), list(row.caption_weights), row.repeats, row.loss_weight]
+                for row in self.split(split)
+            ]
             for split in ("train", "held_out")
         }
         return key_of({"latents": self.latents.recipe, "prompts": self.prompts.recipe, **splits})

@@ -20,7 +20,7 @@ from shared.errors import CacheError
 from shared.model.conventions import Conventions
 from shared.model.geometry import latent_shape, video_tokens
 from train.data.example import Example, ModelInput, image_condition, pad_front
-from train.data.order import Draw, Windows, window_size
+from train.data.order import Draw, Windows, epoch_places, window_size
 from train.objective import NoiseSchedule, add_noise, min_snr_weight, velocity
 
 
@@ -37,6 +37,8 @@ class Dataset:
         train: Train,
     ) -> None:
         self.rows = view.split(split)
+        self.places = epoch_places([row.repeats for row in self.rows])
+        """(row, repetition) of every place of an epoch."""
         self._empty_prompt = view.special_prompts[""]
         prompts = {self._empty_prompt, *(key for row in self.rows for key in row.prompt_keys)}
         room = storage.copies_bytes()
@@ -83,7 +85,8 @@ class Dataset:
         if size >= len(sizes):
             return None
         numbers = {tar: number for number, tar in enumerate(sizes)}
-        return Windows(size, np.array([numbers[self._latents.shard_of(row.latent_key)] for row in self.rows]))
+        shards = [numbers[self._latents.shard_of(row.latent_key)] for row in self.rows]
+        return Windows(size, np.array([shards[row] for row, _ in self.places]))
 
     def tokens(self, row: int) -> int:
         """Return the number of text and video tokens of a clip."""
@@ -98,9 +101,7 @@ class Dataset:
         assigned by the step, and the clip's draw chooses within its part. Each clip's timestep is uniform either way.
         """
         train, size = self._train, len(self._schedule)
-        generators = [
-            seeding.generator("timestep", train.seed, draw.epoch, self.rows[draw.row].latent_key) for draw in draws
-        ]
+        generators = [seeding.generator("timestep", train.seed, *self._place(draw)) for draw in draws]
         if train.timestep_sampling == "uniform":
             return [int(generator.integers(size)) for generator in generators]
         words = seeding.generator("strata", train.seed, step).bit_generator.random_raw(len(draws))
@@ -110,10 +111,16 @@ class Dataset:
             for stratum, generator in zip(strata, generators, strict=True)
         ]
 
+    def _place(self, draw: Draw) -> tuple[str | int, ...]:
+        """Return the key of a draw beside the seed: epoch, sample key and, from the second time on, the repetition."""
+        repetition = (draw.repetition,) if draw.repetition else ()
+        return draw.epoch, self.rows[draw.row].latent_key, *repetition
+
     def example(self, draw: Draw, timestep: int) -> Example:
         """Return the training example of one draw, on the CPU in fp32; `timestep` comes from `timesteps`."""
         row, train = self.rows[draw.row], self._train
-        where = (train.seed, draw.epoch, row.latent_key)
+        place = self._place(draw)
+        where = (train.seed, *place)
         samples = self._read(self._latents, row.latent_key, row)
         latents = self._scaled(posterior_draw(samples["moments"], "posterior", *where))
         condition = None
@@ -121,10 +128,11 @@ class Dataset:
             condition = self._draw_image(samples["image_moments"], len(latents), *where)
         noise = seeding.normal(tuple(latents.shape), "noise", *where)
         embeds = self._draw_prompt(row, *where)
-        example = self._example(row, str(draw.epoch), latents, noise, timestep, embeds, condition)
-        if train.snr_gamma is None:
-            return example
-        return replace(example, weight=min_snr_weight(timestep, self._schedule, train.snr_gamma))
+        name = ":".join(map(str, place))
+        example = self._example(row, name, latents, noise, timestep, embeds, condition)
+        gamma = train.snr_gamma
+        weight = 1.0 if gamma is None else min_snr_weight(timestep, self._schedule, gamma)
+        return replace(example, weight=weight * row.loss_weight)
 
     def fixed_example(self, row: int, timestep: int) -> Example:
         """Return a held-out example: posterior mean, first caption, and noise keyed by clip and timestep."""
@@ -137,7 +145,7 @@ class Dataset:
             condition = image_condition(mean.transpose(0, 1), len(latents), self._conventions)
         noise = seeding.normal(tuple(latents.shape), "held-out", clip.latent_key, timestep)
         embeds = self._read(self._prompts, clip.prompt_keys[0], clip)["prompt_embeds"]
-        return self._example(clip, "held-out", latents, noise, timestep, embeds, condition)
+        return self._example(clip, f"held-out:{clip.latent_key}", latents, noise, timestep, embeds, condition)
 
     def first_frame_moments(self, row: int) -> Tensor:
         """Return a copy of the moments [2C,1,H,W] of the clean first frame; image-to-video only."""
@@ -166,7 +174,7 @@ class Dataset:
         target = velocity(latents, noise, step, self._schedule)
         if condition is not None:
             noisy = torch.cat([noisy, condition], dim=1)
-        return Example(ModelInput(noisy, embeds, step), target, clip_label(row), f"{draw}:{row.latent_key}")
+        return Example(ModelInput(noisy, embeds, step), target, clip_label(row), draw)
 
     def _scaled(self, unscaled: Tensor) -> Tensor:
         """Scale [C,F,H,W] to latents [F,C,H,W], padded in front where the checkpoint needs it."""

@@ -34,7 +34,7 @@ class Example:
     name: str
     """Source and start of the clip, for messages."""
     draw: str
-    """Epoch and key of the clip, which seed the adapter's dropout."""
+    """Epoch, key and repetition of the clip, which seed the adapter's dropout."""
     weight: float = 1.0
     """Factor of the clip's loss."""
 

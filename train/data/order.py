@@ -1,8 +1,9 @@
 """Clips of an optimizer step and their packs: pure functions of (view, seed, step).
 
-The rows of the view form an endless stream of epochs. Epoch e is a permutation keyed by (view hash, seed, e), and
-optimizer step k (from 0) is positions [k*G, (k+1)*G) of the stream. So each step has G clips, each clip comes once
-per epoch, a batch may span the end of an epoch, and a run's position is one integer, on any number of processes.
+The rows of the view form an endless stream of epochs. A row has one place per epoch, or as many as its `repeats`.
+Epoch e is a permutation of the places keyed by (view hash, seed, e), and optimizer step k (from 0) is positions
+[k*G, (k+1)*G) of the stream. So each step has G clips, each clip comes once per place and epoch, a batch may span the
+end of an epoch, and a run's position is one integer, on any number of processes.
 
 For shards that must be fetched, the permutation reads a few shards at a time: see `Windows`.
 """
@@ -26,10 +27,11 @@ Packs = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One clip of one epoch; `row` counts in the view's canonical order."""
+    """One clip of one epoch; `row` counts in the view's canonical order, `repetition` from 0 within the epoch."""
 
     epoch: int
     row: int
+    repetition: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +43,7 @@ class Windows:
 
     num_shards: int
     shards: npt.NDArray[np.int64]
-    """[rows] number of the shard that holds the row's clip, from 0 without a gap."""
+    """[places] number of the shard that holds the place's clip, from 0 without a gap."""
 
     @property
     def name(self) -> str:
@@ -60,36 +62,50 @@ def window_size(shard_bytes: Sequence[int], room_bytes: int) -> int:
 
 
 def global_batch(
-    view_hash: str, seed: int, num_rows: int, global_batch_size: int, step: int, windows: Windows | None = None
+    view_hash: str,
+    seed: int,
+    places: Sequence[tuple[int, int]],
+    global_batch_size: int,
+    step: int,
+    windows: Windows | None = None,
 ) -> tuple[Draw, ...]:
-    """Return the clips of optimizer step `step` (from 0) in stream order; None as `windows` shuffles whole epochs."""
-    assert num_rows > 0, "num_train_steps refuses an empty view"
+    """Return the clips of optimizer step `step` (from 0) in stream order; None as `windows` shuffles whole epochs.
+
+    `places` are those of one epoch, see `epoch_places`.
+    """
+    num_places = len(places)
+    assert num_places > 0, "num_train_steps refuses an empty view"
     assert global_batch_size > 0
     assert step >= 0
     draws: list[Draw] = []
     position, end = step * global_batch_size, (step + 1) * global_batch_size
     while position < end:
-        epoch, start = divmod(position, num_rows)
-        stop = min(num_rows, start + end - position)
+        epoch, start = divmod(position, num_places)
+        stop = min(num_places, start + end - position)
         if windows is None:
-            rows = _epoch_rows(view_hash, seed, num_rows, epoch)
+            order = _epoch_order(view_hash, seed, num_places, epoch)
         else:
-            rows = _windowed_rows(view_hash, seed, windows, epoch)
-        draws += [Draw(epoch, row) for row in rows[start:stop].tolist()]
+            order = _windowed_order(view_hash, seed, windows, epoch)
+        draws += [Draw(epoch, *places[place]) for place in order[start:stop].tolist()]
         position += stop - start
     return tuple(draws)
 
 
-def num_train_steps(num_rows: int, global_batch_size: int, max_train_steps: int | None, num_train_epochs: int) -> int:
+def epoch_places(repeats: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (row, repetition) of every place of an epoch; `repeats` is per row of the view's canonical order."""
+    return [(row, repetition) for row, count in enumerate(repeats) for repetition in range(count)]
+
+
+def num_train_steps(num_places: int, global_batch_size: int, max_train_steps: int | None, num_train_epochs: int) -> int:
     """Return the optimizer steps of the run: `max_train_steps`, or enough to train each clip in every epoch.
 
     The last batch is filled from the next epoch. Raises `DataError` for a view without clips.
     """
-    if num_rows < 1:
+    if num_places < 1:
         raise DataError("data.name: the view has no training clips; check its skipped clips and data.held_out_clips")
     if max_train_steps is not None:
         return max_train_steps
-    return -(-num_train_epochs * num_rows // global_batch_size)
+    return -(-num_train_epochs * num_places // global_batch_size)
 
 
 def pack_cost(tokens: int, width: int) -> int:
@@ -130,14 +146,14 @@ def _best_fit(descending: Sequence[int], tokens: Sequence[int], max_tokens_per_p
 
 
 @lru_cache(maxsize=2)  # a batch spans the end of an epoch
-def _epoch_rows(view_hash: str, seed: int, num_rows: int, epoch: int) -> npt.NDArray[np.int64]:
+def _epoch_order(view_hash: str, seed: int, num_places: int, epoch: int) -> npt.NDArray[np.int64]:
     """Sort raw Philox words into the epoch's permutation; `Generator.permutation` may change with numpy's version."""
-    words = generator("order", view_hash, seed, epoch).bit_generator.random_raw(num_rows)
+    words = generator("order", view_hash, seed, epoch).bit_generator.random_raw(num_places)
     return np.argsort(words, kind="stable")
 
 
 @lru_cache(maxsize=2)
-def _windowed_rows(view_hash: str, seed: int, windows: Windows, epoch: int) -> npt.NDArray[np.int64]:
+def _windowed_order(view_hash: str, seed: int, windows: Windows, epoch: int) -> npt.NDArray[np.int64]:
     """Return the epoch's permutation: the shard at place p of a permutation of shards is read from time p to p + n.
 
     Each clip has a time drawn uniformly from that interval, so n shards are in use at any time and each is equally

@@ -158,7 +158,7 @@ def _clips(config: Config, conventions: Conventions) -> tuple[Sequence[Bucket], 
     train, data = config.train, config.data
     try:
         storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
-        buckets = [row.bucket for row in read_view(storage, data.name).split("train")]
+        buckets = read_view(storage, data.name).epoch_buckets
     except CacheError:
         wanted = [Bucket(count, *size) for count, size in product(data.frame_buckets, data.resolutions)]
         wanted = [bucket for bucket in wanted if bucket.frames <= data.max_num_frames]

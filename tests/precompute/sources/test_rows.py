@@ -1,6 +1,7 @@
 """Sources: the layouts, what is refused and how it is said, and names that try to leave the data root."""
 
 import json
+import math
 import os
 import socket
 import sys
@@ -272,6 +273,33 @@ def test_jsonl_takes_weighted_captions_and_seconds(root: Path) -> None:
     assert (timed.start_seconds, timed.end_seconds) == (1.0, 2.5)
     assert weighted.captions == (Caption("three", 2.0), Caption("", 0.5), Caption("five", 1.0))
     assert [s.where for s in (plain, timed, weighted)] == [f"clips.JSONL row {row}" for row in (1, 3, 5)]
+
+
+def test_repeats_and_loss_weight_are_read_from_any_table(root: Path) -> None:
+    [weighted] = read_table(root, "video,text,repeats,loss_weight\na.mp4,x,3,0.5\n")
+    assert (weighted.repeats, weighted.loss_weight) == (3, 0.5)
+    plain, zero = read_table(root, jsonl({"video": "a.mp4", "text": "x"}, ZERO_WEIGHT), "clips.jsonl")
+    assert (plain.repeats, plain.loss_weight, zero.loss_weight) == (1, 1.0, 0.0)
+
+
+ZERO_WEIGHT = {"video": "b.mp4", "text": "x", "loss_weight": 0}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"repeats": 1.5}, "repeats is 1.5; it must be a whole number from 1 to 10,000"),
+        ({"repeats": -1}, "repeats is -1; it must be a whole number from 1 to 10,000"),
+        ({"repeats": 10_001}, "repeats is 10001; it must be a whole number from 1 to 10,000"),
+        ({"repeats": "often"}, "repeats is 'often', not a number"),
+        ({"loss_weight": -0.5}, "loss_weight is -0.5; it must be 0 or above"),
+        ({"loss_weight": math.inf}, "loss_weight is not a finite number"),
+        ({"loss_weight": True}, "loss_weight is True, not a number"),
+    ],
+)
+def test_bad_repeats_or_loss_weight_name_their_row(root: Path, values: dict[str, object], expected: str) -> None:
+    message = table_refusal(root, jsonl({"video": "a.mp4", "text": "x", **values}), "clips.jsonl")
+    assert message == f"clips.jsonl row 1: {expected}"
 
 
 CAPTION_FAULTS = [

@@ -68,6 +68,8 @@ def test_hash_holds_all_that_training_depends_on() -> None:
         replace(view, rows=(replace(row, caption_weights=(2.0, 1.0)), *view.rows[1:])),
         replace(view, rows=(replace(row, prompt_keys=row.prompt_keys[::-1]), *view.rows[1:])),
         replace(view, rows=(replace(row, latent_key=key_of("other")), *view.rows[1:])),
+        replace(view, rows=(replace(row, repeats=2), *view.rows[1:])),
+        replace(view, rows=(replace(row, loss_weight=0.5), *view.rows[1:])),
         replace(view, rows=(*view.rows[:2], make_row(3, "held_out"))),
         replace(view, rows=(row, make_row(1, "held_out"), make_row(2, "held_out"))),
         replace(view, rows=(row, make_row(1), make_row(2, "skipped"))),

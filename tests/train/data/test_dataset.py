@@ -39,7 +39,7 @@ def conventions_of(variant: str) -> Conventions:
     return read_conventions(tiny.transformer_config(variant), tiny.vae_config(variant), tiny.scheduler_config(variant))
 
 
-def dataset(folder: Path, variant: str = "2b", **values: Any) -> Dataset:
+def dataset(folder: Path, variant: str = "2b", repeats: int = 1, loss_weight: float = 1, **values: Any) -> Dataset:
     """One clip with three captions; each prompt is filled with its number (0 is the empty one), images are ones."""
     conventions = conventions_of(variant)
     storage = open_storage(str(folder), local_cache_gib=1)
@@ -57,6 +57,7 @@ def dataset(folder: Path, variant: str = "2b", **values: Any) -> Dataset:
     samples = [Sample(key, {"prompt_embeds": torch.full(shape, float(index))}, {}) for index, key in enumerate(texts)]
     write_shard(storage, prompts.folder, samples)
     row = ViewRow("a.mp4", 0.0, 1.0, 9, 32, 48, False, clip, ("", "", ""), WEIGHTS, CAPTIONS, (0, 0, 0), "train", "")
+    row = replace(row, repeats=repeats, loss_weight=loss_weight)
     view = View("view", latents, prompts, {"": texts[0]}, (row,))
     train = Train(output_dir=folder, **values)
     return Dataset(storage, view, "train", conventions, read_schedule(tiny.scheduler_config(variant)), train)
@@ -69,6 +70,23 @@ def example(data: Dataset, epoch: int) -> Example:
 
 def captions(data: Dataset, epochs: int = 200) -> list[int]:
     return [int(example(data, epoch).model_input.prompt_embeds[0, 0]) for epoch in range(epochs)]
+
+
+def test_a_repetition_draws_its_own_noise_and_timestep(tmp_path: Path) -> None:
+    data, once = dataset(tmp_path, repeats=3), dataset(tmp_path)
+    assert data.places == [(0, 0), (0, 1), (0, 2)]
+    draws = [Draw(5, *place) for place in data.places]
+    first, *others = (data.example(draw, 500) for draw in draws)
+    assert all(not torch.equal(other.target, first.target) and other.draw != first.draw for other in others)
+    assert len(set(data.timesteps(draws, 0))) == 3
+    only = once.example(Draw(5, 0), 500)
+    assert torch.equal(first.target, only.target) and first.draw == only.draw
+
+
+def test_a_rows_loss_weight_multiplies_its_loss(tmp_path: Path) -> None:
+    usual, weighted = (example(dataset(tmp_path, snr_gamma=5.0, loss_weight=weight), 0) for weight in (1.0, 0.25))
+    assert weighted.weight == 0.25 * usual.weight
+    assert torch.equal(weighted.target, usual.target)
 
 
 def test_captions_come_as_often_as_their_weights_say(tmp_path: Path) -> None:
@@ -281,7 +299,7 @@ def downloads_of_an_epoch(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> Cou
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, "get_file", counted)
         for step in range(len(data.rows) // 4):
-            for draw in global_batch("view", 7, len(data.rows), 4, step, data.windows()):
+            for draw in global_batch("view", 7, data.places, 4, step, data.windows()):
                 data.example(draw, 10)
     return fetched
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shared.errors import DataError
 from shared.model.geometry import Bucket, video_tokens
-from train.data.order import Draw, Windows, divide, global_batch, num_train_steps, pack_cost, window_size
+from train.data.order import Draw, Windows, divide, epoch_places, global_batch, num_train_steps, pack_cost, window_size
 
 TEXT_TOKENS = 226
 WIDTH = 3072  # CogVideoX-5B: 48 heads of 64
@@ -26,17 +26,35 @@ def mixed_tokens(count: int, seed: int) -> list[int]:
     return [TEXT_TOKENS + video_tokens(bucket, 2, None) for bucket in buckets]
 
 
+def places(num_rows: int) -> list[tuple[int, int]]:
+    return epoch_places([1] * num_rows)
+
+
 def stream(num_rows: int, global_batch_size: int, steps: int, view: str = "view", seed: int = 7) -> list[Draw]:
-    return [draw for step in range(steps) for draw in global_batch(view, seed, num_rows, global_batch_size, step)]
+    return [
+        draw for step in range(steps) for draw in global_batch(view, seed, places(num_rows), global_batch_size, step)
+    ]
 
 
 @quick
 @given(st.integers(1, 10_000), batch_sizes, st.integers(0, 3))
 def test_every_clip_comes_exactly_once_per_epoch(num_rows: int, global_batch_size: int, epoch: int) -> None:
     first, last = epoch * num_rows // global_batch_size, -(-(epoch + 1) * num_rows // global_batch_size)
-    draws = [draw for step in range(first, last) for draw in global_batch("v", 1, num_rows, global_batch_size, step)]
+    draws = [
+        draw for step in range(first, last) for draw in global_batch("v", 1, places(num_rows), global_batch_size, step)
+    ]
     assert sorted(draw.row for draw in draws if draw.epoch == epoch) == list(range(num_rows))
     assert [draw.epoch for draw in draws] == sorted(draw.epoch for draw in draws)
+
+
+@quick
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=60), batch_sizes, st.integers(0, 3))
+def test_a_repeated_clip_comes_exactly_so_often(repeats: list[int], global_batch_size: int, epoch: int) -> None:
+    every, total = epoch_places(repeats), sum(repeats)
+    first, last = epoch * total // global_batch_size, -(-(epoch + 1) * total // global_batch_size)
+    draws = [draw for step in range(first, last) for draw in global_batch("v", 1, every, global_batch_size, step)]
+    seen = sorted((draw.row, draw.repetition) for draw in draws if draw.epoch == epoch)
+    assert seen == [(row, repetition) for row, count in enumerate(repeats) for repetition in range(count)]
 
 
 @quick
@@ -49,7 +67,7 @@ def test_the_order_is_the_same_for_any_world_and_restart(
     step = 0
     for world_size, steps in runs:
         for _ in range(steps):
-            batch = global_batch("view", 7, num_rows, global_batch_size, step)
+            batch = global_batch("view", 7, places(num_rows), global_batch_size, step)
             shares = divide([tokens[draw.row] for draw in batch], WIDTH, world_size, 40_000)
             assert len(shares) == world_size
             placed = {index: batch[index] for share in shares for pack in share for index in pack}
@@ -71,7 +89,7 @@ def test_epochs_seeds_and_views_are_shuffled_differently() -> None:
 def test_every_place_in_an_epoch_is_equally_likely() -> None:
     counts = np.zeros((5, 5))
     for seed in range(2000):
-        for position, draw in enumerate(global_batch("view", seed, 5, 5, 0)):
+        for position, draw in enumerate(global_batch("view", seed, places(5), 5, 0)):
             counts[position, draw.row] += 1
     assert np.abs(counts - 400).max() < 90  # five standard deviations
 
@@ -82,7 +100,7 @@ def test_the_order_is_the_recorded_one() -> None:
 
 
 def test_a_batch_larger_than_the_view_repeats_it() -> None:
-    batch = global_batch("view", 1, 3, 8, 0)
+    batch = global_batch("view", 1, places(3), 8, 0)
     assert [draw.epoch for draw in batch] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
@@ -98,7 +116,7 @@ def windows(draw: st.DrawFn) -> Windows:
 def windowed_epoch(order_of: Windows, epoch: int = 0, seed: int = 7) -> list[int]:
     """Rows in the order they come."""
     size = len(order_of.shards)
-    return [draw.row for draw in global_batch("view", seed, size, size, epoch, order_of)]
+    return [draw.row for draw in global_batch("view", seed, places(size), size, epoch, order_of)]
 
 
 @quick
@@ -109,7 +127,9 @@ def test_every_clip_comes_exactly_once_per_epoch_of_windows(
     rows = len(order_of.shards)
     first, last = epoch * rows // global_batch_size, -(-(epoch + 1) * rows // global_batch_size)
     draws = [
-        draw for step in range(first, last) for draw in global_batch("v", 1, rows, global_batch_size, step, order_of)
+        draw
+        for step in range(first, last)
+        for draw in global_batch("v", 1, places(rows), global_batch_size, step, order_of)
     ]
     assert len(draws) == (last - first) * global_batch_size
     assert sorted(draw.row for draw in draws if draw.epoch == epoch) == list(range(rows))
