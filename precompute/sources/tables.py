@@ -140,8 +140,8 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
 
 
 def _row(values: Mapping[str, object], data: Data, where: str) -> Row:
-    optional = {name: values.get(name) for name in OPTIONAL_COLUMNS}
-    return Row(where, values[data.video_column], values[data.caption_column], **optional)
+    start, end, repeats, loss_weight = (values.get(name) for name in OPTIONAL_COLUMNS)
+    return Row(where, values[data.video_column], values[data.caption_column], start, end, repeats, loss_weight)
 
 
 def _choose_columns(names: Sequence[str], data: Data, table: str) -> list[str]:
