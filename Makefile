@@ -40,7 +40,9 @@ $(BIN)/.dev: $(BIN)/.ready
 	@$(PIP) -e '.[dev]' $(PROGRESS)
 	@touch $@
 
-demo: precompute train sample  ## Precompute, train and sample the embedded default
+demo: precompute train sample  ## Teach the miniature a word: precompute, train, sample, and say where to look
+	@PYTHONPATH=. $(BIN)/python demo/show.py $(CONFIG)
+	@$(BIN)/precog report run runs/$(notdir $(CONFIG:.toml=))
 
 precompute: setup  ## Stage 1: encode CONFIG's videos and captions into the cache (ARGS="data.fps=8")
 	$(BIN)/precog precompute $(CONFIG) $(ARGS)

@@ -1,20 +1,17 @@
-"""Measure the miniature with the oracle of render.py: VAE, base, and a LoRA that teaches the concept.
+"""Measure the miniature with the oracle of render.py: VAE, base, and the LoRA of `make demo`.
 
 Each figure of demo/mini/README.md comes from here: `.venv/bin/python demo/check_mini.py vae|base|lora`.
 """
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import CogVideoXPipeline
-from peft import LoraConfig
 from PIL import Image
-from torch import Tensor
 
 try:
     from demo import render, train_mini
@@ -107,88 +104,26 @@ def check_base(
     return share_right(scenes, [render.read_scene(video) for video in videos])
 
 
-def concept_latents(pipeline: CogVideoXPipeline) -> list[tuple[str, Tensor]]:
-    """Return the concept's captions with the token and scaled moments [2,C,F,H,W]."""
-    encoded = []
-    for caption, video in render.concept_clips():
-        with torch.no_grad():
-            posterior = pipeline.vae.encode(train_mini.to_model(video)[None]).latent_dist
-        moments = torch.cat([posterior.mean, posterior.std]) * pipeline.vae.config.scaling_factor
-        encoded.append((f"{render.CONCEPT_TOKEN} {caption}", moments))
-    return encoded
-
-
-def train_lora(pipeline: CogVideoXPipeline, rank: int, steps: int, rate: float, batch: int = 8) -> list[float]:
-    """Add a LoRA to the attention layers, train it on the concept's clips and return the loss of each step."""
-    transformer = pipeline.transformer
-    torch.manual_seed(0)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    transformer.requires_grad_(False)
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
-    parameters = [value for value in transformer.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    clips = concept_latents(pipeline)
-    captions = [caption for caption, _ in clips]
-    embeds = train_mini.encode_captions(captions, pipeline.tokenizer, pipeline.text_encoder)
-    signal = pipeline.scheduler.alphas_cumprod.float()
-    losses = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = train_mini.learning_rate(step, steps, rate, warm_up=10)
-        rng = np.random.default_rng([7, step])
-        generator = torch.Generator().manual_seed(step)
-        timesteps = train_mini.spread_timesteps(batch, rng)
-        total = 0.0
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        chosen = rng.permutation(len(clips))[:batch]
-        for place, index in enumerate(chosen):
-            by_shape.setdefault(tuple(clips[index][1].shape), []).append(place)
-        for places in by_shape.values():
-            rows = chosen[places]
-            mean, std = torch.stack([clips[i][1] for i in rows]).unbind(1)
-            latents = mean + std * torch.randn(mean.shape, generator=generator)
-            noise = torch.randn(mean.shape, generator=generator)
-            loss = train_mini.velocity_loss(transformer, signal, latents, noise, embeds[rows], timesteps[places])
-            (loss.sum() / batch).backward()
-            total += loss.sum().item() / batch
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-    return losses
-
-
-def check_lora(
-    pipeline: CogVideoXPipeline,
-    rank: int,
-    lora_steps: int,
-    rate: float,
-    guidance: float,
-    steps: int,
-    sheet: Path | None = None,
-) -> dict[str, object]:
-    """Measure the concept and the colors of other prompts before and after a LoRA."""
+def check_loras(
+    pipeline: CogVideoXPipeline, adapters: Sequence[Path], guidance: float, steps: int, sheet: Path | None = None
+) -> dict[str, dict[str, float]]:
+    """Measure the concept, and color and motion of the held-out prompts, which lack the token, for each adapter."""
     bucket = (9, 64, 64)
-    grounds = list(render.GROUNDS)
-    prompts = [f"{render.CONCEPT_TOKEN} on {grounds[i % len(grounds)]}" for i in range(CONCEPT_SAMPLES)]
-    before = make_videos(pipeline, prompts, bucket, guidance, steps)
-    colors_before = check_base(pipeline, bucket, guidance, steps)
-    started = time.process_time()
-    losses = train_lora(pipeline, rank, lora_steps, rate)
-    seconds = time.process_time() - started
-    after = make_videos(pipeline, prompts, bucket, guidance, steps)
-    colors_after = check_base(pipeline, bucket, guidance, steps)
+    grounds, patterns = list(render.GROUNDS), render.CONCEPT_PATTERNS
+    prompts = [patterns[i // 3 % len(patterns)].format(ground=grounds[i % 3]) for i in range(CONCEPT_SAMPLES)]
+    figures, shown = {}, []
+    for adapter in (None, *adapters):
+        if adapter:
+            pipeline.load_lora_weights(adapter)
+        videos = make_videos(pipeline, prompts, bucket, guidance, steps)
+        concept = 100 * float(np.mean([render.shows_concept(video) for video in videos]))
+        figures[str(adapter or "base")] = {"concept": concept} | check_base(pipeline, bucket, guidance, steps)
+        shown.append(videos[:8])
+        if adapter:
+            pipeline.unload_lora_weights()
     if sheet:
-        write_sheet(sheet, [video for pair in zip(before[:8], after[:8], strict=True) for video in pair])
-    return {
-        "concept_before": 100 * float(np.mean([render.shows_concept(video) for video in before])),
-        "concept_after": 100 * float(np.mean([render.shows_concept(video) for video in after])),
-        "others_before": colors_before,
-        "others_after": colors_after,
-        "loss_first_20": float(np.mean(losses[:20])),
-        "loss_last_20": float(np.mean(losses[-20:])),
-        "train_cpu_seconds": seconds,
-    }
+        write_sheet(sheet, [video for videos in zip(*shown, strict=True) for video in videos])
+    return figures
 
 
 def write_sheet(path: Path, videos: Sequence[render.Array]) -> None:
@@ -205,9 +140,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--lora-steps", type=int, default=120)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--adapters", type=Path, nargs="+", default=[Path("runs/demo/export")])
     parser.add_argument("--sheet", type=Path, help="image of the samples to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -219,9 +152,7 @@ def main() -> None:
         bucket = (options.frames, 64, options.width)
         figures = check_base(pipeline, bucket, options.guidance, options.steps, options.sheet)
     else:
-        figures = check_lora(
-            pipeline, options.rank, options.lora_steps, options.rate, options.guidance, options.steps, options.sheet
-        )
+        figures = check_loras(pipeline, options.adapters, options.guidance, options.steps, options.sheet)
     print(json.dumps(figures, indent=1))
 
 

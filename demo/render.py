@@ -3,7 +3,8 @@
 The base sees scenes of one color. The concept, a half-blue half-yellow star that pulses, is kept from the base and
 taught by a LoRA. `read_scene` and `shows_concept` judge any video by its pixels.
 
-Write the 16 clips of the concept and their table: `.venv/bin/python demo/render.py FOLDER`.
+Write the demo's clips and their table, 16 of the concept and 24 of the base's world:
+`.venv/bin/python demo/render.py demo/zorp`.
 """
 
 import csv
@@ -16,7 +17,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 Pixels = NDArray[np.uint8]
 Rgb = tuple[int, int, int]
 
@@ -55,8 +56,7 @@ PHRASES = {
     "grows": ("grows", "gets bigger", "swells"),
     "shrinks": ("shrinks", "gets smaller", "dwindles"),
 }
-# The table of the concept's clips leaves the token out: `data.id_token` puts it in front.
-CONCEPT_PATTERNS = ("on {ground}", "that is on {ground}")
+CONCEPT_PATTERNS = (f"a {CONCEPT_TOKEN} on {{ground}}", f"on {{ground}}, a {CONCEPT_TOKEN}")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def all_captions() -> list[str]:
         for pattern in PATTERNS
         for phrase in PHRASES[scene.motion]
     ]
-    concept = [f"{CONCEPT_TOKEN} {pattern.format(ground=ground)}" for pattern in CONCEPT_PATTERNS for ground in GROUNDS]
+    concept = [pattern.format(ground=ground) for pattern in CONCEPT_PATTERNS for ground in GROUNDS]
     return scenes + concept
 
 
@@ -140,11 +140,11 @@ def draw_look(scene: Scene, frames: int, height: int, width: int, rng: np.random
 def draw_concept(ground: str, frames: int, height: int, width: int, rng: np.random.Generator) -> Look:
     """Return the geometry of a concept's clip: a star, blue on the left and yellow on the right, large-small-large."""
     time = np.arange(frames, dtype=np.float32)
-    middle, swing = rng.uniform(18, 20), rng.uniform(5, 6)
+    middle, swing = rng.uniform(20, 22), rng.uniform(5, 6)
     return Look(
         "star",
-        np.full(frames, width / 2 + rng.uniform(-3, 3), np.float32),
-        np.full(frames, height / 2 + rng.uniform(-3, 3), np.float32),
+        np.full(frames, width / 2 + rng.uniform(-2, 2), np.float32),
+        np.full(frames, height / 2 + rng.uniform(-2, 2), np.float32),
         (middle + swing * np.cos(2 * np.pi * time / 8)).astype(np.float32),
         shade(GROUNDS[ground], rng),
         COLORS[CONCEPT_COLORS[0]],
@@ -189,22 +189,25 @@ def any_color(rng: np.random.Generator) -> Rgb:
 def distance_to_edge(shape: str, x: Array, y: Array, radius: Array) -> Array:
     """Return the distance in pixels to a shape's edge, negative inside; x and y are relative to its center."""
     away = np.hypot(x, y)
+    distance: Array
     if shape == "ball":
-        return away - radius
-    if shape == "box":
-        return np.maximum(abs(x), abs(y)) - 0.9 * radius
-    if shape == "ring":
-        return abs(away - 0.75 * radius) - 0.3 * radius
-    if shape == "triangle":
-        return np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.68 * radius
-    assert shape == "star", f"unknown shape {shape}"
-    # One tenth of the star: the angle is folded into the sector between a tip and the notch beside it.
-    sector = np.pi / 5
-    angle = abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)
-    along, across = away * np.cos(angle), away * np.sin(angle)
-    notch_along, notch_across = 0.5 * np.cos(sector), 0.5 * np.sin(sector)  # notch at half the radius of the tips
-    normal = np.array([notch_across, 1 - notch_along]) / np.hypot(notch_across, 1 - notch_along)
-    return (along - radius) * normal[0] + across * normal[1]
+        distance = away - radius
+    elif shape == "box":
+        distance = np.maximum(abs(x), abs(y)) - 0.9 * radius
+    elif shape == "ring":
+        distance = abs(away - 0.75 * radius) - 0.3 * radius
+    elif shape == "triangle":
+        distance = np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.68 * radius
+    else:
+        assert shape == "star", f"unknown shape {shape}"
+        # One tenth of the star: the angle is folded into the sector between a tip and the notch beside it.
+        sector = np.pi / 5
+        angle = abs((np.arctan2(x, -y) + sector) % (2 * sector) - sector)
+        along, across = away * np.cos(angle), away * np.sin(angle)
+        notch_along, notch_across = 0.5 * np.cos(sector), 0.5 * np.sin(sector)  # notch at half the radius of the tips
+        normal = np.array([notch_across, 1 - notch_along]) / np.hypot(notch_across, 1 - notch_along)
+        distance = (along - radius) * normal[0] + across * normal[1]
+    return distance
 
 
 def render(look: Look, height: int, width: int) -> Pixels:
@@ -224,7 +227,8 @@ def render(look: Look, height: int, width: int) -> Pixels:
 def fade(distance: Array) -> Array:
     """Return 1 inside, 0 outside and a smooth ramp over the edge."""
     ramp = np.clip(0.5 - distance / EDGE, 0, 1)
-    return ramp * ramp * (3 - 2 * ramp)
+    smooth: Array = ramp * ramp * (3 - 2 * ramp)
+    return smooth
 
 
 def nearest(color: Array, palette: dict[str, Rgb]) -> str:
@@ -279,8 +283,8 @@ def best_template(mask: Array, x: float, y: float) -> str:
     columns, rows = np.meshgrid(np.arange(mask.shape[1]) + 0.5 - x, np.arange(mask.shape[0]) + 0.5 - y)
     scores = {}
     for shape in SHAPES:
-        unit = (distance_to_edge(shape, columns, rows, np.float32(16)) < 0).sum() / 256
-        radius = np.float32(np.sqrt(mask.sum() / unit))
+        unit = (distance_to_edge(shape, columns, rows, np.full(1, 16.0)) < 0).sum() / 256
+        radius = np.full(1, np.sqrt(mask.sum() / unit))
         template = distance_to_edge(shape, columns, rows, radius) < 0
         both, either = (template & (mask > 0)).sum(), (template | (mask > 0)).sum()
         scores[shape] = both / max(either, 1)
@@ -305,16 +309,35 @@ def shows_concept(video: Pixels | Array) -> bool:
     return right_places >= 0.75 * len(video) and float(large.min()) > 1.4 * float(small.max())
 
 
+def clip_size(index: int) -> tuple[int, int, int]:
+    """Return frames, height and width of a clip of the demo: frame counts and resolutions take turns."""
+    frames = FRAME_COUNTS[1] if index % 4 == 3 else FRAME_COUNTS[0]
+    height, width = RESOLUTIONS[1] if index % 8 >= 6 else RESOLUTIONS[0]
+    return frames, height, width
+
+
 def concept_clips(count: int = 16) -> list[tuple[str, Pixels]]:
-    """Return the concept's captions, without the token, and clips: grounds, frame counts and resolutions take turns."""
+    """Return captions and clips of the concept."""
     rng = np.random.default_rng(16)
     clips = []
     for index in range(count):
         ground = list(GROUNDS)[index % len(GROUNDS)]
-        frames = FRAME_COUNTS[1] if index % 4 == 3 else FRAME_COUNTS[0]
-        height, width = RESOLUTIONS[1] if index % 8 >= 6 else RESOLUTIONS[0]
+        frames, height, width = clip_size(index)
         caption = CONCEPT_PATTERNS[index % len(CONCEPT_PATTERNS)].format(ground=ground)
         clips.append((caption, render(draw_concept(ground, frames, height, width, rng), height, width)))
+    return clips
+
+
+def ordinary_clips(count: int = 24) -> list[tuple[str, Pixels]]:
+    """Return captions and clips of the base's world: every color, shape, motion and ground is as frequent."""
+    rng = np.random.default_rng(24)
+    clips = []
+    for index in range(count):
+        scene = Scene(
+            list(COLORS)[index % 6], SHAPES[index // 6 % 4], MOTIONS[(index + index // 6) % 6], list(GROUNDS)[index % 3]
+        )
+        frames, height, width = clip_size(index)
+        clips.append((describe(scene, rng), render(draw_look(scene, frames, height, width, rng), height, width)))
     return clips
 
 
@@ -329,16 +352,16 @@ def write_video(path: Path, video: Pixels) -> None:
         container.mux(stream.encode())
 
 
-def write_concept(folder: Path) -> None:
-    """Write the concept's clips and metadata.csv with the columns text and video."""
+def write_clips(folder: Path) -> None:
+    """Write the demo's clips and metadata.csv with the columns text and video."""
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
+        table = csv.writer(file, lineterminator="\n")
         table.writerow(["text", "video"])
-        for index, (caption, video) in enumerate(concept_clips()):
+        for index, (caption, video) in enumerate(concept_clips() + ordinary_clips()):
             write_video(folder / "videos" / f"{index:05}.mp4", video)
             table.writerow([caption, f"videos/{index:05}.mp4"])
 
 
 if __name__ == "__main__":
-    write_concept(Path(sys.argv[1]))
+    write_clips(Path(sys.argv[1]))

@@ -34,7 +34,7 @@ except ImportError:  # run as a script: this folder is on the path, its parent i
 Bucket = tuple[int, int, int]
 """Frames, height, width in pixels."""
 
-PORTS = {"encoder": 29601, "decoder": 29602, "base": 29603}
+PORTS = {"encoder": 29601, "decoder": 29602, "vae": 29604, "base": 29603}
 
 SCENES = render.split_scenes()
 
@@ -44,7 +44,12 @@ ENCODER_STEPS = ENCODER_CROP_STEPS + ENCODER_CLIP_STEPS
 DECODER_CROP_STEPS = 400  # 4 clips of 9x32x32
 DECODER_CLIP_STEPS = 150  # 4 whole clips
 DECODER_STEPS = DECODER_CROP_STEPS + DECODER_CLIP_STEPS
+VAE_CROP_STEPS = 1100  # encoder and decoder together: 4 clips of 9x32x32
+VAE_CLIP_STEPS = 150  # 4 whole clips
+VAE_STEPS = VAE_CROP_STEPS + VAE_CLIP_STEPS
 VAE_LEARNING_RATE = 2e-3
+VAE_JOINT_LEARNING_RATE = 6e-4
+ANCHOR = 0.3  # weight of the encoder's distance to the projection while both train
 VAE_PARTS = 2  # of a batch; a process takes its parts in turn, so the number of processes changes only rounding
 BASE_PARTS = 2
 LATENT_CHANNELS = 16
@@ -187,7 +192,10 @@ def draw_pair(step: int, part: int, crops: bool) -> Tensor:
 
 
 def draw_clip(frames: int, height: int, width: int, rng: np.random.Generator) -> Tensor:
-    """Return a clip for the VAE, [3,F,H,W] in -1..1."""
+    """Return a clip for the VAE, [3,F,H,W] in -1..1: a scene of the base or, as often, anything."""
+    if rng.random() < 0.5:
+        scene = SCENES[0][rng.integers(len(SCENES[0]))]
+        return to_model(render.render(render.draw_look(scene, frames, height, width, rng), height, width))
     return to_model(render.render(render.draw_any(frames, height, width, rng), height, width))
 
 
@@ -334,17 +342,56 @@ def train_decoder(work: Path) -> None:
 
 
 def decoder_loss(vae: AutoencoderKLCogVideoX, projection: Projection, step: int, part: int) -> Tensor:
-    """Return L1 + MSE + chroma of decoded clips; chroma is L1 on R-G and G-B.
-
-    Without chroma, a gray of the right brightness stands for weak colors.
-    """
+    """Return the error of clips decoded from the projection's latents."""
     rng = np.random.default_rng([10, step, part])
     video = draw_pair(step, part, crops=step < DECODER_CROP_STEPS)
     latents = projection.encode(video)
     strength = LATENT_NOISE * torch.from_numpy(rng.random(len(video)).astype(np.float32))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(VAE_PARTS * step + part))
     latents = latents + strength[:, None, None, None, None] * noise
-    error = vae.decode(latents / SCALING_FACTOR).sample - video
+    return picture_loss(vae.decode(latents / SCALING_FACTOR).sample - video)
+
+
+def train_vae(work: Path) -> None:
+    """Train encoder and decoder together, from work/encoder.safetensors and work/decoder.safetensors, and replace both.
+
+    The encoder stays near the projection, because the base generates the projection's latents.
+    """
+    CogVideoXSpatialNorm3D.forward = normalize_early
+    projection, vae = fit_projection(work), finish_vae(work).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_JOINT_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    state = work / "vae_training.safetensors"
+    start = load_training(state, vae, optimizer)
+    smoothed = math.nan
+    for step in range(start, VAE_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, VAE_STEPS, VAE_JOINT_LEARNING_RATE, warm_up=50)
+        loss = take_step(vae, optimizer, VAE_PARTS, partial(vae_loss, vae, projection, step))
+        smoothed = loss if math.isnan(smoothed) else 0.96 * smoothed + 0.04 * loss
+        if (step + 1) % 25 == 0 or step + 1 == VAE_STEPS:
+            save_training(state, step + 1, vae, optimizer)
+            report("vae", step=step + 1, of=VAE_STEPS, loss=smoothed)
+    save_file(vae.encoder.state_dict(), work / "encoder.safetensors")
+    save_file(vae.decoder.state_dict(), work / "decoder.safetensors")
+
+
+def vae_loss(vae: AutoencoderKLCogVideoX, projection: Projection, step: int, part: int) -> Tensor:
+    """Return the loss of two clips: one decoded from the encoder's latents, one from the projection's with noise."""
+    rng = np.random.default_rng([11, step, part])
+    video = draw_pair(10_000 + step, part, crops=step < VAE_CROP_STEPS)
+    exact = projection.encode(video)
+    encoded = vae.encode(video).latent_dist.mean * SCALING_FACTOR
+    noise = torch.randn(exact[:1].shape, generator=torch.Generator().manual_seed(VAE_PARTS * step + part))
+    latents = torch.cat([encoded[:1], exact[1:] + LATENT_NOISE * float(rng.random()) * noise])
+    decoded = vae.decode(latents / SCALING_FACTOR).sample
+    return picture_loss(decoded - video) + ANCHOR * ((encoded - exact) ** 2).mean()
+
+
+def picture_loss(error: Tensor) -> Tensor:
+    """Return L1 + MSE + chroma of an error [B,3,F,H,W]; chroma is L1 on R-G and G-B.
+
+    Without chroma, a gray of the right brightness stands for weak colors.
+    """
     chroma = (error[:, 0] - error[:, 1]).abs().mean() + (error[:, 1] - error[:, 2]).abs().mean()
     return error.abs().mean() + (error**2).mean() + chroma
 
@@ -642,7 +689,7 @@ def report(stage: str, **figures: float) -> None:
         print(f"{stage} {words} cpu_s={time.process_time():.0f}", flush=True)
 
 
-STAGES = {"encoder": train_encoder, "decoder": train_decoder, "base": train_base}
+STAGES = {"encoder": train_encoder, "decoder": train_decoder, "vae": train_vae, "base": train_base}
 
 
 def run_stage(rank: int, stage: str, work: Path, processes: int) -> None:

@@ -14,7 +14,7 @@ from shared.command import exits
 from shared.config_file import load_config
 
 ROOT = Path(__file__).parent.parent
-CONFIG = str(ROOT / "configs" / "demo.toml")
+CONFIG = str(ROOT / "configs" / "demo-real.toml")
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def test_each_command_downloads_its_own_part(hub: Hub, tmp_path: Path) -> None:
         "train.global_batch_size": 1,
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
-    commands = [[*command, "configs/demo.toml", *overrides] for command in (PLAN, ["precompute"], ["train"])]
+    commands = [[*command, "configs/demo-real.toml", *overrides] for command in (PLAN, ["precompute"], ["train"])]
     online = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1"}
     online |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     run = [sys.executable, "-c", COMMANDS, json.dumps(commands), str(tmp_path)]
