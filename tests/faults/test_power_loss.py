@@ -14,46 +14,17 @@ import torch
 import xxhash
 
 from shared.cache import shard
-from shared.cache.collection import SampleReader, collection_for
+from shared.cache.collection import SampleReader
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
-from shared.cache.view import View, ViewRow, read_view, view_names, write_view
+from shared.cache.view import read_view, view_names
 from shared.errors import CacheError
-from shared.fingerprint import key_of
-from shared.model.geometry import Bucket
 from tests.corpus import config_for, run, stored_files, write_corpus
 from tests.faults.disk import EMPTY, Log, State, crash_states, crashed, insecure
-from tests.faults.writer import COLLECTION, SAMPLES, SKIPPED, work
+from tests.faults.writer import COLLECTION, SAMPLES, write_all
 
 Files = dict[str, bytes]
 read_tensors = shard.sample_tensors
-PROMPTS = collection_for("prompts", {"kind": "prompts", "test": "writer"})
-
-
-def write_all(root: Path) -> None:
-    """Write all that stage 1 writes, without its encoders."""
-    work(root)
-    bucket = Bucket(9, 32, 48)
-    rows = tuple(
-        ViewRow(
-            f"{number}.mp4",
-            0.0,
-            1.0,
-            bucket.frames,
-            bucket.height,
-            bucket.width,
-            False,
-            key,
-            ("text",),
-            (1.0,),
-            (key_of("text"),),
-            (0,),
-            "skipped" if key == SKIPPED else "train",
-            "broken" if key == SKIPPED else "",
-        )
-        for number, key in enumerate(SAMPLES)
-    )
-    write_view(LocalStorage(str(root)), View("power", COLLECTION, PROMPTS, {"": key_of("")}, rows))
 
 
 def wrong_reads(root: Path) -> list[str]:

@@ -16,7 +16,9 @@ from shared.cache.collection import collection_for, write_recipe
 from shared.cache.shard import Sample, write_shard
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
+from shared.cache.view import View, ViewRow, write_view
 from shared.fingerprint import Json, key_of
+from shared.model.geometry import Bucket
 
 RECIPE: dict[str, Json] = {"kind": "latents", "test": "writer"}
 COLLECTION = collection_for("latents", RECIPE)
@@ -25,6 +27,7 @@ SAMPLES = {
     for number in range(10)
 }
 SKIPPED = key_of(7)
+PROMPTS = collection_for("prompts", {"kind": "prompts", "test": "writer"})
 
 before_effect: Callable[[], None] | None = None
 
@@ -50,6 +53,32 @@ def work(root: Path, part: Part = Part()) -> None:  # noqa: B008
             samples = [SAMPLES[key] for key in shard.keys if key != SKIPPED]
             write_shard(storage, shard.folder, samples, {SKIPPED: "broken"} if SKIPPED in shard.keys else {})
         shards, inventory = shards_to_make(storage, wanted, inventory, part)
+
+
+def write_all(root: Path) -> None:
+    """Write all that stage 1 writes, without its encoders."""
+    work(root)
+    bucket = Bucket(9, 32, 48)
+    rows = tuple(
+        ViewRow(
+            f"{number}.mp4",
+            0.0,
+            1.0,
+            bucket.frames,
+            bucket.height,
+            bucket.width,
+            False,
+            key,
+            ("text",),
+            (1.0,),
+            (key_of("text"),),
+            (0,),
+            "skipped" if key == SKIPPED else "train",
+            "broken" if key == SKIPPED else "",
+        )
+        for number, key in enumerate(SAMPLES)
+    )
+    write_view(LocalStorage(str(root)), View("power", COLLECTION, PROMPTS, {"": key_of("")}, rows))
 
 
 def in_child(body: Callable[[], object]) -> int:
