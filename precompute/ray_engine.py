@@ -10,6 +10,7 @@ from typing import Any
 from precompute.assignments import Part
 from precompute.report import Report, merge
 from shared.config import Config
+from shared.console import say
 from shared.errors import PrecogError, UsageError
 from shared.signals import raise_on_signal
 
@@ -33,8 +34,7 @@ def precompute_with_ray(config: Config) -> Report:
     """Run stage 1 on the cluster of RAY_ADDRESS, else on a local one; return the merged report.
 
     Raises as `precompute` does, `UsageError` if Ray is not installed or the cluster does not answer, and `PrecogError`
-    for a worker that dies more than `MAX_RESTARTS` times. A signal ends the workers at once; unfinished shards
-    are lost.
+    if all workers are lost. A signal ends the workers at once; unfinished shards are lost.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
@@ -58,11 +58,7 @@ def precompute_with_ray(config: Config) -> Report:
             cleanup.callback(ray.kill, worker)
         cleanup.enter_context(raise_on_signal("finished shards are stored"))  # ray.init has replaced the handlers
         waiting = [worker.precompute.remote(config, Part(index, count)) for index, worker in enumerate(workers)]
-        reports: list[Report] = []
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            reports += [_result(ray, reference) for reference in done]
-    return merge(reports)
+        return merge(_reports(ray, waiting))
 
 
 def _connect(ray: Any, address: str | None) -> None:
@@ -82,13 +78,23 @@ def worker_slots(resources: dict[str, float], decode_workers: int) -> tuple[int,
     return cpus // share, {"num_cpus": share}
 
 
-def _result(ray: Any, reference: Any) -> Report:
-    """Return a worker's report, or raise its error as if it had happened here."""
-    try:
-        report: Report = ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
-    except ray.exceptions.RayActorError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise PrecogError(f"--engine ray: a worker died {MAX_RESTARTS + 1} times ({reason}); check its log") from None
-    return report
+def _reports(ray: Any, waiting: list[Any]) -> list[Report]:
+    """Return the workers' reports, or raise a worker's error as if it had happened here.
+
+    Every worker goes on until nothing is missing, so the others make the shards of a worker that is lost with its node.
+    """
+    reports: list[Report] = []
+    lost = ""
+    while waiting:
+        done, waiting = ray.wait(waiting)
+        for reference in done:
+            try:
+                reports.append(ray.get(reference))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayActorError as error:
+                lost = str(error).strip().partition("\n")[0]
+                say(f"warning: a Ray worker is lost ({lost[:200]}); the other workers make its shards")
+    if not reports:
+        raise PrecogError(f"--engine ray: every worker died {MAX_RESTARTS + 1} times ({lost}); check their logs")
+    return reports

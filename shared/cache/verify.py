@@ -10,8 +10,8 @@ from shared.cache.collection import KINDS, Collection, foreign_formats, foreign_
 from shared.cache.remote import is_temporary
 from shared.cache.shard import OpenShard, read_receipt
 from shared.cache.storage import VERIFY, Storage
-from shared.cache.view import VIEW_BYTES, read_table_name, read_view, table_name, view_names
-from shared.errors import CacheError, Preempted, one_line
+from shared.cache.view import VIEW_BYTES, is_foreign_view, read_table_name, read_view, table_name
+from shared.errors import CacheError, one_line
 from shared.fingerprint import key_of, unsealed
 
 ASSIGNMENT_BYTES = 256 * 2**20
@@ -29,24 +29,25 @@ def verify(storage: Storage, *, repair: bool, track: Track = iter) -> tuple[int,
     A damaged file never ends the check, whatever it raises. With `repair`, it is renamed to `*.damaged`, together with
     its second file; precompute makes both again. Collections of other formats are left alone.
     """
-    files = [name for folder in FOLDERS for name in storage.entries(folder) if not is_temporary(name)]
+    files, damaged = list[str](), list[str]()
+    for folder in FOLDERS:
+        try:
+            files += [name for name in storage.entries(folder) if not is_temporary(name)]
+        except CacheError as error:
+            damaged.append(str(error))
     foreign = foreign_formats(storage, files)
-    left_alone = (*foreign_prefixes(foreign), "datasets/")
+    left_alone = foreign_prefixes(foreign)
     names = [name for name in files if name.endswith(".json") and not name.startswith(left_alone)]
-    names += [f"datasets/{name}.json" for name in view_names(storage, foreign)]
+    names = [name for name in names if not name.startswith("datasets/") or not is_foreign_view(storage, name, foreign)]
     parts = [name.split("/") for name in names if name.startswith(KINDS)]
     names = sorted({*names, *("/".join([*part[:2], "recipe.json"]) for part in parts if len(part) > 2)})  # also missing
-    damaged: list[str] = []
     for name in track(names):
         try:
             _check(storage, name)
-        except Preempted:
-            raise
         except Exception as error:
             line = str(error) if isinstance(error, CacheError) else f"{storage}/{name}: {one_line(error)}"
             damaged.append(line.partition(f"; {VERIFY}")[0])
-            if repair:
-                _set_aside(storage, name)
+            damaged += _set_aside(storage, name) if repair else []
     return sum(name.startswith(KINDS) for name in receipt_names(names)), damaged
 
 
@@ -65,9 +66,9 @@ def _check(storage: Storage, name: str) -> None:
         check_shard(storage, name)
 
 
-def _set_aside(storage: Storage, name: str) -> None:
-    """Rename a damaged file, and the tar of a receipt or the table of a view."""
-    names = [name]
+def _set_aside(storage: Storage, name: str) -> list[str]:
+    """Rename a damaged file, and the tar of a receipt or the table of a view; return a line for each that stays."""
+    names, problems = [name], []
     with suppress(CacheError):  # a damaged receipt or view names no second file
         if name.startswith("datasets/"):
             table = read_table_name(storage, name)
@@ -77,7 +78,11 @@ def _set_aside(storage: Storage, name: str) -> None:
         elif name.startswith(KINDS) and not name.endswith("/recipe.json"):
             names.append(read_receipt(storage, name).tar)
     for each in names:
-        storage.set_aside(each)
+        try:
+            storage.set_aside(each)
+        except CacheError as error:
+            problems.append(str(error))
+    return problems
 
 
 def check_shard(storage: Storage, receipt_name: str) -> None:

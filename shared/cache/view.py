@@ -5,7 +5,7 @@ The table is named by its bytes, and `datasets/<name>.json` holds that name and 
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -189,13 +189,22 @@ def open_view(cache: str, name: str) -> tuple[View, SampleReader, SampleReader]:
     return view, latents, prompts
 
 
-def view_names(storage: Storage, foreign: Iterable[str] = ()) -> list[str]:
+def view_names(storage: Storage, foreign: Mapping[str, Json] | None = None) -> list[str]:
     """List the views of a cache, without those of `foreign` collections (`foreign_formats`)."""
     names = [name for name in storage.files("datasets") if name.endswith(".json")]
-    if recipes := [folder.rpartition("/")[2].encode() for folder in foreign]:
-        contents = {name: storage.read(name, limit_bytes=VIEW_BYTES) for name in names}
-        names = [name for name in names if not any(recipe in contents[name] for recipe in recipes)]
+    names = [name for name in names if not is_foreign_view(storage, name, foreign)]
     return [name.removeprefix("datasets/").removesuffix(".json") for name in names]
+
+
+def is_foreign_view(storage: Storage, name: str, foreign: Mapping[str, Json] | None) -> bool:
+    """Return whether the view's JSON file `name` names one of the collections `foreign`."""
+    if not foreign:
+        return False
+    try:
+        content = storage.read(name, limit_bytes=VIEW_BYTES)
+    except CacheError:  # damaged
+        return False
+    return any(folder.rpartition("/")[2].encode() in content for folder in foreign)
 
 
 def _schema() -> Any:

@@ -16,7 +16,7 @@ CLIPS = 24
 @pytest.mark.faults
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_killed_node_changes_nothing(pipeline: Path, tmp_path: Path) -> None:
+def test_a_killed_node_changes_nothing(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # read when Ray is imported: servers on the loopback only
     import ray
     from ray.cluster_utils import Cluster
@@ -38,9 +38,9 @@ def test_a_killed_node_changes_nothing(pipeline: Path, tmp_path: Path) -> None:
         assert len(ray.nodes()) == 3
         threading.Thread(target=kill_node, daemon=True).start()
         report = precompute_with_ray(config_for(pipeline, root, cache, clips_per_shard=1))
-        assert killed.wait(60) and sum(node["Alive"] for node in ray.nodes()) == 2
+        assert killed.wait(60)
     finally:
         ray.shutdown()
         cluster.shutdown()
-    assert report.clips == CLIPS
+    assert report.clips == CLIPS and "the other workers make its shards" in capsys.readouterr().err
     assert stored_files(cache) == stored_files(tmp_path / "alone")

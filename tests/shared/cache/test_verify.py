@@ -1,7 +1,10 @@
 """`precog cache verify`: every damaged file is named, nothing ends the check, and repair sets files aside."""
 
+import errno
 import os
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,3 +130,31 @@ def test_files_of_no_kind_missing_recipes_and_other_formats(storage: LocalStorag
     assert "recipe.json: cannot be read (No such file" in line
     write_recipe(storage, COLLECTION, RECIPE)
     assert verify(storage, repair=False) == (1, [])
+
+
+def test_folder_or_file_without_permission_is_named_and_the_rest_checked(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(storage)
+    storage.publish("assignments/p.json", b"{}")
+    list_folder, rename = os.scandir, Path.replace
+
+    def scandir(path: str) -> Any:
+        if path.endswith(("latents", "prompts")):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return list_folder(path)
+
+    def replace(path: Path, target: Path) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(os, "scandir", scandir)
+        refusing.setattr(Path, "replace", replace)
+        _, lines = verify(storage, repair=True)
+    assert Path.replace is rename
+    assert [line.partition("cache/")[2].partition("(")[0] for line in lines] == [
+        "latents: cannot be listed ",
+        "prompts: cannot be listed ",
+        "assignments/p.json: damaged ",
+        "assignments/p.json: cannot be renamed ",
+    ]
