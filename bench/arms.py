@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.attention import restore_flash_attention_impl
 
 from bench.models import build, conventions_for, make_pack
+from bench.reference import predict_reference
 from shared.model.geometry import Bucket
 from train.objective import clip_loss
 from train.transformer.attention import Backend, pinned
 from train.transformer.engine import Engine, Plan, open_engine
-from train.transformer.forward import predict, predict_reference
+from train.transformer.forward import predict
 
 OURS = Plan("attention_output", compile=True)
 OFFLOADED = replace(OURS, offload_activations=True)

@@ -268,8 +268,6 @@ class Train(Table):
     """Clips per optimizer step, whatever the number of processes."""
     max_tokens_per_pack: Annotated[Positive, FREE] = 1
     """Tokens of one forward; a larger clip is a pack of its own, so 1 is one clip at a time."""
-    transformer_engine: Annotated[Literal["packed", "reference"], FREE] = "packed"
-    """packed: our forward over packs of clips; reference: diffusers' forward, one clip at a time."""
     gradient_checkpointing: Annotated[bool, FREE] = False
     """Recompute each block in the backward pass: less memory, more time."""
     mixed_precision: Annotated[

@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +20,8 @@ from train.data.order import Draw, Packs, divide, global_batch
 from train.distributed import all_gather
 from train.objective import clip_loss, loss_scale
 from train.run import Run
-from train.transformer.attention import pinned
 from train.transformer.engine import Engine
-from train.transformer.forward import predict, predict_reference
+from train.transformer.forward import predict
 
 Examples = Sequence[Sequence[Example]]
 """The packs of this rank."""
@@ -133,19 +131,11 @@ def accumulate_gradients(
     """Add `scale` times this rank's share of the global mean's gradient to the adapter; return the loss of each clip.
 
     The adapter's dropout is drawn per pack, so it depends on the packing and with it on the number of processes.
-    diffusers' forward runs under autocast, as in the reference script.
     """
     losses: list[Tensor] = []
-    narrow = transformer.dtype in (torch.float16, torch.bfloat16)
     for pack in packs:
         torch.manual_seed(seeding.integer_seed("dropout", train.seed, *(example.draw for example in pack)))
-        inputs = [example.model_input for example in pack]
-        if train.transformer_engine == "reference":
-            autocast = torch.autocast(transformer.device.type, transformer.dtype) if narrow else nullcontext()
-            with pinned(engine.attention), autocast:
-                predictions = predict_reference(transformer, inputs, conventions)
-        else:
-            predictions = predict(transformer, inputs, conventions, engine)
+        predictions = predict(transformer, [example.model_input for example in pack], conventions, engine)
         pairs = zip(predictions, pack, strict=True)
         pack_losses = torch.stack(
             [example.weight * clip_loss(prediction, example.target) for prediction, example in pairs]

@@ -5,7 +5,6 @@ The numbers are recorded, see tests/golden/README.md for what they are and how t
 
 import logging
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ def conventions() -> Conventions:
     return read_conventions(transformer, vae, read_config(PIPELINE / "scheduler" / "scheduler_config.json"))
 
 
-def golden_config(engine: Literal["packed", "reference"]) -> Config:
+def golden_config() -> Config:
     return Config(
         model=Model(pretrained_model_name_or_path=str(PIPELINE)),
         data=Data(name="golden", instance_data_root=GOLDEN),
@@ -62,7 +61,6 @@ def golden_config(engine: Literal["packed", "reference"]) -> Config:
             optimizer="adam",
             max_grad_norm=1.0,
             mixed_precision="fp32",
-            transformer_engine=engine,
         ),
     )
 
@@ -78,11 +76,10 @@ def recorded_example(
     return Example(model_input, velocity(latents, noise, timestep, schedule), f"clip {clip}", str(step))
 
 
-@pytest.mark.parametrize("engine", ["packed", "reference"])
 def test_losses_norms_and_weights_are_the_reference_scripts(
-    engine: Literal["packed", "reference"], recorded: dict[str, Tensor], conventions: Conventions
+    recorded: dict[str, Tensor], conventions: Conventions
 ) -> None:
-    config = golden_config(engine)
+    config = golden_config()
     accelerator = Accelerator(cpu=True)
     transformer = load_transformer(config, CPU).train()
     schedule = read_schedule(read_config(PIPELINE / "scheduler" / "scheduler_config.json"))
@@ -103,7 +100,7 @@ def test_losses_norms_and_weights_are_the_reference_scripts(
         for weights, expected in paired(adapter_weights(transformer), adapter_at("final", recorded))
     )
     worst = {"loss": worst_loss, "gradient norm": worst_norm, "weights": worst_weight}
-    logger.info("%s: worst relative differences %s", engine, worst)
+    logger.info("worst relative differences %s", worst)
     assert max(worst.values()) < RELATIVE, worst
 
 

@@ -8,11 +8,12 @@ from functools import partial
 import pytest
 import torch
 
+from bench.reference import predict_reference
 from tests.tiny import VARIANTS, build_transformer
 from tests.train.transformer.parity import LEAN, PLANS, conventions_of, largest_difference, make_clips, run
 from train.data.example import ModelInput
 from train.transformer.engine import Plan, open_engine
-from train.transformer.forward import predict, predict_reference
+from train.transformer.forward import predict
 
 pytestmark = [
     pytest.mark.gpu,

@@ -150,21 +150,6 @@ def test_packs_hold_as_many_clips_as_tokens_allow(settings: Settings, plain: dic
         torch.testing.assert_close(tensor, plain[name], rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize(("engine", "calls"), [("packed", 0), ("reference", 6)])
-def test_the_reference_engine_is_diffusers_forward(
-    engine: str, calls: int, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward, seen = CogVideoXTransformer3DModel.forward, []
-
-    def counted(self: CogVideoXTransformer3DModel, *args: Any, **kwargs: Any) -> Any:
-        seen.append(self.training)
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(CogVideoXTransformer3DModel, "forward", counted)
-    train(settings(transformer_engine=engine), StopSignal())
-    assert sum(seen) == calls
-
-
 def test_tf32_is_torchs_switch(settings: Settings) -> None:
     assert not torch.backends.cuda.matmul.allow_tf32
     try:

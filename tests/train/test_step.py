@@ -3,7 +3,6 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -109,15 +108,14 @@ def test_packs_add_up_to_the_weighted_mean_over_the_batch(opened: Run) -> None:
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("engine", ["packed", "reference"])
-def test_dropout_is_keyed_by_seed_and_draw(engine: Literal["packed", "reference"]) -> None:
+def test_dropout_is_keyed_by_seed_and_draw() -> None:
     conventions, transformer = conventions_of("2b"), build_transformer("2b")
     add_lora(transformer.train(), 4, lora_dropout=0.5)
     clip = make_clip(conventions, (1, 8, 8), 0, torch.float32)
 
     def loss(draw: str, seed: int) -> float:
         example = Example(clip, torch.zeros_like(clip.latents), "clip", draw)
-        train = Train(output_dir=Path("unused"), global_batch_size=1, seed=seed, transformer_engine=engine)
+        train = Train(output_dir=Path("unused"), global_batch_size=1, seed=seed)
         return float(accumulate_gradients(transformer, [[example]], conventions, train, Engine())[0])
 
     first = loss("0:clip", 1)

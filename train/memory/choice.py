@@ -118,14 +118,6 @@ def candidates(config: Config, device: torch.device) -> list[Plan]:
             "use 'model'"
         )
     fixed.setdefault("compile", device.type == "cuda" and importlib.util.find_spec("triton") is not None)
-    if train.transformer_engine == "reference":
-        defaults = {"activations": "full", "full_blocks": 0, "offload_activations": False, "stream_weights": 0}
-        if memory.compile is True or any(fixed.get(name, value) != value for name, value in defaults.items()):
-            raise UsageError(
-                "[memory] acts on train.transformer_engine = 'packed'; with 'reference' leave out activations, "
-                "full_blocks, offload_activations, stream_weights and compile"
-            )
-        return [Plan(base_precision=memory.base_precision, attention=memory.attention)]
     preference = PREFERENCE_ON_CPU if device.type == "cpu" else PREFERENCE
     return list(dict.fromkeys(replace(plan, **fixed) for plan in preference))
 

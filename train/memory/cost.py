@@ -89,8 +89,6 @@ def training_cost(config: Config, card: Card) -> TrainingCost:
         drop_learned_positions=config.model.drop_learned_positions,
     )
     train = config.train
-    if train.transformer_engine == "reference":
-        raise UsageError("train.transformer_engine = 'reference' has no plans; --card needs 'packed'")
     buckets, source, num_steps = _clips(config, conventions)
     asked = train.mixed_precision
     precision = pretrained_dtype(config.model, "transformer") if asked == "auto" else asked

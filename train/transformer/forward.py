@@ -1,7 +1,7 @@
 """CogVideoX's transformer over packs: clips of any shapes as one token sequence, on diffusers' modules and peft's LoRA.
 
 Linear layers run on all tokens at once; attention, positions, timestep and modulation are per clip. The arithmetic is
-that of diffusers' `CogVideoXTransformer3DModel.forward`, which `predict_reference` runs unchanged. The model's own
+that of diffusers' `CogVideoXTransformer3DModel.forward`. The model's own
 dropout (0 in every checkpoint) is left out; the adapters' dropout acts. There is no autocast: activations have the
 dtype of the clips.
 """
@@ -41,27 +41,6 @@ def predict(
         unpatchify(part, clip.latents, conventions)
         for part, clip in zip(torch.split(tokens, lengths), clips, strict=True)
     ]
-
-
-def predict_reference(
-    transformer: CogVideoXTransformer3DModel, clips: Sequence[ModelInput], conventions: Conventions
-) -> list[Tensor]:
-    """Return what `predict` returns, by diffusers' own forward, one clip at a time."""
-    learned = transformer.patch_embed.use_learned_positional_embeddings
-    assert learned == (conventions.positions == "rope_crop_learned"), "positions of model and conventions differ"
-    velocities = []
-    for clip in clips:
-        frames, _, height, width = clip.latents.shape
-        (velocity,) = transformer(
-            hidden_states=clip.latents[None],
-            encoder_hidden_states=clip.prompt_embeds[None],
-            timestep=clip.timestep[None],
-            ofs=None if conventions.ofs is None else clip.latents.new_full((1,), conventions.ofs),
-            image_rotary_emb=image_rotary_emb(conventions, frames, height, width, clip.latents.device),
-            return_dict=False,
-        )
-        velocities.append(velocity[0])
-    return velocities
 
 
 def embed(

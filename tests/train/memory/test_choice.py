@@ -139,9 +139,6 @@ def test_fields_that_are_set_stay_and_auto_fills_the_rest(fields: Any, train: An
     ("fields", "train", "message"),
     [
         ({"activations": "full"}, {"gradient_checkpointing": True}, "memory.activations = 'full': .* 'block_input'"),
-        ({"stream_weights": 2}, {"transformer_engine": "reference"}, "with 'reference' leave out"),
-        ({"full_blocks": 2}, {"transformer_engine": "reference"}, "with 'reference' leave out"),
-        ({"compile": True}, {"transformer_engine": "reference"}, "with 'reference' leave out"),
         ({"base_precision": "int8"}, {"use_dora": True}, "use_dora"),
     ],
 )
@@ -156,8 +153,6 @@ def test_compile_and_attention_reach_the_engine() -> None:
         (plan, *_) = candidates(config_of({"compile": compiled, "attention": "math"}), CPU)
         engine = open_engine(build_transformer("5b", lora_rank=4), plan, CPU)
         assert (engine.kernels is not None) == compiled and engine.attention == "math"
-    config = config_of({"attention": "flash"}, transformer_engine="reference")
-    assert [plan.attention for plan in candidates(config, CPU)] == ["flash"]
 
 
 def test_auto_goes_eager_where_nothing_compiles_and_true_is_refused(

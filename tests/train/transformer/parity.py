@@ -11,11 +11,12 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models import embeddings
 from torch import Tensor
 
+from bench.reference import predict_reference
 from shared.model.conventions import Conventions, read_conventions
 from tests.tiny import TEXT_LENGTH, TEXT_WIDTH, scheduler_config, transformer_config, vae_config
 from train.data.example import ModelInput, pad_front
 from train.transformer.engine import EVERYTHING_RESIDENT, Engine, Plan, open_engine
-from train.transformer.forward import predict, predict_reference
+from train.transformer.forward import predict
 
 Gradients = dict[str, Tensor]
 Results = tuple[list[Tensor], Tensor, Gradients]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.reference import predict_reference
 from shared.model.conventions import drop_learned_table, without_learned_positions
 from tests.tiny import VARIANTS, add_lora, build_transformer
 from tests.train.transformer.parity import (
@@ -21,7 +22,7 @@ from tests.train.transformer.parity import (
 )
 from train.data.example import ModelInput
 from train.transformer.block import modulation_rows
-from train.transformer.forward import embed_timesteps, predict, predict_reference
+from train.transformer.forward import embed_timesteps, predict
 from train.transformer.lora_linear import linear
 from train.transformer.positions import image_rotary_emb
 
