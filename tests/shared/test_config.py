@@ -151,7 +151,7 @@ def test_an_error_names_the_override_that_it_comes_from(overrides: list[str], li
 def test_an_error_of_the_files_own_names_no_override(tmp_path: Path) -> None:
     source = DEMO.read_text(encoding="utf-8")
     (tmp_path / "config.toml").write_text(source.replace("fps = 0", "width = 64\nfps = 0"), encoding="utf-8")
-    with pytest.raises(UsageError, match=r"^\S+config.toml:5: data: height and width are set together"):
+    with pytest.raises(UsageError, match=r"^\S+config.toml:6: data: height and width are set together"):
         load_config(tmp_path / "config.toml", ["data.name=x", "data.fps=8"])
 
 
