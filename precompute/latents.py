@@ -17,7 +17,7 @@ from precompute.encoders import VaeEncoder
 from precompute.estimate import Work
 from precompute.report import PassResult, SampleCounts, Timer
 from precompute.video.child import Decoded, DecodeJob
-from precompute.video.pixels import to_clip
+from precompute.video.pixels import scaled_into, to_clip
 from precompute.video.pool import DecodePool
 from precompute.video.probe import Skipped
 from shared import console, seeding
@@ -156,15 +156,17 @@ def _decode_batches(
 ) -> Iterator[tuple[PlannedShard, dict[str, Decoded | Skipped]]]:
     """Yield every encode batch in order, as its shard and key -> frames or the reason why there are none."""
     planned: deque[tuple[PlannedShard, tuple[str, ...]]] = deque()
-    settings = stage.config.precompute
+    settings, mode = stage.config.precompute, stage.config.data.video_reshape_mode
 
     def jobs() -> Iterator[DecodeJob]:
         for shard in shards:
             for batch in shard.batches:
                 planned.append((shard, batch))
                 for clip in (clips[key] for key in batch):
-                    indices, times = clip.window.indices, clip.window.timestamps_us
-                    yield DecodeJob(clip.source.path, clip.probe, indices, times, settings.decoder)
+                    indices, times, probe = clip.window.indices, clip.window.timestamps_us, clip.probe
+                    seed = recipes.crop_seed(probe.sha256, times)
+                    scaled = scaled_into(probe.height, probe.width, clip.window.bucket, mode, seed)
+                    yield DecodeJob(clip.source.path, probe, indices, times, settings.decoder, scaled)
 
     outcomes = pool.decode_all(jobs(), ahead=DECODED_BATCHES * settings.vae_batch_size)
     for first in outcomes:
@@ -182,9 +184,7 @@ def encode_clips(
         key: to_clip(
             torch.from_numpy(result.frames).to(encoder.device),
             clips[key].window.bucket,
-            mode=stage.config.data.video_reshape_mode,
             flip=clips[key].window.flip,
-            crop_seed=recipes.crop_seed(clips[key].probe.sha256, clips[key].window.timestamps_us),
         )
         for key, result in decoded.items()
     }

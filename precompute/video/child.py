@@ -20,12 +20,14 @@ import tempfile
 import traceback
 from array import array
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from precompute.video.decode import Requested, decode
+from precompute.video.decode import Requested, decode_rows, shape_of
+from precompute.video.picture import Pixels, Scaled
 from precompute.video.probe import Probe, Probed, Skipped, VideoError, parse_probe, probe
 
 START_SECONDS = 120.0
@@ -45,11 +47,16 @@ class DecodeJob:
     indices: tuple[int, ...]
     timestamps_us: tuple[int, ...]
     decoder: Requested = "auto"
+    scaled: Scaled | None = None
+    """The displayed size if None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """`frames` uint8 [F, H, W, 3] RGB as displayed, and the decoder that made them."""
+    """`frames` [F, H, W, 3] RGB as displayed, and the decoder that made them.
+
+    uint8, or float32 (about 0 to 255) where they were scaled or their colors converted.
+    """
 
     frames: np.ndarray
     decoder: str
@@ -93,8 +100,9 @@ class Child:
             return Skipped(answer["skipped"], answer["permanent"])
         if isinstance(job, Path):
             return Probed(parse_probe(answer["probe"]), array("q", memory[:] if memory else b""))
-        shape = (len(job.indices), job.probe.height, job.probe.width, 3)
-        return Decoded(np.frombuffer(memory or b"", np.uint8).reshape(shape), answer["decoder"])
+        _, shape, dtype = shape_of(job.probe, job.scaled)
+        frames = np.frombuffer(memory or b"", dtype).reshape(len(job.indices), *shape)
+        return Decoded(frames, answer["decoder"])
 
     def _receive(self, seconds: float) -> tuple[dict[str, Any], mmap.mmap | None]:
         """Return the answer and its mapped memory file."""
@@ -141,50 +149,66 @@ def serve(connection: socket.socket, memory_gib: float) -> None:
     connection.sendall(b"{}\n")
     too_little = f"needs more than {memory_gib:g} GiB"
     for line in connection.makefile("rb"):
-        content = None
+        memory = _memory_file()
         try:
-            answer, content = _answer(json.loads(line))
+            answer = _answer(json.loads(line), memory)
             leaves = _is_nearly_used_up(memory_gib)
         except MemoryError:
             answer, leaves = {"skipped": too_little, "permanent": True}, True
         # Some decoders call their data invalid where memory ends.
         if leaves and answer.get("permanent") and answer["skipped"] != too_little:
             answer["skipped"] = f"{too_little}: {answer['skipped']}"
-        _send(connection, {**answer, "leaves": leaves}, content)
-        del content
+        reply = json.dumps({**answer, "leaves": leaves}).encode() + b"\n"
+        with memory:
+            if os.fstat(memory.fileno()).st_size and "skipped" not in answer:
+                socket.send_fds(connection, [reply], [memory.fileno()])
+            else:
+                connection.sendall(reply)
         gc.collect()  # PyAV's decoders lie in reference cycles, each with its frames
         if leaves:  # a later job must not fail for this one's memory
             return
 
 
-def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], memoryview | None]:
-    """Run a request; return the answer's fields and its raw bytes, int64 time stamps or uint8 frames."""
+class FileRows:
+    """Pictures as rows of a file."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+
+    def __setitem__(self, row: int, picture: Pixels) -> None:
+        self._file.seek(row * picture.nbytes)
+        content = np.ascontiguousarray(picture).data.cast("B")
+        while len(content):
+            content = content[self._file.write(content) :]
+
+
+def _answer(request: dict[str, Any], memory: FileIO) -> dict[str, Any]:
+    """Run a request; return the answer's fields. Its raw bytes, int64 time stamps or frames, go to `memory`."""
     path = Path(request["path"])
     try:
         if "indices" not in request:
             found = probe(path)
-            return {"probe": asdict(found.probe)}, memoryview(found.timestamps_us)
-        known = parse_probe(request["probe"])
-        frames, decoder = decode(path, known, request["indices"], request["timestamps_us"], request["decoder"])
-        return {"decoder": decoder}, np.ascontiguousarray(frames).data
+            FileRows(memory)[0] = np.asarray(found.timestamps_us)
+            return {"probe": asdict(found.probe)}
+        known, given = parse_probe(request["probe"]), request["scaled"]
+        wanted = Scaled(tuple(given["size"]), tuple(given["part"])) if given else None
+        indices, times, decoder = request["indices"], request["timestamps_us"], request["decoder"]
+        scaled, _, _ = shape_of(known, wanted)
+        return {"decoder": decode_rows(path, known, indices, times, decoder, scaled, FileRows(memory))}
     except VideoError as error:
-        return {"skipped": error.reason, "permanent": error.permanent}, None
+        return {"skipped": error.reason, "permanent": error.permanent}
     except MemoryError:
         raise
     except Exception:
-        return {"fault": traceback.format_exc()[-10_000:]}, None
+        return {"fault": traceback.format_exc()[-10_000:]}
 
 
-def _send(connection: socket.socket, answer: dict[str, Any], content: memoryview | None) -> None:
-    line = json.dumps(answer).encode() + b"\n"
-    if content is None:
-        connection.sendall(line)
-        return
-    linux = sys.platform == "linux"
-    with os.fdopen(os.memfd_create("precog-frames"), "wb") if linux else tempfile.TemporaryFile() as memory:
-        memory.write(content)
-        memory.flush()
-        socket.send_fds(connection, [line], [memory.fileno()])
+def _memory_file() -> FileIO:
+    """Return a file in memory (on disk where there is no such file) that ends with its last holder."""
+    if sys.platform == "linux":
+        return FileIO(os.memfd_create("precog-frames"), "wb")
+    with tempfile.TemporaryFile() as file:
+        return FileIO(os.dup(file.fileno()), "wb")
 
 
 def _limit_memory(memory_gib: float) -> None:

@@ -14,22 +14,24 @@ from fractions import Fraction
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from precompute.video.picture import Pixels, Scaled, deinterlaced, fit, rgb_picture
 from precompute.video.probe import (
     INDEXED,
+    Media,
     Probe,
     VideoError,
     check_frame,
+    decoded,
     demuxer,
     displayed,
     mark,
     microseconds,
     opened,
     reading,
-    rotation,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +47,14 @@ NOT_EXACT = "decord is not exact here"
 
 Decoder = Literal["pyav", "decord"]
 Requested = Literal["auto", "pyav", "decord"]
+Numbered = Iterator[tuple[int | None, "VideoFrame", Media]]
+"""Frames in display order; those that are not wanted may have no number."""
+
+
+class Rows(Protocol):
+    """An array of pictures, in memory or in a file."""
+
+    def __setitem__(self, row: int, picture: Pixels) -> None: ...
 
 
 def choose_decoder(probe: Probe, requested: Requested) -> Decoder:
@@ -57,8 +67,8 @@ def choose_decoder(probe: Probe, requested: Requested) -> Decoder:
     exact = {
         f"codec {probe.codec}": probe.codec in DECORD_CODECS,
         f"container {probe.container}": probe.container in DECORD_CONTAINERS,
-        f"pixel format {probe.pixel_format}": probe.pixel_format in DECORD_PIXELS,
-        f"rotation {probe.rotation}": probe.rotation == 0,
+        f"pixel format {probe.look.pixel_format}": probe.look.pixel_format in DECORD_PIXELS,
+        "its pictures are not shown as they are stored": probe.look.plain,
         "decord is not installed": importlib.util.find_spec("decord") is not None,
     }
     reasons = [name for name, is_exact in exact.items() if not is_exact]
@@ -67,69 +77,118 @@ def choose_decoder(probe: Probe, requested: Requested) -> Decoder:
     return "pyav" if reasons else "decord"
 
 
+def shape_of(probe: Probe, scaled: Scaled | None) -> tuple[Scaled, tuple[int, int, int], "np.dtype[Any]"]:
+    """Return the scaling (by default to the displayed size), and the shape and type of one picture."""
+    height, width = probe.look.size
+    scaled = scaled or Scaled((height, width), (0, 0, height, width))
+    as_stored = scaled.size == probe.look.pixels and not probe.look.converts
+    return scaled, (*scaled.part[2:], 3), np.dtype(np.uint8 if as_stored else np.float32)
+
+
 def decode(
     path: Path, probe: Probe, indices: Sequence[int], timestamps_us: Sequence[int], decoder: Requested
 ) -> tuple[np.ndarray, Decoder]:
-    """Decode the displayed frames `indices` (ascending, may repeat) to uint8 [F, H, W, 3] RGB; return the decoder too.
+    """Decode frames at their displayed size to [F, H, W, 3] RGB; see `decode_rows`."""
+    scaled, shape, dtype = shape_of(probe, None)
+    out = np.empty((len(indices), *shape), dtype)
+    return out, decode_rows(path, probe, indices, timestamps_us, decoder, scaled, out)
 
-    `timestamps_us` are the probed times of these frames. `auto` falls back from decord to PyAV where decord disagrees
-    with `probe`. Raise `VideoError`, permanent for a frame at another time, transient for another file than probed.
+
+def decode_rows(
+    path: Path,
+    probe: Probe,
+    indices: Sequence[int],
+    timestamps_us: Sequence[int],
+    decoder: Requested,
+    scaled: Scaled,
+    rows: Rows,
+) -> Decoder:
+    """Decode the displayed frames `indices` (ascending, may repeat) into `rows`; return the decoder.
+
+    One picture at a time is held. `timestamps_us` are the probed times of these frames. `auto` falls back from decord
+    to PyAV where decord disagrees with `probe`. Raise `VideoError`, permanent for a frame at another time, transient
+    for another file than probed.
     """
     assert len(indices) > 0 and all(a <= b for a, b in pairwise(indices))
     assert indices[0] >= 0 and indices[-1] < probe.num_frames
     times = dict(zip(indices, timestamps_us, strict=True))
+
+    def collect(pictures: Iterable[tuple[int, Pixels]]) -> None:
+        row = 0
+        for number, picture in pictures:
+            fitted = fit(picture, probe.look, scaled)
+            while row < len(indices) and number == indices[row]:
+                rows[row] = fitted
+                row += 1
+        assert row == len(indices)
+
     with opened(path) as file, reading():
         if mark(file) != probe.mark and hashlib.file_digest(file, "sha256").hexdigest() != probe.sha256:
             raise VideoError("it changed after it was probed", permanent=False)
         if choose_decoder(probe, decoder) == "decord":
             if not probe.intact:
-                for _ in _from_the_start(file, probe, times):
+                for _ in _pictures(_from_the_start(file, probe, times), probe, times):
                     pass
             try:
-                return _decode_with_decord(file, path, probe, indices, times), "decord"
+                collect(_decode_with_decord(file, path, probe, times))
+                return "decord"
             except VideoError:  # PyAV decodes where decord disagrees with the probe
                 if decoder == "decord":
                     raise
         if probe.one_to_one and indices[0] > 0:
             try:
                 with reading():
-                    return _collect(_from_a_keyframe(file, probe, times), probe, indices), "pyav"
+                    collect(_pictures(_from_a_keyframe(file, probe, times), probe, times))
+                    return "pyav"
             except VideoError as error:  # decoding from the start may succeed, or gives the reason
                 if not error.permanent:
                     raise
-        return _collect(_from_the_start(file, probe, times), probe, indices), "pyav"
+        collect(_pictures(_from_the_start(file, probe, times), probe, times))
+        return "pyav"
 
 
-def _collect(pictures: Iterable[tuple[int, np.ndarray]], probe: Probe, indices: Sequence[int]) -> np.ndarray:
-    """Return the numbered pictures of `indices`, repeated as there: uint8 [F, H, W, 3]."""
-    out = np.empty((len(indices), probe.height, probe.width, 3), np.uint8)
-    row = 0
-    for number, picture in pictures:
-        while row < len(indices) and number == indices[row]:
-            out[row] = picture
-            row += 1
-    assert row == len(indices)
-    return out
+def _pictures(frames: Numbered, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, Pixels]]:
+    """Yield the pictures of the frames numbered in `times`; only an interlaced one needs its neighbours."""
+    last = max(times)
+    before: VideoFrame | None = None
+    ahead: tuple[int | None, VideoFrame, Media] | None = None
+    while (now := ahead or next(frames, None)) is not None:
+        (number, frame, media), ahead = now, None
+        if number is not None and number in times:
+            look = media.look(frame)
+            if (look.rotation, look.mirrored) != (probe.look.rotation, probe.look.mirrored):
+                raise VideoError(f"the rotation changes: at frame {number}")
+            if (look.pixels, look.size) != (probe.look.pixels, probe.look.size):
+                raise VideoError(f"the frame size changes: at frame {number}")
+            if look.colors != probe.look.colors:
+                raise VideoError(f"the transfer curve or the primaries change: at frame {number}")
+            if look.interlaced:
+                if before is None and number > 0:
+                    raise VideoError(f"interlaced, and nothing precedes it: at frame {number}")
+                ahead = next(frames, None)
+                frame = deinterlaced(before, frame, ahead[1] if ahead else None)
+            yield number, rgb_picture(frame, look)
+        before = now[1]
+        if number == last:
+            return
 
 
-def _from_the_start(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the pictures numbered in `times`; raise `VideoError` at one with another time."""
-    decoded, last = 0, max(times)
-    with demuxer(file) as (container, stream):
-        for number, frame in enumerate(displayed(container, stream)):
-            decoded += 1
-            if number not in times:
-                continue
-            if container.format.name != "avi" and _time(frame, probe, stream) != times[number]:
+def _from_the_start(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Numbered:
+    """Yield all frames; raise `VideoError` at one of `times` with another time."""
+    count = 0
+    with demuxer(file) as media:
+        for number, frame in enumerate(displayed(media)):
+            count += 1
+            timed = number in times and media.container.format.name != "avi"
+            if timed and _time(frame, probe, media) != times[number]:
                 raise VideoError(f"unreliable time stamps: frame {number} comes at another time than its packet says")
-            yield number, _picture(frame, probe, number)
-            if number == last:
-                return
-    raise VideoError(f"truncated: decoded {decoded} of {probe.num_frames} frames")
+            yield number, frame, media
+    if count <= max(times):
+        raise VideoError(f"truncated: decoded {count} of {probe.num_frames} frames")
 
 
-def _from_a_keyframe(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the same pictures of a `one_to_one` file, decoding from a keyframe at or before the first of them.
+def _from_a_keyframe(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Numbered:
+    """Yield the same frames of a `one_to_one` file, decoding from a keyframe at or before the first of them.
 
     Raise `VideoError` where the packet found there does not start a new sequence, or a frame has another time.
     """
@@ -137,24 +196,26 @@ def _from_a_keyframe(file: FileIO, probe: Probe, times: Mapping[int, int]) -> It
     number, time = next(waiting)
     last = max(times)
     started = False
-    with demuxer(file) as (container, stream):
-        assert stream.time_base is not None
-        container.seek(probe.origin + round(Fraction(time, 1_000_000) / stream.time_base), stream=stream)
-        for packet in container.demux(stream):
-            if not started and not _starts_sequence(packet, probe.codec, stream):
+    with demuxer(file) as media:
+        # An interlaced picture needs the one before it.
+        target = probe.origin + round(Fraction(time, 1_000_000) / media.time_base) - probe.look.interlaced
+        media.container.seek(target, stream=media.stream)
+        for packet in media.container.demux(media.stream):
+            if not started and not _starts_sequence(packet, probe.codec, media.stream):
                 raise VideoError("no keyframe where the container says")
             started = True
-            for frame in packet.decode():
+            for frame in decoded(media, packet):
                 check_frame(frame, number)
-                if (now := _time(frame, probe, stream)) < time:
+                now = _time(frame, probe, media)
+                if now < time or number > last:
+                    yield None, frame, media
                     continue
                 if now > time:
                     raise VideoError(f"unreliable time stamps: frame {number} is not where its packet says")
-                yield number, _picture(frame, probe, number)
-                if number == last:
-                    return
-                number, time = next(waiting)
-    raise VideoError("truncated")
+                yield number, frame, media
+                number, time = next(waiting, (last + 1, time))
+    if number <= last:
+        raise VideoError("truncated")
 
 
 def _starts_sequence(packet: "Packet[VideoStream]", codec: str, stream: "VideoStream") -> bool:
@@ -182,39 +243,20 @@ def _starts_sequence(packet: "Packet[VideoStream]", codec: str, stream: "VideoSt
     return False
 
 
-def _time(frame: "VideoFrame", probe: Probe, stream: "VideoStream") -> int:
+def _time(frame: "VideoFrame", probe: Probe, media: Media) -> int:
     """Return microseconds since the first displayed frame."""
-    if frame.pts is None or stream.time_base is None:
+    if frame.pts is None:
         raise VideoError("a frame has no time stamp")
-    return microseconds(frame.pts - probe.origin, stream.time_base)
-
-
-def _picture(frame: "VideoFrame", probe: Probe, number: int) -> np.ndarray:
-    """Convert a frame to uint8 [H, W, 3] RGB, rotated as displayed."""
-    if rotation(frame) != probe.rotation:
-        raise VideoError(f"the rotation changes: at frame {number}")
-    # One thread: a converter that is not collected yet keeps its threads, and their stacks count as memory.
-    stored = frame.reformat(format="rgb24", threads=1).to_ndarray()
-    picture = np.rot90(stored, probe.rotation // 90)
-    if picture.shape[:2] != (probe.height, probe.width):
-        raise VideoError(f"the frame size changes: at frame {number}")
-    return picture
+    return microseconds(frame.pts - probe.origin, media.time_base)
 
 
 def _decode_with_decord(
-    file: FileIO, path: Path, probe: Probe, indices: Sequence[int], times: Mapping[int, int]
-) -> np.ndarray:
+    file: FileIO, path: Path, probe: Probe, times: Mapping[int, int]
+) -> Iterator[tuple[int, Pixels]]:
+    """Yield the pictures numbered in `times`; raise `VideoError` where decord disagrees with the probe."""
     decord: Any = importlib.import_module("decord")
     decord.logging.set_level(decord.logging.QUIET)
     same_file = Path(f"/proc/self/fd/{file.fileno()}")
-
-    def pictures(reader: Any) -> Iterator[tuple[int, np.ndarray]]:
-        for number in range(max(times) + 1):
-            frame = reader.next()
-            if frame.shape != (probe.height, probe.width, 3):
-                raise VideoError(f"{NOT_EXACT}: its frame {number} has the shape {frame.shape}")
-            if number in times:
-                yield number, frame.asnumpy()
 
     try:
         reader = decord.VideoReader(str(same_file if same_file.exists() else path), ctx=decord.cpu(0), num_threads=1)
@@ -223,6 +265,11 @@ def _decode_with_decord(
         starts = reader.get_frame_timestamp(range(len(reader)))[:, 0] * 1e6
         if any(abs(starts[number] - starts[0] - time) > 1000 for number, time in times.items()):
             raise VideoError(f"{NOT_EXACT}: its frame times differ from PyAV's")
-        return _collect(pictures(reader), probe, indices)
+        for number in range(max(times) + 1):
+            frame = reader.next()
+            if frame.shape != (*probe.look.stored, 3):
+                raise VideoError(f"{NOT_EXACT}: its frame {number} has the shape {frame.shape}")
+            if number in times:
+                yield number, frame.asnumpy()
     except (decord.DECORDError, RuntimeError, StopIteration) as error:
         raise VideoError(f"{NOT_EXACT}: {str(error).partition(chr(10))[0]}") from error

@@ -1,37 +1,42 @@
-"""Decoded frames -> VAE input: resized, cropped, mirrored and normalized on the encode device."""
+"""Decoded frames -> VAE input: the place in the bucket, and pixels normalized, mirrored and padded."""
 
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
+from precompute.video.picture import Scaled
 from shared import seeding
 from shared.model.geometry import Bucket
 
-TRANSFORM = "bicubic-antialias-1"
-"""Names this file's arithmetic in the recipe; a change of the arithmetic needs another name."""
+TRANSFORM = "bicubic-antialias-2"
+"""Names the arithmetic of this file and of `picture` in the recipe; a change of the arithmetic needs another name."""
 
 Mode = Literal["center", "random", "letterbox"]
 
 
-def to_clip(frames: torch.Tensor, bucket: Bucket, *, mode: Mode, flip: bool, crop_seed: str) -> torch.Tensor:
-    """Resize, crop and normalize uint8 [F,H,W,3] to float32 [3,F,H,W] of the bucket's size, in about [-1, 1].
+def scaled_into(height: int, width: int, bucket: Bucket, mode: Mode, crop_seed: str) -> Scaled:
+    """Return how pictures of a displayed size are scaled to cover the bucket (fit into it for letterbox) and cropped.
 
-    An antialiased bicubic resize makes the frame cover the bucket (fit into it for letterbox). Its overshoot is not
-    clamped, as in the reference script. `crop_seed` places a random crop.
+    `crop_seed` places a random crop.
     """
-    pixels = frames.permute(0, 3, 1, 2).float()
-    height, width = scaled_size(pixels.shape[2], pixels.shape[3], bucket, mode)
-    if (height, width) != tuple(pixels.shape[2:]):
-        pixels = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-    pixels = (pixels - 127.5) / 127.5
+    size = scaled_size(height, width, bucket, mode)
     if mode == "letterbox":
+        return Scaled(size, (0, 0, *size))
+    return Scaled(size, (*crop_offset(*size, bucket, mode, crop_seed), bucket.height, bucket.width))
+
+
+def to_clip(frames: torch.Tensor, bucket: Bucket, *, flip: bool) -> torch.Tensor:
+    """Normalize scaled and cropped RGB [F,H,W,3] to float32 [3,F,H,W] of the bucket's size, in about [-1, 1].
+
+    The overshoot of the resize is not clamped, as in the reference script. Margins become black. Float32 frames are
+    overwritten: they are as large as the result.
+    """
+    pixels = frames.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
+    height, width = pixels.shape[2:]
+    if (height, width) != (bucket.height, bucket.width):
         top, left = (bucket.height - height) // 2, (bucket.width - width) // 2
-        margins = (left, bucket.width - width - left, top, bucket.height - height - top)
-        pixels = F.pad(pixels, margins, value=-1.0)
-    else:
-        top, left = crop_offset(height, width, bucket, mode, crop_seed)
-        pixels = pixels[:, :, top : top + bucket.height, left : left + bucket.width]
+        pixels = F.pad(pixels, (left, bucket.width - width - left, top, bucket.height - height - top), value=-1.0)
     if flip:
         pixels = pixels.flip(3)
     return pixels.permute(1, 0, 2, 3)

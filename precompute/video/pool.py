@@ -86,7 +86,8 @@ class DecodePool:
         except TimeoutError:
             if not child.ready:
                 return Skipped("its decoder does not start", permanent=False)
-            return Skipped(f"timed out after {self._deadline_seconds:g} s")
+            advice = "raise precompute.decode_deadline_seconds; an mp4 or mkv of it is probed without decoding"
+            return Skipped(f"timed out after {self._deadline_seconds:g} s: {advice}")
         except OSError:
             return _cause_of_death(child)
         finally:

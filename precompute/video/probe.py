@@ -6,6 +6,7 @@
 import errno
 import hashlib
 import os
+import re
 import stat
 from array import array
 from collections.abc import Iterator, Mapping
@@ -15,27 +16,34 @@ from fractions import Fraction
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 
+from precompute.video.picture import EXIF_TURNS, Look, NotShown, look_of
+
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
 MAX_SIDE = 8192
-MAX_FRAMES = 100_000
-FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "flv", "asf", "gif")
-IMAGE_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe")
+MAX_FRAMES = 4_000_000
+"""More than nine hours at 120 fps; 8 bytes each are kept."""
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,apng,ogg,yuv4mpegpipe,mxf,dv,nut,ivf,h264,hevc"
+)
+FORMATS += ",obu,m4v,mpegvideo"
+IMAGE_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe")
 INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers with a presentation time on every packet, and one displayed frame per packet of a `ONE_TO_ONE` codec."""
 ONE_TO_ONE = ("h264", "hevc", "vp9", "av1")
 BAD_NAMES = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 """Permanent failures of `open`: links in a circle, a name too long, a socket."""
-MIRRORED = (2, 4, 5, 7)
-"""EXIF orientations (CIPA DC-008, 4.6.6) that mirror an image."""
-NOT_A_ROTATION = "its display matrix is not a rotation by quarter turns"
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders that read the alpha channel of WebM, which FFmpeg's own leave out."""
 
 FileMark = tuple[int, int, int, int, int]
 """Device, inode, size in bytes, mtime and ctime in nanoseconds."""
@@ -74,25 +82,37 @@ class Probe:
     """Displayed frames."""
     origin: int
     """Presentation time of the first displayed frame, in the stream's time base."""
-    height: int
-    width: int
-    """As displayed, after `rotation`; pixels count as square."""
-    rotation: int
-    """0, 90, 180 or 270 degrees counter-clockwise from stored to displayed (FFmpeg's display matrix)."""
+    look: Look
+    """Of the first displayed frame."""
     codec: str
     container: str
     """FFmpeg's names, such as `h264` and `mov,mp4,m4a,3gp,3g2,mj2`."""
-    pixel_format: str = ""
-    """FFmpeg's name, followed by ` interlaced` where the first frame is."""
+    start_us: int = 0
+    """Time of the first displayed frame after the container's start, which players count from."""
+    end_us: int = 0
+    """End of the last displayed frame after the first one's time, 0 if unknown."""
     intact: bool = False
-    """True if probing decoded every frame and found none damaged, False if it only counted packets."""
+    """True if probing decoded every frame and found none damaged and all alike, False if it only counted packets."""
     one_to_one: bool = False
     """True if every displayed frame has one packet and a time of its own."""
+
+    @property
+    def height(self) -> int:
+        """Displayed height in square pixels."""
+        return self.look.size[0]
+
+    @property
+    def width(self) -> int:
+        """Displayed width in square pixels."""
+        return self.look.size[1]
 
 
 def parse_probe(fields: Mapping[str, Any]) -> Probe:
     """Return the probe whose `asdict` went through JSON."""
-    return Probe(**{**fields, "mark": tuple(fields["mark"])})
+    look: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields["look"].items()
+    }
+    return Probe(**{**fields, "mark": tuple(fields["mark"]), "look": Look(**look)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,34 +124,62 @@ class Probed:
     """Presentation times of the displayed frames in microseconds, ascending from 0."""
 
 
+@dataclass(frozen=True, slots=True)
+class Media:
+    """An opened file and its video stream."""
+
+    file: FileIO
+    container: "InputContainer"
+    stream: "VideoStream"
+    decoder: "VideoCodecContext"
+    crop: tuple[int, int, int, int]
+    """Top, bottom, left and right that the container hides."""
+    aspect: Fraction | None
+    """Pixel aspect ratio by the container; None where the codec's counts."""
+    turn: tuple[int, bool] | None
+    """Rotation and mirroring by EXIF; None for a video."""
+    animated_webp: bool
+
+    @property
+    def time_base(self) -> Fraction:
+        """Seconds of one tick."""
+        return Fraction(1, 1000) if self.animated_webp else self.stream.time_base or Fraction(1, 1_000_000)
+
+    def look(self, frame: "VideoFrame") -> Look:
+        """Return how a frame, the last decoded, is shown; raise `VideoError` where that is not possible."""
+        try:
+            return look_of(frame, self.aspect or self.decoder.sample_aspect_ratio, self.crop, self.turn)
+        except NotShown as error:
+            raise VideoError(str(error)) from error
+
+
 def probe(path: Path) -> Probed:
     """Hash the file at `path`, count its frames and read their times; raise `VideoError`."""
     with opened(path) as file, reading():
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        with demuxer(file) as (container, stream):
-            name, codec, base = container.format.name, stream.codec.canonical_name, stream.time_base
+        with demuxer(file) as media:
+            name, codec, base = media.container.format.name, media.stream.codec.canonical_name, media.time_base
+            container_start = media.container.start_time or 0
             by_packets = name in INDEXED and codec in ONE_TO_ONE
-            times, first = _times_of_packets(container, stream) if by_packets else (None, None)
-        if name in IMAGE_FORMATS:
-            _refuse_mirrored(file)
-        if by_frames := times is None:
-            with demuxer(file) as (container, stream):
-                times, first = _times_of_frames(container, stream)
-        if first is None or not times or base is None:
+            timeline = _timeline_of_packets(media) if by_packets else None
+        if by_frames := timeline is None:
+            with demuxer(file) as media:
+                timeline = _timeline_of_frames(media)
+        assert timeline is not None
+        times, end, look, alike = timeline
+        if look is None or not times:
             raise VideoError("no frame can be decoded")
-        turned = rotation(first)
         found = Probe(
             sha256=digest,
             mark=mark(file),
             num_frames=len(times),
             origin=times[0],
-            height=first.width if turned % 180 else first.height,
-            width=first.height if turned % 180 else first.width,
-            rotation=turned,
+            look=look,
             codec=codec,
             container=name,
-            pixel_format=first.format.name + (" interlaced" if first.interlaced_frame else ""),
-            intact=by_frames,
+            start_us=max(0, microseconds(times[0], base) - container_start),
+            end_us=0 if name in IMAGE_FORMATS and len(times) == 1 else microseconds(end - times[0], base),
+            intact=by_frames and alike,
             one_to_one=not by_frames and all(a < b for a, b in pairwise(times)),
         )
         return Probed(found, array("q", (microseconds(time - times[0], base) for time in times)))
@@ -153,6 +201,9 @@ def opened(path: Path) -> Iterator[FileIO]:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise VideoError("not a regular file")
+        real = Path(f"/proc/self/fd/{descriptor}")
+        if real.is_symlink() and os.readlink(real) != os.path.abspath(path):  # noqa: PTH100, PTH115
+            raise VideoError("cannot open: a link was put into its path", permanent=False)
         file = FileIO(descriptor, closefd=False)
         before = mark(file)
         try:
@@ -195,38 +246,63 @@ def reading() -> Iterator[None]:
 
 
 @contextmanager
-def demuxer(file: FileIO) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+def demuxer(file: FileIO) -> Iterator[Media]:
     """Open PyAV on `file` from its start, with the listed formats only; no second file is ever opened."""
     import av
 
     file.seek(0)
-    options = {"format_whitelist": ",".join((*FORMATS, *IMAGE_FORMATS)), "protocol_whitelist": "file"}
+    animated_webp = (head := file.read(21))[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
+    file.seek(0)
+    options = {"format_whitelist": ",".join((FORMATS, *IMAGE_FORMATS)), "protocol_whitelist": "file"}
     try:
         source = av.open(file, "r", options=options, io_open=_refuse, metadata_errors="replace", buffer_size=2**18)
+    except av.ArgumentError as error:  # FFmpeg knows the format, and the list does not
+        raise VideoError("not a video of a known container: convert it: ffmpeg -i VIDEO NEW.mp4") from error
     except av.FFmpegError as error:
         raise VideoError(f"not a video: {error.strerror}") from error
     with source:
         stream = source.streams.best("video")
         if not isinstance(stream, av.VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:
             raise VideoError("not a video: no moving pictures in it")
-        if stream.codec_context is None:
-            raise VideoError("no decoder for its codec")
+        if (decoder := stream.codec_context) is None:
+            raise VideoError("no decoder for its codec: convert it: ffmpeg -i VIDEO NEW.mp4")
         _check_size(stream.width, stream.height)
+        if stream.metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
+            decoder = cast("VideoCodecContext", av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r"))
         # The pool gives the parallelism; further threads would only take memory from the limit.
-        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-        yield source, stream
+        decoder.thread_type, decoder.thread_count = "NONE", 1
+        aspect = stream.sample_aspect_ratio
+        if aspect == decoder.sample_aspect_ratio:
+            aspect = None
+        turn = _exif_turn(file) if source.format.name in IMAGE_FORMATS else None
+        crop = _crop(source, stream.index) if source.format.name in INDEXED else (0, 0, 0, 0)
+        yield Media(file, source, stream, decoder, crop, aspect, turn, animated_webp)
 
 
-def _refuse_mirrored(file: FileIO) -> None:
-    """Raise `VideoError` for an image whose EXIF orientation mirrors it."""
+def _exif_turn(file: FileIO) -> tuple[int, bool]:
+    """Return rotation and mirroring of an image by its EXIF orientation."""
     from PIL import ExifTags, Image
 
+    place = file.tell()
     file.seek(0)
-    orientation = None
+    orientation = 1
     with suppress(OSError, ValueError, SyntaxError), Image.open(file) as image:  # FFmpeg may read it nevertheless
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    if orientation in MIRRORED:
-        raise VideoError(NOT_A_ROTATION)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    file.seek(place)
+    return EXIF_TURNS[orientation - 1] if orientation in range(1, 9) else EXIF_TURNS[0]
+
+
+def _crop(source: Any, index: int) -> tuple[int, int, int, int]:
+    """Return top, bottom, left and right of the container's crop, which PyAV shows in FFmpeg's description only."""
+    import av
+
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)
+    description = source.dumps_format().partition(f"Stream #0:{index}")[2].partition("Stream #0:")[0]
+    av.logging.set_level(level)
+    found = re.search(r"Frame cropping: (\d+)/(\d+)/(\d+)/(\d+)", description)
+    top, bottom, left, right = map(int, found.groups()) if found else (0, 0, 0, 0)
+    return top, bottom, left, right
 
 
 def _refuse(url: str, flags: int, options: dict[str, str]) -> NoReturn:
@@ -238,53 +314,96 @@ def _check_size(width: int, height: int) -> None:
         raise VideoError(f"too large: {width}x{height} pixels, more than {MAX_SIDE} a side")
 
 
-def _times_of_packets(
-    container: "InputContainer", stream: "VideoStream"
-) -> tuple[list[int] | None, "VideoFrame | None"]:
-    """Return the times of the displayed packets in the stream's time base and the first frame, or (None, None).
+Timeline = tuple[list[int], int, Look | None, bool]
 
-    Packets do not give the displayed frames where one has no time, or precedes the first keyframe: decoders drop those.
+
+def _timeline_of_packets(media: Media) -> Timeline | None:
+    """Return the times of the displayed packets in ticks, the end of the last, and the first frame's look.
+
+    Return None where packets do not give the displayed frames: one has no time, or precedes the first keyframe.
     """
     times: list[int] = []
-    first: VideoFrame | None = None
+    look: Look | None = None
     begin: int | None = None
-    for packet in container.demux(stream):
-        first = first or next(iter(packet.decode()), None)
+    end = 0
+    for packet in media.container.demux(media.stream):
+        if look is None and (frame := next(iter(decoded(media, packet)), None)):
+            look = media.look(frame)
         if packet.size == 0:
             continue
         if packet.pts is None or (begin is None and not packet.is_keyframe):
-            return None, None
+            return None
         begin = packet.pts if begin is None else begin
         if packet.pts < begin:
-            return None, None
+            return None
         if not packet.is_discard:
             times.append(packet.pts)
+            end = max(end, packet.pts + (packet.duration or 0))
         _check_count(len(times))
-    return sorted(times), first
+    return sorted(times), end, look, False
 
 
-def _times_of_frames(container: "InputContainer", stream: "VideoStream") -> tuple[list[int], "VideoFrame | None"]:
-    """Return the times of the decoded frames in the stream's time base, and the first frame."""
+def _timeline_of_frames(media: Media) -> Timeline:
+    """Return the times of the decoded frames in ticks, the end of the last, and the first frame's look."""
     times: list[int] = []
-    first: VideoFrame | None = None
-    for frame in displayed(container, stream):
-        first = first or frame
-        if frame.pts is None:
-            raise VideoError(f"no time stamp: of frame {len(times)}")
+    look: Look | None = None
+    alike, end = True, 0
+    for frame in displayed(media):
+        now = media.look(frame)
+        look = look or now
+        alike = alike and now == look
+        assert frame.pts is not None
         times.append(frame.pts)
+        end = max(end, frame.pts + (frame.duration or 0))
         _check_count(len(times))
-    if container.format.name == "avi":
+    if media.container.format.name == "avi":
         times.sort()  # it numbers packets in decoding order: right times in the wrong order
     elif any(a > b for a, b in pairwise(times)):
         raise VideoError("time stamps go backwards")
-    return times, first
+    return times, end, look, alike
 
 
-def displayed(container: "InputContainer", stream: "VideoStream") -> Iterator["VideoFrame"]:
-    """Yield the decoded frames in display order; raise `VideoError` at one that conceals an error."""
-    for number, frame in enumerate(container.decode(stream)):
+def displayed(media: Media) -> Iterator["VideoFrame"]:
+    """Yield the decoded frames in display order with their times; raise `VideoError` at one that conceals an error.
+
+    A stream without any time stamps has the constant rate that FFmpeg finds in it.
+    """
+    frames = _webp_frames(media) if media.animated_webp else _stream_frames(media)
+    timed = True
+    for number, frame in enumerate(frames):
         check_frame(frame, number)
+        timed = timed if number else frame.pts is not None
+        if frame.pts is None and not timed and (rate := media.stream.guessed_rate):
+            frame.pts = round(number / (rate * media.time_base))
+        if frame.pts is None:
+            raise VideoError(f"no time stamp: of frame {number}")
         yield frame
+
+
+def _stream_frames(media: Media) -> Iterator["VideoFrame"]:
+    for packet in media.container.demux(media.stream):
+        yield from decoded(media, packet)
+
+
+def decoded(media: Media, packet: "Packet[VideoStream]") -> list["VideoFrame"]:
+    """Return the frames that a packet completes."""
+    return media.decoder.decode(packet)
+
+
+def _webp_frames(media: Media) -> Iterator["VideoFrame"]:
+    """Yield the pictures of an animated WebP file, which FFmpeg does not decode."""
+    import av
+    from PIL import Image
+
+    media.file.seek(0)
+    time = 0
+    with Image.open(media.file) as image:
+        for number in range(getattr(image, "n_frames", 1)):
+            image.seek(number)
+            frame = av.VideoFrame.from_ndarray(np.asarray(image.convert("RGBA")), format="rgba")
+            frame.pts, frame.time_base, frame.duration = time, Fraction(1, 1000), int(image.info["duration"])
+            time += frame.duration
+            yield frame
 
 
 def check_frame(frame: "VideoFrame", number: int) -> None:
@@ -303,17 +422,3 @@ def microseconds(ticks: int, time_base: Fraction) -> int:
     """Return a duration in microseconds, rounded to the nearest."""
     scale, unit = 2_000_000 * time_base.numerator, time_base.denominator
     return (ticks * scale + unit) // (2 * unit)
-
-
-def rotation(frame: "VideoFrame") -> int:
-    """Return degrees counter-clockwise, 0 to 270; raise `VideoError` for a mirrored or slanted display matrix."""
-    try:
-        entries: Any = frame.side_data
-    except ValueError:  # a kind that PyAV does not know, such as EXIF, which `_refuse_mirrored` reads
-        entries = ()
-    matrix = next((entry for entry in entries if entry.type.name == "DISPLAYMATRIX"), None)
-    if matrix is not None:
-        a, b, _, c, d = np.frombuffer(bytes(matrix), "<i4").astype(object)[:5]
-        if a * d - b * c <= 0 or frame.rotation % 90:
-            raise VideoError(NOT_A_ROTATION)
-    return frame.rotation % 360

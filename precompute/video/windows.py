@@ -10,9 +10,9 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from math import ceil, floor
-from statistics import median_low
+
+import numpy as np
 
 from precompute.video.probe import Skipped
 from shared.config import Data
@@ -63,17 +63,21 @@ def cut_windows(
     width: int,
     data: Data,
     *,
+    start_us: int = 0,
+    end_us: int = 0,
     start_seconds: float | None = None,
     end_seconds: float | None = None,
 ) -> list[Window] | Skipped:
-    """Return the windows of a video with these time stamps and this displayed size (rotation applied).
+    """Return the windows of a video with these time stamps and this displayed size.
+
+    `start_us` and `end_us` are `Probe`'s.
 
     The bucket has the most frames that fit into the `timeline` and `max_num_frames`, and the height and width nearest
     in aspect ratio among those within `MAX_UPSCALE`. One window begins at the start.
     """
     if height <= 0 or width <= 0:
         return Skipped(f"no pixels: {height}x{width}")
-    timeline = lay_out(timestamps_us, data, start_seconds, end_seconds)
+    timeline = lay_out(timestamps_us, data, start_seconds, end_seconds, start_us, end_us)
     if isinstance(timeline, Skipped):
         return timeline
     frames = choose_frames(min(timeline.num_frames, data.max_num_frames), data.frame_buckets)
@@ -139,46 +143,57 @@ def _upscale(source: tuple[int, int], bucket: tuple[int, int], letterbox: bool) 
 
 
 def lay_out(
-    stamps_us: Sequence[int], data: Data, start_seconds: float | None, end_seconds: float | None
+    stamps_us: Sequence[int],
+    data: Data,
+    start_seconds: float | None,
+    end_seconds: float | None,
+    video_start_us: int,
+    video_end_us: int,
 ) -> Timeline | Skipped:
     """Return the output frames of a video with these time stamps, or the reason why there are none.
 
     1. `skip_frames_start/end` leave out source frames.
-    2. `start_seconds <= t < end_seconds`, counted from the source's very first frame, leave out by time.
+    2. `start_seconds <= t < end_seconds` leave out by time, counted as players do: the first frame is at
+       `video_start_us`, which is not 0 where the sound starts earlier.
     3. `fps` > 0: output frame k shows the source frame displayed at t0 + k / fps, t0 being the first frame left. The
-       last one is displayed for one median frame interval of the source, and not beyond `end_seconds`.
-       `fps` = 0: every source frame is an output frame.
+       last one is displayed until the next source frame, the video's own last one until `video_end_us` (for one median
+       frame interval if that is 0), and not beyond `end_seconds`. `fps` = 0: every source frame is an output frame.
     """
     if not stamps_us:
         return Skipped("no frames")
-    back = next((i for i, (a, b) in enumerate(pairwise(stamps_us), start=1) if b < a), None)
-    if back is not None:
-        return Skipped(f"time stamps go back: at frame {back}")
     first, stop = data.skip_frames_start, len(stamps_us) - data.skip_frames_end
     if first >= stop:
         skips = f"skip_frames_start = {first}, skip_frames_end = {data.skip_frames_end}"
         return Skipped(f"no frames left: {len(stamps_us)} in the video, {skips}")
 
-    interval = median_low(b - a for a, b in pairwise(stamps_us)) if len(stamps_us) > 1 else 0
+    interval = _median_interval(stamps_us)
     slack = min(STAMP_SLACK_US, interval // 2)
+    last_end = stamps_us[0] + video_end_us if video_end_us else stamps_us[-1] + interval
+    zero = stamps_us[0] - video_start_us
     end_us = None
     if start_seconds is not None:
-        first = bisect_left(stamps_us, stamps_us[0] + _microseconds(start_seconds) - slack, first, stop)
+        first = bisect_left(stamps_us, zero + _microseconds(start_seconds) - slack, first, stop)
     if end_seconds is not None:
-        end_us = stamps_us[0] + _microseconds(end_seconds)
+        end_us = zero + _microseconds(end_seconds)
         stop = bisect_left(stamps_us, end_us - slack, first, stop)
     if first >= stop:
-        length = (stamps_us[-1] - stamps_us[0] + interval) / _SECOND_US
         end = "the end" if end_seconds is None else f"{end_seconds:g} s"
-        return Skipped(f"no frames in its time: {start_seconds or 0:g} s to {end}, in a video of {length:.2f} s")
+        shown = f"{-zero / _SECOND_US:.2f} s to {(last_end - zero) / _SECOND_US:.2f} s"
+        return Skipped(f"no frames in its time: {start_seconds or 0:g} s to {end}, in a video of {shown}")
 
     if not data.fps:
         return Timeline(stamps_us, first, stop, slack, None, stop - first)
     step = _SECOND_US / Fraction(str(data.fps))
-    until = stamps_us[stop - 1] + interval
+    until = stamps_us[stop] if stop < len(stamps_us) else last_end
     until = until if end_us is None else min(until, end_us)
     # As many k as have t0 + k * step < until - slack.
     return Timeline(stamps_us, first, stop, slack, step, max(1, ceil((until - slack - stamps_us[first]) / step)))
+
+
+def _median_interval(stamps_us: Sequence[int]) -> int:
+    """Return the lower median of the intervals, 0 for one frame; a film of hours is asked once per row."""
+    steps = np.diff(np.asarray(stamps_us, np.int64))
+    return int(np.partition(steps, (len(steps) - 1) // 2)[(len(steps) - 1) // 2]) if len(steps) else 0
 
 
 def _microseconds(seconds: float) -> int:
