@@ -115,9 +115,16 @@ def _cut(stage: Stage, source: Source, found: Probed | Skipped, recipe: str) -> 
     if isinstance(found, Skipped):
         return found
     data, probe = stage.config.data, found.probe
-    seconds = {"start_seconds": source.start_seconds, "end_seconds": source.end_seconds}
-    size, times = (probe.height, probe.width), found.timestamps_us
-    windows = cut_windows(times, *size, data, start_us=probe.start_us, end_us=probe.end_us, **seconds)
+    windows = cut_windows(
+        found.timestamps_us,
+        probe.height,
+        probe.width,
+        data,
+        start_us=probe.start_us,
+        end_us=probe.end_us,
+        start_seconds=source.start_seconds,
+        end_seconds=source.end_seconds,
+    )
     if isinstance(windows, Skipped):
         return windows
     keys = [recipes.latent_key(probe.sha256, window, data.video_reshape_mode, recipe) for window in windows]

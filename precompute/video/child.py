@@ -141,6 +141,7 @@ class Child:
 def serve(connection: socket.socket, memory_gib: float) -> None:
     """Answer requests until the parent closes the connection or the memory is used up."""
     import av  # noqa: F401  (mapped before the limit is set)
+    from PIL import Image  # noqa: F401
 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -22,7 +22,7 @@ from shared.console import say
 FILE = "files.sqlite"
 MAX_FILES = 1_000_000
 LOCKED_SECONDS = 30.0
-READER = f"2 av {version('av')}"
+READER = f"3 av {version('av')}"
 """Names the facts that `probe` finds and the way it finds them; a change of either needs another name."""
 
 

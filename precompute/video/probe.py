@@ -300,8 +300,8 @@ def _crop(source: Any, index: int) -> tuple[int, int, int, int]:
     av.logging.set_level(av.logging.INFO)
     description = source.dumps_format().partition(f"Stream #0:{index}")[2].partition("Stream #0:")[0]
     av.logging.set_level(level)
-    found = re.search(r"Frame cropping: (\d+)/(\d+)/(\d+)/(\d+)", description)
-    top, bottom, left, right = map(int, found.groups()) if found else (0, 0, 0, 0)
+    found = re.search(r"Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", description)
+    left, right, top, bottom = map(int, found.groups()) if found else (0, 0, 0, 0)
     return top, bottom, left, right
 
 

@@ -13,6 +13,7 @@ import pytest
 from precompute.report import Report
 from precompute.video import known_files
 from precompute.video.known_files import FILE, KnownFiles
+from precompute.video.picture import Look
 from precompute.video.probe import Probe, Probed, mark_of
 from tests.corpus import config_for, run, write_corpus, write_video
 
@@ -53,7 +54,7 @@ def save(folder: Path, count: int, frames: int = 300) -> dict[Path, Probed]:
         path.write_bytes(bytes(number))
         times = array("q", (index * 1_000_000 // 30 for index in range(frames)))
         mark = mark_of(path.stat())
-        probe = Probe(f"{number:064}", mark, frames, 0, 48, 80, 0, "h264", "mp4", "yuv420p", False, True)
+        probe = Probe(f"{number:064}", mark, frames, 0, Look((48, 80)), "h264", "mp4", 0, 9, False, True)
         saved[path] = Probed(probe, times)
         known.add(saved[path])
     known.save()

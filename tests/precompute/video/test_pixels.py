@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from precompute.video.pixels import Mode, crop_offset, scaled_size, to_clip
+from precompute.video.picture import Look, fit
+from precompute.video.pixels import Mode, crop_offset, scaled_into, scaled_size
+from precompute.video.pixels import to_clip as normalized
 from shared.model.geometry import Bucket
 
 BUCKET = Bucket(2, 16, 32)
@@ -15,6 +18,26 @@ BUCKET = Bucket(2, 16, 32)
 
 def frames(height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def to_clip(source: torch.Tensor, bucket: Bucket, *, mode: Mode, flip: bool, crop_seed: str) -> torch.Tensor:
+    """Scale and crop as the decode process does, then normalize."""
+    height, width = source.shape[1:3]
+    scaled = scaled_into(height, width, bucket, mode, crop_seed)
+    pictures = [fit(frame, Look((height, width)), scaled) for frame in source.numpy()]
+    return normalized(torch.from_numpy(np.stack(pictures)), bucket, flip=flip)
+
+
+@pytest.mark.parametrize("size", [(270, 480), (90, 200), (33, 47), (16, 33)])
+def test_a_resize_by_pieces_is_torchs_of_the_whole_clip(size: tuple[int, int]) -> None:
+    source = frames(*size)
+    pixels = source.permute(0, 3, 1, 2).float()
+    scaled = scaled_size(*size, BUCKET, "center")
+    whole = F.interpolate(pixels, size=scaled, mode="bicubic", antialias=True, align_corners=False)
+    top, left = crop_offset(*scaled, BUCKET, "center", "")
+    expected = ((whole - 127.5) / 127.5)[:, :, top : top + 16, left : left + 32].transpose(0, 1)
+    clip = to_clip(source, BUCKET, mode="center", flip=False, crop_seed="")
+    torch.testing.assert_close(clip, expected, rtol=0, atol=2e-5)
 
 
 def test_a_clip_of_the_right_size_is_only_normalized() -> None:

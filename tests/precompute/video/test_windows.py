@@ -1,5 +1,7 @@
 """Time stamps and settings -> windows: tables, and an oracle that looks at one frame after the other."""
 
+import time
+from array import array
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -110,7 +112,8 @@ def displayed_frames(stamps: Sequence[int], first: int, stop: int, fps: float, e
     """Apply the rule of `lay_out` to one output frame after the other."""
     interval = median_low(b - a for a, b in pairwise(stamps))
     slack = min(STAMP_SLACK_US, interval // 2)
-    until = stamps[stop - 1] + interval if end_us is None else min(stamps[stop - 1] + interval, end_us)
+    until = stamps[stop] if stop < len(stamps) else stamps[-1] + interval
+    until = until if end_us is None else min(until, end_us)
     frames: list[int] = []
     while not frames or stamps[first] + len(frames) * 1_000_000 / Fraction(str(fps)) < until - slack:
         time = stamps[first] + len(frames) * 1_000_000 / Fraction(str(fps))
@@ -247,7 +250,6 @@ def test_a_start_given_as_frame_over_fps_begins_with_that_frame(frame: int, unit
         ({"stamps": []}, "no frames"),
         ({"stamps": steady(9, 8), "source_height": 0}, "no pixels: 0x96"),
         ({"stamps": steady(9, 8), "source_width": 0}, "no pixels: 64x0"),
-        ({"stamps": [0, 10, 5]}, "time stamps go back: at frame 2"),
         ({"stamps": steady(5, 8)}, "too short: 5 frames, the smallest bucket is 9"),
         ({"stamps": [0]}, "too short: 1 frame, the smallest bucket is 9"),
         ({"stamps": steady(10, 16), "fps": 8}, "too short: 5 frames at 8 fps, the smallest bucket is 9"),
@@ -255,8 +257,14 @@ def test_a_start_given_as_frame_over_fps_begins_with_that_frame(frame: int, unit
             {"stamps": steady(9, 8), "skip_frames_start": 5, "skip_frames_end": 4},
             "no frames left: 9 in the video, skip_frames_start = 5, skip_frames_end = 4",
         ),
-        ({"stamps": steady(16, 8), "start": 3.5}, "no frames in its time: 3.5 s to the end, in a video of 2.00 s"),
-        ({"stamps": steady(16, 8), "start": 3, "end": 5}, "no frames in its time: 3 s to 5 s, in a video of 2.00 s"),
+        (
+            {"stamps": steady(16, 8), "start": 3.5},
+            "no frames in its time: 3.5 s to the end, in a video of 0.00 s to 2.00 s",
+        ),
+        (
+            {"stamps": steady(16, 8), "start": 3, "end": 5},
+            "no frames in its time: 3 s to 5 s, in a video of 0.00 s to 2.00 s",
+        ),
         (
             {"stamps": steady(9, 8), "source_height": 120, "source_width": 160, "resolution_buckets": [[480, 720]]},
             "too few pixels: 120x160 for 480x720",
@@ -304,6 +312,34 @@ def test_windows_inside_one_held_frame_are_stored_once() -> None:
     stamps = [*steady(9, 8), 60_000_000]
     windows = cut(stamps, fps=8, windows_per_clip=40, window_placement="consecutive", frame_buckets=[9])
     assert [window.indices for window in windows] == [tuple(range(9)), (8,) * 9]
+
+
+def test_the_last_picture_is_shown_for_its_own_duration() -> None:
+    data = make_data(fps=8, frame_buckets=[9, 17])
+    assert isinstance(cut_windows([0, 500_000], 64, 96, data), Skipped)
+    [window] = cut_windows([0, 500_000], 64, 96, data, end_us=2_200_000)  # type: ignore[misc]
+    assert window.indices == (0,) * 4 + (1,) * 13
+    [window] = cut_windows([0, 500_000], 64, 96, data, end_us=2_200_000, end_seconds=1.25)  # type: ignore[misc]
+    assert window.indices == (0,) * 4 + (1,) * 5
+
+
+def test_times_of_a_row_count_from_the_containers_start() -> None:
+    data = make_data(frame_buckets=[9])
+    stamps = steady(150, 25)
+    for start_us, first in ((0, 75), (2_023_000, 25), (5_000_000, 0)):
+        [window] = cut_windows(stamps, 64, 96, data, start_us=start_us, start_seconds=3)  # type: ignore[misc]
+        assert window.indices[0] == first
+    before = cut_windows(stamps, 64, 96, data, start_us=5_000_000, start_seconds=1, end_seconds=4)
+    assert before == Skipped("no frames in its time: 1 s to 4 s, in a video of 5.00 s to 11.00 s")
+
+
+def test_rows_of_a_film_of_two_hours_at_60_fps_are_cut_quickly() -> None:
+    stamps = array("q", steady(432_000, 60))
+    begin = time.process_time()
+    for start in range(10):
+        [window] = cut_windows(stamps, 64, 96, make_data(fps=8), start_seconds=7_000 + start)  # type: ignore[misc]
+        assert window.indices[0] == (7_000 + start) * 60
+    assert time.process_time() - begin < 2
 
 
 def test_equal_time_stamps_are_legal() -> None:
