@@ -73,10 +73,10 @@ def found(folder: Path, saved: dict[Path, Probed]) -> list[Path]:
 def test_a_rerun_reads_no_media_when_asked_and_finds_the_same(again: Run, home: Path, tmp_path: Path) -> None:
     assert again().clips == 2 and not home.exists()
     assert read_media(again(remember_files=True)) and home.exists()
-    view = (tmp_path / "cache/datasets/corpus.parquet").read_bytes()
+    view = (tmp_path / "cache/datasets/corpus.json").read_bytes()
     report = again(remember_files=True)
     assert not read_media(report) and report.clips == 2
-    assert (tmp_path / "cache/datasets/corpus.parquet").read_bytes() == view
+    assert (tmp_path / "cache/datasets/corpus.json").read_bytes() == view
     assert read_media(again())
 
 

@@ -144,9 +144,9 @@ def test_a_process_that_dies_while_idle_costs_no_job(shared_pool: DecodePool, go
 
 def test_memory_is_limited(good: DecodeJob, tmp_path: Path) -> None:
     Image.new("RGB", (4000, 4000)).save(tmp_path / "large.png")
-    with DecodePool(workers=1, deadline_seconds=30, memory_gib=0.1) as pool:
+    with DecodePool(workers=1, deadline_seconds=30, memory_gib=0.07) as pool:
         outcomes = list(pool.decode_all([good, job_for(tmp_path / "large.png", (0,)), good]))
-    assert reasons(outcomes) == ["pyav", "needs more than 0.1 GiB", "pyav"]
+    assert reasons(outcomes) == ["pyav", "needs more than 0.07 GiB", "pyav"]
 
 
 def test_data_called_invalid_where_memory_ends_lack_memory(tmp_path: Path) -> None:
