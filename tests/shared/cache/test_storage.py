@@ -46,6 +46,16 @@ def test_missing_or_oversized_file_is_named(storage: LocalStorage) -> None:
     assert storage.size("a.json") == 11 and storage.size("b.json") is None and storage.size("") is None
 
 
+def test_fifo_is_refused_even_while_somebody_writes_to_it(storage: LocalStorage) -> None:
+    storage.root.mkdir()
+    os.mkfifo(storage.path("a.json"))
+    writer = os.open(storage.path("a.json"), os.O_RDWR)
+    os.write(writer, b"{}")
+    with pytest.raises(CacheError, match=r"a\.json: cannot be read \(not a regular file\)"):
+        storage.read("a.json", limit_bytes=10)
+    os.close(writer)
+
+
 def test_part_beyond_the_end_is_refused(storage: LocalStorage) -> None:
     storage.publish("a.tar", b"0123456789")
     assert storage.read_part("a.tar", 3, 7) == b"3456789"
