@@ -38,6 +38,7 @@ def make_config(root: Path, cache: Path, bucket: tuple[int, int, int], fps: int)
                 "video_column": "videos.txt",
                 "fps": fps,
                 "frame_buckets": [bucket[0]],
+                "allow_uneven_frame_buckets": True,
                 "resolution_buckets": [bucket[1:]],
             },
             "precompute": {"cache": str(cache), "device": "cpu", "decode_workers": 1, "clips_per_shard": 8},

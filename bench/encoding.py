@@ -111,6 +111,7 @@ def config_for(scene: Scene, clips: Path, cache: Path, settings: dict[str, Any])
                 "video_column": "videos.txt",
                 "fps": 0,
                 "frame_buckets": [scene.bucket.frames],
+                "allow_uneven_frame_buckets": True,
                 "resolution_buckets": [[scene.bucket.height, scene.bucket.width]],
                 "validation_prompts": [f"{number}: {'a rabbit yawns ' * 30}" for number in range(64)],
             },

@@ -4,6 +4,7 @@ Where the diffusers reference script has an option, the field keeps its name and
 Relative paths are relative to the working directory. Secrets are never a field.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,15 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b")
-"""Access tokens of the hub and of S3."""
+COMMIT = r"(?<![\w/\\])[0-9a-f]{40}(?![\w/\\])"
+SECRET = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|A[KS]IA[A-Z0-9]{16}|sk-(?:[a-z]+-)?[A-Za-z0-9]{20,}|gh[pousr]_\w{30,}|wandb_v1_\w{20,})\b"
+    r"|(?<=://)(?:[^/\s@:]*:(?!\d{1,5}/)[^\s@]+|(?<=http://|ttps://)[^/\s@]+)(?=@)"
+    r"|(?<=[?&])(?:sig|token|access_token|api_key|password|X-Amz-Signature)=[^&\s'\"]+"
+    rf"|{COMMIT}",
+    re.IGNORECASE,
+)
+"""Access tokens of the hub, S3, OpenAI, GitHub and Weights & Biases (40 hex digits), and those within a URL."""
 
 
 def _multiple_of_16(size: int) -> int:
@@ -58,10 +66,27 @@ def _multiple_of_16(size: int) -> int:
     return size
 
 
-def _not_a_secret(text: str) -> str:
-    if SECRET.search(text):
-        raise ValueError("looks like an access token; log in with `hf auth login` or set HF_TOKEN instead")
-    return text
+def _not_a_secret(value: object) -> object:
+    if SECRET.search(str(value)):
+        raise ValueError("has an access token or password; give it through a login or an environment variable")
+    return value
+
+
+def _not_a_secret_or_commit(value: object) -> object:
+    return value if re.fullmatch(COMMIT, str(value)) else _not_a_secret(value)
+
+
+def _home_expanded(path: Path) -> Path:
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - the `~` of an unknown user stays
+
+
+def _sizes(value: object) -> object:
+    """Return the heights x widths of a text such as 64x96,96x64, of one such pair, or of a list of them."""
+    if isinstance(value, str):
+        value = re.findall(r"[^\s,\[\]'\"]+", value)
+    if isinstance(value, list | tuple):
+        return [item.lower().split("x") if isinstance(item, str) else item for item in value]
+    return value
 
 
 def _not_empty(value: object) -> object:
@@ -77,11 +102,15 @@ def _device_name(name: str) -> str:
 
 
 Side = Annotated[int, Field(gt=0), AfterValidator(_multiple_of_16)]
-Text = Annotated[str, AfterValidator(_not_a_secret)]
+NotSecret = BeforeValidator(_not_a_secret)
+Text = Annotated[str, NotSecret]
 NotEmpty = BeforeValidator(_not_empty)
 """Also for paths: an empty one would be the working directory."""
 Name = Annotated[Text, NotEmpty]
-Place = Annotated[Path, NotEmpty]
+Place = Annotated[Path, NotEmpty, NotSecret, AfterValidator(_home_expanded)]
+"""A leading `~` is the home folder."""
+PlaceOrName = Annotated[Name, AfterValidator(os.path.expanduser)]
+"""A path, whose leading `~` is the home folder, or a hub name or URL."""
 Device = Annotated[str, AfterValidator(_device_name)]
 
 
@@ -92,9 +121,9 @@ class Table(BaseModel):
 
 
 class Model(Table):
-    pretrained_model_name_or_path: Annotated[Name, FREE]
+    pretrained_model_name_or_path: Annotated[PlaceOrName, FREE]
     """Hub name or local folder in the diffusers layout."""
-    revision: Annotated[Name | None, FREE] = None
+    revision: Annotated[Annotated[str, NotEmpty, BeforeValidator(_not_a_secret_or_commit)] | None, FREE] = None
     """Commit, tag or branch on the hub, for every part."""
     variant: Annotated[Name | None, FREE] = None
     """File variant of the weights, such as "fp16"."""
@@ -105,11 +134,11 @@ class Model(Table):
 
 
 class Data(Table):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$"), FREE]
+    name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$"), FREE]
     """The view's name in the cache."""
     instance_data_root: Annotated[Place, FREE]
     """Folder that every video path stays inside."""
-    dataset_name: Annotated[Name | None, FREE] = None
+    dataset_name: Annotated[PlaceOrName | None, FREE] = None
     """CSV, JSONL or parquet file, or folder or hub name for `datasets.load_dataset`; None reads text files."""
     dataset_config_name: Annotated[Name | None, FREE] = None
     """Configuration of the hub data set."""
@@ -119,6 +148,10 @@ class Data(Table):
     """Column of `dataset_name`, or without it a text file in the root with one video path per line."""
     id_token: Annotated[Text, VIEW] = ""
     """Put before every caption, with one space."""
+    default_caption: Annotated[Text | None, VIEW] = None
+    """Caption of the clips that have none, may be ""; without it such clips are skipped."""
+    follow_links: Annotated[bool, FREE] = False
+    """Also take links that lead out of the data root, as in a hub cache, DVC or git-annex."""
     fps: Annotated[float, Field(ge=0), CLIPS] = 8
     """Frames per second by time stamps; 0 keeps the source's rate."""
     skip_frames_start: Annotated[Count, CLIPS] = 0
@@ -132,13 +165,17 @@ class Data(Table):
     window_placement: Annotated[Literal["even", "consecutive"], CLIPS] = "even"
     """Windows spread over the whole video, or one after the other from its start."""
     frame_buckets: Annotated[tuple[Positive, ...], Field(min_length=1), CLIPS] = (9, 17, 25, 33, 41, 49)
-    """Frame counts that clips are cut to; 8k+1 keeps the VAE's first chunk small."""
+    """Frame counts that clips are cut to, 8k+1: the VAE gives back only these as they are."""
+    allow_uneven_frame_buckets: Annotated[bool, FREE] = False
+    """Take other counts too; 5 frames decode to 8, 13 to 16, 21 to 24."""
     height: Annotated[Side | None, BUCKETS] = None
     """Fixed height instead of `resolution_buckets`."""
     width: Annotated[Side | None, BUCKETS] = None
     """Fixed width instead of `resolution_buckets`."""
-    resolution_buckets: Annotated[tuple[tuple[Side, Side], ...], Field(min_length=1), CLIPS] = ((480, 720),)
-    """Heights x widths; a clip takes the one nearest in aspect ratio that does not enlarge it more than twice."""
+    resolution_buckets: Annotated[
+        tuple[tuple[Side, Side], ...], Field(min_length=1), BeforeValidator(_sizes), CLIPS
+    ] = ((480, 720),)
+    """Heights x widths, [[480, 720]] or "480x720"; a clip takes the one nearest in aspect ratio that does not enlarge it more than twice."""
     video_reshape_mode: Annotated[Literal["center", "random", "letterbox"], CLIPS] = "center"
     """Crop in the middle, crop at a place drawn by the clip's bytes, or pad with black."""
     random_flip: Annotated[bool, CLIPS] = False
@@ -156,6 +193,13 @@ class Data(Table):
             raise ValueError("height and width are set together")
         if not any(bucket <= self.max_num_frames for bucket in self.frame_buckets):
             raise ValueError(f"every one of frame_buckets is above max_num_frames = {self.max_num_frames}")
+        uneven = [frames for frames in self.frame_buckets if frames % 8 != 1 and frames <= self.max_num_frames]
+        if uneven and not self.allow_uneven_frame_buckets:
+            below = (uneven[0] - 1) // 8 * 8 + 1
+            raise ValueError(
+                f"frame_buckets has {uneven[0]}, which the VAE gives back as another number of frames; use {below} or "
+                f"{below + 8}, or set data.allow_uneven_frame_buckets=true"
+            )
         return self
 
     @property
@@ -167,7 +211,7 @@ class Data(Table):
 
 
 class Precompute(Table):
-    cache: Annotated[Name, FREE]
+    cache: Annotated[PlaceOrName, FREE]
     """Folder or fsspec URL of the cache, shared by every run."""
     local_cache_gib: Annotated[float, Field(gt=0), FREE] = 50
     """Remote cache: disk that local copies of its shards may take, in the user's cache folder."""
@@ -294,7 +338,7 @@ class Train(Table):
     """Optimizer steps between checkpoints."""
     checkpoints_total_limit: Annotated[int, Field(ge=2), FREE] = 2
     """Checkpoints kept; two at least, so that a damaged newest one has a predecessor."""
-    resume_from_checkpoint: Annotated[Name, FREE] = "latest"
+    resume_from_checkpoint: Annotated[PlaceOrName, FREE] = "latest"
     """"latest", a checkpoint's name in the run folder, or "none" to refuse a run folder that has checkpoints.
 
     A name must be the newest checkpoint: move newer ones out of the run folder first."""

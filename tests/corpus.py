@@ -62,6 +62,7 @@ def config_for(
                 "video_column": "videos.txt",
                 "fps": 0,
                 "frame_buckets": [5],
+                "allow_uneven_frame_buckets": True,
                 "resolution_buckets": [[16, 32]],
                 "validation_prompts": ["a rabbit"],
                 **(data or {}),

@@ -25,7 +25,6 @@ from precompute.sources.tables import (
     csv_rows,
     dataset_rows,
     escaped,
-    expanded,
     jsonl_rows,
     listed,
     parquet_rows,
@@ -75,7 +74,7 @@ def read_sources(data: Data) -> list[Source]:
 
     Raise `DataError` in one line: the first five row errors, each with its file and row, and the number of the rest.
     """
-    root = expanded(data.instance_data_root).resolve()
+    root = data.instance_data_root.resolve()
     if not root.is_dir():
         raise DataError(f"instance_data_root '{escaped(str(data.instance_data_root))}' is not a folder")
     errors: list[str] = []
@@ -100,7 +99,7 @@ def read_sources(data: Data) -> list[Source]:
 
 def _read_rows(root: Path, data: Data) -> Iterator[Row]:
     """Return the rows of the layout that `data` describes."""
-    table = expanded(data.dataset_name or "")
+    table = Path(data.dataset_name or "")
     read_table = READERS.get(table.suffix.lower())
     if data.dataset_name is not None and (read_table is None or table.is_dir()):
         return dataset_rows(data.dataset_name, data)

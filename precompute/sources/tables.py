@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import io
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +110,7 @@ def parquet_rows(table: Path, data: Data) -> Iterator[Row]:
 
 def dataset_rows(name: str, data: Data) -> Iterator[Row]:
     """Yield the rows of `datasets.load_dataset`, which runs no code of the data set; raise `DataError`."""
-    path = expanded(name)
+    path = Path(name)
     folder = path.resolve() if path.is_dir() else None
     # The name of a reader, such as "csv", would read all such files in the working directory.
     is_reader = name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}") is not None
@@ -169,11 +168,6 @@ def read_text(path: Path, where: str) -> str:
             place, reason = error.start, "not UTF-8"
     line = content.count(b"\n", 0, place) + 1
     raise DataError(f"{where} line {line}: {reason}")
-
-
-def expanded(path: Path | str) -> Path:
-    """Replace a leading `~` by the home folder; the `~` of an unknown user stays."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def escaped(text: str) -> str:

@@ -164,7 +164,7 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.revision={}", "looks like an access token"),
+        ("model.revision={}", "has an access token or password"),
         ("hub_token={}", "write it as"),
         ("model.a.b={}", "write it as"),
         ("{}", "write it as"),
@@ -175,3 +175,75 @@ def test_tokens_are_refused_and_not_repeated(override: str, message: str) -> Non
     with pytest.raises(UsageError, match=message) as caught:
         load_config(DEMO, [override.format(secret)])
     assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["data.name", "precompute.cache", "sample.lora", "data.validation_prompts", "data.x"])
+@pytest.mark.parametrize(
+    ("value", "secret"),
+    [
+        ("s3://{}@bucket/cache", "ID:wJalr/XUtn+FEMI"),
+        ("ftp://user:{}@host/x", "hunter2x"),
+        ("https://{}@host/x", "plaintoken"),
+        ("https://host/x?a=1&sig={}", "abcdef"),
+        ("{}", "0123456789abcdef0123456789abcdef01234567"),
+        ("{}", "AKIA" + "A" * 16),
+        ("{}", "sk-" + "a1B2" * 8),
+    ],
+)
+def test_secrets_are_refused_in_every_text_field(field: str, value: str, secret: str) -> None:
+    text = value.format(secret)
+    with pytest.raises(UsageError) as caught:
+        load_config(DEMO, [f"{field}={[text] if field.endswith('prompts') else text}"])
+    assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "s3://bucket/a:b@c",
+        "sftp://me@host/cache",
+        "http://127.0.0.1:8000/x@y",
+        "a/snapshots/0123456789abcdef0123456789abcdef01234567/x",
+        "mail me@home: 10:30",
+    ],
+)
+def test_names_that_only_look_like_secrets_are_taken(value: str) -> None:
+    assert load_config(DEMO, [f"precompute.cache={value}"]).precompute.cache == value
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert load_config(DEMO, [f"model.revision='{commit}'"]).model.revision == commit
+
+
+def test_home_is_expanded_in_every_path_and_in_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    single = (
+        "model.pretrained_model_name_or_path model.model_cache_dir data.instance_data_root data.dataset_name "
+        "precompute.cache train.output_dir train.initial_adapter train.resume_from_checkpoint sample.output_dir "
+        "sample.lora"
+    ).split()
+    config = load_config(DEMO, [*(f"{name}=~/x" for name in single), "sample.images=['~/x']"])
+    home = str(tmp_path / "x")
+    assert [str(field_value(config, name)) for name in single] == [home] * len(single)
+    assert config.sample.images == (tmp_path / "x",)
+    assert load_config(DEMO, ["precompute.cache=s3://b/~/x"]).precompute.cache == "s3://b/~/x"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("64x96", ((64, 96),)),
+        ("64x96,96x64", ((64, 96), (96, 64))),
+        ("[64x96, '96X64']", ((64, 96), (96, 64))),
+        ("['64x96']", ((64, 96),)),
+        ("[[64,96]]", ((64, 96),)),
+    ],
+)
+def test_resolution_buckets_may_be_written_as_sizes(value: str, expected: tuple[tuple[int, int], ...]) -> None:
+    assert load_config(DEMO, [f"data.resolution_buckets={value}"]).data.resolution_buckets == expected
+
+
+def test_frame_buckets_that_the_vae_changes_name_the_nearest() -> None:
+    for frames, nearest in ((5, "1 or 9"), (13, "9 or 17"), (16, "9 or 17"), (24, "17 or 25")):
+        with pytest.raises(UsageError, match=rf"frame_buckets has {frames}, .*; use {nearest}, or set data\.allow_"):
+            load_config(DEMO, [f"data.frame_buckets=[9,{frames}]"])
+    uneven = ["data.frame_buckets=[13]", "data.allow_uneven_frame_buckets=true"]
+    assert load_config(DEMO, uneven).data.frame_buckets == (13,)

@@ -18,6 +18,7 @@ from shared.config import Data
 from shared.model.geometry import Bucket
 
 BASE = {"name": "test", "instance_data_root": ".", "fps": 0, "frame_buckets": [9, 17], "resolution_buckets": [[64, 96]]}
+BASE |= {"allow_uneven_frame_buckets": True}
 
 
 def make_data(**changes: Any) -> Data:

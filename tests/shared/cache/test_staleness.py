@@ -24,6 +24,7 @@ from tests.tiny import build_text_encoder, build_vae
 from train.open_run import open_run
 
 CHANGES: dict[str, Any] = {
+    "data.default_caption": "a dog",
     "data.caption_column": "long_caption",
     "data.fps": 16,
     "data.frame_buckets": (9, 33),
