@@ -1,7 +1,7 @@
 """Inputs of a run: the clips and texts of the config with their keys, and the sources without a clip."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from precompute import recipes
@@ -54,6 +54,8 @@ class Survey:
     prompts_recipe: dict[str, Json]
     latents: Collection
     prompts: Collection
+    warnings: list[str] = field(default_factory=list)
+    """Oddities of the data set's files and captions."""
 
     @property
     def by_key(self) -> dict[str, Clip]:
@@ -79,15 +81,16 @@ def survey(stage: Stage, pool: DecodePool) -> Survey:
     """
     data = stage.config.data
     _refuse_buckets(stage)
-    sources = read_sources(data)
+    listing = read_sources(data)
+    sources = listing.sources
     latents_recipe = recipes.latents_recipe(stage.config, stage.encoders)
     prompts_recipe = recipes.prompts_recipe(stage.config, stage.encoders)
     latents, prompts = collection_for("latents", latents_recipe), collection_for("prompts", prompts_recipe)
     clips, left_out = cut_clips(stage, sources, pool, latents.recipe)
-    texts = [caption.text for source in sources for caption in source.captions]
+    texts = [caption.text for source in sources if not source.skipped for caption in source.captions]
     texts += [*data.validation_prompts, data.negative_prompt, ""]
     by_key = {recipes.prompt_key(text, prompts.recipe): text for text in texts}
-    return Survey(clips, left_out, by_key, latents_recipe, prompts_recipe, latents, prompts)
+    return Survey(clips, left_out, by_key, latents_recipe, prompts_recipe, latents, prompts, listing.warnings)
 
 
 def cut_clips(
@@ -96,8 +99,11 @@ def cut_clips(
     """Probe every source and cut its windows; return the clips, and the sources without one, in their order."""
     rows: dict[Path, list[int]] = {}
     for row, source in enumerate(sources):
-        rows.setdefault(source.path, []).append(row)
-    found: dict[int, list[Clip] | Skipped] = {}
+        if not source.skipped:
+            rows.setdefault(source.path, []).append(row)
+    found: dict[int, list[Clip] | Skipped] = {
+        row: Skipped(source.skipped) for row, source in enumerate(sources) if source.skipped
+    }
     for path, outcome in _probes(stage, list(rows), pool):
         # the time stamps, the bulk of a probe, end here
         found |= {row: _cut(stage, sources[row], outcome, recipe) for row in rows[path]}

@@ -142,7 +142,8 @@ def _row(
     split: Literal["train", "held_out", "skipped"],
     skipped: str,
 ) -> ViewRow:
-    prompt_keys = tuple(keys[caption.text] for caption in source.captions)
+    captions = () if source.skipped else source.captions
+    prompt_keys = tuple(keys[caption.text] for caption in captions)
     stamps = clip.window.timestamps_us if clip else (0,)
     return ViewRow(
         source=source.name,
@@ -153,8 +154,8 @@ def _row(
         width=clip.window.bucket.width if clip else 0,
         flip=bool(clip and clip.window.flip),
         latent_key=clip.key if clip else "",
-        captions=tuple(caption.text for caption in source.captions),
-        caption_weights=tuple(caption.weight for caption in source.captions),
+        captions=tuple(caption.text for caption in captions),
+        caption_weights=tuple(caption.weight for caption in captions),
         prompt_keys=prompt_keys,
         truncated_tokens=tuple(truncated[key] for key in prompt_keys),
         split=split,

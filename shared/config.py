@@ -152,6 +152,8 @@ class Data(Table):
     """Caption of the clips that have none, may be ""; without it such clips are skipped."""
     follow_links: Annotated[bool, FREE] = False
     """Also take links that lead out of the data root, as in a hub cache, DVC or git-annex."""
+    embedded_videos_gib: Annotated[float, Field(gt=0), FREE] = 50
+    """Disk in the user's cache folder for copies of videos that tables and tars hold as bytes."""
     fps: Annotated[float, Field(ge=0), CLIPS] = 8
     """Frames per second by time stamps; 0 keeps the source's rate."""
     skip_frames_start: Annotated[Count, CLIPS] = 0
@@ -175,7 +177,7 @@ class Data(Table):
     resolution_buckets: Annotated[
         tuple[tuple[Side, Side], ...], Field(min_length=1), BeforeValidator(_sizes), CLIPS
     ] = ((480, 720),)
-    """Heights x widths, [[480, 720]] or "480x720"; a clip takes the one nearest in aspect ratio that does not enlarge it more than twice."""
+    """Heights x widths, also as "480x720"; a clip takes the nearest in aspect ratio, enlarged at most twice."""
     video_reshape_mode: Annotated[Literal["center", "random", "letterbox"], CLIPS] = "center"
     """Crop in the middle, crop at a place drawn by the clip's bytes, or pad with black."""
     random_flip: Annotated[bool, CLIPS] = False

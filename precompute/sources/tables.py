@@ -13,9 +13,13 @@ from shared.config import Data
 from shared.errors import DataError
 
 MAX_TEXT_FILE_BYTES = 1 << 30
+MAX_CAPTION_BYTES = 16 * 1024
 MAX_JSON_LINE_BYTES = 1 << 20
 MAX_SHOWN_CHARACTERS = 200
 
+VIDEO_NAMES = ("video", "file_name", "video_path", "path", "file", "mp4")
+"""Columns that hold the video where data.video_column is the default; the first one counts."""
+CAPTION_NAMES = ("text", "caption", "prompt", "captions")
 OPTIONAL_COLUMNS = ("start_seconds", "end_seconds", "repeats", "loss_weight")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -33,6 +37,8 @@ class Row:
     repeats: object = None
     loss_weight: object = None
     error: str = ""
+    may_skip: bool = False
+    """A fault of this row leaves its clip out; otherwise it is the fault of a table, which is refused."""
 
 
 def csv_rows(table: Path, data: Data) -> Iterator[Row]:
@@ -41,17 +47,18 @@ def csv_rows(table: Path, data: Data) -> Iterator[Row]:
     # Strict, because the default takes the rest of the file for a field after a quote that is never closed.
     reader = csv.reader(io.StringIO(read_text(table, file), newline=""), strict=True)
     header: list[str] = []
+    columns: list[str] = []
     number, line = 0, 1
     try:
         for number, fields in enumerate(reader, start=1):
             where, line = f"{file} row {number} (line {line})", reader.line_num + 1
             if fields and not header:
                 header = [name.strip() for name in fields]
-                _choose_columns(header, data, file)
+                columns = _choose_columns(header, data, file)
             elif fields and len(fields) != len(header):
                 yield Row(where, error=f"expected {len(header)} fields as in the header, got {len(fields)}")
             elif fields:
-                yield _row(dict(zip(header, fields, strict=True)), data, f"{file} row {number}")
+                yield _row(dict(zip(header, fields, strict=True)), columns, f"{file} row {number}")
     except csv.Error as error:
         reason = "a quote is opened and never closed" if "unexpected end" in str(error) else escaped(str(error))
         raise DataError(f"{file} row {number + 1} (line {line}): {reason}") from None
@@ -66,12 +73,13 @@ def jsonl_rows(table: Path, data: Data) -> Iterator[Row]:
         where = f"{file} row {number}"
         if line.strip():
             try:
-                yield _row(_json_object(line, data), data, where)
+                found = _json_object(line)
+                yield _row(found, _choose_columns(list(found), data, "the object"), where)
             except DataError as error:
                 yield Row(where, error=str(error))
 
 
-def _json_object(line: str, data: Data) -> dict[str, object]:
+def _json_object(line: str) -> dict[str, object]:
     if len(line.encode()) > MAX_JSON_LINE_BYTES:
         raise DataError(f"the line has more than {MAX_JSON_LINE_BYTES:,} bytes")
     try:
@@ -82,7 +90,6 @@ def _json_object(line: str, data: Data) -> dict[str, object]:
         raise DataError(f"not JSON: {escaped(str(error))}") from None
     if not isinstance(found, dict):
         raise DataError("not a JSON object")
-    _choose_columns(list(found), data, "the object")
     return found
 
 
@@ -95,15 +102,20 @@ def parquet_rows(table: Path, data: Data) -> Iterator[Row]:
     try:
         with pq.ParquetFile(table) as parquet:
             columns = _choose_columns(parquet.schema_arrow.names, data, file)
-            for batch in parquet.iter_batches(batch_size=1024, columns=columns):
+            # of embedded videos only a few are in memory
+            rows = 1024 if parquet.schema_arrow.field(columns[1]).type in (pa.string(), pa.large_string()) else 4
+            for batch in parquet.iter_batches(batch_size=rows, columns=columns):
                 for index in range(batch.num_rows):
                     number += 1
+                    where = f"{file} row {number}"
                     try:
                         [values] = batch.slice(index, 1).to_pylist()
                     except UnicodeDecodeError:
-                        yield Row(f"{file} row {number}", error="not UTF-8")
+                        yield Row(where, error="not UTF-8")
+                    except (ValueError, OverflowError, pa.ArrowException) as error:  # such as a date in year 20,000
+                        yield Row(where, error=f"a value cannot be read: {_one_line(error)}")
                     else:
-                        yield _row(values, data, f"{file} row {number}")
+                        yield _row(values, columns, where)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} after row {number}: not a readable parquet file: {_one_line(error)}") from error
 
@@ -119,6 +131,7 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
             f"dataset_name '{escaped(name)}': expected a .csv, .jsonl or .parquet file, a folder or a hub name"
         )
     import datasets
+    from huggingface_hub import constants
 
     shown = escaped(folder.name if folder else name)
     datasets.disable_progress_bars()
@@ -128,31 +141,43 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
         cause = f": {escaped(' '.join(str(error.__cause__).split()))}" if error.__cause__ else ""
         raise DataError(f"dataset_name '{shown}': datasets.load_dataset fails: {_one_line(error)}{cause}") from error
     columns = _choose_columns(rows.column_names, data, f"'{shown}'")
-    feature = rows.features[data.video_column]
-    if isinstance(feature, datasets.Video | datasets.Image | datasets.Audio):
-        raise DataError(
-            f"'{shown}': column '{escaped(data.video_column)}' holds {type(feature).__name__} data; it must hold paths "
-            "relative to instance_data_root"
-        )
+    feature = rows.features[columns[1]]
+    if isinstance(feature, datasets.Audio):
+        raise DataError(f"'{shown}': column '{escaped(columns[1])}' holds sound, not videos; set data.video_column")
+    if isinstance(feature, datasets.Video | datasets.Image):  # their bytes or path, not decoded
+        rows = rows.cast_column(columns[1], type(feature)(decode=False))
+    places = [folder] if folder else []
+    places += [Path(place).resolve() for place in (datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)]
     for number, row in enumerate(rows.select_columns(columns), start=1):
-        yield _row(row, data, f"{shown} row {number}")
+        video = row[columns[1]]
+        named = video.get("path") if isinstance(video, dict) and video.get("bytes") is None else None
+        if isinstance(named, str) and any(Path(named).resolve().is_relative_to(place) for place in places):
+            row = row | {columns[1]: Path(named).resolve()}  # a file of the data set itself
+        yield _row(row, columns, f"{shown} row {number}")
 
 
-def _row(values: Mapping[str, object], data: Data, where: str) -> Row:
+def _row(values: Mapping[str, object], columns: Sequence[str], where: str) -> Row:
     start, end, repeats, loss_weight = (values.get(name) for name in OPTIONAL_COLUMNS)
-    return Row(where, values[data.video_column], values[data.caption_column], start, end, repeats, loss_weight)
+    return Row(where, values[columns[1]], values[columns[0]], start, end, repeats, loss_weight)
 
 
 def _choose_columns(names: Sequence[str], data: Data, table: str) -> list[str]:
-    """Return the columns of `names` to read; raise `DataError` where a needed one is missing or ambiguous."""
-    for needed in (data.caption_column, data.video_column):
-        if needed not in names:
-            raise DataError(f"{table} has no column '{escaped(needed)}'; there are {listed(names)}")
-    chosen = {data.caption_column, data.video_column, *OPTIONAL_COLUMNS}
+    """Return the columns to read: of captions, of videos, and the optional ones that are there.
+
+    Raise `DataError` where a needed one is missing or ambiguous.
+    """
+    chosen = []
+    fields = (("caption_column", data.caption_column, CAPTION_NAMES), ("video_column", data.video_column, VIDEO_NAMES))
+    for field, wanted, usual in fields:
+        found = next((name for name in usual if name in names), wanted) if wanted == usual[0] else wanted
+        if found not in names:
+            raise DataError(f"{table} has no column '{escaped(wanted)}'; there are {listed(names)}; set data.{field}")
+        chosen.append(found)
+    chosen += [name for name in OPTIONAL_COLUMNS if name in names]
     for name in chosen:
         if names.count(name) > 1:
             raise DataError(f"{table} has {names.count(name)} columns '{escaped(name)}'")
-    return [name for name in names if name in chosen]
+    return chosen
 
 
 def read_text(path: Path, where: str) -> str:
@@ -160,7 +185,9 @@ def read_text(path: Path, where: str) -> str:
     if path.stat().st_size > MAX_TEXT_FILE_BYTES:
         raise DataError(f"{where} has more than {MAX_TEXT_FILE_BYTES:,} bytes")
     content = path.read_bytes()
-    place, reason = content.find(b"\0"), "a NUL character; is this UTF-8 text?"
+    place, reason = content.find(b"\0"), "a NUL character; save the file as UTF-8 text"
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        place, reason = 0, "UTF-16; save the file as UTF-8 text"
     if place < 0:
         try:
             return content.decode("utf-8-sig")

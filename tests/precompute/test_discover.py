@@ -37,7 +37,7 @@ class Prober:
 
 def test_time_stamps_are_dropped_once_windows_are_cut(stage: Stage) -> None:
     prober: Any = Prober()
-    sources = read_sources(stage.config.data)
+    sources = read_sources(stage.config.data).sources
     cut_clips(stage, sources[:1], prober, "r")  # imports
     tracemalloc.start()
     try:
@@ -55,7 +55,7 @@ def test_clips_come_in_the_order_of_their_sources(stage: Stage) -> None:
     (root / "videos.txt").write_text("\n".join(names), "utf-8")
     (root / "prompts.txt").write_text("\n".join("abcdef"), "utf-8")
     prober: Any = Prober({"001.mp4": Skipped("bad"), "000.mp4": Skipped("gone", permanent=False)})
-    clips, left_out = cut_clips(stage, read_sources(stage.config.data), prober, "r")
+    clips, left_out = cut_clips(stage, read_sources(stage.config.data).sources, prober, "r")
     assert [(clip.source.name, clip.source.captions[0].text) for clip in clips] == [
         ("003.mp4", "a"),
         ("003.mp4", "c"),

@@ -215,11 +215,10 @@ def test_names_that_only_look_like_secrets_are_taken(value: str) -> None:
 
 def test_home_is_expanded_in_every_path_and_in_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    single = (
-        "model.pretrained_model_name_or_path model.model_cache_dir data.instance_data_root data.dataset_name "
-        "precompute.cache train.output_dir train.initial_adapter train.resume_from_checkpoint sample.output_dir "
-        "sample.lora"
-    ).split()
+    single = [f"data.{name}" for name in ("instance_data_root", "dataset_name")]
+    single += [f"model.{name}" for name in ("pretrained_model_name_or_path", "model_cache_dir")]
+    single += [f"train.{name}" for name in ("output_dir", "initial_adapter", "resume_from_checkpoint")]
+    single += ["precompute.cache", "sample.output_dir", "sample.lora"]
     config = load_config(DEMO, [*(f"{name}=~/x" for name in single), "sample.images=['~/x']"])
     home = str(tmp_path / "x")
     assert [str(field_value(config, name)) for name in single] == [home] * len(single)
