@@ -56,10 +56,11 @@ def test_missing_cluster_is_one_line(
 @pytest.mark.faults
 def test_local_cluster_listens_on_the_loopback_only() -> None:
     script = """
-import psutil, ray
+import psutil
 from precompute import ray_engine
 
 def listeners(*_):
+    import ray  # reads its settings when it is imported
     ray.get(ray.remote(lambda: None).remote())
     here = psutil.Process()
     sockets = [socket for process in (here, *here.children(recursive=True)) for socket in process.net_connections()]

@@ -186,6 +186,8 @@ def test_receipts_are_fetched_once_per_process_unless_replaced(
         memory.publish(name, content, replace=True)
         assert shards(memory, COLLECTION.folder) == found
     assert len(fetched) == 5
+    memory.publish(name, b"{}", replace=True)
+    assert memory.read(name, limit_bytes=10) == b"{}"
 
 
 def test_torn_upload_has_no_receipt_and_is_repeated(memory: RemoteStorage) -> None:
