@@ -101,7 +101,8 @@ def _assigns_unused(storage: Storage, entries: Mapping[str, Entry], old: set[str
 def _unneeded(receipts: list[Receipt], unnamed: list[Receipt], old: set[str]) -> dict[str, str]:
     """Return name -> reason of shards that no view names, collections without a shard, and assignments."""
     reasons = {}
-    tars = {receipt.tar for receipt in receipts} - {receipt.tar for receipt in unnamed}
+    unneeded = {receipt.name for receipt in unnamed}
+    tars = {receipt.tar for receipt in receipts if receipt.name not in unneeded}  # shards without a sample share theirs
     for receipt in unnamed:
         reasons[receipt.name] = "shards that no view names"
         if receipt.tar not in tars:

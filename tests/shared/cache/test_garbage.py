@@ -91,6 +91,15 @@ def test_old_shards_of_a_run_that_is_going_on_are_kept(storage: LocalStorage) ->
     assert list(stored_files(storage.root)) == []
 
 
+def test_tar_of_two_receipts_stays_while_one_is_needed(storage: LocalStorage) -> None:
+    """Shards of which every clip was skipped have equal tars."""
+    folder = f"{COLLECTION.folder}/9x32x48"
+    kept, other = (write_shard(storage, folder, [], {key_of(name): "broken"})[0] for name in ("kept", "other"))
+    store_view(storage, "clips", [key_of("kept")])
+    assert kept.tar == other.tar and collect(storage) == [other.name]
+    assert [receipt for _, receipt in shards(storage, folder)] == [kept]
+
+
 def test_damaged_view_stops_the_deletion(storage: LocalStorage) -> None:
     store(storage)
     store_view(storage, "clips", keys_of(storage)[0])
