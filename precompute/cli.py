@@ -89,8 +89,8 @@ def _show_report(report: "Report", config: "Config") -> None:
         f"cut short {cut.source}, caption {cut.caption}: its last {cut.tokens} tokens" for cut in report.truncated
     )
     say_first(f"skipped {source}: {reason}" for source, reason in report.skipped)
-    if report.skipped and not config.precompute.retry_skipped:
-        say("precompute.retry_skipped=true tries the skipped clips again.")
+    if report.retryable and not config.precompute.retry_skipped:
+        say(f"precompute.retry_skipped=true tries {report.retryable} of the skipped clips again.")
     if not report.latents.made and not report.prompts.made:
         but = "but the skipped clips " if report.skipped else ""
         say(f"Nothing was encoded: everything {but}is stored already.")
@@ -135,7 +135,7 @@ def show_plan(config: "Config") -> dict[str, Any]:
             ("used by no data set", f"{unused['latents']} latents, {unused['prompts']} prompts, {unused_bytes}"),
         ],
     )
-    for line in found.warnings:
+    for line in (*found.warnings, *found.findings):
         say(f"warning: {line}")
     say_first(f"skipped {source}: {reason}" for source, reason in found.skipped)
     if not found.clips:

@@ -9,7 +9,8 @@ from typing import Any
 from precompute import recipes
 from precompute.assignments import Inventory, PlannedShard, Wanted, propose, take_inventory
 from precompute.discover import Clip, Stage, Survey, survey
-from precompute.encoders import vae_precision
+from precompute.encoders import load_tokenizer, vae_precision
+from precompute.findings import DataFinding, find_weaknesses
 from precompute.report import SampleCounts, reasons_json
 from precompute.video.pool import DecodePool
 from precompute.video.windows import bucket_warnings
@@ -71,6 +72,8 @@ class Estimate:
     """Needed, stored and free; the free bytes of an object store are None."""
     skipped: list[tuple[str, str]]
     warnings: list[str]
+    findings: list[DataFinding]
+    """Weak captions, and clips that are there twice."""
     seconds: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
@@ -117,8 +120,10 @@ def estimate(stage: Stage, pool: DecodePool) -> Estimate:
         warnings=[
             *bucket_warnings(stage.config.data),
             *(f"{source}: {reason}; left out of this plan" for source, reason in sorted(wanted.transient.items())),
+            *wanted.warnings,
             *warnings,
         ],
+        findings=find_weaknesses(stage, wanted, load_tokenizer(str(stage.encoders.tokenizer))),
         seconds={"total": round(time.perf_counter() - started, 3)},
     )
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from precompute.assignments import Inventory
+from precompute.findings import DataFinding
 from precompute.video.probe import Skipped
 from shared.cache.view import View
 from shared.config import Data
@@ -89,7 +90,11 @@ class Report:
     """Shards and receipts; files that existed before are not counted."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Source and reason, sorted by source."""
+    retryable: int = 0
+    """Skipped clips that `precompute.retry_skipped` tries again; the other ones are looked at in every run."""
     warnings: list[str] = field(default_factory=list)
+    findings: list[DataFinding] = field(default_factory=list)
+    """Weak captions, and clips that are there twice."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

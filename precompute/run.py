@@ -9,6 +9,7 @@ from precompute import encoders
 from precompute.assignments import Inventory, Part
 from precompute.discover import Clip, Stage, Survey, open_stage, survey
 from precompute.estimate import find_work
+from precompute.findings import find_weaknesses
 from precompute.latents import encode_latents
 from precompute.prompts import encode_prompts
 from precompute.report import Report, truncated_captions
@@ -47,6 +48,9 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
         write_recipe(stage.storage, wanted.latents, wanted.latents_recipe)
         write_recipe(stage.storage, wanted.prompts, wanted.prompts_recipe)
         tokenizer = encoders.load_tokenizer(str(stage.encoders.tokenizer))
+        findings = find_weaknesses(stage, wanted, tokenizer)
+        for finding in (*wanted.warnings, *findings):
+            console.say(f"warning: {finding}")
         prompts = encode_prompts(stage, prompts_work, wanted.texts, tokenizer)
         latents = encode_latents(stage, latents_work, wanted.by_key, pool)
         decode_seconds = pool.busy_seconds
@@ -76,7 +80,9 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
         truncated=truncated_captions(config.data, view, truncated),
         written_bytes=prompts.written_bytes + latents.written_bytes,
         skipped=skipped,
-        warnings=warnings,
+        retryable=sum(bool(row.latent_key) for row in view.split("skipped")),
+        warnings=[*warnings, *wanted.warnings],
+        findings=findings,
         seconds={**seconds, "total": time.perf_counter() - started},
     )
 

@@ -65,7 +65,13 @@ def lint_captions(
         unknown = {number: found.count(tokenizer.unk_token_id) for number, found in ids.items()}
         affected = [number for number, count in unknown.items() if count]
         share = sum(unknown.values()) / max(1, sum(len(ids[number]) for number in affected))
-        found["unknown_tokens"] = affected, f"have tokens that T5 does not know, {share:.0%} of their tokens"
+        kept = (len("".join(tokenizer.decode(ids[number], skip_special_tokens=True).split())) for number in affected)
+        letters = sum(len("".join(texts[number].split())) for number in affected)
+        lost_share = max(0.0, 1 - sum(kept) / max(1, letters))
+        found["unknown_tokens"] = (
+            affected,
+            f"have text that T5 does not know: {share:.0%} of their tokens, {lost_share:.0%} of their characters",
+        )
     return [
         CaptionFinding(kind, tuple(numbers), f"{len(numbers)} of {len(texts)} captions {words}")
         for kind, (numbers, words) in found.items()

@@ -84,7 +84,7 @@ def say_first(lines: Iterable[str], limit: int = 20) -> None:
     """Print the first lines and the number of the rest; --json has all."""
     every = list(lines)
     for line in every[:limit]:
-        say(line)
+        say("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
     if len(every) > limit:
         say(f"... and {len(every) - limit} more")
 

@@ -1,5 +1,6 @@
 """Components of a pretrained pipeline on disk: a local folder or a hub snapshot, safetensors only."""
 
+import difflib
 import json
 import re
 from collections import Counter
@@ -175,6 +176,7 @@ def _find(model: Model, name: str, *patterns: str, download: bool = True) -> Pat
 
     root = Path(model.pretrained_model_name_or_path)
     if not root.is_dir():
+        _refuse_mistyped_folder(root)
         with _hub(model):
             snapshot = snapshot_download(
                 model.pretrained_model_name_or_path,
@@ -190,6 +192,15 @@ def _find(model: Model, name: str, *patterns: str, download: bool = True) -> Pat
             "expected the layout of diffusers' pipelines"
         )
     return root / name
+
+
+def _refuse_mistyped_folder(path: Path) -> None:
+    """Raise `UsageError` for a name with a separator that a local folder nearly has; it is not tried on the hub."""
+    if len(path.parts) > 1 and path.parent.is_dir():
+        near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1)
+        if near:
+            hint = f"did you mean {path.parent / near[0]}?"
+            raise UsageError(f"model.pretrained_model_name_or_path = {str(path)!r}: not found; {hint}")
 
 
 def _element_counts_on_hub(model: Model, name: str) -> Counter[str]:

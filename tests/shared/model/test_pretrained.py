@@ -220,3 +220,11 @@ def test_missing_parts_of_a_hub_snapshot_are_named_without_a_network(tmp_path: P
 
 def test_weight_files_of_an_empty_folder_are_none(tmp_path: Path) -> None:
     assert weight_files(tmp_path, None) == ()
+
+
+def test_mistyped_folder_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo/tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name, near in (("demo/tinyy", "demo/tiny"), (f"{tmp_path}/demo/tine", f"{tmp_path}/demo/tiny")):
+        with pytest.raises(UsageError, match=rf"'{name}': not found; did you mean {near}\?$"):
+            pretrained_folder(Model(pretrained_model_name_or_path=name), "vae")

@@ -1,0 +1,46 @@
+"""Weaknesses of a data set that stop nothing: captions that T5 does not know, identical captions and clips."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from precompute.discover import Stage, Survey
+from precompute.sources.tables import listed
+from shared.caption_lint import lint_captions
+
+
+@dataclass(frozen=True, slots=True)
+class DataFinding:
+    """One kind of weakness and the sources that have it."""
+
+    kind: str
+    """That of a `CaptionFinding`, or identical_clips."""
+    message: str
+    sources: list[str]
+    """In the order of the data set, each once."""
+
+    def __str__(self) -> str:
+        return f"{self.message}: {listed(self.sources)}"
+
+
+def find_weaknesses(stage: Stage, wanted: Survey, tokenizer: Any) -> list[DataFinding]:
+    """Return what is weak in the captions of the clips, as encoded, and the clips of equal bytes and window."""
+    sources = list(dict.fromkeys(clip.source for clip in wanted.clips))
+    captions = [(source.name, caption.text) for source in sources for caption in source.captions]
+    length = stage.encoders.conventions.text_length
+    found = lint_captions([text for _, text in captions], stage.config.data.id_token, tokenizer, length)
+    findings = [
+        DataFinding(
+            finding.kind, finding.message, list(dict.fromkeys(captions[number][0] for number in finding.captions))
+        )
+        for finding in found
+    ]
+    same: dict[str, list[str]] = defaultdict(list)
+    for clip in wanted.clips:
+        same[clip.key].append(clip.source.name)
+    groups = [names for names in same.values() if len(names) > 1]
+    if groups:
+        count, names = sum(map(len, groups)), list(dict.fromkeys(name for group in groups for name in group))
+        message = f"{count} of {len(wanted.clips)} clips are identical to another in bytes and window"
+        findings.append(DataFinding("identical_clips", message, names))
+    return findings
