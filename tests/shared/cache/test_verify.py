@@ -132,6 +132,16 @@ def test_files_of_no_kind_missing_recipes_and_other_formats(storage: LocalStorag
     assert verify(storage, repair=False) == (1, [])
 
 
+def test_flipped_format_is_damage_and_no_other_format(storage: LocalStorage) -> None:
+    recipe: dict[str, Json] = {"format": 2, "kind": "latents"}
+    collection = collection_for("latents", recipe)
+    write_recipe(storage, collection, recipe)
+    name = f"{collection.folder}/recipe.json"
+    storage.publish(name, storage.path(name).read_bytes().replace(b"2", b"3"), replace=True)
+    _, [line] = verify(storage, repair=False)
+    assert f"{name}: damaged" in line
+
+
 def test_folder_or_file_without_permission_is_named_and_the_rest_checked(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
