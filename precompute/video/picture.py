@@ -108,10 +108,10 @@ class Scaled:
 
 
 def look_of(
-    frame: "VideoFrame", aspect: Fraction | None, crop: tuple[int, int, int, int], turn: tuple[int, bool] | None
+    frame: "VideoFrame", aspect: Fraction | None, crop: tuple[int, int, int, int], turn: tuple[int, bool]
 ) -> Look:
-    """Return how a frame is shown; `turn` overrides its display matrix. Raise `NotShown` where that is not possible."""
-    rotation, mirrored = turn or _turn(frame)
+    """Return how a frame is shown; raise `NotShown` where that is not possible."""
+    rotation, mirrored = turn
     transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
     if transfer in OTHER_CURVES or int(frame.colorspace) not in MATRICES:
         raise NotShown("its colors are neither SDR, PQ nor HLG: convert it: ffmpeg -i VIDEO -vf zscale=t=709:m=709 NEW")
@@ -134,7 +134,7 @@ def look_of(
     return look
 
 
-def _turn(frame: "VideoFrame") -> tuple[int, bool]:
+def turn_of(frame: "VideoFrame") -> tuple[int, bool]:
     """Return the rotation and the mirroring of a frame's display matrix."""
     try:
         entries: Any = frame.side_data

@@ -11,7 +11,7 @@ import stat
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from io import FileIO
 from itertools import pairwise
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 
-from precompute.video.picture import EXIF_TURNS, Look, NotShown, look_of
+from precompute.video.picture import EXIF_TURNS, Look, NotShown, look_of, turn_of
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -139,6 +139,8 @@ class Media:
     turn: tuple[int, bool] | None
     """Rotation and mirroring by EXIF; None for a video."""
     animated_webp: bool
+    turns: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    """Rotation of a display matrix -> rotation and mirroring, as far as seen."""
 
     @property
     def time_base(self) -> Fraction:
@@ -148,7 +150,11 @@ class Media:
     def look(self, frame: "VideoFrame") -> Look:
         """Return how a frame, the last decoded, is shown; raise `VideoError` where that is not possible."""
         try:
-            return look_of(frame, self.aspect or self.decoder.sample_aspect_ratio, self.crop, self.turn)
+            # Side data lie in a reference cycle with their frame, so few frames are asked for them.
+            turn = self.turn or self.turns.get(frame.rotation)
+            if turn is None:
+                turn = self.turns[frame.rotation] = turn_of(frame)
+            return look_of(frame, self.aspect or self.decoder.sample_aspect_ratio, self.crop, turn)
         except NotShown as error:
             raise VideoError(str(error)) from error
 

@@ -277,13 +277,11 @@ def test_many_jobs_and_frames_do_not_fill_the_memory_of_a_process(tmp_path: Path
 
 
 def test_the_memory_of_a_process_does_not_grow_with_the_number_of_pictures(tmp_path: Path) -> None:
-    path = media.write_clip(tmp_path / "large.mp4", frames=2, height=1080, width=1920)
-    for count in (2, 60):
-        job = replace(job_for(path, (0, 1) + (1,) * (count - 2)), scaled=Scaled((480, 853), (0, 66, 480, 720)))
-        with DecodePool(workers=1, deadline_seconds=30, memory_gib=0.15) as pool:
-            (outcome,) = pool.decode_all([job])
-        assert isinstance(outcome, Decoded) and outcome.frames.shape == (count, 480, 720, 3)
-        assert outcome.frames.dtype == np.float32 and np.array_equal(outcome.frames[1], outcome.frames[-1])
+    job = job_for(media.write_clip(tmp_path / "large.mp4", frames=40, height=1080, width=1920), tuple(range(40)))
+    with DecodePool(workers=1, deadline_seconds=60, memory_gib=0.12) as pool:
+        (outcome,) = pool.decode_all([replace(job, scaled=Scaled((480, 853), (0, 66, 480, 720)))])
+    assert isinstance(outcome, Decoded), outcome
+    assert (outcome.frames.shape, outcome.frames.dtype) == ((40, 480, 720, 3), np.float32)
 
 
 def test_fifty_megabytes_come_back_without_a_copy(tmp_path: Path) -> None:
