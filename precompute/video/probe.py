@@ -165,7 +165,7 @@ def probe(path: Path) -> Probed:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         with demuxer(file) as media:
             name, codec, base = media.container.format.name, media.stream.codec.canonical_name, media.time_base
-            container_start = media.container.start_time or 0
+            start = media.container.start_time
             by_packets = name in INDEXED and codec in ONE_TO_ONE
             timeline = _timeline_of_packets(media) if by_packets else None
         if by_frames := timeline is None:
@@ -183,8 +183,11 @@ def probe(path: Path) -> Probed:
             look=look,
             codec=codec,
             container=name,
-            start_us=max(0, microseconds(times[0], base) - container_start),
-            end_us=0 if name in IMAGE_FORMATS and len(times) == 1 else microseconds(end - times[0], base),
+            # AVI and raw streams number pictures in decoding order, which shifts them all.
+            start_us=0 if start is None or name == "avi" else max(0, microseconds(times[0], base) - start),
+            end_us=0
+            if (name in IMAGE_FORMATS and len(times) == 1) or end <= times[-1]
+            else microseconds(end - times[0], base),
             intact=by_frames and alike,
             one_to_one=not by_frames and all(a < b for a, b in pairwise(times)),
         )

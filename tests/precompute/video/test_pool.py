@@ -281,7 +281,7 @@ def test_the_memory_of_a_process_does_not_grow_with_the_number_of_pictures(tmp_p
     with DecodePool(workers=1, deadline_seconds=60, memory_gib=0.12) as pool:
         (outcome,) = pool.decode_all([replace(job, scaled=Scaled((480, 853), (0, 66, 480, 720)))])
     assert isinstance(outcome, Decoded), outcome
-    assert (outcome.frames.shape, outcome.frames.dtype) == ((40, 480, 720, 3), np.float32)
+    assert outcome.frames.shape == (40, 480, 720, 3) and outcome.frames.dtype == np.float32
 
 
 def test_fifty_megabytes_come_back_without_a_copy(tmp_path: Path) -> None:
