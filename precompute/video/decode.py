@@ -25,7 +25,6 @@ from precompute.video.probe import (
     Probe,
     VideoError,
     check_frame,
-    decoded,
     demuxer,
     displayed,
     mark,
@@ -204,7 +203,7 @@ def _from_a_keyframe(file: FileIO, probe: Probe, times: Mapping[int, int]) -> Nu
             if not started and not _starts_sequence(packet, probe.codec, media.stream):
                 raise VideoError("no keyframe where the container says")
             started = True
-            for frame in decoded(media, packet):
+            for frame in media.decoder.decode(packet):
                 check_frame(frame, number)
                 now = _time(frame, probe, media)
                 if now < time or number > last:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[Any]
 """[H, W, 3] RGB: uint8, or float32 from about 0 to 255 where the picture was scaled or its colors converted."""
 
-QUARTER_TURNS = {
+QUARTER_TURNS: dict[tuple[int, ...], tuple[int, bool]] = {
     (1, 0, 0, 1): (0, False),
     (0, -1, 1, 0): (90, False),
     (-1, 0, 0, -1): (180, False),
@@ -145,14 +145,9 @@ def turn_of(frame: "VideoFrame") -> tuple[int, bool]:
         if frame.rotation % 90:
             raise NotShown("its display matrix is not a rotation by quarter turns")
         return frame.rotation % 360, False
-    a, b, _, c, d = (int(entry) for entry in np.frombuffer(bytes(matrix), "<i4")[:5])
-    small = max(map(abs, (a, b, c, d))) // 100
-    signs = (
-        (a > small) - (a < -small),
-        (b > small) - (b < -small),
-        (c > small) - (c < -small),
-        (d > small) - (d < -small),
-    )
+    entries = [int(entry) for entry in np.frombuffer(bytes(matrix), "<i4")[[0, 1, 3, 4]]]
+    small = max(map(abs, entries)) // 100
+    signs = tuple((entry > small) - (entry < -small) for entry in entries)
     if signs not in QUARTER_TURNS:
         raise NotShown("its display matrix is not a rotation by quarter turns")
     return QUARTER_TURNS[signs]

@@ -24,7 +24,6 @@ from precompute.video.picture import EXIF_TURNS, Look, NotShown, look_of, turn_o
 
 if TYPE_CHECKING:
     from av.container import InputContainer
-    from av.packet import Packet
     from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
@@ -336,7 +335,7 @@ def _timeline_of_packets(media: Media) -> Timeline | None:
     begin: int | None = None
     end = 0
     for packet in media.container.demux(media.stream):
-        if look is None and (frame := next(iter(decoded(media, packet)), None)):
+        if look is None and (frame := next(iter(media.decoder.decode(packet)), None)):
             look = media.look(frame)
         if packet.size == 0:
             continue
@@ -391,12 +390,7 @@ def displayed(media: Media) -> Iterator["VideoFrame"]:
 
 def _stream_frames(media: Media) -> Iterator["VideoFrame"]:
     for packet in media.container.demux(media.stream):
-        yield from decoded(media, packet)
-
-
-def decoded(media: Media, packet: "Packet[VideoStream]") -> list["VideoFrame"]:
-    """Return the frames that a packet completes."""
-    return media.decoder.decode(packet)
+        yield from media.decoder.decode(packet)
 
 
 def _webp_frames(media: Media) -> Iterator["VideoFrame"]:
