@@ -118,7 +118,7 @@ def check_loras(
         videos = make_videos(pipeline, prompts, bucket, guidance, steps)
         concept = 100 * float(np.mean([render.shows_concept(video) for video in videos]))
         figures[str(adapter or "base")] = {"concept": concept} | check_base(pipeline, bucket, guidance, steps)
-        shown.append(videos[:8])
+        shown.append(videos[:2])
         if adapter:
             pipeline.unload_lora_weights()
     if sheet:
@@ -141,7 +141,11 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--adapters", type=Path, nargs="+", default=[Path("runs/demo/export")])
-    parser.add_argument("--sheet", type=Path, help="image of the samples to write")
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        help="image to write: rows of frames; lora: two prompts, each without and with every adapter",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     pipeline = load(options.model)
