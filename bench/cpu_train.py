@@ -92,15 +92,17 @@ class Turns:
 
 
 class Polled(StopSignal):
-    """A signal that never comes; each read of `requested` calls `poll`."""
+    """A signal that never comes; each read of `requested` but the one before the first step calls `poll`."""
 
     def __init__(self, poll: Callable[[], None]) -> None:
-        self.poll = poll
+        self._poll, self._begun = poll, False
         super().__init__()
 
     @property
     def requested(self) -> bool:
-        self.poll()
+        if self._begun:
+            self._poll()
+        self._begun = True
         return False
 
     @requested.setter

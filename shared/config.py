@@ -322,6 +322,8 @@ class Train(Table):
     """Precision of the frozen transformer and its activations (adapters are fp32); auto is the checkpoint's own.
 
     "no" is fp32, as in the reference script."""
+    deterministic: Annotated[bool, FREE] = False
+    """Use deterministic kernels alone, so that a run on a GPU resumes bit for bit too; slower there."""
     allow_tf32: Annotated[bool, FREE] = False
     """Let matrix products of fp32 use TF32 on the GPU."""
     timestep_sampling: Annotated[Literal["uniform", "stratified"], FIXED_BY_RUN] = "uniform"

@@ -1,5 +1,6 @@
 """`precog train | sweep`. Heavy modules are imported inside the commands, after the config is checked."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -24,6 +25,8 @@ def train_command(
     from shared.errors import UsageError
     from shared.signals import StopSignal
 
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read by torch when CUDA starts
     if json_output and not dry_run:
         raise UsageError("--json: not without --dry-run; a run writes metrics.jsonl")
     settings = load_config(config, overrides)
@@ -70,10 +73,10 @@ def sweep_command(
     if not grid:
         raise UsageError("--grid: not found; add --grid table.field=value,value")
     load_config(config, overrides)  # a wrong key is refused before torch is imported
-    from train.sweep import CSV_NAME, plan_sweep, run_sweep, show_rows
-
-    runs = plan_sweep(config, overrides or [], grid)
     with StopSignal() as stop:
+        from train.sweep import CSV_NAME, plan_sweep, run_sweep, show_rows
+
+        runs = plan_sweep(config, overrides or [], grid)
         rows = run_sweep(config, runs, jobs, stop)
     path = runs[0].folder.parent / CSV_NAME
     show_rows(rows, path)

@@ -4,11 +4,13 @@ A run's position is one number, the optimizer steps done; everything else follow
 """
 
 import fcntl
+import json
 import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,8 +80,7 @@ def run_steps(run: Run, stop: StopSignal) -> None:
                 save(run, state, metrics, start)
             if stopping:
                 accelerator.end_training()
-                where = f"step {state.step} of {run.num_steps} in {train.output_dir}"
-                raise Preempted(f"stopped by a signal: checkpoint saved at {where}; the same command resumes")
+                raise stopped(run, state.step)
             if ended:
                 break
 
@@ -89,6 +90,17 @@ def run_steps(run: Run, stop: StopSignal) -> None:
     if metrics is not None:
         finish_metrics(train.output_dir, export(run, state, start, train.output_dir / EXPORT))
     accelerator.end_training()
+
+
+def stopped(run: Run, step: int) -> Preempted:
+    """Return the error after a signal, which says how to resume."""
+    train = run.config.train
+    if step == 0:
+        return Preempted("stopped by a signal before the first step; the same command starts again")
+    named = train.resume_from_checkpoint != "latest"  # that checkpoint is no longer the newest
+    again = "resume with train.resume_from_checkpoint=latest" if named else "the same command resumes"
+    where = f"step {step} of {run.num_steps} in {train.output_dir}"
+    return Preempted(f"stopped by a signal: checkpoint saved at {where}; {again}")
 
 
 def take_step(run: Run, state: TrainState, batches: Iterator[Batch], metrics: Metrics | None, stop: StopSignal) -> bool:
@@ -129,6 +141,8 @@ def open_metrics(run: Run, start: Start) -> Metrics:
     save_config(run.config, folder / "config.toml")
     sync_file(folder / "config.toml")
     announce(run)
+    if run.trial is not None:
+        (folder / "memory.json").write_text(json.dumps(asdict(run.trial), indent=1) + "\n", encoding="utf-8")
     if checkpoint is not None:
         console.say(f"resuming from {checkpoint.path} at step {checkpoint.step} of {run.num_steps}")
     metrics = Metrics(folder, 0 if checkpoint is None else checkpoint.step, run.num_steps)

@@ -21,8 +21,9 @@ from shared.run_folder import require_tracker
 from train.data.dataset import Dataset
 from train.data.order import num_train_steps
 from train.export import read_adapter
-from train.memory.choice import choose_plan
-from train.memory.fidelity import open_quantized_engine
+from train.memory.choice import choose_plans, largest_pack
+from train.memory.fidelity import quantize_base
+from train.memory.trial import open_tried
 from train.objective import read_schedule
 from train.run import Run
 from train.transformer.engine import open_engine
@@ -38,6 +39,8 @@ def open_run(config: Config) -> Run:
     train = config.train
     accelerator = start_processes(train)
     torch.backends.cuda.matmul.allow_tf32 = train.allow_tf32
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic products need
+    torch.use_deterministic_algorithms(train.deterministic)
     storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
     view = read_view(storage, config.data.name)
     buckets = view.epoch_buckets
@@ -56,12 +59,16 @@ def open_run(config: Config) -> Run:
     if train.initial_adapter is not None:
         load_adapter_weights(transformer, read_adapter(transformer, train, train.initial_adapter))
     device = accelerator.device
-    plan = choose_plan(config, transformer, conventions, buckets, device)
-    if plan.base_precision == "model":
-        engine = open_engine(transformer, plan, device)
-    else:
+    plans = choose_plans(config, transformer, conventions, buckets, device)
+    if plans[0].base_precision != "model":
         example, allowed = dataset.fixed_example(0, len(schedule) // 2), config.memory.allow_low_cosine
-        engine = open_quantized_engine(transformer, plan, device, conventions, example, allow_low_cosine=allowed)
+        quantize_base(transformer, plans[0], device, conventions, example, allow_low_cosine=allowed)
+    trial = None
+    if device.type == "cpu":
+        engine = open_engine(transformer, plans[0], device)
+    else:
+        pack = largest_pack(train, conventions, buckets)
+        engine, trial = open_tried(transformer, plans, conventions, pack, device)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -74,6 +81,7 @@ def open_run(config: Config) -> Run:
         base=pretrained_part(config.model, "transformer"),
         transformer=transformer,
         engine=engine,
+        trial=trial,
         num_steps=num_steps,
     )
 

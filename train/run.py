@@ -12,6 +12,7 @@ from shared.model.conventions import Conventions
 from shared.model.pretrained import Component
 from train.data.dataset import Dataset
 from train.data.order import Windows
+from train.memory.trial import Trial
 from train.objective import NoiseSchedule
 from train.transformer.engine import Engine
 
@@ -34,6 +35,8 @@ class Run:
     """The transformer's files."""
     transformer: CogVideoXTransformer3DModel
     engine: Engine
+    trial: Trial | None
+    """Measured memory of the plan; None on a CPU, where plans are not tried."""
     num_steps: int
     """Optimizer steps at the end of the run, counted from its beginning."""
 

@@ -11,7 +11,7 @@ from shared.cache.view import View
 from shared.config import Config, field_value, fields_shaping
 from shared.errors import CacheError
 from shared.fingerprint import Json, sha256_file
-from shared.model.pretrained import Component, present_folder, present_part
+from shared.model.pretrained import Component, FileMark, present_folder, present_part
 
 Recipe = Mapping[str, Any]
 NAMES = {"vae": "VAE", "text_encoder": "T5"}
@@ -61,7 +61,7 @@ def _changes(config: Config, view: View, latents: Recipe, prompts: Recipe) -> It
 def other_encoders(config: Config, view: View, latents: Recipe, prompts: Recipe) -> Iterator[str]:
     """Yield a line for each part of the checkpoint that differs from the one that made the view.
 
-    A part that this machine lacks is no problem, and nothing is downloaded. Weight files whose sizes and times are
+    A part that this machine lacks is no problem, and nothing is downloaded. Weight files whose marks are
     those in the view are taken as equal. Others, as on another machine, are hashed (a hub file's name is its hash).
     """
     for name, recipe in (("vae", latents["vae"]), ("text_encoder", prompts["text_encoder"])):
@@ -75,7 +75,7 @@ def other_encoders(config: Config, view: View, latents: Recipe, prompts: Recipe)
             yield f"view {view.name}: {line}; {AGAIN}"
 
 
-def _difference(part: Component, recipe: Recipe, marks: tuple[tuple[int, int], ...]) -> str | None:
+def _difference(part: Component, recipe: Recipe, marks: tuple[FileMark, ...]) -> str | None:
     """Return the first difference and the remedy, or None."""
     advice = "run `precog precompute` with this config, or train with the checkpoint that made the cache"
     before, now = recipe["config"], part.settings

@@ -15,10 +15,14 @@ from shared.config import Model
 from shared.errors import UsageError, one_line
 from shared.fingerprint import sha256_files
 
-FileMark = tuple[int, int]
-"""Size in bytes and mtime in nanoseconds; the file is hashed only after one of them changed."""
+FileMark = tuple[int, int, int, int]
+"""Size in bytes, mtime and ctime in nanoseconds, inode; the file is hashed only after one of them changed.
+
+A program can set the mtime back, the ctime it cannot."""
 WANTED_SUFFIXES = (".json", ".safetensors", ".model")
 """Files of a component to fetch: configs, weights, the tokenizer's model."""
+JSON_LIMIT = 64 * 2**20
+"""Most bytes of a config or an index of weight files."""
 UNIMPORTANT_SETTINGS = {"_diffusers_version", "_name_or_path", "transformers_version", "architectures"}
 
 
@@ -44,7 +48,7 @@ class Component:
     def marks(self) -> tuple[FileMark, ...]:
         """Marks of the weight files in the order of their names; no file is opened."""
         statuses = [path.stat() for path in sorted(self.weights)]
-        return tuple((status.st_size, status.st_mtime_ns) for status in statuses)
+        return tuple((found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino) for found in statuses)
 
     def sha256(self) -> list[str]:
         """Return the sorted hashes of the weight files, whatever their names. Local files are read whole."""
@@ -136,6 +140,8 @@ def weight_files(folder: Path, variant: str | None) -> tuple[Path, ...]:
 def read_config(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises `UsageError` that names the file."""
     try:
+        if (size := path.stat().st_size) > JSON_LIMIT:
+            raise ValueError(f"{size} bytes; the limit is {JSON_LIMIT} bytes")
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None

@@ -31,6 +31,8 @@ FORMAT = 1
 STATE, COMMIT = "state.json", "COMMIT.json"
 NAME = re.compile(r"checkpoint-([0-9]{6,12})")
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\.safetensors|state\.json")
+JSON_LIMIT = 16 * 2**20
+"""Most bytes of a JSON file, which has a few kilobytes; safetensors limits the headers of its files itself."""
 PROCESS_START_SECONDS = time.time()
 
 logger = logging.getLogger(__name__)
@@ -216,8 +218,11 @@ def _is_valid(path: Path) -> bool:
 def _read_file(file: Path, sha256: str | None) -> bytes:
     """Read a file whole, so that the verified bytes are the parsed ones."""
     try:
-        if not stat.S_ISREG(file.lstat().st_mode):
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode):
             raise _damage(file, "not a regular file")
+        if file.suffix == ".json" and status.st_size > JSON_LIMIT:
+            raise _damage(file, f"{status.st_size} bytes; the limit is {JSON_LIMIT} bytes")
         data = file.read_bytes()
     except OSError as error:
         raise _damage(file, error.strerror or str(error)) from None

@@ -33,14 +33,14 @@ PREFERENCE = (
 PREFERENCE_ON_CPU = (Plan("full"), Plan("attention_output"), Plan("block_input"))
 
 
-def choose_plan(
+def choose_plans(
     config: Config,
     transformer: CogVideoXTransformer3DModel,
     conventions: Conventions,
     buckets: Sequence[Bucket],
     device: torch.device,
-) -> Plan:
-    """Return the first plan of the preference that the config allows and that fits; print it with the reason.
+) -> list[Plan]:
+    """Return the first plan of the preference that the config allows and that fits, then the leaner ones; print why.
 
     Raises `UsageError` if the fields contradict each other, or if nothing can be compiled here and the config wants it.
     """
@@ -48,7 +48,7 @@ def choose_plan(
     if any(plan.compile for plan in plans) and not _compiles(config, device, transformer.dtype):
         plans = [replace(plan, compile=False) for plan in plans]
     if len(plans) == 1:
-        return plans[0]
+        return plans
     pack, preview = largest_pack(config.train, conventions, buckets), preview_bucket(config, conventions)
     free = min(all_gather(free_bytes(device)))  # so that all processes choose alike
 
@@ -62,7 +62,9 @@ def choose_plan(
         if needed <= free:
             break
         too_large.append(f"{describe(plan)} would take {needed / GIB:.2f} GiB")
-    if needed <= free and may_fill(config, plan):
+    plans = plans[plans.index(plan) :]
+    fillable = plan.activations == "attention_output" and not plan.offload_activations
+    if needed <= free and fillable and config.memory.full_blocks == "auto":
         plan, found = fill(plan, found, free, transformer.config.num_layers, predicted)
         needed = int(found.needed * RESERVED_PER_ALLOCATED)
     what = describe_pack(pack) if found.peak >= found.preview else f"a preview of {preview}"
@@ -73,14 +75,7 @@ def choose_plan(
     if too_large:
         why += f"; {too_large[-1]}"
     console.say(f"memory: {describe(plan)} ({why})")
-    return plan
-
-
-def may_fill(config: Config, plan: Plan) -> bool:
-    """Return whether blocks of this plan may keep `full` instead, as far as they fit."""
-    return (
-        config.memory.full_blocks == "auto" and plan.activations == "attention_output" and not plan.offload_activations
-    )
+    return list(dict.fromkeys((plan, *plans)))
 
 
 def fill(

@@ -1,5 +1,7 @@
 """Fidelity of a quantized base: the cosine of the adapter's gradient with that on the exact base."""
 
+from dataclasses import replace
+
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
@@ -15,7 +17,7 @@ from train.transformer.forward import predict
 LEAST_COSINE = 0.99
 
 
-def open_quantized_engine(
+def quantize_base(
     transformer: CogVideoXTransformer3DModel,
     plan: Plan,
     device: torch.device,
@@ -23,27 +25,26 @@ def open_quantized_engine(
     example: Example,
     *,
     allow_low_cosine: bool,
-) -> Engine:
-    """Open the engine of a quantized base, and print the cosine of the adapter's gradient on one clip.
+) -> None:
+    """Quantize the base as `plan` says, and print the cosine of the adapter's gradient on one clip with the exact one.
 
-    Raises `UsageError` below a cosine of 0.99, unless `allow_low_cosine`.
+    Both gradients are taken with the leanest plan, because the exact base need not fit on the card. Raises `UsageError`
+    below a cosine of 0.99, unless `allow_low_cosine`.
     """
-    # the exact base need not fit on the card
-    leanest = Plan("attention_output", offload_activations=True, stream_weights=2, attention=plan.attention)
-    exact_engine = open_engine(transformer, leanest, device)
-    exact = adapter_gradient(transformer, exact_engine, conventions, example)
-    assert exact_engine.weights is not None
-    exact_engine.weights.evict_all()
-    del exact_engine
-    engine = open_engine(transformer, plan, device)
-    cosine = float(torch.cosine_similarity(exact, adapter_gradient(transformer, engine, conventions, example), dim=0))
+    gradients = []
+    for precision in ("model", plan.base_precision):
+        leanest = Plan("attention_output", offload_activations=True, stream_weights=2, attention=plan.attention)
+        engine = open_engine(transformer, replace(leanest, base_precision=precision), device)
+        gradients.append(adapter_gradient(transformer, engine, conventions, example))
+        assert engine.weights is not None
+        engine.weights.evict_all()
+    cosine = float(torch.cosine_similarity(gradients[0], gradients[1], dim=0))
     console.say(f"memory: {plan.base_precision} base, cosine of the adapter's gradient with the exact one {cosine:.5f}")
     if not cosine >= LEAST_COSINE and not allow_low_cosine:
         raise UsageError(
             f"memory.base_precision = {plan.base_precision!r}: the adapter's gradient has cosine {cosine:.5f} with the "
             f"unquantized base's, below {LEAST_COSINE}; use 'model', or memory.allow_low_cosine = true to train anyway"
         )
-    return engine
 
 
 def adapter_gradient(

@@ -93,7 +93,7 @@ def run_on_meta(
     preview: Bucket | None = None,
 ) -> Prediction:
     """Return the memory of one step on `pack`, and of a preview, by running a transformer of the whole depth."""
-    clips = [_clip_on_meta(bucket, conventions, dtype) for bucket in pack]
+    clips = [blank_clip(bucket, conventions, dtype, META) for bucket in pack]
     targets = [torch.empty(clip.latents.shape, device=META)[:, : conventions.out_channels] for clip in clips]
     forget_tables()  # they count
     tally = Tally()
@@ -120,7 +120,7 @@ def run_on_meta(
             transformer.zero_grad(set_to_none=True)
             tally.peak_bytes = tally.num_bytes
             with torch.no_grad():
-                predict(transformer.eval(), [_clip_on_meta(preview, conventions, dtype)], conventions, engine)
+                predict(transformer.eval(), [blank_clip(preview, conventions, dtype, META)], conventions, engine)
     del moments
     forget_tables()  # they are on meta
     return Prediction(peak, loaded, kept, 0 if preview is None else tally.peak_bytes)
@@ -209,11 +209,12 @@ def _describe(value: Any, given: set[int]) -> Any:
     return type(value), value
 
 
-def _clip_on_meta(bucket: Bucket, conventions: Conventions, dtype: torch.dtype) -> ModelInput:
+def blank_clip(bucket: Bucket, conventions: Conventions, dtype: torch.dtype, device: torch.device) -> ModelInput:
+    """Return a clip of zeros."""
     _, frames, height, width = latent_shape(bucket)
     frames += padding_frames(frames, conventions.patch_size_t)
     return ModelInput(
-        torch.empty(frames, conventions.in_channels, height, width, dtype=dtype, device=META),
-        torch.empty(conventions.text_length, conventions.text_embed_dim, dtype=dtype, device=META),
-        torch.empty((), dtype=torch.int64, device=META),
+        torch.zeros(frames, conventions.in_channels, height, width, dtype=dtype, device=device),
+        torch.zeros(conventions.text_length, conventions.text_embed_dim, dtype=dtype, device=device),
+        torch.zeros((), dtype=torch.int64, device=device),
     )

@@ -105,6 +105,8 @@ def quantize_blocks(transformer: CogVideoXTransformer3DModel, storage: Storage, 
             if isinstance(block.get_submodule(name), LoraLayer):
                 name = f"{name}.base_layer"
             layer = block.get_submodule(name)
+            if isinstance(layer, QuantizedLinear):  # by an engine that was opened before
+                continue
             assert isinstance(layer, nn.Linear), f"{name} is a {type(layer).__name__}"
             home = layer.weight.device
             block.set_submodule(name, QuantizedLinear(layer.to(device), storage).to(home))

@@ -1,6 +1,7 @@
 """The memory of every plan at the published sizes, simulated, and the choice between the plans."""
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.config import Memory, Sampling, Train
 from shared.errors import UsageError
@@ -20,8 +22,9 @@ from tests.tiny import build_transformer, scheduler_config, transformer_config, 
 from tests.train.memory.published import LARGE, SMALL, config_of, predicted, published, published_conventions
 from train.loop import train as train_run
 from train.memory import choice as memory
-from train.memory.choice import GIB, PREFERENCE, candidates, choose_plan, fill, largest_pack, preview_bucket
+from train.memory.choice import GIB, PREFERENCE, candidates, choose_plans, fill, largest_pack, preview_bucket
 from train.memory.simulation import Prediction, Tally, predict_peak, run_on_meta
+from train.memory.trial import open_tried
 from train.transformer.compiled import CompiledKernels
 from train.transformer.engine import Activations, Plan, open_engine
 
@@ -164,12 +167,12 @@ def test_auto_goes_eager_where_nothing_compiles_and_true_is_refused(
     monkeypatch.setattr(CompiledKernels, "try_on", no_compiler)
     monkeypatch.setattr(memory, "candidates", lambda *_: [Plan("full", compile=True)])
     arguments = build_transformer("5b", lora_rank=4), published_conventions("5b"), [SMALL], CPU
-    assert choose_plan(config_of({}), *arguments) == Plan("full")
+    assert choose_plans(config_of({}), *arguments)[0] == Plan("full")
     assert "not compiled, because compiling fails here (RuntimeError: Failed to find C compiler.)" in " ".join(
         capsys.readouterr().err.split()
     )
     with pytest.raises(UsageError, match=r"memory.compile = true: compiling fails here .*use 'auto' or false"):
-        choose_plan(config_of({"compile": True}), *arguments)
+        choose_plans(config_of({"compile": True}), *arguments)[0]
 
 
 @pytest.mark.parametrize(
@@ -201,13 +204,13 @@ def test_auto_takes_the_fastest_plan_that_fits_and_says_why(
     chosen, told = [], []
     for free in (*enough, 0):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
-        chosen.append(choose_plan(config, transformer, conventions, [bucket], CPU))
+        chosen.append(choose_plans(config, transformer, conventions, [bucket], CPU)[0])
         told.append(capsys.readouterr().err.strip())
     assert [plan.activations for plan in chosen] == ["full", "attention_output", "block_input"]
     assert not any(plan.full_blocks for plan in chosen), "two blocks are too few to differ"
     fits = f"for {bucket}, {{}} free on cpu"
     monkeypatch.setattr(memory, "free_bytes", lambda device: sizes[0])
-    plan = choose_plan(config, transformer, conventions, [bucket], CPU)
+    plan = choose_plans(config, transformer, conventions, [bucket], CPU)[0]
     assert plan.activations != "full", "the allocator reserves more than is allocated"
     assert told[0] == f"memory: activations full (predicted {said[0]} {fits.format(said[0])})"
     assert told[1] == (
@@ -226,7 +229,7 @@ def test_every_process_takes_the_plan_that_fits_the_fullest_card(monkeypatch: py
     conventions = read_conventions(transformer_config("5b"), vae_config("5b"), scheduler_config("5b"))
     for frees in ([0, 2**50], [2**50, 0]):
         monkeypatch.setattr(memory, "all_gather", lambda own, frees=frees: frees)
-        plan = choose_plan(config_of({}), transformer, conventions, [Bucket(9, 64, 96)], CPU)
+        plan = choose_plans(config_of({}), transformer, conventions, [Bucket(9, 64, 96)], CPU)[0]
         assert plan.activations == "block_input"
 
 
@@ -259,9 +262,9 @@ def test_a_preview_larger_than_the_clips_counts(
     assert small.preview < small.peak == small.needed == predict_with(None, large).peak
     free = int(found.peak * memory.RESERVED_PER_ALLOCATED)
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-    assert choose_plan(without, transformer, conventions, [clip], CPU).activations == "full"
+    assert choose_plans(without, transformer, conventions, [clip], CPU)[0].activations == "full"
     assert "full (predicted" in capsys.readouterr().err
-    assert choose_plan(with_previews, transformer, conventions, [clip], CPU).activations != "full"
+    assert choose_plans(with_previews, transformer, conventions, [clip], CPU)[0].activations != "full"
     assert f"for a preview of {large}" in capsys.readouterr().err
 
 
@@ -293,3 +296,64 @@ def test_a_lean_run_and_a_full_run_train_the_same_adapter(tmp_path: Path, capsys
     assert held_out["int8"] == pytest.approx(held_out["full"], rel=1e-2) and held_out["int8"] != held_out["full"]
     worst = max(float((adapters["lean"][key] - value).abs().max()) for key, value in adapters["full"].items())
     assert worst < 1e-5
+
+
+class Limit(TorchDispatchMode):
+    """A card with so many bytes: what is allocated beyond them is out of memory."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.limit, self.held, self.most = limit, 0, 0
+        self.known: set[int] = set()
+
+    def __enter__(self) -> "Limit":
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor) and (key := value.untyped_storage()._cdata) not in self.known:
+                self.known.add(key)
+                self.held += value.untyped_storage().nbytes()
+                weakref.finalize(value.untyped_storage(), self.free, key, value.untyped_storage().nbytes())
+        self.most = max(self.most, self.held)
+        if self.held > self.limit:
+            raise torch.OutOfMemoryError(f"{self.held} bytes of {self.limit}")
+        return result
+
+    def free(self, key: int, num_bytes: int) -> None:
+        self.known.discard(key)
+        self.held -= num_bytes
+
+
+def test_a_plan_that_runs_out_of_memory_is_given_up_for_a_leaner_one(capsys: pytest.CaptureFixture[str]) -> None:
+    conventions = read_conventions(transformer_config("5b"), vae_config("5b"), scheduler_config("5b"))
+    transformer = build_transformer("5b", lora_rank=4, num_layers=6)
+    weights = {name: value.clone() for name, value in transformer.named_parameters()}
+    plans, pack = [Plan("full"), Plan("block_input")], [Bucket(9, 128, 192)] * 2
+    needed = []
+    for plan in plans:
+        with Limit(10**12) as unlimited:
+            _, trial = open_tried(transformer, [plan], conventions, pack, CPU)
+        assert trial.plan == plan and trial.peak_memory_bytes > 0
+        needed.append(unlimited.most)
+    with Limit(sum(needed) // 2):
+        engine, trial = open_tried(transformer, plans, conventions, pack, CPU)
+    assert engine.activations == trial.plan.activations == "block_input"
+    assert "activations full runs out of memory with 2 x 9x128x192" in " ".join(capsys.readouterr().err.split())
+    with (
+        Limit(needed[1] // 2),
+        pytest.raises(UsageError, match="activations block_input runs out of memory"),
+    ):
+        open_tried(transformer, plans, conventions, pack, CPU)
+    for name, value in transformer.named_parameters():
+        assert torch.equal(value, weights[name]) and value.grad is None
+
+
+def test_a_resident_model_can_be_opened_again_with_streamed_weights() -> None:
+    conventions = read_conventions(transformer_config("5b"), vae_config("5b"), scheduler_config("5b"))
+    transformer = build_transformer("5b", lora_rank=4)
+    for plan in (LEAN, replace(OFFLOADED, base_precision="int8"), replace(LEAN, base_precision="int8")):
+        engine, trial = open_tried(transformer, [plan], conventions, [Bucket(9, 64, 96)], CPU)
+        assert engine.offload is not None and trial.plan == plan

@@ -15,7 +15,7 @@ from tests.tiny import add_lora, build_pipeline, build_transformer
 from tests.train.transformer.parity import CPU, conventions_of, largest_difference, make_clip, make_clips, run
 from train.data.example import Example
 from train.export import export_adapter
-from train.memory.fidelity import adapter_gradient, open_quantized_engine
+from train.memory.fidelity import adapter_gradient, quantize_base
 from train.transformer.engine import Activations, Engine, Plan, open_engine
 from train.transformer.forward import predict
 from train.transformer.load import adapter_weights, add_adapter
@@ -134,7 +134,8 @@ def test_cosine_is_printed_and_a_close_base_is_accepted(
 ) -> None:
     transformer = build_transformer(variant, lora_rank=4)
     conventions, example = conventions_of(variant), _example(variant)
-    engine = open_quantized_engine(transformer, plan_for(storage), CPU, conventions, example, allow_low_cosine=False)
+    quantize_base(transformer, plan_for(storage), CPU, conventions, example, allow_low_cosine=False)
+    engine = open_engine(transformer, plan_for(storage), CPU)
     assert engine.activations == "attention_output"
     told = capsys.readouterr().err
     assert f"{storage} base, cosine of the adapter's gradient with the exact one 0.99" in told
@@ -148,19 +149,17 @@ def test_a_base_that_strays_is_refused_unless_forced(storage: Storage, monkeypat
     for allowed in (False, True):
         arguments = build_transformer("5b", lora_rank=4), plan_for(storage), CPU, conventions, example
         if allowed:
-            open_quantized_engine(*arguments, allow_low_cosine=True)
+            quantize_base(*arguments, allow_low_cosine=True)
         else:
             with pytest.raises(UsageError, match=rf"'{storage}': .* cosine 0\.9\d+ .* below 0\.999999"):
-                open_quantized_engine(*arguments, allow_low_cosine=False)
+                quantize_base(*arguments, allow_low_cosine=False)
 
 
 def test_a_base_whose_gradient_is_no_number_is_refused() -> None:
     transformer = build_transformer("5b", lora_rank=4)
     transformer.transformer_blocks[0].ff.net[2].weight.data[0, 0] = torch.inf
     with pytest.raises(UsageError, match=r"cosine nan .* below 0\.99;"):
-        open_quantized_engine(
-            transformer, plan_for("int8"), CPU, conventions_of("5b"), _example("5b"), allow_low_cosine=False
-        )
+        quantize_base(transformer, plan_for("int8"), CPU, conventions_of("5b"), _example("5b"), allow_low_cosine=False)
 
 
 def test_compared_gradients_are_without_dropout() -> None:
