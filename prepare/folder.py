@@ -65,8 +65,8 @@ def _walk(folder: Path) -> Iterator[str]:
 
 def _check_name(folder: Path, name: str) -> None:
     """Raise `DataError` for a name that a table cannot hold, or that stage 1 would refuse."""
-    if any("\ud800" <= char <= "\udfff" or unicodedata.category(char) == "Cc" for char in name):
-        raise DataError("its name has a control character or is not Unicode text; rename it")
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        raise DataError("its name is not Unicode text; rename it")
     if not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise DataError("a link that leads out of the folder; copy the file into it")
 
