@@ -162,6 +162,6 @@ def truncated_tokens(tokenizer: Any, texts: Sequence[str], text_length: int) -> 
     """Return how many tokens of each text are cut off because they exceed the text length."""
     beyond: list[int] = []
     for start in range(0, len(texts), TEXTS_PER_BLOCK):
-        block = tokenizer(list(texts[start : start + TEXTS_PER_BLOCK]), return_attention_mask=False)
+        block = tokenizer(list(texts[start : start + TEXTS_PER_BLOCK]), return_attention_mask=False, verbose=False)
         beyond += [max(0, len(ids) - text_length) for ids in block.input_ids]
     return beyond

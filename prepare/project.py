@@ -208,6 +208,7 @@ name = {name}
 instance_data_root = {folder}
 dataset_name = {table}
 id_token = {trigger}                      # put before every caption
+# default_caption = "..."            # for rows without a caption; they are skipped without it
 fps = {fps}
 max_num_frames = {num_frames}
 frame_buckets = {frames}

@@ -86,7 +86,13 @@ def test_stage_1_reads_what_init_wrote(folder: Path, pipeline: Path) -> None:
     assert precog("init", "dog", "--videos=raw", "--model=2b").exit_code == 0
     overrides = (f"model.pretrained_model_name_or_path={pipeline}", "data.resolution_buckets=[[32, 48], [48, 32]]")
     made = report_of(precog("precompute", "dog.toml", *overrides, "precompute.device=cpu", "--json"))
-    assert made["clips"] == 5 and made["skipped"] == [] and made["latents"]["encoded"] == 5
+    assert made["clips"] == made["latents"]["encoded"] == 3
+    no_caption = "no caption: write one, or set data.default_caption"
+    assert {row["source"]: row["reason"] for row in made["skipped"]} == dict.fromkeys(
+        ["bare.mp4", "phones/turned.mp4"], no_caption
+    )
+    again = report_of(precog("precompute", "dog.toml", *overrides, "data.default_caption=a dog", "--json"))
+    assert again["clips"] == 5 and again["latents"]["encoded"] == 2 and again["skipped"] == []
 
 
 def test_a_folder_without_a_usable_video_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
