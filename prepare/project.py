@@ -125,18 +125,14 @@ def init_project(name: str, folder: Path, model: str, trigger: str = "", card: s
     if not written:
         notes.append(f"{config_file} is kept as it is")
     without = [str(row.get("video")) for row in rows if not captions_of(row)]
-    then = (
-        f"precog caption {config_file}, or write captions into {table}"
-        if without
-        else f"precog precompute {config_file}"
-    )
+    to_caption = f"precog caption {config_file}, or write captions into {table}"
     summary = {
         "usable videos": list(buckets.sizes),
         "new rows": [row["video"] for row in new],
         "rows without a caption": without,
         **{f"{h}x{w}": count for (h, w), count in sorted(Counter(buckets.sizes.values()).items())},
         "frames": ", ".join(map(str, buckets.frames)),
-        "next": then,
+        "next": to_caption if without else f"precog precompute {config_file}",
     }
     findings = lint_rows(rows, load_config(config_file))
     return PrepareReport(
