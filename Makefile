@@ -7,7 +7,7 @@ BIN := .venv/bin
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo precompute train sample test test-faults lint format clean bench bench-precompute bench-train bench-gpu-train bench-gpu-precompute
+.PHONY: help setup dev demo precompute train sample test test-faults lint format clean bench bench-precompute bench-train bench-gpu-train bench-gpu-precompute first-gpu
 
 # pip with one updating line (plain lines without a terminal) in place of hundreds; errors go to stderr as they are.
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -82,6 +82,9 @@ bench-gpu-train: dev  ## Measure stage 2 on a CUDA GPU at the published sizes (P
 
 bench-gpu-precompute: dev  ## Measure stage 1 on a CUDA GPU with encoders of the published size
 	$(BIN)/python -m bench.gpu_precompute $(ARGS)
+
+first-gpu: dev  ## Find out on a first CUDA GPU what only a GPU can show (14 points, ten minutes each at most)
+	$(BIN)/python -m bench.first_gpu $(ARGS)
 
 clean:  ## Remove the environment and the caches of the tools
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
