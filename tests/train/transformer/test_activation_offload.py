@@ -1,6 +1,7 @@
 """Offloaded activations: what goes out comes back, in step order and out of it."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -87,3 +88,26 @@ def test_a_second_backward_pass_is_refused() -> None:
     torch.autograd.backward(velocity.sum(), retain_graph=True)
     with pytest.raises(AssertionError, match="second backward"):
         torch.autograd.backward(velocity.sum())
+
+
+def test_blocks_before_the_first_adapter_send_nothing() -> None:
+    conventions = conventions_of("5b")
+    transformer = build_transformer("5b", lora_rank=4, num_layers=3)
+    for name, value in transformer.named_parameters():
+        value.requires_grad_("lora" in name and "blocks.2." in name)
+    live: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def allocate(num_bytes: int, _: torch.device) -> torch.Tensor:
+        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        live.add(buffer.untyped_storage())
+        return buffer
+
+    engine = open_engine(transformer, LEAN, CPU, allocate)
+    weights = len(live)
+    assert weights == 3, "one buffer for each block"
+    clips = make_clips(conventions, torch.float32, 1)
+    for step in range(1, 51):
+        (velocity,) = predict(transformer, clips, conventions, engine)
+        torch.autograd.backward(velocity.square().mean())
+        assert engine.offload is not None and engine.offload.num_blocks == step, "one block of three"
+        assert len(live) <= weights
