@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.errors import DataError
+from shared.file_types import VIDEO_FORMATS
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
-
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg"
-"""FFmpeg's readers for these, without playlists, which open other files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ def open_video(path: Path) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """Open a video by its content; what PyAV raises in the block becomes a `DataError`."""
     import av
 
-    options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+    options = {"format_whitelist": VIDEO_FORMATS, "protocol_whitelist": "file"}
     try:
         with path.open("rb") as file, av.open(file, "r", options=options, metadata_errors="replace") as container:
             stream = container.streams.best("video")

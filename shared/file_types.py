@@ -5,3 +5,6 @@ VIDEO_SUFFIXES |= {".m2t", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4", ".mp
 VIDEO_SUFFIXES |= {".nut", ".ogm", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv", ".y4m"}
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 """Stills for a bucket of one frame; a PNG or WebP file may be animated."""
+VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,apng,ogg,yuv4mpegpipe,mxf,dv,nut"
+VIDEO_FORMATS += ",ivf,h264,hevc,obu,m4v,mpegvideo"
+"""FFmpeg's readers for these, without playlists, which open other files."""

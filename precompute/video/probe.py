@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import numpy as np
 
 from precompute.video.picture import EXIF_TURNS, Look, NotShown, look_of, turn_of
+from shared.file_types import VIDEO_FORMATS
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
 MAX_SIDE = 8192
 MAX_FRAMES = 4_000_000
 """More than nine hours at 120 fps; 8 bytes each are kept."""
-FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,apng,ogg,yuv4mpegpipe,mxf,dv,nut,ivf,h264,hevc"
-)
-FORMATS += ",obu,m4v,mpegvideo"
 IMAGE_FORMATS = ("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe")
 INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers with a presentation time on every packet, and one displayed frame per packet of a `ONE_TO_ONE` codec."""
@@ -153,7 +150,9 @@ class Media:
             turn = self.turn or self.turns.get(frame.rotation)
             if turn is None:
                 turn = self.turns[frame.rotation] = turn_of(frame)
-            return look_of(frame, self.aspect or self.decoder.sample_aspect_ratio, self.crop, turn)
+            look = look_of(frame, self.aspect or self.decoder.sample_aspect_ratio, self.crop, turn)
+            _check_size(*look.size[::-1])
+            return look
         except NotShown as error:
             raise VideoError(str(error)) from error
 
@@ -261,7 +260,7 @@ def demuxer(file: FileIO) -> Iterator[Media]:
     file.seek(0)
     animated_webp = (head := file.read(21))[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
     file.seek(0)
-    options = {"format_whitelist": ",".join((FORMATS, *IMAGE_FORMATS)), "protocol_whitelist": "file"}
+    options = {"format_whitelist": ",".join((VIDEO_FORMATS, *IMAGE_FORMATS)), "protocol_whitelist": "file"}
     try:
         source = av.open(file, "r", options=options, io_open=_refuse, metadata_errors="replace", buffer_size=2**18)
     except av.ArgumentError as error:  # FFmpeg knows the format, and the list does not

@@ -114,6 +114,12 @@ def test_a_turned_picture_has_square_pixels_too(tmp_path: Path, folder: Path) ->
     assert Look((48, 80), aspect=(1, 2), rotation=0, crop=(0, 8, 10, 0)).size == (40, 35)
 
 
+def test_a_picture_that_its_pixels_make_too_wide_is_refused(tmp_path: Path) -> None:
+    path = write_frames(tmp_path / "a.mp4", [colorful("yuv420p")] * 3, "libx264", sample_aspect_ratio=Fraction(200))
+    with pytest.raises(VideoError, match="too large: 16000x48 pixels"):
+        probe(path)
+
+
 def test_a_change_of_the_pixel_aspect_in_the_stream_is_noticed(tmp_path: Path) -> None:
     parts = []
     for name, aspect in (("a", Fraction(1)), ("b", Fraction(4, 3))):
