@@ -108,6 +108,7 @@ def test_each_command_downloads_its_own_part(hub: Hub, tmp_path: Path) -> None:
         "train.output_dir": tmp_path / "run",
         "train.max_train_steps": 1,
         "train.global_batch_size": 1,
+        "train.mixed_precision": "auto",
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
     commands = [[*command, "configs/demo-real.toml", *overrides] for command in (PLAN, ["precompute"], ["train"])]
