@@ -150,6 +150,14 @@ def test_packs_hold_as_many_clips_as_tokens_allow(settings: Settings, plain: dic
         torch.testing.assert_close(tensor, plain[name], rtol=1e-2, atol=1e-4)
 
 
+def test_deterministic_is_torchs_switch(settings: Settings) -> None:
+    try:
+        train(settings(deterministic=True, max_train_steps=1), StopSignal())
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_tf32_is_torchs_switch(settings: Settings) -> None:
     assert not torch.backends.cuda.matmul.allow_tf32
     try:

@@ -163,6 +163,14 @@ def test_config_that_is_no_json_object_is_named(content: bytes, tmp_path: Path) 
         read_config(path)
 
 
+def test_a_config_of_absurd_size_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.touch()
+    os.truncate(path, 2**40)  # sparse
+    with pytest.raises(UsageError, match="the limit is"):
+        read_config(path)
+
+
 def test_marks_change_with_the_files_and_hashes_with_their_bytes(tmp_path: Path) -> None:
     file = checkpoint(tmp_path) / WEIGHTS
     part = pretrained_part(local(tmp_path), "transformer")

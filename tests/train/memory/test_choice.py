@@ -67,7 +67,9 @@ def test_peaks_at_the_published_sizes(variant: str, bucket: Bucket, plan: Plan, 
     assert 0.7 * limit_gib < predicted(variant, plan, bucket).peak / GIB < limit_gib
 
 
-@pytest.mark.parametrize("plan", [LEAN, Plan("full"), Plan("attention_output", full_blocks=3)])
+@pytest.mark.parametrize(
+    "plan", [LEAN, pytest.param(Plan("full"), marks=pytest.mark.faults), Plan("attention_output", full_blocks=3)]
+)
 def test_extrapolation_equals_a_run_of_the_whole_depth(plan: Plan) -> None:
     deep = predicted("2b", plan, Bucket(9, 256, 256), num_layers=6)
     whole = run_on_meta(
@@ -88,7 +90,7 @@ def test_an_adapter_weight_costs_four_fp32_numbers() -> None:
     assert large - small == pytest.approx(4 * 4 * more_weights, rel=1e-3)
 
 
-@pytest.mark.parametrize("storage", ["int8", "fp8"])
+@pytest.mark.parametrize("storage", ["int8", pytest.param("fp8", marks=pytest.mark.faults)])
 def test_a_quantized_base_takes_a_byte_per_weight(storage: Storage) -> None:
     plans = (OFFLOADED, replace(OFFLOADED, base_precision=storage))
     wide, small = (predicted("5b", plan, Bucket(9, 256, 256), num_layers=3) for plan in plans)
