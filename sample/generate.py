@@ -1,5 +1,6 @@
 """Generate videos from prompts (and images) with and without the adapter, through diffusers' own pipelines."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
-from safetensors import SafetensorError
 
 from sample.video import contact_sheet, write_mp4
 from shared import console
 from shared.config import Config
 from shared.device import DTYPES, choose_device
 from shared.errors import UsageError, one_line
+from shared.model.adapters import PREFIX, read_lora
 from shared.model.conventions import Conventions, drop_learned_table, read_conventions
 from shared.model.pretrained import pretrained_config, pretrained_part
 from shared.run_folder import EXPORT, adapter_file
+
+logger = logging.getLogger(__name__)
 
 
 def sample(config: Config) -> list[Path]:
@@ -62,21 +65,27 @@ def find_adapter(config: Config) -> Path:
 
 
 def load_adapter(pipeline: Any, path: Path) -> None:
-    """Load the adapter into the pipeline's transformer.
+    """Load a LoRA of any common format into the pipeline's transformer, with its own alpha.
 
-    Raises `UsageError` if the file is not an adapter of this model, or changes nothing: diffusers ignores tensors whose
-    names do not begin with `transformer.`.
+    Raises `UsageError` if the file is not a LoRA of this model, or changes nothing, and `DataError` if damaged.
     """
-    model = pipeline.config._name_or_path
-    try:
-        pipeline.load_lora_weights(str(path))
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise UsageError(f"{path}: not an adapter of {model} ({one_line(error)})") from error
-    added = [value for name, value in pipeline.transformer.named_parameters() if "lora_B" in name]
-    if not added:
-        raise UsageError(f"{path}: none of its tensors belongs to {model}; use the adapter of a run's {EXPORT}/")
-    if not any(bool(value.any()) for value in added):
+    modules = (name for name, layer in pipeline.transformer.named_modules() if hasattr(layer, "in_features"))
+    found = read_lora(path, modules, "sample.lora")
+    if not any(bool(value.any()) for name, value in found.weights.items() if "lora_B" in name):
         raise UsageError(f"{path}: every lora_B is zero, so the adapter changes nothing; use a trained adapter")
+    if found.alpha is None:
+        logger.warning("%s: the file has no alpha; alpha = rank = %d is used", path, found.rank)
+    settings = {"r": found.rank, "lora_alpha": found.alpha or found.rank, "target_modules": found.modules}
+    settings |= {name: True for name in ("use_rslora", "use_dora") if getattr(found, name)}
+    try:
+        pipeline.load_lora_into_transformer(
+            {f"{PREFIX}{name}": value for name, value in found.weights.items()},
+            pipeline.transformer,
+            metadata={f"{PREFIX}{name}": value for name, value in settings.items()},
+        )
+    except (RuntimeError, ValueError, KeyError) as error:
+        model = pipeline.config._name_or_path
+        raise UsageError(f"{path}: not an adapter of {model} ({one_line(error)}); use another file") from error
 
 
 def load_pipeline(config: Config) -> tuple[Any, Conventions]:

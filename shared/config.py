@@ -273,7 +273,7 @@ class Train(Table):
     use_dora: Annotated[bool, FIXED_BY_RUN] = False
     """Also train the length of each weight column (arXiv 2402.09353); the export loads through peft."""
     initial_adapter: Annotated[Place | None, RESOLVED_BY_RUN] = None
-    """An exported adapter (folder or file) to start from, of the same rank, alpha and target modules."""
+    """A LoRA to start from (export folder or file of any trainer), of the same rank, alpha and target modules."""
     ema_decay: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.0
     """Average the adapter's weights over the steps, and evaluate and export the average; 0 is off."""
     learning_rate: Annotated[float, Field(gt=0), FREE] = 1e-4

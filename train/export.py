@@ -1,6 +1,7 @@
 """The adapter as diffusers loads it: one safetensors file with its own alpha."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,15 +14,15 @@ from shared.atomic_files import replacing, sync_folder
 from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of
-from shared.run_folder import ADAPTER, EXPORT, adapter_file
+from shared.model.adapters import DIGEST_KEY, METADATA_KEY, PREFIX, adapter_digest, read_lora
+from shared.run_folder import ADAPTER, EXPORT
 from train.checkpoint.files import sync_file
 from train.transformer.load import adapter_weights
 
-PREFIX = "transformer."
-METADATA_KEY = "lora_adapter_metadata"
-"""Header key of the adapter's settings in diffusers (`diffusers/loaders/lora_base.py`)."""
 CONFIG_KEY, VIEW_KEY, BASE_KEY, STEPS_KEY = "precog_config", "precog_view", "precog_base", "precog_steps"
 """Header keys of `config_key`, the view's hash, `base_key` and the number of optimizer steps."""
+
+logger = logging.getLogger(__name__)
 
 
 def config_key(config: Config) -> str:
@@ -51,7 +52,8 @@ def export_adapter(
     settings = json.dumps(adapter_settings(train), sort_keys=True)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / ADAPTER) as pending:
-        save_file(weights, pending, {"format": "pt", METADATA_KEY: settings, **provenance})
+        header = {"format": "pt", METADATA_KEY: settings, **provenance}
+        save_file(weights, pending, header | {DIGEST_KEY: adapter_digest(weights, header)})
         sync_file(pending)
     sync_folder(folder)
     return folder / ADAPTER
@@ -71,27 +73,28 @@ def adapter_settings(train: Train) -> dict[str, Json]:
 
 
 def read_adapter(transformer: CogVideoXTransformer3DModel, train: Train, path: Path) -> dict[str, Tensor]:
-    """Read the weights of an exported adapter under peft's names.
+    """Read the weights of any LoRA file of this model under peft's names.
 
-    Raises `UsageError` unless rank, alpha, target modules and shapes are those of this run.
+    Raises `UsageError` unless rank, alpha, target modules and shapes are those of this run, and `DataError` for a
+    damaged export. A file without alpha is taken with this run's, and a warning.
     """
     where, fix = f"train.initial_adapter = {str(path)!r}", "set the fields that the adapter was trained with"
-    try:
-        with safe_open(adapter_file(path), framework="pt") as tensors:
-            header = tensors.metadata() or {}
-            weights = {name.removeprefix(PREFIX): tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118
-        stored = json.loads(header.get(METADATA_KEY, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UsageError(f"{where}: cannot be read ({error}); name the export folder of a run") from None
-    for name, value in adapter_settings(train).items():
-        found = stored.get(name)
-        same = sorted(found) == sorted(train.lora_target_modules) if isinstance(found, list) else found == value
-        if not same:
-            raise UsageError(f"{where}: expected {name.removeprefix(PREFIX)} {value!r}, got {found!r}; {fix}")
-    expected, got = (
-        {name: (*value.shape,) for name, value in of.items()} for of in (adapter_weights(transformer), weights)
-    )
-    for name in sorted(expected.keys() | got.keys()):
-        if expected.get(name) != got.get(name):
-            raise UsageError(f"{where}: expected {name} of shape {expected.get(name)}, got {got.get(name)}; {fix}")
-    return weights
+    expected = {name: (*value.shape,) for name, value in adapter_weights(transformer).items()}
+    modules = (name for name, layer in transformer.named_modules() if hasattr(layer, "in_features"))
+    found = read_lora(path, modules, "train.initial_adapter")
+    if found.alpha is None:
+        logger.warning("%s: the file has no alpha; train.lora_alpha = %g is used", where, train.lora_alpha)
+    pairs: dict[str, tuple[float, float]] = {
+        "lora_rank": (train.lora_rank, found.rank),
+        "lora_alpha": (train.lora_alpha, train.lora_alpha if found.alpha is None else found.alpha),
+        "use_rslora": (train.use_rslora, found.use_rslora),
+        "use_dora": (train.use_dora, found.use_dora),
+    }
+    for name, (wanted, got) in pairs.items():
+        if wanted != got:
+            raise UsageError(f"{where}: expected {name} {wanted}, got {got}; set train.{name}={str(got).lower()}")
+    shapes = {name: (*value.shape,) for name, value in found.weights.items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
+            raise UsageError(f"{where}: expected {name} of shape {expected.get(name)}, got {shapes.get(name)}; {fix}")
+    return found.weights

@@ -35,30 +35,20 @@ def test_a_file_that_is_no_adapter_of_the_model_is_refused(pipeline: Any, tmp_pa
     layer = "transformer.transformer_blocks.0.attn1.to_q"
     torn, foreign, other = (tmp_path / f"{name}.safetensors" for name in ("torn", "foreign", "other"))
     torn.write_bytes(b"\x40\0\0\0\0\0\0\0{")
-    save_file({f"{layer}.lora_A.weight": torch.zeros(4, 7), f"{layer}.lora_B.weight": torch.zeros(7, 4)}, foreign)
+    save_file({f"{layer}.lora_A.weight": torch.ones(4, 7), f"{layer}.lora_B.weight": torch.ones(7, 4)}, foreign)
     save_file({"weight": torch.zeros(4)}, other)
-    for path in (torn, foreign, other):
-        with pytest.raises(UsageError, match=f"{path.name}: not an adapter of") as error:
+    lines = ("cannot be read as a LoRA", "not an adapter of", "0 tensors belong to this model and 1 do not")
+    for path, line in zip((torn, foreign, other), lines, strict=True):
+        with pytest.raises(UsageError, match=rf"{path.name}'?: {line}") as error:
             load_adapter(pipeline, path)
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("prefix", "scale", "line"),
-    [
-        ("", 1.0, "none of its tensors belongs to .*; use the adapter of a run's export/"),
-        ("transformer.", 0.0, "every lora_B is zero, so the adapter changes nothing"),
-    ],
-    ids=["a checkpoint's file", "an untrained adapter"],
-)
-def test_an_adapter_that_changes_nothing_is_refused(
-    prefix: str, scale: float, line: str, pipeline: Any, tmp_path: Path
-) -> None:
+def test_an_adapter_that_changes_nothing_is_refused(pipeline: Any, tmp_path: Path) -> None:
     weights = adapter_weights(build_transformer("2b", lora_rank=4))
     path = tmp_path / "adapter.safetensors"
-    scaled = {name: tensor * (scale if "lora_B" in name else 1.0) for name, tensor in weights.items()}
-    save_file({f"{prefix}{name}": tensor for name, tensor in scaled.items()}, path)
-    with pytest.raises(UsageError, match=rf"adapter\.safetensors: {line}"):
+    save_file({name: tensor * ("lora_A" in name) for name, tensor in weights.items()}, path)
+    with pytest.raises(UsageError, match=r"adapter\.safetensors: every lora_B is zero, so the adapter changes nothing"):
         load_adapter(pipeline, path)
 
 

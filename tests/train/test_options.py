@@ -128,10 +128,10 @@ def test_a_run_begins_at_its_initial_adapter(settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"lora_rank": 8}, "expected r 8, got 4"),
+        ({"lora_rank": 8}, r"expected lora_rank 8, got 4; set train\.lora_rank=4"),
         ({"lora_alpha": 1}, "expected lora_alpha 1.0, got 8.0"),
-        ({"use_rslora": True}, "expected use_rslora True, got None"),
-        ({"lora_target_modules": ("to_q",)}, "expected target_modules"),
+        ({"use_rslora": True}, "expected use_rslora True, got False"),
+        ({"lora_target_modules": ("to_q",)}, r"expected .* of shape None, got"),
         ({"initial_adapter": Path("nowhere")}, "cannot be read"),
     ],
 )
