@@ -15,7 +15,7 @@ from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of
 from shared.model.adapters import DIGEST_KEY, METADATA_KEY, PREFIX, adapter_digest, read_lora
-from shared.run_folder import ADAPTER, EXPORT
+from shared.run_folder import ADAPTER, EXPORT, adapter_file
 from train.checkpoint.files import sync_file
 from train.transformer.load import adapter_weights
 
@@ -81,7 +81,7 @@ def read_adapter(transformer: CogVideoXTransformer3DModel, train: Train, path: P
     where, fix = f"train.initial_adapter = {str(path)!r}", "set the fields that the adapter was trained with"
     expected = {name: (*value.shape,) for name, value in adapter_weights(transformer).items()}
     modules = (name for name, layer in transformer.named_modules() if hasattr(layer, "in_features"))
-    found = read_lora(path, modules, "train.initial_adapter")
+    found = read_lora(adapter_file(path), modules, "train.initial_adapter")
     if found.alpha is None:
         logger.warning("%s: the file has no alpha; train.lora_alpha = %g is used", where, train.lora_alpha)
     pairs: dict[str, tuple[float, float]] = {

@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, uint8
 
 from shared.errors import DataError, UsageError, one_line
-from shared.run_folder import adapter_file
 
 PREFIX = "transformer."
 METADATA_KEY = "lora_adapter_metadata"
@@ -55,13 +54,12 @@ def adapter_digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> 
     return digest.hexdigest()
 
 
-def read_lora(place: Path, modules: Iterable[str], field: str) -> LoraFile:
-    """Read a LoRA file, or the one in an export folder, for a transformer with these modules.
+def read_lora(path: Path, modules: Iterable[str], field: str) -> LoraFile:
+    """Read a LoRA file for a transformer with these modules.
 
     Raises `UsageError`, naming `field`, for a file that is no LoRA of the transformer, and `DataError` for one of ours
     whose bytes have changed.
     """
-    path = adapter_file(place)
     where = f"{field} = {str(path)!r}"
     try:
         with safe_open(path, framework="pt") as file:
