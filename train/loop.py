@@ -142,7 +142,7 @@ def open_metrics(run: Run, start: Start) -> Metrics:
     sync_file(folder / "config.toml")
     announce(run)
     if run.trial is not None:
-        (folder / "memory.json").write_text(json.dumps(asdict(run.trial), indent=1) + "\n", encoding="utf-8")
+        (folder / "memory_trial.json").write_text(json.dumps(asdict(run.trial), indent=1) + "\n", encoding="utf-8")
     if checkpoint is not None:
         console.say(f"resuming from {checkpoint.path} at step {checkpoint.step} of {run.num_steps}")
     metrics = Metrics(folder, 0 if checkpoint is None else checkpoint.step, run.num_steps)
