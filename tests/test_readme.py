@@ -120,7 +120,10 @@ def test_fields_files_and_targets_of_a_page_exist(page: Path) -> None:
     text = page.read_text("utf-8")
     for table, field in re.findall(r"\b(model|data|precompute|train|memory|sample)\.([a-z_]+)(?=[`=\s])", text):
         annotation = Config.model_fields[table].annotation
-        assert annotation is not None and (field in ("toml", "py", "json") or field in annotation.model_fields), (table, field)
+        assert annotation is not None and (field in ("toml", "py", "json") or field in annotation.model_fields), (
+            table,
+            field,
+        )
     for name in re.findall(r"[`(]((?:configs|demo|bench|tests|docs|shared|train|precompute)/[\w./-]*)[`)]", text):
         assert (ROOT / name).exists(), name
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE))

@@ -115,7 +115,9 @@ def test_a_turned_picture_has_square_pixels_too(tmp_path: Path, folder: Path) ->
 
 
 def test_a_picture_that_its_pixels_make_too_wide_is_refused(tmp_path: Path) -> None:
-    path = write_frames(tmp_path / "a.mp4", [colorful("yuv420p", 48, 640)] * 3, "libx264", sample_aspect_ratio=Fraction(20))
+    path = write_frames(
+        tmp_path / "a.mp4", [colorful("yuv420p", 48, 640)] * 3, "libx264", sample_aspect_ratio=Fraction(20)
+    )
     with pytest.raises(VideoError, match="too large: 12800x48 pixels"):
         probe(path)
 
