@@ -69,9 +69,9 @@ def test_the_held_out_loss_is_the_same_on_any_number_of_ranks(held: Held) -> Non
 
 
 def test_the_lowest_held_out_loss_is_exported_and_a_run_without_gain_ends(held: Held) -> None:
-    values = {"validation_steps": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 30, "learning_rate": 0.2}
-    train(held(max_train_steps=2, **values), StopSignal())
-    config = held(max_train_steps=30, stop_after_evaluations_without_gain=2, **values)
+    values = {"validation_steps": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 30, "learning_rate": 1.0}
+    train(held(max_train_steps=1, **values), StopSignal())
+    config = held(max_train_steps=30, stop_after_evaluations_without_gain=1, **values)
     train(config, StopSignal())
     folder, lines = config.train.output_dir, losses(config)
     for line in lines:
@@ -83,8 +83,8 @@ def test_the_lowest_held_out_loss_is_exported_and_a_run_without_gain_ends(held: 
     assert (len(lines[0]["held_out_clips"]), lines[0]["timestep_quantiles"]) == (3, [0.1, 0.3, 0.5, 0.7, 0.9])
     assert [line["step"] for line in lines if "held_out_clips" in line] == [1]
     best = min(lines, key=lambda line: line["held_out_loss"])["step"]
-    assert [line["step"] for line in lines] == list(range(1, best + 3)), "two evaluations later"
-    for place, step in (("export", best + 2), ("export/best", best)):
+    assert [line["step"] for line in lines] == list(range(1, best + 2)), "one evaluation later"
+    for place, step in (("export", best + 1), ("export/best", best)):
         trained = load_checkpoint(folder / f"checkpoint-{step:06}").tensors["adapter"]
         exported = load_file(adapter_file(folder / place))
         assert exported.keys() == {f"transformer.{name}" for name in trained}
