@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from precompute.assignments import Part
+from shared.cache.shard import ShardWriter
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
 from shared.command import exits
@@ -29,6 +31,7 @@ from tests.tiny import save_pipeline
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 CLIPS = 12
+FINISH = ShardWriter.finish
 Files = dict[str, bytes]
 Sources = tuple[Path, Path]
 
@@ -117,10 +120,20 @@ def test_thirty_random_kills_lose_nothing(sources: Sources, undisturbed: Files, 
     assert kills >= 30
 
 
-def stopped(config: Config, number: int, now: Callable[[], bool]) -> tuple[int, float]:
+def slow_finish(writer: ShardWriter, *arguments: Any) -> Any:
+    """Finish a shard and wait, so that a signal sent at its receipt comes before the end of the run."""
+    result = FINISH(writer, *arguments)
+    time.sleep(0.5)
+    return result
+
+
+def stopped(config: Config, number: int, now: Callable[[], bool], *, slow: bool = False) -> tuple[int, float]:
     """Send a signal once `now()` is true; return the command's exit code and the seconds until it ended."""
 
     def body() -> None:
+        if slow:
+            ShardWriter.finish = slow_finish  # type: ignore[method-assign]
+
         def command() -> None:
             with raise_on_signal("finished shards are stored"):
                 run(config)
@@ -152,7 +165,7 @@ def test_signal_ends_a_worker_with_75_and_a_rerun_finishes(
 ) -> None:
     config = config_for(*sources, tmp_path / "cache")
     for number, stored in ((signal.SIGTERM, "prompts/*/*.json"), (signal.SIGINT, "latents/*/*/*.json")):
-        code, took = stopped(config, number, partial(any_file, tmp_path / "cache", stored))
+        code, took = stopped(config, number, partial(any_file, tmp_path / "cache", stored), slow=True)
         assert code == 75 and took < 10
     run(config)
     check_same(tmp_path / "cache", undisturbed)
