@@ -29,7 +29,7 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 	@$(PIP) torch $(PROGRESS)
 	@echo "setup 3/3: installing the other dependencies and this project (1 to 3 minutes)"
 	@$(PIP) -e . $(PROGRESS)
-	@for program in chromium ffmpeg tmux; do command -v $$program > /dev/null || echo "setup: $$program not found (optional)"; done
+	@for program in chromium ffmpeg tmux; do command -v $$program > /dev/null || echo "setup: $$program not found (optional; its tests are skipped)"; done
 	@touch $@
 	@echo "setup: done; $(BIN)/precog is the command"
 

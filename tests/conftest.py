@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -18,6 +18,9 @@ import torch
 
 from shared.config import Config, Data, Model, Precompute, Train
 from tests import tiny
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 CLIPS = Path(__file__).parents[1] / "demo" / "clips"
 Settings = Callable[..., Config]
@@ -49,6 +52,15 @@ def server() -> Iterator[int]:
     yield port
     process.terminate()
     process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """Start headless Chromium, for tests with the mark `browser`; they are skipped where it is not installed."""
+    from tests.report.browser import chromium
+
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
