@@ -132,7 +132,7 @@ def stopped(config: Config, number: int, now: Callable[[], bool], *, slow: bool 
 
     def body() -> None:
         if slow:
-            ShardWriter.finish = slow_finish  # type: ignore[method-assign]
+            ShardWriter.finish = slow_finish  # type: ignore[method-assign,assignment]
 
         def command() -> None:
             with raise_on_signal("finished shards are stored"):
