@@ -30,7 +30,7 @@ def make_config(root: Path, cache: Path, bucket: tuple[int, int, int], fps: int)
 
     return Config.model_validate(
         {
-            "model": {"pretrained_model_name_or_path": str(ROOT / "demo" / "tiny")},
+            "model": {"pretrained_model_name_or_path": str(ROOT / "demo" / "mini")},
             "data": {
                 "name": "bench",
                 "instance_data_root": root,

@@ -86,8 +86,8 @@ def write_clips(folder: Path, count: int, bucket: Bucket) -> Path:
 
 
 def save_encoders(folder: Path, vae: dict[str, Any], t5: dict[str, Any], device: torch.device) -> None:
-    """Write the tiny pipeline's layout with these encoders in bf16, linked by hash as in the hub's cache."""
-    shutil.copytree(ROOT / "demo" / "tiny", folder, ignore=shutil.ignore_patterns("vae", "text_encoder"))
+    """Write the demo pipeline's layout with these encoders in bf16, linked by hash as in the hub's cache."""
+    shutil.copytree(ROOT / "demo" / "mini", folder, ignore=shutil.ignore_patterns("vae", "text_encoder"))
     with device:
         AutoencoderKLCogVideoX(**vae).to(torch.bfloat16).save_pretrained(folder / "vae")
         T5EncoderModel(T5Config(**t5)).to(torch.bfloat16).save_pretrained(folder / "text_encoder")

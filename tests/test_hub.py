@@ -21,12 +21,12 @@ PLAN = ["plan", "--card=4090"]
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """A hub with one repository, `someone/tiny`, made of demo/tiny."""
+    """A hub with one repository, `someone/tiny`, made of demo/mini."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
-        tiny = ROOT / "demo" / "tiny"
-        self.files = {path.relative_to(tiny).as_posix(): path for path in tiny.rglob("*.*")}
+        mini = ROOT / "demo" / "mini"
+        self.files = {path.relative_to(mini).as_posix(): path for path in mini.rglob("*.*")}
         self.fetched: list[set[str]] = [set()]
         """Weight files that each command requested, with the range if there was one."""
 
