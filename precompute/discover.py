@@ -1,12 +1,13 @@
 """Inputs of a run: the clips and texts of the config with their keys, and the sources without a clip."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from precompute import recipes
 from precompute.assignments import Part
 from precompute.sources.rows import Source, read_sources
+from precompute.sources.tables import escaped
 from precompute.video.known_files import KnownFiles
 from precompute.video.pool import DecodePool
 from precompute.video.probe import Probe, Probed, Skipped
@@ -16,6 +17,7 @@ from shared.cache.collection import Collection, collection_for
 from shared.cache.storage import Storage, open_storage
 from shared.config import Config
 from shared.errors import UsageError
+from shared.file_types import with_names
 from shared.fingerprint import Json
 from shared.model.conventions import refusal, without_learned_positions
 from shared.model.geometry import Bucket
@@ -119,7 +121,7 @@ def cut_clips(
 
 def _cut(stage: Stage, source: Source, found: Probed | Skipped, recipe: str) -> list[Clip] | Skipped:
     if isinstance(found, Skipped):
-        return found
+        return replace(found, reason=with_names(found.reason, escaped(source.name)))
     data, probe = stage.config.data, found.probe
     windows = cut_windows(
         found.timestamps_us,

@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -80,12 +80,12 @@ def _home_expanded(path: Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - the `~` of an unknown user stays
 
 
-def _sizes(value: object) -> object:
-    """Return the heights x widths of a text such as 64x96,96x64, of one such pair, or of a list of them."""
-    if isinstance(value, str):
-        value = re.findall(r"[^\s,\[\]'\"]+", value)
-    if isinstance(value, list | tuple):
-        return [item.lower().split("x") if isinstance(item, str) else item for item in value]
+def _parts(value: object) -> object:
+    """Return a text such as 9,17 or 64x96,96x64, or one number, as a list; an item such as 64x96 becomes a pair."""
+    value = re.findall(r"[^\s,\[\]'\"]+", value) if isinstance(value, str) else value
+    items = [value] if isinstance(value, int) else value
+    if isinstance(items, list | tuple):
+        return [i.lower().split("x") if isinstance(i, str) and re.fullmatch(r"\d+[xX]\d+", i) else i for i in items]
     return value
 
 
@@ -112,6 +112,11 @@ Place = Annotated[Path, NotEmpty, NotSecret, AfterValidator(_home_expanded)]
 PlaceOrName = Annotated[Name, AfterValidator(os.path.expanduser)]
 """A path, whose leading `~` is the home folder, or a hub name or URL."""
 Device = Annotated[str, AfterValidator(_device_name)]
+Item = TypeVar("Item")
+Parts = Annotated[tuple[Item, ...], Field(min_length=1), BeforeValidator(_parts)]
+"""A list, also given as one value or as a text with commas."""
+OneOrMore = Annotated[tuple[Item, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""A list, also given as one text."""
 
 
 class Table(BaseModel):
@@ -166,7 +171,7 @@ class Data(Table):
     """Windows cut from one long video."""
     window_placement: Annotated[Literal["even", "consecutive"], CLIPS] = "even"
     """Windows spread over the whole video, or one after the other from its start."""
-    frame_buckets: Annotated[tuple[Positive, ...], Field(min_length=1), CLIPS] = (9, 17, 25, 33, 41, 49)
+    frame_buckets: Annotated[Parts[Positive], CLIPS] = (9, 17, 25, 33, 41, 49)
     """Frame counts that clips are cut to, 8k+1: the VAE gives back only these as they are."""
     allow_uneven_frame_buckets: Annotated[bool, FREE] = False
     """Take other counts too; 5 frames decode to 8, 13 to 16, 21 to 24."""
@@ -174,15 +179,13 @@ class Data(Table):
     """Fixed height instead of `resolution_buckets`."""
     width: Annotated[Side | None, BUCKETS] = None
     """Fixed width instead of `resolution_buckets`."""
-    resolution_buckets: Annotated[
-        tuple[tuple[Side, Side], ...], Field(min_length=1), BeforeValidator(_sizes), CLIPS
-    ] = ((480, 720),)
+    resolution_buckets: Annotated[Parts[tuple[Side, Side]], CLIPS] = ((480, 720),)
     """Heights x widths, also as "480x720"; a clip takes the nearest in aspect ratio, enlarged at most twice."""
     video_reshape_mode: Annotated[Literal["center", "random", "letterbox"], CLIPS] = "center"
     """Crop in the middle, crop at a place drawn by the clip's bytes, or pad with black."""
     random_flip: Annotated[bool, CLIPS] = False
     """Also store a horizontally mirrored copy of every clip."""
-    validation_prompts: Annotated[tuple[Text, ...], FREE] = ()
+    validation_prompts: Annotated[OneOrMore[Text], FREE] = ()
     """Encoded with the captions, so that stage 2 can sample without T5."""
     negative_prompt: Annotated[Text, FREE] = ""
     """Encoded with the captions, for guidance."""
@@ -266,7 +269,7 @@ class Train(Table):
     """The adapter is scaled by lora_alpha / lora_rank."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.0
     """Dropout before the adapter; masks are drawn per pack, so another number of processes draws others."""
-    lora_target_modules: Annotated[tuple[Name, ...], Field(min_length=1), FIXED_BY_RUN] = LORA_TARGETS
+    lora_target_modules: Annotated[Parts[Name], FIXED_BY_RUN] = LORA_TARGETS
     """Linear layers that get an adapter."""
     use_rslora: Annotated[bool, FIXED_BY_RUN] = False
     """Scale the adapter by lora_alpha / sqrt(lora_rank) instead (arXiv 2312.03732)."""
@@ -398,9 +401,9 @@ class Memory(Table):
 class Sampling(Table):
     output_dir: Annotated[Place, FREE] = Path("samples")
     """Where the mp4 and PNG files land."""
-    prompts: Annotated[tuple[Text, ...], FREE] = ()
+    prompts: Annotated[OneOrMore[Text], FREE] = ()
     """One video each, with and without the adapter."""
-    images: Annotated[tuple[Place, ...], FREE] = ()
+    images: Annotated[OneOrMore[Place], FREE] = ()
     """I2V: the first frame for each prompt."""
     lora: Annotated[Place | None, FREE] = None
     """Folder or file of the adapter; None is the export of [train]."""

@@ -19,7 +19,7 @@ from precompute.sources.folder import video_suffixes
 from precompute.sources.tables import CAPTION_NAMES, MAX_CAPTION_BYTES, OPTIONAL_COLUMNS, Row, escaped
 from shared.atomic_files import replacing, user_folder
 from shared.config import Data
-from shared.errors import DataError
+from shared.errors import DataError, UsageError
 from shared.file_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 MAX_JSON_BYTES = 1 << 20
@@ -43,7 +43,10 @@ class VideoCopies:
     """Copies that this run needs -> size."""
 
     def keep(self, video: Embedded) -> Path:
-        """Return the copy of a video, made unless it exists. Raise `DataError` for an empty video or too many bytes."""
+        """Return the copy of a video, made unless it exists.
+
+        Raise `DataError` for an empty video, `UsageError` for too many bytes.
+        """
         folder = user_folder() / "embedded"
         folder.mkdir(parents=True, exist_ok=True)
         digest, size = hashlib.sha256(), 0
@@ -66,9 +69,7 @@ class VideoCopies:
     def _make_room(self, folder: Path) -> None:
         needed, limit = sum(self._used.values()), self.limit_gib * 2**30
         if needed > limit:
-            raise DataError(
-                f"the embedded videos need more than data.embedded_videos_gib = {self.limit_gib:g}; raise it"
-            )
+            raise UsageError(f"data.embedded_videos_gib = {self.limit_gib:g}: the embedded videos need more; raise it")
         others = [path for path in folder.iterdir() if path not in self._used]
         for path in sorted(others, key=lambda path: path.stat().st_mtime):
             if needed + sum(other.stat().st_size for other in others if other.exists()) <= limit:
@@ -123,7 +124,7 @@ def _sample_rows(
                 found = json.loads(content) if suffix == ".json" else {"text": " ".join(content.split())}
                 values |= found if isinstance(found, dict) else {}
     except (ValueError, RecursionError, DataError) as error:
-        yield Row(where, key, error=f"unreadable caption: {escaped(str(error))}", may_skip=True)
+        yield Row(where, key, error=f"its caption: {escaped(str(error))}")
         return
     caption = next((values[name] for name in CAPTION_NAMES if values.get(name)), None)
     start, end, repeats, loss_weight = (values.get(name) for name in OPTIONAL_COLUMNS)
@@ -131,7 +132,7 @@ def _sample_rows(
         stream = tar.extractfile(member)
         assert stream is not None, "a regular member has a content"
         video = Embedded(f"{file}/{member.name}", stream)
-        yield Row(where, video, caption, start, end, repeats, loss_weight, may_skip=True)
+        yield Row(where, video, caption, start, end, repeats, loss_weight)
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> str:

@@ -42,10 +42,9 @@ def folder_rows(root: DataRoot, data: Data) -> tuple[list[Row], list[str]]:
             warnings.append(f"{escaped(video)}: of {listed(captions)} the first is its caption")
         try:
             text = read_caption(root, captions[0]) if captions else None
-            rows.append(Row(escaped(video), video, text, may_skip=True))
+            rows.append(Row(escaped(video), video, text))
         except DataError as error:
-            reason = f"unreadable caption: {escaped(captions[0])}: {error}"
-            rows.append(Row(escaped(video), video, may_skip=True, error=reason))
+            rows.append(Row(escaped(video), video, error=f"its caption {escaped(captions[0])}: {error}"))
     if stray := [name for name in names if name not in used]:
         warnings.append(f"{len(stray)} files are no part of the data set: {listed(stray)}{_stray(stray)}")
     return rows, warnings + _near_names(videos)
@@ -61,7 +60,7 @@ def read_caption(root: DataRoot, name: str) -> str:
     path = root.find(name)
     if (size := path.stat().st_size) > 4 * MAX_CAPTION_BYTES:
         raise DataError(f"is {size:,} bytes; the limit of a caption is {MAX_CAPTION_BYTES:,}")
-    return " ".join(filter(None, map(str.strip, re.split(r"[\r\n]+", read_text(path, "it")))))
+    return " ".join(filter(None, map(str.strip, re.split(r"[\r\n]+", read_text(path, "")))))
 
 
 def _files(root: DataRoot) -> tuple[list[str], list[str]]:

@@ -8,8 +8,8 @@
 
 Columns of videos hold paths, or the bytes of a video. Tables may have `start_seconds`, `end_seconds`, `repeats` and
 `loss_weight`. In all but CSV a caption may be a list of texts or of {"text", "weight"}. Captions lose white space at
-both ends. A row without a caption takes `data.default_caption` or is skipped. Rows count from 1: a CSV's header is
-row 1, a JSONL's row is its line.
+both ends. A row without a caption takes `data.default_caption` or is skipped; so is a row with a fault. Rows count from
+1: a CSV's header is row 1, a JSONL's row is its line.
 """
 
 import math
@@ -83,16 +83,15 @@ class Listing:
 
 
 def read_sources(data: Data) -> Listing:
-    """Return every row of the data set.
+    """Return every row of the data set; a row with a fault is skipped, with the fault as its reason.
 
-    Raise `DataError` in one line: the first five row errors, each with its file and row, and the number of the rest.
+    Raise `DataError` in one line for a table or text file that cannot be read, and where every row has a fault.
     """
     root = DataRoot(data.instance_data_root.resolve(), data.follow_links)
     if not root.folder.is_dir():
         raise DataError(f"instance_data_root '{escaped(str(data.instance_data_root))}' is not a folder")
-    errors: list[str] = []
+    faults: list[str] = []
     sources: list[Source] = []
-    warnings: list[str] = []
     copies = VideoCopies(data.embedded_videos_gib)
     try:
         rows, warnings = _read_rows(root, data)
@@ -100,20 +99,17 @@ def read_sources(data: Data) -> Listing:
             try:
                 sources.append(_check_row(row, root, data, copies))
             except DataError as error:
-                if row.may_skip:
-                    name = row.video if isinstance(row.video, str) else row.where
-                    sources.append(Source(root.folder, name, (), None, None, row.where, skipped=str(error)))
-                else:
-                    errors.append(f"{row.where}: {error}")
-    except DataError as error:
-        errors.append(str(error))
+                name = row.video if isinstance(row.video, str) else row.where
+                faults.append(f"{row.where}: {error}")
+                reason = f"unusable: {error if name == row.where else faults[-1]}"
+                sources.append(Source(root.folder, name, (), None, None, row.where, skipped=reason))
     except OSError as error:
         raise DataError(f"'{escaped(str(error.filename))}' cannot be read: {error.strerror}") from error
-    if errors:
-        more = len(errors) - MAX_SHOWN_ERRORS
-        raise DataError("; ".join(errors[:MAX_SHOWN_ERRORS]) + (f"; and {more} more" if more > 0 else ""))
     if not sources:
         raise DataError(f"'{escaped(data.dataset_name or str(data.instance_data_root))}' has no rows")
+    if len(faults) == len(sources):
+        more = len(faults) - MAX_SHOWN_ERRORS
+        raise DataError("; ".join(faults[:MAX_SHOWN_ERRORS]) + (f"; and {more} more" if more > 0 else ""))
     return Listing(sources, warnings)
 
 

@@ -37,8 +37,6 @@ class Row:
     repeats: object = None
     loss_weight: object = None
     error: str = ""
-    may_skip: bool = False
-    """A fault of this row leaves its clip out; otherwise it is the fault of a table, which is refused."""
 
 
 def csv_rows(table: Path, data: Data) -> Iterator[Row]:
@@ -194,7 +192,7 @@ def read_text(path: Path, where: str) -> str:
         except UnicodeDecodeError as error:
             place, reason = error.start, "not UTF-8"
     line = content.count(b"\n", 0, place) + 1
-    raise DataError(f"{where} line {line}: {reason}")
+    raise DataError(f"{where} line {line}: {reason}".strip())
 
 
 def escaped(text: str) -> str:

@@ -114,7 +114,9 @@ def look_of(
     rotation, mirrored = turn
     transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
     if transfer in OTHER_CURVES or int(frame.colorspace) not in MATRICES:
-        raise NotShown("its colors are neither SDR, PQ nor HLG: convert it: ffmpeg -i VIDEO -vf zscale=t=709:m=709 NEW")
+        raise NotShown(
+            "its colors are neither SDR, PQ nor HLG: convert it: ffmpeg -i VIDEO -vf zscale=t=709:m=709 NEW.mp4"
+        )
     aspect = aspect or Fraction(1)
     look = Look(
         stored=(frame.height, frame.width),

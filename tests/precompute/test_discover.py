@@ -50,11 +50,14 @@ def test_time_stamps_are_dropped_once_windows_are_cut(stage: Stage) -> None:
 
 
 def test_clips_come_in_the_order_of_their_sources(stage: Stage) -> None:
-    names = ["003.mp4", "001.mp4", "003.mp4", "000.mp4", "002.mp4", "001.mp4"]
     root = stage.config.data.instance_data_root
+    (root / "001.mp4").rename(root / "take 1.ogv")
+    names = ["003.mp4", "take 1.ogv", "003.mp4", "000.mp4", "002.mp4", "take 1.ogv"]
     (root / "videos.txt").write_text("\n".join(names), "utf-8")
     (root / "prompts.txt").write_text("\n".join("abcdef"), "utf-8")
-    prober: Any = Prober({"001.mp4": Skipped("bad"), "000.mp4": Skipped("gone", permanent=False)})
+    prober: Any = Prober(
+        {"take 1.ogv": Skipped("bad: ffmpeg -i VIDEO NEW.mp4"), "000.mp4": Skipped("gone", permanent=False)}
+    )
     clips, left_out = cut_clips(stage, read_sources(stage.config.data).sources, prober, "r")
     assert [(clip.source.name, clip.source.captions[0].text) for clip in clips] == [
         ("003.mp4", "a"),
@@ -62,7 +65,7 @@ def test_clips_come_in_the_order_of_their_sources(stage: Stage) -> None:
         ("002.mp4", "e"),
     ]
     assert [(source.captions[0].text, skipped) for source, skipped in left_out] == [
-        ("b", Skipped("bad")),
+        ("b", Skipped("bad: ffmpeg -i 'take 1.ogv' 'take 1.mp4'")),
         ("d", Skipped("gone", permanent=False)),
-        ("f", Skipped("bad")),
+        ("f", Skipped("bad: ffmpeg -i 'take 1.ogv' 'take 1.mp4'")),
     ]

@@ -227,17 +227,23 @@ def test_home_is_expanded_in_every_path_and_in_no_url(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"),
+    ("override", "expected"),
     [
-        ("64x96", ((64, 96),)),
-        ("64x96,96x64", ((64, 96), (96, 64))),
-        ("[64x96, '96X64']", ((64, 96), (96, 64))),
-        ("['64x96']", ((64, 96),)),
-        ("[[64,96]]", ((64, 96),)),
+        ("data.resolution_buckets=64x96", ((64, 96),)),
+        ("data.resolution_buckets=64x96,96x64", ((64, 96), (96, 64))),
+        ("data.resolution_buckets=[64x96, '96X64']", ((64, 96), (96, 64))),
+        ("data.resolution_buckets=['64x96']", ((64, 96),)),
+        ("data.resolution_buckets=[[64,96]]", ((64, 96),)),
+        ("data.frame_buckets=9", (9,)),
+        ("data.frame_buckets=9,17", (9, 17)),
+        ("train.lora_target_modules=to_q,to_k", ("to_q", "to_k")),
+        ("data.validation_prompts=a dog, red", ("a dog, red",)),
+        ("sample.images=a.png", (Path("a.png"),)),
     ],
 )
-def test_resolution_buckets_may_be_written_as_sizes(value: str, expected: tuple[tuple[int, int], ...]) -> None:
-    assert load_config(DEMO, [f"data.resolution_buckets={value}"]).data.resolution_buckets == expected
+def test_a_list_may_be_written_without_brackets(override: str, expected: tuple[object, ...]) -> None:
+    table, _, field = override.partition("=")[0].partition(".")
+    assert getattr(getattr(load_config(DEMO, [override]), table), field) == expected
 
 
 def test_frame_buckets_that_the_vae_changes_name_the_nearest() -> None:

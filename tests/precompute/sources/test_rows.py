@@ -69,11 +69,10 @@ def skipped(root: Path, **settings_: Any) -> dict[str, str]:
 
 
 def refusal(root: Path, **settings_: Any) -> str:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(PrecogError) as caught:
         read(root, **settings_)
-    message = str(caught.value)
-    assert message.isprintable(), "one line, nothing that moves the cursor or turns the text"
-    return message
+    assert str(caught.value).isprintable(), "one line, nothing that moves the cursor or turns the text"
+    return str(caught.value)
 
 
 def write_table(root: Path, content: str | bytes, name: str = "metadata.csv") -> str:
@@ -86,8 +85,20 @@ def read_table(root: Path, content: str | bytes, name: str = "metadata.csv", **s
     return read(root, dataset_name=write_table(root, content, name), **settings_)
 
 
-def table_refusal(root: Path, content: str | bytes, name: str = "metadata.csv", **settings_: Any) -> str:
-    return refusal(root, dataset_name=write_table(root, content, name), **settings_)
+def table_fault(root: Path, content: str | bytes, name: str = "metadata.csv", **settings_: Any) -> str:
+    """Return why a table is refused, or why its faulty rows are skipped."""
+    return fault(root, dataset_name=write_table(root, content, name), **settings_)
+
+
+def fault(root: Path, **settings_: Any) -> str:
+    try:
+        bad = [source for source in read(root, **settings_) if source.skipped]
+        reasons = [source.skipped.removeprefix("unusable: ").removeprefix(f"{source.where}: ") for source in bad]
+        message = "; ".join(f"{source.where}: {reason}" for source, reason in zip(bad, reasons, strict=True))
+    except PrecogError as error:
+        message = str(error)
+    assert message.isprintable(), "one line, nothing that moves the cursor or turns the text"
+    return message
 
 
 def jsonl(*rows: object) -> str:
@@ -136,12 +147,19 @@ def test_a_text_file_that_links_out_of_the_root_is_not_read(root: Path, opened: 
     assert opened == []
 
 
-def test_the_first_five_problems_are_told_and_the_rest_counted(root: Path) -> None:
+def test_a_row_with_a_fault_is_skipped_and_named_and_not_every_row_may_have_one(root: Path) -> None:
     (root / "prompts.txt").write_text("text\n" * 8)
     (root / "videos.txt").write_text("".join(f"no{i}.mp4\n" for i in range(8)))
     message = refusal(root, **TEXT_FILES)
     assert [f"'no{i}.mp4'" in message for i in range(8)] == [True] * 5 + [False] * 3
     assert message.endswith("; and 3 more")
+    (root / "no3.mp4").touch()
+    reasons = skipped(root, **TEXT_FILES)
+    assert reasons.keys() == {f"no{i}.mp4" for i in range(8) if i != 3}
+    assert (
+        reasons["no0.mp4"]
+        == "unusable: videos.txt line 1, prompts.txt line 1: path 'no0.mp4' not found in the data root"
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,7 +217,7 @@ def test_a_folder_as_people_have_it_names_what_is_left_out(root: Path) -> None:
     assert skipped(root) == {
         "b.mp4": no_caption,
         "sub/c.mp4": no_caption,
-        "utf16.mp4": "unreadable caption: utf16.txt: it line 1: UTF-16; save the file as UTF-8 text",
+        "utf16.mp4": "unusable: its caption utf16.txt: line 1: UTF-16; save the file as UTF-8 text",
     }
     stray, *doubled = reversed(found.warnings)
     listed = "'._a.mp4', '.DS_Store', 'LICENSE', 'README.txt', 'photo.jpg', 'sub/Thumbs.db'"
@@ -288,18 +306,19 @@ def test_links_that_lead_out_are_taken_on_demand(tmp_path: Path) -> None:
     (root / "up").symlink_to(root)
     (blobs / "more/again").symlink_to(blobs / "more")
     outside = "is a link that leaves the data root; data.follow_links=true takes it"
-    kept_inside = skipped(root, default_caption="x")
-    assert {kept_inside[name].partition(" is")[2] for name in ("gone.mp4",)} == {outside.removeprefix("is")}
-    assert outside in kept_inside["a.mp4"]
+    kept_inside = refusal(root, default_caption="x")
+    assert f"path 'gone.mp4' {outside}" in kept_inside and f"path 'a.txt' {outside}" in kept_inside
+    (root / "b.mp4").touch()
     assert any("more: a link to a folder is not followed; data.follow" in w for w in listing(root).warnings)
     followed = {"follow_links": True, "default_caption": "x"}
     assert [(s.name, s.path, s.captions[0].text) for s in read(root, **followed) if not s.skipped] == [
         ("a.mp4", blobs / "111", "a cat"),
+        ("b.mp4", root / "b.mp4", "x"),
         ("more/d.mp4", blobs / "more/d.mp4", "a dog"),
     ]
     assert skipped(root, **followed) == {
-        "gone.mp4": "path 'gone.mp4' not found: a link to a missing file",
-        "loop.mp4": "path 'loop.mp4' is a link that leads to itself",
+        "gone.mp4": "unusable: path 'gone.mp4' not found: a link to a missing file",
+        "loop.mp4": "unusable: path 'loop.mp4' is a link that leads to itself",
     }
     assert sum("a link to a folder that is read already" in line for line in listing(root, **followed).warnings) == 2
 
@@ -341,10 +360,10 @@ def test_a_folders_text_files_obey_the_path_rule_too(root: Path, opened: list[st
     os.mkfifo(root / "b.txt")
     (root / "sub/c.txt").write_bytes(b"x" * 100_000)
     opened.clear()
-    reasons = skipped(root)
-    assert "a.txt: path 'a.txt' is a link that leaves the data root" in reasons["a.mp4"]
-    assert "b.txt: path 'b.txt' is a device, socket or named pipe, not a file" in reasons["b.mp4"]
-    assert "sub/c.txt: is 100,000 bytes; the limit of a caption is 16,384" in reasons["sub/c.mp4"]
+    reasons = refusal(root)
+    assert "a.mp4: its caption a.txt: path 'a.txt' is a link that leaves the data root" in reasons
+    assert "b.mp4: its caption b.txt: path 'b.txt' is a device, socket or named pipe, not a file" in reasons
+    assert "sub/c.mp4: its caption sub/c.txt: is 100,000 bytes; the limit of a caption is 16,384" in reasons
     assert all(path == str(root) or path.startswith(f"{root}/sub") for path in opened)
 
 
@@ -399,12 +418,12 @@ def test_csv_takes_chosen_columns_quotes_and_seconds(root: Path) -> None:
     ],
 )
 def test_a_bad_csv_names_the_file_and_row(root: Path, content: str | bytes, expected: str) -> None:
-    assert table_refusal(root, content).endswith(expected)
+    assert table_fault(root, content).endswith(expected)
 
 
 def test_a_table_larger_than_any_is_refused_before_it_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("precompute.sources.tables.MAX_TEXT_FILE_BYTES", 20)
-    assert table_refusal(root, "video,text\na.mp4,x\n\n\n") == "metadata.csv has more than 20 bytes"
+    assert table_fault(root, "video,text\na.mp4,x\n\n\n") == "metadata.csv has more than 20 bytes"
 
 
 def test_jsonl_takes_weighted_captions_and_seconds(root: Path) -> None:
@@ -443,7 +462,7 @@ ZERO_WEIGHT = {"video": "b.mp4", "text": "x", "loss_weight": 0}
     ],
 )
 def test_bad_repeats_or_loss_weight_name_their_row(root: Path, values: dict[str, object], expected: str) -> None:
-    message = table_refusal(root, jsonl({"video": "a.mp4", "text": "x", **values}), "clips.jsonl")
+    message = table_fault(root, jsonl({"video": "a.mp4", "text": "x", **values}), "clips.jsonl")
     assert message == f"clips.jsonl row 1: {expected}"
 
 
@@ -466,7 +485,7 @@ CAPTION_FAULTS = [
 @pytest.mark.parametrize(("caption", "expected"), CAPTION_FAULTS)
 def test_a_bad_caption_names_its_row(root: Path, caption: object, expected: str) -> None:
     good = {"video": "a.mp4", "text": "fine"}
-    message = table_refusal(root, jsonl(good, {"video": "a.mp4", "text": caption}), "clips.jsonl")
+    message = table_fault(root, jsonl(good, {"video": "a.mp4", "text": caption}), "clips.jsonl")
     assert message == f"clips.jsonl row 2: {expected}"
 
 
@@ -494,7 +513,7 @@ def test_a_bad_caption_names_its_row(root: Path, caption: object, expected: str)
     ],
 )
 def test_a_bad_jsonl_line_names_its_row(root: Path, line: str, expected: str) -> None:
-    message = table_refusal(root, jsonl({"video": "a.mp4", "text": "fine"}) + line + "\n", "clips.jsonl")
+    message = table_fault(root, jsonl({"video": "a.mp4", "text": "fine"}) + line + "\n", "clips.jsonl")
     assert message.startswith(f"clips.jsonl row 2: {expected}")
 
 
@@ -535,14 +554,14 @@ def test_a_date_beyond_pythons_range_is_a_row_error(root: Path) -> None:
 
 
 def test_a_bad_parquet_names_the_file_and_row(root: Path) -> None:
-    assert table_refusal(root, b"PAR1 but not really PAR1", "x.parquet").startswith("x.parquet after row 0: not a rea")
+    assert table_fault(root, b"PAR1 but not really PAR1", "x.parquet").startswith("x.parquet after row 0: not a rea")
     table = write_parquet(root, {"video": ["a.mp4"], "words": ["x"]})
     assert "metadata.parquet has no column 'text'; there are 'video', 'words'" in refusal(root, dataset_name=table)
     table = write_parquet(root, {"video": ["a.mp4"], "text": [b"x"]})
     assert refusal(root, dataset_name=table) == "metadata.parquet row 1: the caption is of type bytes, not text"
     bad = pa.array([b"fine", b"\xff"]).view(pa.string())
     table = write_parquet(root, {"video": ["a.mp4"] * 2, "text": bad})
-    assert refusal(root, dataset_name=table) == "metadata.parquet row 2: not UTF-8"
+    assert fault(root, dataset_name=table) == "metadata.parquet row 2: not UTF-8"
 
 
 def test_id_token_stands_before_every_caption_with_one_space(root: Path) -> None:
@@ -662,7 +681,7 @@ def test_webdataset_tars_are_read(root: Path, copies: Path) -> None:
         assert sources[0].start_seconds == 0.5
         assert {s.skipped.partition(":")[0] for s in sources if s.skipped} == {
             "no caption",
-            "the embedded video is empty",
+            "unusable",
         }
     assert all(path.parent == copies for path in copies.rglob("*")), "nothing is extracted by name"
     (root / "0.tar").write_bytes(b"x" * 2000)
