@@ -16,7 +16,7 @@ from typing import Any
 import av
 import numpy as np
 
-from precompute.video.decode import Decoder, Requested, decode
+from precompute.video.decode import Decoder, Requested, decode_rows, shape_of
 from precompute.video.probe import Probed
 
 BITS = 10
@@ -113,8 +113,11 @@ def indices_of(frames: np.ndarray) -> list[int | None]:
 def decode_probed(
     path: Path, found: Probed, indices: Sequence[int], decoder: Requested = "pyav"
 ) -> tuple[np.ndarray, Decoder]:
-    """`decode` at the times that the probe found."""
-    return decode(path, found.probe, indices, [found.timestamps_us[index] for index in indices], decoder)
+    """Decode frames to [F, H, W, 3] at their displayed size and at the times that the probe found."""
+    scaled, shape, dtype = shape_of(found.probe, None)
+    out = np.empty((len(indices), *shape), dtype)
+    times = [found.timestamps_us[index] for index in indices]
+    return out, decode_rows(path, found.probe, indices, times, decoder, scaled, out)
 
 
 def write_clip(

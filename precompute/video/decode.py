@@ -84,15 +84,6 @@ def shape_of(probe: Probe, scaled: Scaled | None) -> tuple[Scaled, tuple[int, in
     return scaled, (*scaled.part[2:], 3), np.dtype(np.uint8 if as_stored else np.float32)
 
 
-def decode(
-    path: Path, probe: Probe, indices: Sequence[int], timestamps_us: Sequence[int], decoder: Requested
-) -> tuple[np.ndarray, Decoder]:
-    """Decode frames at their displayed size to [F, H, W, 3] RGB; see `decode_rows`."""
-    scaled, shape, dtype = shape_of(probe, None)
-    out = np.empty((len(indices), *shape), dtype)
-    return out, decode_rows(path, probe, indices, timestamps_us, decoder, scaled, out)
-
-
 def decode_rows(
     path: Path,
     probe: Probe,

@@ -24,6 +24,7 @@ from shared.cache.verify import verify
 from shared.cache.view import read_view
 from shared.errors import CacheError, DataError, UsageError
 from tests.corpus import config_for, count_storage_calls, run, stored_files, write_captions, write_corpus, write_video
+from tests.media import decode_probed
 from tests.tiny import save_pipeline
 
 CLIPS = 10
@@ -93,7 +94,6 @@ def test_stored_moments_are_the_vaes_own(pipeline: Path, filled: Filled) -> None
 
 def test_image_moments_are_of_the_clips_own_first_frame(tmp_path: Path) -> None:
     from precompute.latents import conditioning_images
-    from precompute.video.decode import decode
     from precompute.video.probe import probe
     from shared.config import Model, Precompute
     from shared.model.pretrained import pretrained_part
@@ -109,7 +109,7 @@ def test_image_moments_are_of_the_clips_own_first_frame(tmp_path: Path) -> None:
     encoder = VaeEncoder(part, Precompute(cache="unused", vae_dtype="fp32"), torch.device("cpu"))
     for row in view.rows:
         found = probe(root / row.source)
-        frames = decode(root / row.source, found.probe, range(5), found.timestamps_us, "pyav")[0]
+        frames = decode_probed(root / row.source, found, range(5))[0]
         pixels = (torch.from_numpy(frames)[:, 8:24].permute(3, 0, 1, 2).float() - 127.5) / 127.5
         pixels = pixels.flip(3) if row.flip else pixels
         images = conditioning_images(pixels[:, :1], 2, row.latent_key)

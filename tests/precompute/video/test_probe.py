@@ -17,7 +17,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from precompute.video import probe as video
-from precompute.video.decode import Requested, choose_decoder, decode
+from precompute.video.decode import Requested, choose_decoder
 from precompute.video.probe import Probed, VideoError, parse_probe, probe
 from tests import media
 from tests.media import Case
@@ -418,9 +418,13 @@ def test_a_picture_of_another_turn_or_size_than_probed_is_refused(indices: list[
 def test_decords_times_have_to_be_the_probes(folder: Path) -> None:
     path = media.clip(folder, "h264.mp4")
     found = probe(path)
-    times = [found.timestamps_us[4] + 2000]
+    late = replace(
+        found,
+        probe=replace(found.probe, intact=True),
+        timestamps_us=array("q", (time + 2000 for time in found.timestamps_us)),
+    )
     with pytest.raises(VideoError, match="decord is not exact here: its frame times differ from PyAV's"):
-        decode(path, replace(found.probe, intact=True), [4], times, "decord")
+        media.decode_probed(path, late, [4], "decord")
 
 
 def test_a_frame_at_another_time_than_probed_is_refused(folder: Path) -> None:
