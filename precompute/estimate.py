@@ -179,7 +179,8 @@ def _sample_bytes(stage: Stage, wanted: Survey) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for key, clip in wanted.by_key.items():
         _, frames, height, width = latent_shape(clip.window.bucket)
-        sizes[key] = SAMPLE_BYTES + 2 * channels * (frames + images) * height * width * item
+        moments = 2 * channels * (frames + images) * item
+        sizes[key] = SAMPLE_BYTES + (moments + 3 * frames) * height * width
     text_encoder = stage.encoders.text_encoder
     embed = conventions.text_length * text_encoder.config["d_model"]
     embed *= DTYPES[text_encoder.precision(settings.text_dtype)].itemsize

@@ -17,7 +17,7 @@ from precompute.encoders import VaeEncoder
 from precompute.estimate import Work
 from precompute.report import PassResult, SampleCounts, Timer
 from precompute.video.child import Decoded, DecodeJob
-from precompute.video.pixels import scaled_into, to_clip
+from precompute.video.pixels import scaled_into, thumbnails, to_clip
 from precompute.video.pool import DecodePool
 from precompute.video.probe import Skipped
 from shared import console, seeding
@@ -192,7 +192,7 @@ def encode_clips(
     _check_shape(stage, clips[next(iter(decoded))].window.bucket, moments)
     samples = []
     for key, clip_moments in zip(decoded, moments, strict=True):
-        tensors = {"moments": clip_moments}
+        tensors = {"moments": clip_moments, "thumbnails": thumbnails(pixels[key])}
         if stage.encoders.conventions.image_to_video:
             images = conditioning_images(pixels[key][:, :1], stage.config.precompute.noised_image_count, key)
             tensors["image_moments"] = torch.cat([encoder.encode(image[None]) for image in images])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from precompute.video.picture import Scaled
 from shared import seeding
-from shared.model.geometry import Bucket
+from shared.model.geometry import SPATIAL_FACTOR, TEMPORAL_FACTOR, Bucket
 
 TRANSFORM = "bicubic-antialias-2"
 """Names the arithmetic of this file and of `picture` in the recipe; a change of the arithmetic needs another name."""
@@ -40,6 +40,19 @@ def to_clip(frames: torch.Tensor, bucket: Bucket, *, flip: bool) -> torch.Tensor
     if flip:
         pixels = pixels.flip(3)
     return pixels.permute(1, 0, 2, 3)
+
+
+def thumbnails(clip: torch.Tensor) -> torch.Tensor:
+    """Average a clip [3,F,H,W] of about [-1, 1] over the pixels of each latent pixel: uint8 [F',3,H/8,W/8] on the CPU.
+
+    Frames are halved twice as in diffusers' `CogVideoXDownsample3D`: of an odd count the first stays alone.
+    """
+    frames = F.avg_pool2d(clip.transpose(0, 1), SPATIAL_FACTOR)
+    for _ in range(TEMPORAL_FACTOR // 2):
+        alone = len(frames) % 2
+        pairs = frames[alone:].unflatten(0, (len(frames) // 2, 2)).mean(1)
+        frames = torch.cat([frames[:alone], pairs])
+    return frames.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
 
 
 def scaled_size(height: int, width: int, bucket: Bucket, mode: Mode) -> tuple[int, int]:

@@ -33,7 +33,7 @@ SAMPLES_PER_SHARD = 50_000
 FACTS_BYTES = 64 * 2**10
 """Where a sample's facts are looked for, before its tensors."""
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 """The safetensors dtypes that a sample may hold."""
 
 Key = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{KEY_LENGTH}}}$")]

@@ -89,7 +89,11 @@ def test_stored_moments_are_the_vaes_own(pipeline: Path, filled: Filled) -> None
     pixels = (frames[:, 8:24].permute(3, 0, 1, 2).float() - 127.5) / 127.5
     with torch.no_grad():
         expected = vae.encode(pixels[None]).latent_dist.parameters[0]
-    torch.testing.assert_close(SampleReader(storage, view.latents).read(row.latent_key)["moments"], expected)
+    stored = SampleReader(storage, view.latents).read(row.latent_key)
+    torch.testing.assert_close(stored["moments"], expected)
+    means = frames[:, 8:24].float().permute(0, 3, 1, 2).unflatten(2, (-1, 8)).unflatten(4, (-1, 8)).mean((3, 5))
+    torch.testing.assert_close(stored["thumbnails"][0].float(), means[0], rtol=0, atol=0.51)
+    torch.testing.assert_close(stored["thumbnails"][1].float(), means[1:5].mean(0), rtol=0, atol=0.51)
 
 
 def test_image_moments_are_of_the_clips_own_first_frame(tmp_path: Path) -> None:

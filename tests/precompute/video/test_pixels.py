@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from precompute.video.picture import Look, fit
-from precompute.video.pixels import Mode, crop_offset, scaled_into, scaled_size
+from precompute.video.pixels import Mode, crop_offset, scaled_into, scaled_size, thumbnails
 from precompute.video.pixels import to_clip as normalized
-from shared.model.geometry import Bucket
+from shared.model.geometry import Bucket, latent_frames
 
 BUCKET = Bucket(2, 16, 32)
 
@@ -112,3 +112,15 @@ def test_the_scaled_size_covers_the_bucket_or_fits_into_it(mode: Mode, height: i
         assert tall <= 16 and wide <= 32
     else:
         assert tall >= 16 and wide >= 32
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 9, 12, 13, 16, 49])
+def test_a_thumbnail_frame_shows_what_a_latent_frame_does(count: int) -> None:
+    """A ramp in time and space: four frames to a latent frame, and the first of 4k+1 alone."""
+    levels = 2 * torch.arange(count).float()[:, None, None] + 100 * (torch.arange(16) // 8).float()
+    shown = thumbnails((levels.expand(count, 16, 16) / 127.5 - 1).expand(3, -1, -1, -1))
+    assert shown.shape == (latent_frames(count), 3, 2, 2) and shown.dtype == torch.uint8
+    assert torch.equal(shown[:, :, :, 1], shown[:, :, :, 0] + 100)
+    if count % 4 == 1:
+        groups = levels[1:, 0, 0].reshape(-1, 4).mean(1)
+        assert torch.equal(shown[:, 0, 0, 0], torch.cat([levels[:1, 0, 0], groups]).round().byte())
