@@ -11,6 +11,7 @@ from shared.command import JsonOutput, exits
 from shared.signals import raise_on_signal
 
 if TYPE_CHECKING:
+    from shared.cache.collection import Collection
     from shared.cache.storage import Storage
 
 cache_app = typer.Typer(help="Look at, check, clean and copy a cache.", no_args_is_help=True)
@@ -78,6 +79,7 @@ def cache_ls(cache: CacheName = "cache", json_output: JsonOutput = False) -> Non
 def cache_show(
     key: Annotated[str, typer.Argument(help="Key of a sample, or its beginning.")],
     cache: CacheName = "cache",
+    decode: Annotated[str, typer.Option(help="Also write KEY.mp4 with the VAE of this checkpoint.")] = "",
     json_output: JsonOutput = False,
 ) -> None:
     """Show what a sample is: source, window, bucket, shapes, sizes, recipe, and the views that name it."""
@@ -113,9 +115,35 @@ def cache_show(
             rows += [f"{view_name}: {row.source} {row.start_seconds:g}-{row.end_seconds:g} s" for row in named]
             rows += [] if named else [f"{view_name}: special prompt"]
     facts |= {"views": rows, "recipe": read_recipe(storage, collection)}
+    if decode:
+        facts["video"] = str(_decode(storage, collection, name, decode, facts))
     table(name, [(field, value if isinstance(value, str) else json.dumps(value)) for field, value in facts.items()])
     if json_output:
         typer.echo(json.dumps({"key": name, **facts}))
+
+
+def _decode(storage: "Storage", collection: "Collection", key: str, checkpoint: str, facts: dict[str, Any]) -> Path:
+    """Write a clip's posterior mean as KEY.mp4 into the working folder and return its path."""
+    from shared.cache.collection import SampleReader
+    from shared.config import Model
+    from shared.device import choose_device
+    from shared.errors import UsageError
+    from shared.model.pretrained import pretrained_part
+    from shared.model.vae import decode_latents, load_decoder
+    from shared.video import write_mp4
+
+    sample = SampleReader(storage, collection, {key}, whole_up_to_bytes=0)
+    if collection.kind != "latents" or key not in sample:
+        raise UsageError(f"--decode: {key} is not a stored clip; give the key of one")
+    model = Model(pretrained_model_name_or_path=checkpoint)
+    if pretrained_part(model, "vae").sha256() != facts["recipe"]["vae"]["weights"]:
+        raise UsageError(f"--decode {checkpoint}: another VAE encoded this clip; give the checkpoint of its recipe")
+    vae = load_decoder(model, "auto", choose_device("auto"))
+    mean = sample.read(key)["moments"].float().chunk(2)[0].transpose(0, 1)
+    frames = decode_latents(vae, mean * vae.config.scaling_factor)
+    first, last = facts["timestamps_us"][0], facts["timestamps_us"][-1]
+    fps = round((len(facts["timestamps_us"]) - 1) * 1e6 / (last - first)) if last > first else 1
+    return write_mp4(Path(f"{key}.mp4"), frames, max(1, fps))
 
 
 @cache_app.command("verify")

@@ -17,15 +17,19 @@ from precompute.sources.rows import Source
 from precompute.video.pool import DecodePool
 from precompute.video.windows import bucket_warnings
 from shared import console
-from shared.cache.collection import write_recipe
+from shared.cache.collection import SampleReader, write_recipe
 from shared.cache.staleness import shaping_settings
-from shared.cache.view import View, ViewRow, write_view
+from shared.cache.storage import Storage
+from shared.cache.view import View, ViewRow, read_view, write_view
 from shared.config import Config
 from shared.errors import CacheError, DataError
 from shared.fingerprint import key_of
+from shared.latent_rgb import LatentRgb, fit_latent_rgb
 
 MAX_SHOWN = 3
 """Clips that an error names."""
+MAX_FITTED = 200
+"""Clips that the map from latents to colors is fitted to: 17 unknowns per color need far fewer pixels."""
 
 
 def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
@@ -70,7 +74,7 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
         reasons = [f"data.held_out_clips takes all {num_held_out}"] if num_held_out else []
         reasons += [_listed(skipped)] if skipped else []
         raise DataError(f"data.name = {view.name!r}: no clip is left to train on ({'; '.join(reasons)}); add clips")
-    write_view(stage.storage, view)
+    write_view(stage.storage, replace(view, latent_rgb=find_latent_rgb(stage.storage, view)))
     seconds = {"probe": probed - started, **prompts.seconds, **latents.seconds, "decode": decode_seconds}
     seconds["write"] = prompts.seconds.get("write", 0.0) + latents.seconds["write"]
     return Report(
@@ -140,6 +144,23 @@ def make_view(config: Config, wanted: Survey, truncated: Mapping[str, int], inve
     )
 
 
+def find_latent_rgb(storage: Storage, view: View) -> LatentRgb:
+    """Return the map of latents to colors: that of the stored view if it has the same clips, else a new one."""
+    try:
+        old = read_view(storage, view.name)
+    except CacheError:  # missing or damaged
+        old = None
+    if old is not None and old.hash == view.hash and old.latent_rgb:
+        return old.latent_rgb
+    keys = [row.latent_key for row in view.split("train")][:MAX_FITTED]
+    try:
+        reader = SampleReader(storage, view.latents, set(keys), whole_up_to_bytes=0)
+        return fit_latent_rgb(reader.read(key) for key in keys)
+    except CacheError as error:
+        console.say(f"warning: {error}; latents are not shown as pictures")
+        return ()
+
+
 def _row(
     source: Source,
     clip: Clip | None,
@@ -169,4 +190,7 @@ def _row(
         source_sha256=clip.probe.sha256 if clip else "",
         repeats=source.repeats,
         loss_weight=source.loss_weight,
+        source_height=clip.probe.height if clip else 0,
+        source_width=clip.probe.width if clip else 0,
+        source_seconds=clip.probe.end_us / 1e6 if clip else 0.0,
     )

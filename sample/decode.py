@@ -11,14 +11,14 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from sample.video import contact_sheet, write_mp4
 from shared import console
 from shared.atomic_files import replacing
 from shared.config import Config, Train
-from shared.device import DTYPES, choose_device
+from shared.device import choose_device
 from shared.errors import DataError, UsageError
-from shared.model.pretrained import pretrained_part
+from shared.model.vae import decode_latents, load_decoder
 from shared.run_folder import PREVIEWS, SHEET, require_tracker, starting_tracker, wandb_options
+from shared.video import contact_sheet, write_mp4
 
 Report = Callable[[int, Image.Image, Sequence[Path]], None]
 """Sends a step's contact sheet and mp4s to a tracker."""
@@ -41,7 +41,7 @@ def decode(config: Config) -> list[Path]:
         return []
     written: list[Path] = []
     with open_report(config.train) as report, console.Progress("steps", len(missing)) as bar:
-        vae = load_vae(config)
+        vae = load_decoder(config.model, config.sample.dtype, choose_device(config.sample.device))
         for step in missing:
             written += decode_step(vae, step, config.sample.fps, report)
             bar.advance()
@@ -97,22 +97,6 @@ def open_report(train: Train) -> Iterator[Report]:
         yield lambda step, sheet, videos: None
 
 
-def load_vae(config: Config) -> Any:
-    """Load diffusers' `AutoencoderKLCogVideoX` without its encoder on `sample.device`, in `sample.dtype`."""
-    from diffusers import AutoencoderKLCogVideoX
-
-    part = pretrained_part(config.model, "vae")
-    precision = part.precision(config.sample.dtype)
-    vae = AutoencoderKLCogVideoX.from_pretrained(
-        str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
-    )
-    vae.encoder = None
-    device = choose_device(config.sample.device)
-    if device.type == "cuda":
-        vae.enable_tiling()
-    return vae.eval().requires_grad_(False).to(device)
-
-
 def load_latents(path: Path, channels: int) -> torch.Tensor:
     """Read a preview's latents [F,C,H,W], scaled; raises `DataError` naming the file."""
     try:
@@ -122,15 +106,3 @@ def load_latents(path: Path, channels: int) -> torch.Tensor:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(f"{path}: not a preview's latents ({error}); delete the file") from None
     return latents
-
-
-@torch.no_grad()
-def decode_latents(vae: Any, latents: torch.Tensor) -> np.ndarray:
-    """Decode scaled latents [F,C,H,W] to frames, uint8 [F',H',W',3].
-
-    Source: `decode_latents` and `VideoProcessor` of diffusers' pipelines.
-    """
-    unscaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-    frames = vae.decode(unscaled.transpose(0, 1)[None]).sample[0].float()
-    shown = (frames / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
-    return np.asarray(shown.mul(255).round().byte().cpu())

@@ -11,7 +11,6 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
-from sample.video import contact_sheet, write_mp4
 from shared import console
 from shared.config import Config
 from shared.device import DTYPES, choose_device
@@ -20,6 +19,7 @@ from shared.model.adapters import PREFIX, read_lora
 from shared.model.conventions import Conventions, drop_learned_table, read_conventions
 from shared.model.pretrained import pretrained_config, pretrained_part
 from shared.run_folder import EXPORT, adapter_file
+from shared.video import contact_sheet, write_mp4
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Previews: the validation prompts denoised to latents while training, from the cache alone.
 
-T5 and the VAE are not loaded; `precog decode` makes videos of the latents. Loop, draws and guidance are those of
+T5 and the VAE are not loaded: the view's linear map shows the latents at once as an animated WebP, and `precog decode`
+makes videos of them. Loop, draws and guidance are those of
 diffusers' `pipelines/cogvideo/pipeline_cogvideox{,_image2video}.py`, so a preview equals `precog sample` with the
 adapter of that step, the same seed and precision. An image-to-video preview begins with the first frame of a clip (a
 held-out one if there is any) and has the clip's size.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import CogVideoXDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
@@ -25,8 +27,9 @@ from shared.cache.collection import SampleReader
 from shared.cache.storage import open_storage
 from shared.config import Sampling, field_value, fields_shaping
 from shared.errors import CacheError, UsageError
+from shared.latent_rgb import latent_pictures, write_webp
 from shared.model.conventions import refusal
-from shared.model.geometry import Bucket, latent_shape, padding_frames
+from shared.model.geometry import TEMPORAL_FACTOR, Bucket, latent_shape, padding_frames
 from shared.model.pretrained import pretrained_config
 from shared.run_folder import SHEET
 from train.data.dataset import clip_label
@@ -82,7 +85,7 @@ def open_previews(run: Run) -> list[PreviewPrompt]:
 
 
 def write_preview(run: Run, prompt: PreviewPrompt, written: Path, step: int, stopped: Stopped) -> None:
-    """Denoise a prompt and write the file `written`; nothing is written if `stopped` was true."""
+    """Denoise a prompt, write the file `written` and show it; nothing is written if `stopped` was true."""
     latents = denoise(run, prompt, stopped)
     if latents is None:
         return
@@ -102,7 +105,21 @@ def write_preview(run: Run, prompt: PreviewPrompt, written: Path, step: int, sto
         path.write_text(json.dumps(about, indent=1), "utf-8")
     with replacing(written) as path:
         save_file({"latents": latents}, path)
-    console.say(f"{'preview':>11} {written}: {prompt.text}")
+    shown = show_preview(run, latents, written, step) if run.view.latent_rgb else written
+    console.say(f"{'preview':>11} {shown}: {prompt.text}")
+
+
+def show_preview(run: Run, latents: Tensor, written: Path, step: int) -> Path:
+    """Write latents [F,C,H,W] as an animated WebP beside `written`, for the tracker too; return its path."""
+    pictures = latent_pictures(latents / run.conventions.scaling_factor, run.view.latent_rgb)
+    path = write_webp(written.with_suffix(".webp"), pictures, TEMPORAL_FACTOR / run.config.sample.fps)
+    for tracker in run.accelerator.trackers:
+        strip = {f"previews/{written.stem}": np.concatenate(list(pictures), axis=1)[None]}
+        if tracker.name == "tensorboard":
+            tracker.log_images(strip, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images(strip, step=step)
+    return path
 
 
 @torch.no_grad()

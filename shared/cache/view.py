@@ -16,6 +16,7 @@ from shared.cache.collection import Collection, SampleReader
 from shared.cache.storage import VERIFY, Storage, open_storage
 from shared.errors import CacheError, one_line
 from shared.fingerprint import Json, key_of, sealed, unsealed
+from shared.latent_rgb import LatentRgb
 from shared.model.geometry import Bucket
 from shared.model.pretrained import FileMark
 
@@ -50,6 +51,11 @@ class ViewRow:
     """Times that the clip comes in an epoch."""
     loss_weight: float = 1.0
     """Factor of the clip's training loss."""
+    source_height: int = 0
+    """Of the source as displayed, in pixels; 0 if it could not be read."""
+    source_width: int = 0
+    source_seconds: float = 0.0
+    """Duration of the source; 0 if unknown."""
 
     @property
     def bucket(self) -> Bucket:
@@ -70,6 +76,8 @@ class View:
     """Part -> marks of its weight files, so that stage 2 recognizes them without reading them."""
     settings: dict[str, Json] = field(default_factory=dict)
     """Field -> value of the settings that shaped the view (`shared.cache.staleness`)."""
+    latent_rgb: LatentRgb = ()
+    """Map that shows latents as pictures; in no hash."""
 
     def split(self, name: str) -> tuple[ViewRow, ...]:
         """Return the rows of one split, ordered by their keys, not by the user's listing."""
@@ -141,6 +149,7 @@ def write_view(storage: Storage, view: View) -> None:
         "hash": view.hash,
         "encoders": view.encoders,
         "settings": view.settings,
+        "latent_rgb": view.latent_rgb,
         "table_sha256": digest,
     }
     storage.publish(table_name(digest), stream.getvalue(), replace=True)  # an older one may be torn
@@ -172,6 +181,7 @@ def read_view(storage: Storage, name: str) -> View:
             ROWS.validate_python(table.to_pylist()),
             MARKS.validate_python(body["encoders"]),
             body["settings"],
+            tuple(map(tuple, body["latent_rgb"])),
         )
         if view.name != name:
             raise ValueError(f"it is the view {view.name}")

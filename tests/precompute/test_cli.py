@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from precog import app
@@ -131,6 +133,7 @@ def test_a_cache_is_pushed_shown_and_cleaned(filled: tuple[Path, Path], tmp_path
     shown = json.loads(command("cache", "show", key[:20], copied, "--json").stdout)
     assert shown["key"] == key and shown["bucket"] == "5x16x32" and shown["views"][0].startswith("corpus: 0")
     assert shown["moments"].startswith("F32 [32, 2, 2, 4]") and shown["recipe"]["kind"] == "latents"
+    assert shown["thumbnails"] == "U8 [2, 3, 2, 4]"
     command("cache", "show", "", copied, code=2)
     command("cache", "show", "0" * 32, copied, code=2)
     Path(copied, "datasets/corpus.json").unlink()
@@ -140,6 +143,23 @@ def test_a_cache_is_pushed_shown_and_cleaned(filled: tuple[Path, Path], tmp_path
     assert "shards that no view names: 6 files" in planned.stderr and any(Path(copied).rglob("*.tar"))
     assert json.loads(command("cache", "gc", copied, "--min-age-hours=0", "--json").stdout)["deleted"] is True
     assert not any(path.is_file() for path in Path(copied).rglob("*"))
+
+
+def test_a_stored_clip_is_decoded(
+    filled: tuple[Path, Path], pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = read_view(LocalStorage(str(filled[1])), "corpus").rows[0]
+    shown = json.loads(command("cache", "show", row.latent_key, f"--decode={pipeline}", "--json").stdout)
+    with av.open(str(tmp_path / shown["video"])) as video:
+        stream = video.streams.video[0]
+        assert (stream.height, stream.width, len(list(video.decode(stream)))) == (16, 32, 8)
+    refused = command("cache", "show", row.prompt_keys[0], f"--decode={pipeline}", code=2).stderr
+    assert f"--decode: {row.prompt_keys[0]} is not a stored clip" in refused
+    other = shutil.copytree(pipeline, tmp_path / "other")
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    assert "another VAE" in command("cache", "show", row.latent_key, f"--decode={other}", code=2).stderr
 
 
 def test_a_wrong_part_is_a_usage_error(config: str) -> None:

@@ -13,10 +13,11 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sample.decode import decode, decode_latents, load_vae
+from sample.decode import decode
 from sample.generate import load_pipeline, make_video
 from shared.config import Config, Sampling
 from shared.errors import CacheError, DataError, Preempted, UsageError
+from shared.model.vae import decode_latents, load_decoder
 from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from tests import experiments
@@ -77,6 +78,10 @@ def preview(run: Run, number: int = 0) -> torch.Tensor:
     return latents
 
 
+def decoder(config: Config) -> Any:
+    return load_decoder(config.model, "auto", torch.device("cpu"))
+
+
 def pipelines_own(run: Run, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return latents and frames of diffusers' pipeline with the run's transformer, from text and image."""
     settings, prompt = run.config.sample, experiments.CAPTIONS[number]
@@ -117,7 +122,7 @@ def test_a_preview_equals_the_pipeline_of_diffusers(experiment: Config, tmp_path
     expected, frames = pipelines_own(run, number)
     assert float(expected.std()) > 0.1
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
-    shown = decode_latents(load_vae(run.config), latents)
+    shown = decode_latents(decoder(run.config), latents)
     asked = ((frames / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 3, 0)
     assert float((torch.from_numpy(shown) - asked).abs().max()) < 1
     run.transformer.disable_adapters()
@@ -149,6 +154,9 @@ def test_previews_do_not_change_the_training(small: Config, tmp_path: Path) -> N
     assert about["prompt"] == experiments.CAPTIONS[1] and about["step"] == 4 and about["seed"] == 7
     assert about["first_frame_of"] is None and (about["num_frames"], about["height"], about["width"]) == (9, 64, 96)
 
+    with Image.open(folder / "step-000004" / "01.webp") as shown:  # at once, without the VAE
+        assert (shown.size, shown.n_frames) == ((96, 64), 3)
+
     written = decode(config)
     names = ("00.mp4", "01.mp4", "sheet.png")
     assert written == [folder / step / name for step in ("step-000002", "step-000004") for name in names]
@@ -159,7 +167,7 @@ def test_previews_do_not_change_the_training(small: Config, tmp_path: Path) -> N
     pipeline, conventions = load_pipeline(config)
     pipeline.load_lora_weights(str(config.train.output_dir / "export"))
     video = make_video(config, pipeline, conventions, experiments.CAPTIONS[1], None)
-    assert abs(decode_latents(load_vae(config), last).astype(int) - video).max() <= 1
+    assert abs(decode_latents(decoder(config), last).astype(int) - video).max() <= 1
 
 
 def test_image_to_video_previews_have_the_size_of_clips(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ ROWS = (*(make_row(number) for number in range(5)), make_row(5, "held_out"), mak
 def test_view_is_read_as_it_was_written(storage: LocalStorage) -> None:
     settings: dict[str, Json] = {"data.fps": 8.0, "data.frame_buckets": [9], "data.id_token": "é"}
     view = replace(make_view(*ROWS), encoders={"vae": ((1, 2, 3, 4), (5, 6, 7, 8))}, settings=settings)
+    view = replace(view, latent_rgb=((1.0, -2.5, 0.1), (3.0, 4.0, 5.0)))
     write_view(storage, view)
     assert read_view(storage, "clips") == view and view_names(storage) == ["clips"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from sample.video import contact_sheet, write_mp4
+from shared.video import contact_sheet, write_mp4
 
 
 def test_an_mp4_holds_every_frame_at_its_rate(tmp_path: Path) -> None:
