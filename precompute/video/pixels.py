@@ -50,7 +50,7 @@ def thumbnails(clip: torch.Tensor) -> torch.Tensor:
     frames = F.avg_pool2d(clip.transpose(0, 1), SPATIAL_FACTOR)
     for _ in range(TEMPORAL_FACTOR // 2):
         alone = len(frames) % 2
-        pairs = frames[alone:].unflatten(0, (len(frames) // 2, 2)).mean(1)
+        pairs = frames[alone:].reshape(len(frames) // 2, 2, *frames.shape[1:]).mean(1)
         frames = torch.cat([frames[:alone], pairs])
     return frames.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
 
