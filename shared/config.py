@@ -398,15 +398,28 @@ class Memory(Table):
     """Train on a quantized base even if the adapter's gradient strays below cosine 0.99 from the unquantized one."""
 
 
+class SampleLora(Table):
+    path: Place
+    """Run folder, RUN@300 (a step), RUN@best (lowest held-out loss), export folder, or file of any trainer."""
+    strength: float = 1.0
+    """Factor of the adapter, as in diffusers' set_adapters."""
+
+
 class Sampling(Table):
     output_dir: Annotated[Place, FREE] = Path("samples")
-    """Where the mp4 and PNG files land."""
+    """Where the mp4, JSON and PNG files land."""
     prompts: Annotated[OneOrMore[Text], FREE] = ()
     """One video each, with and without the adapter."""
+    prompts_file: Annotated[Place | None, FREE] = None
+    """Text file with one more prompt per line."""
     images: Annotated[OneOrMore[Place], FREE] = ()
     """I2V: the first frame for each prompt."""
-    lora: Annotated[Place | None, FREE] = None
-    """Folder or file of the adapter; None is the export of [train]."""
+    video: Annotated[Place | None, FREE] = None
+    """Video to start from, for a text-to-video checkpoint; read at `fps` from its beginning."""
+    strength: Annotated[float, Field(gt=0, le=1), FREE] = 0.8
+    """Share of the denoising steps that `video` goes through: 1 keeps almost nothing of it."""
+    loras: Annotated[tuple[SampleLora, ...], FREE] = ()
+    """Adapters that act together, or in a grid one by one; empty is the export of [train]."""
     num_frames: Annotated[Positive, FREE] = 49
     """Frames to make."""
     height: Annotated[Side, FREE] = 480
@@ -417,16 +430,28 @@ class Sampling(Table):
     """Playing rate of the mp4."""
     num_inference_steps: Annotated[Positive, IN_PREVIEW] = 50
     """Denoising steps."""
+    scheduler: Annotated[Literal["auto", "ddim", "dpm"], IN_PREVIEW] = "auto"
+    """auto is the checkpoint's own."""
     guidance_scale: Annotated[float, Field(ge=0), IN_PREVIEW] = 6.0
     """Classifier-free guidance; 1 is none."""
     use_dynamic_cfg: Annotated[bool, IN_PREVIEW] = False
     """Vary the guidance over the steps."""
     seed: Annotated[Count, IN_PREVIEW] = 42
     """The same noise with and without the adapter."""
+    num_videos_per_prompt: Annotated[Positive, FREE] = 1
+    """Videos from the seeds `seed`, `seed` + 1, ..."""
     dtype: Annotated[Precision, FREE] = "auto"
     """Precision of the pipeline; auto is the checkpoint's own."""
     device: Annotated[Device, FREE] = "auto"
     """"cpu", "cuda", "cuda:1"; auto takes the GPU when there is one."""
+    memory: Annotated[Literal["auto", "none", "model_offload", "group_offload", "sequential_offload"], FREE] = "auto"
+    """Weights that wait in host memory: none, those of the part not running, all but a block's, all but a layer's."""
+    base_precision: Annotated[Literal["model", "int8", "fp8"], FREE] = "model"
+    """Storage of the weights of transformer and T5; weight-only, with one scale per row; T5 takes int8 for fp8."""
+    enable_tiling: Annotated[bool | Literal["auto"], FREE] = "auto"
+    """Decode in spatial tiles: less memory, other pixels at their borders; auto is on with a GPU."""
+    compile: Annotated[bool, FREE] = False
+    """torch.compile the transformer's blocks: minutes for the first video, less for the others."""
 
 
 class Config(BaseModel):
@@ -457,7 +482,7 @@ INSTEAD_OF_FLAG = {
     "hub_model_id": "upload the run's folder `export` with `hf upload`",
     "hub_token": "never a field; log in with `hf auth login` or set HF_TOKEN",
     "logging_dir": "the tracker writes into train.output_dir, under train.tracker_name",
-    "num_validation_videos": "use train.preview_steps",
+    "num_validation_videos": "use train.preview_steps, or sample.num_videos_per_prompt",
     "push_to_hub": "upload the run's folder `export` with `hf upload`",
     "rank": "use train.lora_rank",
     "scale_lr": "train.learning_rate is used as it is",

@@ -80,7 +80,7 @@ def test_the_command_completes_itself(shell: str) -> None:
         ("precompute", "model.pretrained_model_name_or_path=demo", 2, ["demo", "vae/ not found"]),
         ("train", "data.validation_prompts=5", 2, ["a list such as", "quoted for the shell"]),
         ("train", "data.name=other", 4, ["datasets/other", "view not found", "precog precompute"]),
-        ("sample", "sample.lora=no-such-file", 2, ["no-such-file", "adapter not found"]),
+        ("sample", 'sample.loras=[{path="no-such-file"}]', 2, ["no-such-file", "adapter not found"]),
         ("sample", "sample.prompts=[]", 2, ["sample.prompts: must not be empty"]),
     ],
 )

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import CogVideoXDPMScheduler
@@ -30,7 +29,7 @@ from shared.errors import CacheError, UsageError
 from shared.latent_rgb import latent_pictures, write_webp
 from shared.model.conventions import refusal
 from shared.model.geometry import TEMPORAL_FACTOR, Bucket, latent_shape, padding_frames
-from shared.model.pretrained import pretrained_config
+from shared.model.pretrained import load_scheduler
 from shared.run_folder import SHEET
 from train.data.dataset import clip_label
 from train.data.example import ModelInput, image_condition
@@ -130,8 +129,7 @@ def denoise(run: Run, prompt: PreviewPrompt, stopped: Stopped) -> Tensor | None:
     """
     settings, transformer = run.config.sample, run.transformer
     device, dtype = run.accelerator.device, transformer.dtype
-    named = pretrained_config(run.config.model, "scheduler")
-    scheduler = getattr(diffusers, named["_class_name"]).from_config(named)  # `read_schedule` allows only DDIM and DPM
+    scheduler = load_scheduler(run.config.model, settings.scheduler)
     scheduler.set_timesteps(settings.num_inference_steps, device=device)
     generator = torch.Generator().manual_seed(settings.seed)  # as `precog sample` draws it
     channels, frames, height, width = latent_shape(prompt.bucket, run.conventions.out_channels)

@@ -23,6 +23,7 @@ WANTED_SUFFIXES = (".json", ".safetensors", ".model")
 """Files of a component to fetch: configs, weights, the tokenizer's model."""
 JSON_LIMIT = 64 * 2**20
 """Most bytes of a config or an index of weight files."""
+SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 UNIMPORTANT_SETTINGS = {"_diffusers_version", "_name_or_path", "transformers_version", "architectures"}
 
 
@@ -78,6 +79,18 @@ def pretrained_config(model: Model, name: str) -> dict[str, Any]:
     """Read the config of a component, fetched alone from the hub. Raises `UsageError` if the file is not found."""
     file = f"{name}/{'scheduler_config.json' if name == 'scheduler' else 'config.json'}"
     return read_config(_find(model, file, file))
+
+
+def load_scheduler(model: Model, requested: str) -> Any:
+    """Return the checkpoint's scheduler, or with its settings diffusers' "ddim" or "dpm" of CogVideoX."""
+    import diffusers
+
+    config = pretrained_config(model, "scheduler")
+    name = SCHEDULERS.get(requested, str(config.get("_class_name")))
+    if name not in SCHEDULERS.values():
+        expected = " or ".join(SCHEDULERS.values())
+        raise UsageError(f"scheduler config: expected {expected}, got {name}; set sample.scheduler")
+    return getattr(diffusers, name).from_config(config)
 
 
 def pretrained_dtype(model: Model, name: str) -> str:

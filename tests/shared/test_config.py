@@ -108,7 +108,7 @@ NAMES = re.findall(r"\S+", """
 model.pretrained_model_name_or_path model.revision model.variant model.model_cache_dir data.name
 data.instance_data_root data.dataset_name data.dataset_config_name data.caption_column data.video_column
 precompute.cache train.output_dir train.initial_adapter train.resume_from_checkpoint train.tracker_name
-sample.output_dir sample.lora
+sample.output_dir sample.prompts_file sample.video
 """)  # fmt: skip
 
 
@@ -177,7 +177,9 @@ def test_tokens_are_refused_and_not_repeated(override: str, message: str) -> Non
     assert secret not in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["data.name", "precompute.cache", "sample.lora", "data.validation_prompts", "data.x"])
+@pytest.mark.parametrize(
+    "field", ["data.name", "precompute.cache", "sample.video", "data.validation_prompts", "data.x"]
+)
 @pytest.mark.parametrize(
     ("value", "secret"),
     [
@@ -218,7 +220,7 @@ def test_home_is_expanded_in_every_path_and_in_no_url(tmp_path: Path, monkeypatc
     single = [f"data.{name}" for name in ("instance_data_root", "dataset_name")]
     single += [f"model.{name}" for name in ("pretrained_model_name_or_path", "model_cache_dir")]
     single += [f"train.{name}" for name in ("output_dir", "initial_adapter", "resume_from_checkpoint")]
-    single += ["precompute.cache", "sample.output_dir", "sample.lora"]
+    single += ["precompute.cache", "sample.output_dir", "sample.video"]
     config = load_config(DEMO, [*(f"{name}=~/x" for name in single), "sample.images=['~/x']"])
     home = str(tmp_path / "x")
     assert [str(field_value(config, name)) for name in single] == [home] * len(single)

@@ -14,7 +14,9 @@ from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 
 from sample.decode import decode
-from sample.generate import load_pipeline, make_video
+from sample.loras import find_loras, load_lora
+from sample.pipeline import VideoStart, checkpoint_conventions, load_pipeline, make_video
+from sample.prompts import embed_prompts
 from shared.config import Config, Sampling
 from shared.errors import CacheError, DataError, Preempted, UsageError
 from shared.model.vae import decode_latents, load_decoder
@@ -164,9 +166,11 @@ def test_previews_do_not_change_the_training(small: Config, tmp_path: Path) -> N
         assert sheet.width > 3 * experiments.WIDTH and sheet.height > 2 * experiments.HEIGHT
     assert decode(config) == []
     # The last preview is the video of `precog sample` with the exported adapter.
-    pipeline, conventions = load_pipeline(config)
-    pipeline.load_lora_weights(str(config.train.output_dir / "export"))
-    video = make_video(config, pipeline, conventions, experiments.CAPTIONS[1], None)
+    conventions, device = checkpoint_conventions(config), torch.device("cpu")
+    pipeline, texts = load_pipeline(config, conventions, device), (experiments.CAPTIONS[1], NEGATIVE)
+    load_lora(pipeline, find_loras(config)[0])
+    embeds = embed_prompts(config, texts, conventions, device)
+    video = make_video(config, pipeline, conventions, (embeds[texts[0]], embeds[NEGATIVE]), 7, VideoStart())
     assert abs(decode_latents(decoder(config), last).astype(int) - video).max() <= 1
 
 

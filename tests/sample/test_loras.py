@@ -1,0 +1,112 @@
+"""LoRAs that `precog sample` finds, and those that it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sample.cli import lora_override
+from sample.loras import Lora, load_lora, lora_file, warn_of_differences
+from shared.config import Config, Data, Model, Precompute, Train
+from shared.config_file import load_config
+from shared.errors import UsageError
+from tests.tiny import build_pipeline, build_transformer
+from train.export import export_adapter
+from train.transformer.load import adapter_weights
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
+
+
+def lora(path: Path) -> Lora:
+    return Lora("lora x1", "lora0", path, path, 1.0, "")
+
+
+@pytest.fixture
+def pipeline() -> Any:
+    return build_pipeline("2b")
+
+
+def weights() -> dict[str, torch.Tensor]:
+    """Return the tensors of a LoRA whose alpha is its rank."""
+    found = adapter_weights(build_transformer("2b", lora_rank=4))
+    alphas = {f"{name.partition('.lora_')[0]}.alpha": torch.tensor(4.0) for name in found}
+    return {f"transformer.{name}": tensor.contiguous() for name, tensor in (found | alphas).items()}
+
+
+def test_a_file_that_is_no_adapter_of_the_model_is_refused(pipeline: Any, tmp_path: Path) -> None:
+    layer = "transformer.transformer_blocks.0.attn1.to_q"
+    torn, foreign, other = (tmp_path / f"{name}.safetensors" for name in ("torn", "foreign", "other"))
+    torn.write_bytes(b"\x40\0\0\0\0\0\0\0{")
+    shapes = {f"{layer}.lora_A.weight": torch.ones(4, 7), f"{layer}.lora_B.weight": torch.ones(7, 4)}
+    save_file(shapes | {f"{layer}.alpha": torch.tensor(4.0)}, foreign)
+    save_file({"weight": torch.zeros(4)}, other)
+    lines = ("cannot be read as a LoRA", "not an adapter of", "0 tensors belong to this model and 1 do not")
+    for path, line in zip((torn, foreign, other), lines, strict=True):
+        with pytest.raises(UsageError, match=rf"{path.name}'?: {line}") as error:
+            load_lora(pipeline, lora(path))
+        assert "\n" not in str(error.value)
+
+
+def test_an_adapter_that_changes_nothing_or_is_not_complete_is_refused(pipeline: Any, tmp_path: Path) -> None:
+    zero, half = tmp_path / "zero.safetensors", tmp_path / "half.safetensors"
+    save_file({name: tensor * ("lora_B" not in name) for name, tensor in weights().items()}, zero)
+    with pytest.raises(UsageError, match=r"zero\.safetensors: every lora_B is zero, so the adapter changes nothing"):
+        load_lora(pipeline, lora(zero))
+    save_file({name: tensor for name, tensor in weights().items() if "1.attn1.to_q.lora_B" not in name}, half)
+    with pytest.raises(UsageError, match=r"15 tensors applied, 1 missing, for example .*1\.attn1\.to_q\.lora_B"):
+        load_lora(pipeline, lora(half))
+
+
+def test_a_trained_adapter_is_applied_and_counted(
+    pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file(weights(), path)
+    load_lora(pipeline, lora(path))
+    assert "16 tensors applied to 8 layers, 0 missing" in capsys.readouterr().err
+    assert any(bool(value.any()) for name, value in pipeline.transformer.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "strength"),
+    [("runs/a", "runs/a", 1.0), ("runs/a@best:0.5", "runs/a@best", 0.5), ("a:b@300:1.25", "a:b@300", 1.25)],
+)
+def test_an_option_names_run_step_and_strength(text: str, place: str, strength: float) -> None:
+    (found,) = load_config(DEMO, [f"sample.loras=[{lora_override(text)}]"]).sample.loras
+    assert (str(found.path), found.strength) == (place, strength)
+
+
+def test_a_place_is_the_file_in_it(tmp_path: Path) -> None:
+    run, odd = tmp_path / "run", tmp_path / "odd@name"
+    files = {
+        "run": run / "export" / "pytorch_lora_weights.safetensors",
+        "run@best": run / "export" / "best" / "pytorch_lora_weights.safetensors",
+        "run@300": run / "checkpoint-000300" / "adapter.safetensors",
+        "run/checkpoint-000300": run / "checkpoint-000300" / "adapter.safetensors",
+        "odd@name": odd / "pytorch_lora_weights.safetensors",
+    }
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert {place: lora_file(tmp_path / place) for place in files} == files
+    for place in ("run@400", "run@last", "none"):
+        with pytest.raises(UsageError, match=rf"sample\.loras: .*{place}: adapter not found"):
+            lora_file(tmp_path / place)
+
+
+def test_another_base_or_precision_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = Train(output_dir=tmp_path, lora_rank=4, lora_alpha=4)
+    header = {"precog_base_model": "CogVideoX-5b", "precog_revision": "", "precog_precision": "float32"}
+    path = export_adapter(build_transformer("2b", lora_rank=4), train, tmp_path, header)
+    config = Config(
+        model=Model(pretrained_model_name_or_path="CogVideoX-2b"),
+        data=Data(name="none", instance_data_root=tmp_path),
+        precompute=Precompute(cache=str(tmp_path)),
+        train=train,
+    )
+    warn_of_differences(lora(path), config, "bfloat16")
+    said = " ".join(capsys.readouterr().err.split())
+    expected = "trained with base model 'CogVideoX-5b', here 'CogVideoX-2b'; precision 'float32', here 'bfloat16'"
+    assert said.endswith(expected) and said.startswith("warning: ")
