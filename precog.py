@@ -11,13 +11,14 @@ from precompute.cli import show_plan
 from prepare.cli import app as prepare_app
 from report.cli import app as report_app
 from sample.cli import app as sample_app
+from sample.publish_cli import app as publish_app
 from shared.command import ConfigFile, JsonOutput, Overrides, exits
 from train.cli import app as train_app
 
 __version__ = "0.1.0"
 
 app = typer.Typer(name="precog", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for stage in (prepare_app, precompute_app, train_app, sample_app):
+for stage in (prepare_app, precompute_app, train_app, sample_app, publish_app):
     app.registered_commands += stage.registered_commands
 app.add_typer(cache_app, name="cache")
 app.add_typer(report_app, name="report")

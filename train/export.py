@@ -1,28 +1,20 @@
 """The adapter as diffusers loads it: one safetensors file with its own alpha."""
 
-import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from shared.atomic_files import replacing, sync_folder
 from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of
-from shared.model.adapters import DIGEST_KEY, METADATA_KEY, PREFIX, adapter_digest, read_lora
+from shared.model.adapters import PREFIX, diffusers_settings, pack_lora, read_lora
 from shared.run_folder import ADAPTER, EXPORT, adapter_file
 from train.checkpoint.files import sync_file
 from train.transformer.load import adapter_weights
-
-CONFIG_KEY, VIEW_KEY, BASE_KEY, STEPS_KEY = "precog_config", "precog_view", "precog_base", "precog_steps"
-"""Header keys of `config_key`, the view's hash, `base_key` and the number of optimizer steps."""
-
-logger = logging.getLogger(__name__)
 
 
 def config_key(config: Config) -> str:
@@ -48,28 +40,23 @@ def export_adapter(
     that every peft version knows are stored, and rsLoRA and DoRA only when on, because diffusers passes them all to
     `LoraConfig`. `provenance` is added to the header.
     """
-    weights = {f"{PREFIX}{name}": value.cpu().contiguous() for name, value in adapter_weights(transformer).items()}
-    settings = json.dumps(adapter_settings(train), sort_keys=True)
+    weights = {f"{PREFIX}{name}": value for name, value in adapter_weights(transformer).items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / ADAPTER) as pending:
-        header = {"format": "pt", METADATA_KEY: settings, **provenance}
-        save_file(weights, pending, header | {DIGEST_KEY: adapter_digest(weights, header)})
+        pending.write_bytes(pack_lora(weights, {**adapter_header(train), **provenance}))
         sync_file(pending)
     sync_folder(folder)
     return folder / ADAPTER
 
 
-def adapter_settings(train: Train) -> dict[str, Json]:
-    """Return the fields of `LoraConfig` that run the exported weights as they were trained."""
+def adapter_header(train: Train) -> dict[str, str]:
+    """Return the header with the fields of `LoraConfig` that run the weights as they are trained."""
     settings: dict[str, Json] = {
-        f"{PREFIX}r": train.lora_rank,
-        f"{PREFIX}lora_alpha": train.lora_alpha,
-        f"{PREFIX}target_modules": list(train.lora_target_modules),
+        "r": train.lora_rank,
+        "lora_alpha": train.lora_alpha,
+        "target_modules": list(train.lora_target_modules),
     }
-    for name in ("use_rslora", "use_dora"):
-        if getattr(train, name):
-            settings[f"{PREFIX}{name}"] = True
-    return settings
+    return diffusers_settings(settings | {name: True for name in ("use_rslora", "use_dora") if getattr(train, name)})
 
 
 def read_adapter(transformer: CogVideoXTransformer3DModel, train: Train, path: Path) -> dict[str, Tensor]:
@@ -81,12 +68,10 @@ def read_adapter(transformer: CogVideoXTransformer3DModel, train: Train, path: P
     where, fix = f"train.initial_adapter = {str(path)!r}", "set the fields that the adapter was trained with"
     expected = {name: (*value.shape,) for name, value in adapter_weights(transformer).items()}
     modules = (name for name, layer in transformer.named_modules() if hasattr(layer, "in_features"))
-    found = read_lora(adapter_file(path), modules, "train.initial_adapter")
-    if found.alpha is None:
-        logger.warning("%s: the file has no alpha; train.lora_alpha = %g is used", where, train.lora_alpha)
+    found = read_lora(adapter_file(path), modules, "train.initial_adapter", train.lora_alpha)
     pairs: dict[str, tuple[float, float]] = {
         "lora_rank": (train.lora_rank, found.rank),
-        "lora_alpha": (train.lora_alpha, train.lora_alpha if found.alpha is None else found.alpha),
+        "lora_alpha": (train.lora_alpha, found.alpha),
         "use_rslora": (train.use_rslora, found.use_rslora),
         "use_dora": (train.use_dora, found.use_dora),
     }

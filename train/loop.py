@@ -20,14 +20,16 @@ from shared.config import Config
 from shared.config_file import save_config
 from shared.device import peak_memory_bytes
 from shared.errors import Preempted, UsageError
+from shared.model.adapters import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY
+from shared.model.pretrained import base_key
 from shared.run_folder import BEST, EXPORT, preview_file
 from shared.signals import StopSignal
 from train.checkpoint.files import prune_checkpoints, save_checkpoint, sync_file
-from train.checkpoint.resume import Start, base_key, find_start, is_finished
+from train.checkpoint.resume import Start, find_start, is_finished
 from train.data.dataset import clip_label
 from train.distributed import all_gather, broadcast, on_rank_0
 from train.evaluate import QUANTILES, held_out_loss
-from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, export_adapter
+from train.export import adapter_header, config_key, export_adapter
 from train.metrics import HEADER, Metrics, finish_metrics, open_tracker, track
 from train.open_run import announce, open_run, start_processes
 from train.preview import PreviewPrompt, open_previews, write_preview
@@ -157,7 +159,8 @@ def save(run: Run, state: TrainState, metrics: Metrics | None, start: Start) -> 
     def write() -> None:
         assert metrics is not None
         metrics.sync()
-        saved = save_checkpoint(train.output_dir, state.step, state.tensors(), start.state)
+        header = adapter_header(train) | provenance(run, start, state.step)
+        saved = save_checkpoint(train.output_dir, state.step, state.tensors(), start.state, header)
         prune_checkpoints(train.output_dir, train.checkpoints_total_limit, saved)
 
     if state.saved_step != state.step:
@@ -234,15 +237,25 @@ def make_previews(run: Run, state: TrainState, prompts: Sequence[PreviewPrompt],
 
 def export(run: Run, state: TrainState, start: Start, folder: Path) -> Path:
     """Write the adapter of this step into `folder` and return its path."""
-    config = run.config
-    provenance = {
+    with state.evaluated():
+        return export_adapter(run.transformer, run.config.train, folder, provenance(run, start, state.step))
+
+
+def provenance(run: Run, start: Start, step: int) -> dict[str, str]:
+    """Return the origin of the weights, for the header of an adapter; a local model's folder is left out."""
+    config, model = run.config, run.config.model.pretrained_model_name_or_path
+    return {
         CONFIG_KEY: config_key(config),
         VIEW_KEY: run.view.hash,
-        BASE_KEY: base_key(run.base, start.base),
-        STEPS_KEY: str(state.step),
+        BASE_KEY: base_key(run.base, start.base.sha256),
+        STEPS_KEY: str(step),
+        "precog_base_model": Path(model).name if Path(model).is_dir() else model,
+        "precog_revision": config.model.revision or "",
+        "precog_precision": str(run.transformer.dtype).removeprefix("torch."),
+        "precog_latents": run.view.latents.recipe,
+        "precog_prompts": run.view.prompts.recipe,
+        "precog_trigger": config.data.id_token,
     }
-    with state.evaluated():
-        return export_adapter(run.transformer, config.train, folder, provenance)
 
 
 @contextmanager

@@ -1,14 +1,17 @@
-"""LoRA files of CogVideoX, written by diffusers, peft, ComfyUI's or kohya's trainers, read under peft's names."""
+"""LoRA files of CogVideoX, from and for diffusers, peft and ComfyUI, and from kohya's trainers."""
 
 import hashlib
 import json
+import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, uint8
 
 from shared.errors import DataError, UsageError, one_line
@@ -18,12 +21,33 @@ METADATA_KEY = "lora_adapter_metadata"
 """Header key of the adapter's settings in diffusers (`diffusers/loaders/lora_base.py`)."""
 DIGEST_KEY = "precog_sha256"
 """Header key of `adapter_digest`."""
-FOREIGN_PREFIXES = ("base_model.model.", PREFIX, "diffusion_model.", "lora_unet_", "lora_transformer_")
+CONFIG_KEY, VIEW_KEY, BASE_KEY, STEPS_KEY = "precog_config", "precog_view", "precog_base", "precog_steps"
+"""Header keys of `config_key`, the view's hash, `base_key` and the number of optimizer steps."""
+LoraFormat = Literal["diffusers", "peft", "comfyui"]
+PREFIXES: dict[LoraFormat, str] = {"peft": "base_model.model.", "diffusers": PREFIX, "comfyui": "diffusion_model."}
+FOREIGN_PREFIXES = (*PREFIXES.values(), "lora_unet_", "lora_transformer_")
 """Beginnings of names in the files of peft, diffusers, ComfyUI's trainers and kohya's scripts."""
+COMFYUI_NAMES = {
+    "transformer_blocks.": "blocks.",
+    ".attn1.to_q": ".q",
+    ".attn1.to_k": ".k",
+    ".attn1.to_v": ".v",
+    ".attn1.to_out.0": ".attn_out",
+    ".ff.net.0.proj": ".ff_proj",
+    ".ff.net.2": ".ff_out",
+    "_embedding.linear_": "_embedding_linear_",
+}
+"""diffusers' names -> those of ComfyUI's own CogVideoX, for writing and reading; other names are the same.
+
+`comfy/ldm/cogvideo/model.py` names the layers. `comfy/lora.py` takes `diffusion_model.` and a layer's name, and
+`comfy/weight_adapter/lora.py` takes `.lora_A.weight`, `.lora_B.weight` and `.alpha`, which it divides by the rank.
+"""
 PARTS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "lora.down.weight": "lora_A.weight"}
 PARTS |= {"lora.up.weight": "lora_B.weight", "lora_A.default.weight": "lora_A.weight"}
-PARTS |= {"lora_B.default.weight": "lora_B.weight"}
+PARTS |= {"lora_B.default.weight": "lora_B.weight", "lora_magnitude_vector.default.weight": "lora_magnitude_vector"}
 NAME = re.compile(r"(.+)\.(alpha|lora[_.][a-zA-Z_]+(?:\.default)?(?:\.weight)?)")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,10 +57,16 @@ class LoraFile:
     weights: dict[str, Tensor]
     """float32; `lora_A` [r,in], `lora_B` [out,r]."""
     rank: int
-    alpha: float | None
-    """None if neither the file nor an adapter_config.json beside the file says alpha."""
+    alpha: float
     use_rslora: bool
     use_dora: bool
+    header: dict[str, str]
+    """The file's own header."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of B @ A."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @property
     def modules(self) -> list[str]:
@@ -54,11 +84,38 @@ def adapter_digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> 
     return digest.hexdigest()
 
 
-def read_lora(path: Path, modules: Iterable[str], field: str) -> LoraFile:
-    """Read a LoRA file for a transformer with these modules.
+def pack_lora(weights: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
+    """Return a safetensors file of tensors under their final names, with the header and its digest."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    return save(tensors, {**header, DIGEST_KEY: adapter_digest(tensors, header)})
 
-    Raises `UsageError`, naming `field`, for a file that is no LoRA of the transformer, and `DataError` for one of ours
-    whose bytes have changed.
+
+def diffusers_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the header that gives diffusers the fields of `LoraConfig`."""
+    prefixed = {f"{PREFIX}{name}": value for name, value in settings.items()}
+    return {"format": "pt", METADATA_KEY: json.dumps(prefixed, sort_keys=True)}
+
+
+def comfyui_name(module: str) -> str:
+    """Return the name of a layer in ComfyUI's own CogVideoX."""
+    for ours, theirs in COMFYUI_NAMES.items():
+        module = module.replace(ours, theirs)
+    return module
+
+
+def merged_weight(lora: LoraFile, module: str, weight: Tensor) -> Tensor:
+    """Return W + scale * B @ A in float32 [out,in]; DoRA gives each row its trained length (arXiv 2402.09353)."""
+    down, up = (lora.weights[f"{module}.lora_{side}.weight"] for side in "AB")
+    merged = weight.float() + lora.scale * (up @ down)
+    lengths = lora.weights.get(f"{module}.lora_magnitude_vector")
+    return merged if lengths is None else merged * (lengths / merged.norm(dim=1))[:, None]
+
+
+def read_lora(path: Path, modules: Iterable[str] | None, field: str, alpha: float | None = None) -> LoraFile:
+    """Read a LoRA file for a transformer with these modules; None takes the modules of an export as they are.
+
+    A file without alpha is taken with `alpha` and a warning. Raises `UsageError`, naming `field`, for a file that is no
+    LoRA of the transformer or has no alpha, and `DataError` for one of ours whose bytes have changed.
     """
     where = f"{field} = {str(path)!r}"
     try:
@@ -71,6 +128,8 @@ def read_lora(path: Path, modules: Iterable[str], field: str) -> LoraFile:
     ours = any(name.startswith("precog_") for name in header)
     if ours and header.get(DIGEST_KEY) != adapter_digest(tensors, header):
         raise DataError(f"{where}: the weights' sha256 is not the one in the header; copy or export the file again")
+    if modules is None:
+        modules = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in tensors}
     weights, alphas, unknown = _translate(tensors, modules)
     if unknown or not weights:
         example = f", for example {unknown[0]}" if unknown else ""
@@ -83,13 +142,17 @@ def read_lora(path: Path, modules: Iterable[str], field: str) -> LoraFile:
     if len(ranks) != 1 or len(alphas) > 1:
         found = f"ranks {sorted(ranks)} and alphas {sorted(alphas)}"
         raise UsageError(f"{where}: expected one rank and one alpha for all layers, got {found}; use another LoRA")
-    return LoraFile(
-        weights=weights,
-        rank=ranks.pop(),
-        alpha=alphas.pop() if alphas else None,
-        use_rslora=bool(settings.get("use_rslora")),
-        use_dora=bool(settings.get("use_dora")),
-    )
+    rank = ranks.pop()
+    if not alphas and alpha is None:
+        beside = path.with_name("adapter_config.json")
+        raise UsageError(f'{where}: alpha not found; write {{"lora_alpha": {rank}}} (or the trainer\'s) to {beside}')
+    if not alphas:
+        logger.warning("%s: the file has no alpha; train.lora_alpha = %g is used", where, alpha)
+    stored = alphas.pop() if alphas else float(alpha or 0)
+    if not 0 < stored < math.inf:
+        raise UsageError(f"{where}: alpha must be positive, got {stored:g}; use another LoRA")
+    kinds = {name: bool(settings.get(name)) for name in ("use_rslora", "use_dora")}
+    return LoraFile(weights=weights, rank=rank, alpha=stored, header=header, **kinds)
 
 
 def _settings(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
@@ -108,7 +171,8 @@ def _translate(
     tensors: Mapping[str, Tensor], modules: Iterable[str]
 ) -> tuple[dict[str, Tensor], set[float], list[str]]:
     """Return the weights under peft's names, the values of alpha tensors, and the names that fit no module."""
-    known = {spelling: name for name in modules for spelling in (name, name.replace(".", "_"))}
+    spellings = [(name, spelling) for name in modules for spelling in (name, comfyui_name(name))]
+    known = {form: name for name, spelling in spellings for form in (spelling, spelling.replace(".", "_"))}
     weights: dict[str, Tensor] = {}
     alphas: set[float] = set()
     unknown: list[str] = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from shared.config import Model
 from shared.errors import UsageError, one_line
-from shared.fingerprint import sha256_files
+from shared.fingerprint import key_of, sha256_files
 
 FileMark = tuple[int, int, int, int]
 """Size in bytes, mtime and ctime in nanoseconds, inode; the file is hashed only after one of them changed.
@@ -65,6 +65,11 @@ class Component:
     def precision(self, requested: str) -> str:
         """Return the requested precision; "auto" is the published one."""
         return self.dtype() if requested == "auto" else requested
+
+
+def base_key(part: Component, weights: str) -> str:
+    """Return the key of a component's config and weights, given the key of `Component.sha256`."""
+    return key_of({"weights": weights, "config": part.settings})
 
 
 def pretrained_folder(model: Model, name: str, *, download: bool = True) -> Path:

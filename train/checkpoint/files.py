@@ -26,9 +26,10 @@ from torch import Tensor
 from shared.atomic_files import TEMPORARY, sync_folder
 from shared.errors import CacheError, PrecogError
 from shared.fingerprint import Json, canonical_json, sealed, unsealed
+from shared.model.adapters import PREFIX, pack_lora
 
 FORMAT = 1
-STATE, COMMIT = "state.json", "COMMIT.json"
+STATE, COMMIT, ADAPTERS = "state.json", "COMMIT.json", ("adapter", "ema")
 NAME = re.compile(r"checkpoint-([0-9]{6,12})")
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\.safetensors|state\.json")
 JSON_LIMIT = 16 * 2**20
@@ -49,10 +50,15 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Json]
+    run: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Json],
+    header: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `run/checkpoint-{step}` with `{name}.safetensors` per entry of `tensors`, whole or not at all.
 
+    With a `header`, "adapter" becomes a LoRA file that diffusers loads with its alpha; "ema" keeps peft's names.
     A checkpoint of the same step is replaced. Raises `PrecogError` if the disk is full or fails; older checkpoints
     stay.
     """
@@ -63,7 +69,10 @@ def save_checkpoint(
         temporary.mkdir()
         hashes = {STATE: _write_file(temporary / STATE, canonical_json(state))}
         for name, group in sorted(tensors.items()):
-            data = save({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()})
+            if name in ADAPTERS and header is not None:
+                data = pack_lora({f"{PREFIX}{key}": tensor for key, tensor in group.items()}, header)
+            else:
+                data = save({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()})
             hashes[f"{name}.safetensors"] = _write_file(temporary / f"{name}.safetensors", data)
         _write_file(temporary / COMMIT, sealed({"format": FORMAT, "step": step, "files": hashes}))
         sync_folder(temporary)
@@ -86,9 +95,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     for name, sha256 in _read_commit(path).items():
         if name != STATE:
             try:
-                tensors[name.removesuffix(".safetensors")] = load(_read_file(path / name, sha256))
+                group = load(_read_file(path / name, sha256))
             except (SafetensorError, KeyError, RuntimeError) as error:
                 raise _damage(path / name, f"not valid safetensors ({error})") from None
+            tensors[name.removesuffix(".safetensors")] = {key.removeprefix(PREFIX): group[key] for key in group}
     return Checkpoint(path, step_of(path), tensors, load_state(path))
 
 

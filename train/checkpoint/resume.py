@@ -17,7 +17,8 @@ from shared.cache.view import read_view
 from shared.config import Config, field_value, fields_shaping
 from shared.errors import CacheError, UsageError
 from shared.fingerprint import Json, key_of, sha256_file
-from shared.model.pretrained import Component, FileMark, present_part
+from shared.model.adapters import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY
+from shared.model.pretrained import Component, FileMark, base_key, present_part
 from shared.run_folder import adapter_file
 from train.checkpoint.files import (
     STATE,
@@ -29,7 +30,7 @@ from train.checkpoint.files import (
     step_of,
 )
 from train.distributed import all_gather, broadcast, on_all_ranks, on_rank_0, rank_and_world_size
-from train.export import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, config_key, read_provenance
+from train.export import config_key, read_provenance
 from train.run import Run
 
 BASE, IDENTITY = "base", "identity"
@@ -132,7 +133,9 @@ def is_finished(config: Config) -> bool:
         with suppress(CacheError):
             known = load_state(paths[0]).get(BASE)
     transformer = present_part(config.model, "transformer")
-    return transformer is not None and found.get(BASE_KEY) == base_key(transformer, identify_base(transformer, known))
+    return transformer is not None and found.get(BASE_KEY) == base_key(
+        transformer, identify_base(transformer, known).sha256
+    )
 
 
 def identify_base(transformer: Component, known: Mapping[str, Any] | None) -> Base:
@@ -144,11 +147,6 @@ def identify_base(transformer: Component, known: Mapping[str, Any] | None) -> Ba
     if known is not None and known["marks"] == [list(mark) for mark in marks]:
         return Base(known["sha256"], marks)
     return Base(key_of(transformer.sha256()), marks)
-
-
-def base_key(transformer: Component, base: Base) -> str:
-    """Return the key of weights and config, for the header of an export."""
-    return key_of({"weights": base.sha256, "config": transformer.settings})
 
 
 def identity_of(run: Run, base: Base) -> dict[str, Json]:

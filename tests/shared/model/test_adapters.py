@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from shared.errors import DataError, UsageError
-from shared.model.adapters import DIGEST_KEY, METADATA_KEY, adapter_digest, read_lora
+from shared.model.adapters import METADATA_KEY, diffusers_settings, pack_lora, read_lora
 
 MODULES = [f"transformer_blocks.{block}.attn1.{layer}" for block in (0, 1) for layer in ("to_q", "to_out.0")]
 WEIGHTS = {
@@ -58,10 +58,9 @@ def test_a_lora_of_another_model_is_counted_and_refused(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_of_an_export_is_found(tmp_path: Path) -> None:
-    header = {"format": "pt", METADATA_KEY: '{"transformer.lora_alpha": 10}', "precog_view": "abc"}
     path = tmp_path / "lora.safetensors"
     tensors = {f"transformer.{name}": value for name, value in WEIGHTS.items()}
-    save_file(tensors, path, header | {DIGEST_KEY: adapter_digest(tensors, header)})
+    path.write_bytes(pack_lora(tensors, diffusers_settings({"lora_alpha": 10}) | {"precog_view": "abc"}))
     assert read_lora(path, MODULES, "sample.lora").alpha == 10
     whole, draw = path.read_bytes(), random.Random(0)
     for _ in range(300):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
 from shared.config import Config
@@ -93,6 +94,22 @@ def test_tensors_of_another_adapter_are_refused(settings: Settings) -> None:
         save_checkpoint(config.train.output_dir, 1, groups, found.state)
         with pytest.raises(CacheError, match=r"adapter\.safetensors: not the tensors of this run"):
             train(settings(max_train_steps=2), StopSignal())
+
+
+def test_diffusers_loads_a_checkpoint_with_its_alpha(settings: Settings) -> None:
+    config = settings(max_train_steps=1)
+    train(config, StopSignal())
+    pipeline = CogVideoXPipeline.from_pretrained(config.model.pretrained_model_name_or_path)
+    folder = config.train.output_dir
+    for name, place in (
+        ("checkpoint", folder / "checkpoint-000001/adapter.safetensors"),
+        ("export", folder / "export"),
+    ):
+        pipeline.load_lora_weights(str(place), adapter_name=name)
+    layer = pipeline.transformer.transformer_blocks[0].attn1.to_q
+    assert layer.scaling["checkpoint"] == layer.scaling["export"] == 8 / 4
+    assert torch.equal(layer.lora_B["checkpoint"].weight, layer.lora_B["export"].weight)
+    assert layer.lora_B["checkpoint"].weight.any()
 
 
 def test_a_named_start_repeats_the_steps_once_newer_ones_are_moved(settings: Settings, tmp_path: Path) -> None:
