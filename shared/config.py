@@ -264,7 +264,7 @@ class Train(Table):
     output_dir: Annotated[Place, FREE]
     """The run folder: config, metrics.jsonl, checkpoints, export."""
     lora_rank: Annotated[Positive, FIXED_BY_RUN] = 128
-    """`--rank` there; rank alone is a process's number here."""
+    """`--rank` there; rank alone is a process's number here. "auto" takes that of `initial_adapter`."""
     lora_alpha: Annotated[float, Field(gt=0), FIXED_BY_RUN] = 128
     """The adapter is scaled by lora_alpha / lora_rank."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.0
@@ -276,7 +276,7 @@ class Train(Table):
     use_dora: Annotated[bool, FIXED_BY_RUN] = False
     """Also train the length of each weight column (arXiv 2402.09353); the export loads through peft."""
     initial_adapter: Annotated[Place | None, RESOLVED_BY_RUN] = None
-    """A LoRA to start from (export folder or file of any trainer), of the same rank, alpha and target modules."""
+    """A LoRA to start from (export folder or file of any trainer), of the same rank, alpha and layers."""
     ema_decay: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.0
     """Average the adapter's weights over the steps, and evaluate and export the average; 0 is off."""
     learning_rate: Annotated[float, Field(gt=0), FREE] = 1e-4

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from shared.atomic_files import replacing
 from shared.config import INSTEAD_OF_FLAG, SECRET, TABLES, Config
 from shared.errors import UsageError
+from shared.run_folder import adapter_rank
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
@@ -33,6 +34,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     texts: dict[str, str] = {}
     for override in overrides or []:
         texts[_apply_override(values, override)] = override
+    _take_rank(values)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -68,6 +70,15 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         raise UsageError(f"override {shown!r}: {table} is not a table")
     fields[field] = value
     return f"{table}.{field}"
+
+
+def _take_rank(values: dict[str, Any]) -> None:
+    """Replace train.lora_rank = "auto" by the rank of train.initial_adapter."""
+    train = values.get("train")
+    if isinstance(train, dict) and train.get("lora_rank") == "auto":
+        if not (place := train.get("initial_adapter")):
+            raise UsageError("train.lora_rank = 'auto': needs train.initial_adapter; set that, or a rank such as 64")
+        train["lora_rank"] = adapter_rank(Path(str(place)).expanduser(), "train.initial_adapter")
 
 
 def _explain(problems: list[Any], path: Path, source: str, overrides: dict[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Files of a run folder that several commands share: export, previews, `metrics.jsonl` and the tracker's own."""
 
 import json
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,22 @@ WANDB_ID = "wandb-id.txt"
 def adapter_file(place: Path) -> Path:
     """Return the adapter in an export folder, or `place` itself if it is a file; neither need exist."""
     return place / ADAPTER if place.is_dir() else place
+
+
+def adapter_rank(place: Path, field: str) -> int:
+    """Read the rank of a LoRA from its header. Raise `UsageError`, naming `field`, for a file without one rank."""
+    from safetensors import SafetensorError, safe_open
+
+    where, path = f"{field} = {str(place)!r}", adapter_file(place)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{where}: cannot be read as a LoRA ({one_line(error)}); name a .safetensors file") from None
+    ranks = {shape[0] for name, shape in shapes.items() if re.search(r"lora_A|lora[_.]down", name) and shape}
+    if len(ranks) != 1:
+        raise UsageError(f"{where}: expected a LoRA of one rank, got ranks {sorted(ranks)}; use another file")
+    return int(ranks.pop())
 
 
 def preview_folder(run: Path, step: int) -> Path:

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from shared.config import INSTEAD_OF_FLAG, TABLES, field_value, fields_shaping, recipe_fields
 from shared.config_file import load_config
@@ -36,6 +38,26 @@ def test_fields_of_recipes_views_and_runs_come_from_metadata() -> None:
 def test_field_value_is_as_json_has_it() -> None:
     config = load_config(DEMO, ["data.resolution_buckets=[[64,96]]"])
     assert field_value(config, "data.resolution_buckets") == [[64, 96]]
+
+
+def test_rank_auto_is_that_of_the_initial_adapter(tmp_path: Path) -> None:
+    for name, ranks in (("one", (6, 6)), ("two", (6, 4))):
+        sides = {
+            f"transformer.{layer}.lora_A.weight": np.zeros((rank, 8)) for layer, rank in zip("ab", ranks, strict=True)
+        }
+        save_file(sides, tmp_path / f"{name}.safetensors")
+
+    def rank(name: str) -> int:
+        path = tmp_path / f"{name}.safetensors"
+        return load_config(DEMO, ["train.lora_rank=auto", f"train.initial_adapter={path}"]).train.lora_rank
+
+    assert rank("one") == 6
+    with pytest.raises(UsageError, match=r"two\.safetensors': expected a LoRA of one rank, got ranks \[4, 6\]"):
+        rank("two")
+    with pytest.raises(UsageError, match=r"none\.safetensors': cannot be read as a LoRA"):
+        rank("none")
+    with pytest.raises(UsageError, match=r"train\.lora_rank = 'auto': needs train\.initial_adapter"):
+        load_config(DEMO, ["train.lora_rank=auto"])
 
 
 def test_every_flag_is_a_field_or_has_an_answer() -> None:

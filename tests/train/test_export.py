@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from shared.config import Train
-from shared.errors import UsageError
+from shared.errors import DataError, UsageError
 from tests import tiny
 from train.export import export_adapter, read_adapter
 from train.transformer.load import adapter_weights, add_adapter
@@ -79,3 +79,31 @@ def test_an_adapter_of_other_sizes_is_refused(
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
     with pytest.raises(UsageError, match=r"lora_A\.weight of shape \(4, 96\), got \(4, 64\)"):
         read_adapter(wider, train, path)
+
+
+def test_a_file_that_is_no_lora_of_the_model_is_one_line(
+    exported: tuple[Path, torch.Tensor, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    transformer, train = tiny.build_transformer("2b"), Train(output_dir=tmp_path, lora_rank=4, lora_alpha=10)
+    add_adapter(transformer, train)
+    whole = exported[0].read_bytes()
+    stored = load_file(exported[0])
+    other = {"transformer.transformer_blocks.7.attn1.to_q.lora_A.weight": torch.ones(4, 64)}
+    named = {f"double_blocks.{name}": value for name, value in stored.items()}
+    wrong = {
+        "text": b"a text file\n",
+        "another model": save(stored | other),
+        "zero match": save(named),
+        "flipped bit": whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:],
+    }
+    lines = {}
+    for name, content in wrong.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises((UsageError, DataError)) as error:
+            read_adapter(transformer, train, tmp_path / name)
+        lines[name] = str(error.value)
+        assert "\n" not in lines[name] and name in lines[name], lines[name]
+    assert "cannot be read as a LoRA" in lines["text"]
+    assert "16 tensors belong to this model and 1 do not" in lines["another model"]
+    assert "0 tensors belong to this model and 16 do not" in lines["zero match"]
+    assert "sha256 is not the one in the header" in lines["flipped bit"]

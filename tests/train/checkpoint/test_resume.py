@@ -100,16 +100,14 @@ def test_diffusers_loads_a_checkpoint_with_its_alpha(settings: Settings) -> None
     config = settings(max_train_steps=1)
     train(config, StopSignal())
     pipeline = CogVideoXPipeline.from_pretrained(config.model.pretrained_model_name_or_path)
-    folder = config.train.output_dir
-    for name, place in (
-        ("checkpoint", folder / "checkpoint-000001/adapter.safetensors"),
-        ("export", folder / "export"),
-    ):
-        pipeline.load_lora_weights(str(place), adapter_name=name)
-    layer = pipeline.transformer.transformer_blocks[0].attn1.to_q
-    assert layer.scaling["checkpoint"] == layer.scaling["export"] == 8 / 4
-    assert torch.equal(layer.lora_B["checkpoint"].weight, layer.lora_B["export"].weight)
-    assert layer.lora_B["checkpoint"].weight.any()
+    weights = []
+    for place in ("checkpoint-000001/adapter.safetensors", "export"):
+        pipeline.load_lora_weights(str(config.train.output_dir / place), adapter_name="lora")
+        layer = pipeline.transformer.transformer_blocks[0].attn1.to_q
+        assert layer.scaling["lora"] == 8 / 4
+        weights.append(layer.lora_B["lora"].weight)
+        pipeline.unload_lora_weights()
+    assert torch.equal(*weights) and weights[0].any()
 
 
 def test_a_named_start_repeats_the_steps_once_newer_ones_are_moved(settings: Settings, tmp_path: Path) -> None:
