@@ -8,7 +8,7 @@ import typer
 
 from shared.command import JsonOutput, exits
 
-app = typer.Typer(help="Write HTML pages about runs.", no_args_is_help=True)
+app = typer.Typer(help="Write HTML pages about runs and samples.", no_args_is_help=True)
 
 
 @app.command("run")
@@ -32,6 +32,17 @@ def report_run_command(
         typer.echo(json.dumps({"pages": [str(page) for page in pages], "runs": [one.as_json() for one in summaries]}))
 
 
-@app.callback()
-def report() -> None:
-    """Keep `run` a subcommand."""
+@app.command("grid")
+@exits
+def report_grid_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of `precog sample` (sample.output_dir).")],
+    json_output: JsonOutput = False,
+) -> None:
+    """Write grid.html into the folder: prompts down, base model and LoRAs across."""
+    from report.grid_page import write_grid_page
+    from shared.console import say
+
+    page = write_grid_page(folder)
+    say(str(page))
+    if json_output:
+        typer.echo(json.dumps({"page": str(page)}))

@@ -101,6 +101,7 @@ def sample(config: Config, *, grid: bool = False) -> dict[str, Json]:
     for cell in every:
         console.say(str(cell.video))
     console.say(f"{len(missing)} made, {len(every) - len(missing)} were there already; {sheet}")
+    console.say(f"`precog report grid {config.sample.output_dir}` writes a page with all videos of this folder")
     records = [json.loads(cell.record.read_bytes()) for cell in every]
     return {"videos": records, "made": len(missing), "sheet": str(sheet)}
 

@@ -245,3 +245,11 @@ def test_a_record_says_what_the_video_is(tmp_path: Path) -> None:
     assert record["recipe"]["scheduler"] == "auto" and record["recipe"]["dtype"] == "fp32"
     assert 0 < record["saturation"] < 1 and 0 < record["motion"] < 1 and 0 < record["distance"] < 1
     assert str(tmp_path) not in json.dumps(record["recipe"]["loras"])
+
+
+@pytest.mark.faults  # compiles for a minute
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_transformer_makes_the_same_video(folder: Path) -> None:
+    made = frames(experiment("2b", folder, compile=True))
+    assert np.abs(made.astype(int) - frames(experiment("2b", folder))).max() <= 1
