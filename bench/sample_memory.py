@@ -1,7 +1,7 @@
 """Peak memory of each sampling mode at the published sizes, counted: `.venv/bin/python -m bench.sample_memory`.
 
-Weights and live activations of diffusers' own classes are counted on the meta device; the CUDA context and the allocator's reserve are
-not. `sample/memory.py` has the counts per token and per pixel as constants, and chooses with them.
+Weights and live activations of diffusers' own classes are counted on the meta device; the CUDA context and the
+allocator's reserve are not. `sample/memory.py` has the counts per token and per pixel as constants.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from typing import Any
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
+from sample.export import find_adapters
 from shared import console
 from shared.config import Config, SampleLora
 from shared.errors import UsageError, one_line
@@ -19,7 +20,6 @@ from shared.model.adapters import PREFIX, read_lora
 from shared.run_folder import ADAPTER, BEST, EXPORT
 
 FIELD = "sample.loras"
-CHECKPOINT_ADAPTER = "adapter.safetensors"
 BASE_MODEL, REVISION, PRECISION = "precog_base_model", "precog_revision", "precog_precision"
 """Header keys of the checkpoint that a LoRA was trained on, and of the precision of its weights then."""
 
@@ -48,9 +48,11 @@ class Lora:
     @property
     def comfyui_line(self) -> str:
         """What makes a file for ComfyUI, and the node that loads it."""
-        run, at, which = str(self.place).rpartition("@")
-        source = f"{run} --{which if which == BEST else f'step {which}'}" if at else str(self.place)
-        return f"precog export {source} --format comfyui; LoraLoaderModelOnly, strength_model = {self.strength:g}"
+        run, at, which = str(self.place).rpartition("@") if not self.place.exists() else (str(self.place), "", "")
+        source = f"{run} --{which if which == BEST else f'step {which}'}" if at else run
+        made = "" if self.place.is_file() else f"precog export {source} --format comfyui; "
+        name = json.dumps(f"{Path(run).resolve().name.removesuffix('.safetensors')}.safetensors")
+        return f"{made}LoraLoaderModelOnly, lora_name = {name}, strength_model = {self.strength:g}"
 
 
 def find_loras(config: Config) -> list[Lora]:
@@ -73,14 +75,18 @@ def lora_file(place: Path) -> Path:
     """Return the file of a run folder (its export), RUN@300, RUN@best, an export folder or a file itself."""
     run, at, which = str(place).rpartition("@")
     if at and not place.exists():
-        step = f"checkpoint-{int(which):06}/{CHECKPOINT_ADAPTER}" if which.isdecimal() else which
-        places = [Path(run) / (f"{EXPORT}/{BEST}/{ADAPTER}" if which == BEST else step)]
+        steps = find_adapters(Path(run))
+        step = steps.get(int(which)) if which.isdecimal() else None
+        places = [Path(run) / EXPORT / BEST / ADAPTER] if which == BEST else [step] if step else []
+        known = f"; {run} has the steps {', '.join(map(str, steps))}" if steps else ""
     else:
-        places = [place, place / EXPORT / ADAPTER, place / ADAPTER, place / CHECKPOINT_ADAPTER]
+        names = (ADAPTER, f"{EXPORT}/{ADAPTER}", "ema.safetensors", "adapter.safetensors")
+        places, known = [place, *(place / name for name in names), *reversed(find_adapters(place).values())], ""
     for path in places:
         if path.is_file():
             return path
-    raise UsageError(f"{FIELD}: {place}: adapter not found; train first, or name a run folder or a .safetensors file")
+    advice = "train first, or name a run folder or a .safetensors file"
+    raise UsageError(f"{FIELD}: {place}: adapter not found; {advice}{known}")
 
 
 def load_lora(pipeline: Any, lora: Lora) -> None:

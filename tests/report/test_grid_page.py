@@ -42,7 +42,8 @@ def test_grid_page_plays_offline(width: int, browser: "Browser", tmp_path: Path)
         page.locator("summary").first.click()
         lines: list[Any] = page.locator("details[open] pre").all_inner_texts()
     assert lines[0].startswith("pipe.load_lora_weights(") and lines[0].endswith('set_adapters(["lora0"], [0.5])')
-    assert lines[1] == "precog export runs/a --best --format comfyui; LoraLoaderModelOnly, strength_model = 0.5"
+    node = 'LoraLoaderModelOnly, lora_name = "a.safetensors", strength_model = 0.5'
+    assert lines[1] == f"precog export runs/a --best --format comfyui; {node}"
 
 
 def test_grid_shows_drift_and_leaves_other_settings_out(tmp_path: Path) -> None:

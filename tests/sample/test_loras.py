@@ -91,6 +91,9 @@ def test_a_place_is_the_file_in_it(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     assert {place: lora_file(tmp_path / place) for place in files} == files
+    (tmp_path / "stopped" / "checkpoint-000020").mkdir(parents=True)
+    (tmp_path / "stopped" / "checkpoint-000020" / "adapter.safetensors").touch()
+    assert lora_file(tmp_path / "stopped").parent.name == "checkpoint-000020"
     for place in ("run@400", "run@last", "none"):
         with pytest.raises(UsageError, match=rf"sample\.loras: .*{place}: adapter not found"):
             lora_file(tmp_path / place)
