@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.cache.storage import LocalStorage
+from shared.cache.view import read_view, write_view
 from shared.config import Config
 from shared.config_file import save_config
 from shared.run_folder import read_metrics
@@ -36,11 +40,16 @@ VALUES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def straight(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Return the run in one process, without interruption."""
+    """Return the run in one process, of a view whose first row comes three times, at half weight."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    config = experiment.model_copy(
-        update={"train": experiment.train.model_copy(update=VALUES | {"output_dir": folder})}
-    )
+    storage = LocalStorage(experiment.precompute.cache)
+    view = read_view(storage, experiment.data.name)
+    first = replace(view.split("train")[0], repeats=3, loss_weight=0.5)
+    rows = tuple(first if row.latent_key == first.latent_key else row for row in view.rows)
+    write_view(storage, replace(view, name="weighted", rows=rows))
+    train = experiment.train.model_copy(update=VALUES | {"output_dir": folder})
+    data = experiment.data.model_copy(update={"name": "weighted"})
+    config = experiment.model_copy(update={"train": train, "data": data})
     assert processes.run(config) == [0], processes.log(config)
     return config
 
@@ -62,13 +71,15 @@ def assert_same_run(config: Config, straight: Config) -> None:
 
 
 def test_one_two_four_and_one_processes_make_one_run(straight: Config, settings: Settings) -> None:
-    config = settings(**VALUES)
+    config = settings(**VALUES).model_copy(update={"data": straight.data})
     assert processes.run(config, world_size=2, killed_after_step=4)[0] == -signal.SIGKILL
     assert load_checkpoint(config.train.output_dir / "checkpoint-000004").step == 4
     assert processes.run(config, world_size=4, killed_after_step=8)[0] == -signal.SIGKILL
     assert load_checkpoint(config.train.output_dir / "checkpoint-000008").step == 8
     assert processes.run(config) == [0], processes.log(config)
     assert_same_run(config, straight)
+    seen = Counter(clip for line in read_metrics(config.train.output_dir) for clip in line["clips"])
+    assert sorted(seen.values()) == [6, 6, 7, 7, 7, 7, 20], "60 draws of 9 places: one clip has three"
 
 
 def test_two_processes_repeat_themselves_bit_for_bit(settings: Settings) -> None:
