@@ -18,9 +18,9 @@ from precompute.estimate import find_work
 from precompute.latents import encode_latents
 from precompute.prompts import encode_prompts
 from precompute.report import PassResult, Report
-from precompute.run import decode_pool
 from shared.config import Config
 from shared.fingerprint import sha256_file
+from shared.media.pool import decode_pool
 from shared.model.geometry import Bucket
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +132,7 @@ def one_pass(scene: Scene, clips: Path, kind: str, settings: dict[str, Any]) -> 
     with tempfile.TemporaryDirectory() as cache:
         config = config_for(scene, clips, Path(cache), settings)
         stage = open_stage(config)
-        with decode_pool(config) as pool:
+        with decode_pool(config.precompute) as pool:
             wanted = survey(stage, pool)
             latents, prompts = find_work(stage, wanted)
             if kind == "clips":

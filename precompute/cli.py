@@ -112,9 +112,9 @@ def show_plan(config: "Config") -> dict[str, Any]:
     with raise_on_signal("nothing was written"):
         from precompute.discover import open_stage
         from precompute.estimate import estimate
-        from precompute.run import decode_pool
+        from shared.media.pool import decode_pool
 
-        with decode_pool(config) as pool:
+        with decode_pool(config.precompute) as pool:
             found = estimate(open_stage(config), pool)
     changes = sorted(Counter(reason for _, reason in found.changed).items())
     unused, prompts_changed = found.orphaned, found.prompts_recipe_changed

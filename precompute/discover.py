@@ -6,12 +6,7 @@ from pathlib import Path
 
 from precompute import recipes
 from precompute.assignments import Part
-from precompute.sources.rows import Source, read_sources
-from precompute.sources.tables import escaped
-from precompute.video.known_files import KnownFiles
-from precompute.video.pool import DecodePool
-from precompute.video.probe import Probe, Probed, Skipped
-from precompute.video.windows import Window, cut_windows
+from precompute.windows import Window, cut_windows
 from shared import console
 from shared.cache.collection import Collection, collection_for
 from shared.cache.storage import Storage, open_storage
@@ -19,8 +14,13 @@ from shared.config import Config
 from shared.errors import UsageError
 from shared.file_types import with_names
 from shared.fingerprint import Json
+from shared.media.known_files import KnownFiles
+from shared.media.pool import DecodePool
+from shared.media.probe import Probe, Probed, Skipped
 from shared.model.conventions import refusal, without_learned_positions
 from shared.model.geometry import Bucket
+from shared.sources.rows import Source, read_sources
+from shared.sources.tables import escaped
 
 
 @dataclass(frozen=True, slots=True)

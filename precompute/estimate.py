@@ -12,8 +12,7 @@ from precompute.discover import Clip, Stage, Survey, survey
 from precompute.encoders import load_tokenizer, vae_precision
 from precompute.findings import DataFinding, find_weaknesses
 from precompute.report import SampleCounts, reasons_json
-from precompute.video.pool import DecodePool
-from precompute.video.windows import bucket_warnings
+from precompute.windows import bucket_warnings
 from shared import console
 from shared.cache.collection import Collection, collection_for, collections, read_recipe, shards
 from shared.cache.shard import SAMPLES_PER_SHARD
@@ -25,6 +24,7 @@ from shared.config import Config, fields_shaping, recipe_fields
 from shared.device import DTYPES
 from shared.errors import CacheError, UsageError
 from shared.fingerprint import Json
+from shared.media.pool import DecodePool
 from shared.model.geometry import latent_shape
 
 SAMPLE_BYTES = 4096

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from precompute.discover import Stage, Survey
-from precompute.sources.tables import listed
 from shared.caption_lint import lint_captions
+from shared.sources.tables import listed
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,17 +15,17 @@ from precompute.assignments import PlannedShard, shards_to_make, unmade
 from precompute.discover import Clip, Stage
 from precompute.encoders import VaeEncoder
 from precompute.estimate import Work
+from precompute.pixels import scaled_into, thumbnails, to_clip
 from precompute.report import PassResult, SampleCounts, Timer
-from precompute.video.child import Decoded, DecodeJob
-from precompute.video.pixels import scaled_into, thumbnails, to_clip
-from precompute.video.pool import DecodePool
-from precompute.video.probe import Skipped
 from shared import console, seeding
 from shared.cache.shard import Sample, ShardWriter
 from shared.cache.storage import Storage
 from shared.device import choose_device
 from shared.errors import UsageError
 from shared.fingerprint import Json
+from shared.media.child import Decoded, DecodeJob
+from shared.media.pool import DecodePool
+from shared.media.probe import Skipped
 from shared.model.geometry import Bucket, latent_shape
 
 DECODED_BATCHES = 2

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from precompute import pixels
 from precompute.encoders import vae_precision
-from precompute.video import pixels
-from precompute.video.windows import Window
+from precompute.windows import Window
 from shared.cache.collection import FORMAT, Collection
 from shared.cache.storage import Storage
 from shared.config import Config

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from precompute.assignments import Inventory
 from precompute.findings import DataFinding
-from precompute.video.probe import Skipped
 from shared.cache.view import View
 from shared.config import Data
+from shared.media.probe import Skipped
 
 Item = TypeVar("Item")
 

@@ -13,9 +13,7 @@ from precompute.findings import find_weaknesses
 from precompute.latents import encode_latents
 from precompute.prompts import encode_prompts
 from precompute.report import Report, truncated_captions
-from precompute.sources.rows import Source
-from precompute.video.pool import DecodePool
-from precompute.video.windows import bucket_warnings
+from precompute.windows import bucket_warnings
 from shared import console
 from shared.cache.collection import SampleReader, write_recipe
 from shared.cache.staleness import shaping_settings
@@ -25,6 +23,8 @@ from shared.config import Config
 from shared.errors import CacheError, DataError
 from shared.fingerprint import key_of
 from shared.latent_rgb import LatentRgb, fit_latent_rgb
+from shared.media.pool import decode_pool
+from shared.sources.rows import Source
 
 MAX_SHOWN = 3
 """Clips that an error names."""
@@ -44,7 +44,7 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
         console.say(f"warning: {line}")
     # before the weights are hashed: a file that changes afterwards has another mark
     marks = {"vae": stage.encoders.vae.marks, "text_encoder": stage.encoders.text_encoder.marks}
-    with decode_pool(config) as pool:
+    with decode_pool(config.precompute) as pool:
         wanted = survey(stage, pool)
         probed = time.perf_counter()
         latents_work, prompts_work = find_work(stage, wanted)
@@ -96,16 +96,6 @@ def _listed(sources: Iterable[tuple[str, str]]) -> str:
     reasons = [f"{source}: {reason}" for source, reason in sorted(set(sources))]
     more = [f"and {len(reasons) - MAX_SHOWN} more"] if len(reasons) > MAX_SHOWN else []
     return "; ".join([*reasons[:MAX_SHOWN], *more])
-
-
-def decode_pool(config: Config) -> DecodePool:
-    """Return the pool of processes that probe and decode."""
-    settings = config.precompute
-    return DecodePool(
-        workers=settings.decode_workers,
-        deadline_seconds=settings.decode_deadline_seconds,
-        memory_gib=settings.decode_memory_gib,
-    )
 
 
 def _refuse_full_disk(stage: Stage, needed: int) -> None:

@@ -9,12 +9,11 @@ import json
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prepare.engines import Ask, NoAnswer
-from prepare.frames import sample_frames
 from prepare.table import (
     PrepareReport,
     Row,
@@ -26,9 +25,12 @@ from prepare.table import (
     video_file,
     write_rows,
 )
+from prepare.videos import probe, sample_frames
 from shared.config import Config
 from shared.console import Progress
 from shared.errors import DataError
+from shared.media.pool import DecodePool, decode_pool
+from shared.media.probe import Probed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,14 +65,18 @@ def caption_table(
     filled: list[str] = []
     files: dict[str, str] = {}
     unfinished = failures = 0
-    with closing(sqlite3.connect(table.with_suffix(".captions.sqlite"))) as store, Progress("clips", len(rows)) as bar:
-        answers = Answers(store, open_model)
+    with (
+        closing(sqlite3.connect(table.with_suffix(".captions.sqlite"))) as store,
+        decode_pool(config.precompute) as pool,
+        Progress("clips", len(rows)) as bar,
+    ):
+        answers, probed = Answers(store, open_model), cache(partial(probe, pool))
         for row in rows:
             label = clip_label(row, config)
             try:
                 if failures >= GIVE_UP_AFTER:
                     raise NoAnswer(f"not asked: {GIVE_UP_AFTER} clips in a row got no answer", transient=True)
-                text = _describe(answers, row, config, model, num_frames)
+                text = _describe(answers, row, config, model, num_frames, pool, probed)
                 if rewrite_model:
                     prompt = REWRITE.format(caption=text)
                     text = answers.get(
@@ -123,14 +129,20 @@ class Answers:
         return text
 
 
-def _describe(answers: Answers, row: Row, config: Config, model: str, num_frames: int) -> str:
+def _describe(
+    answers: Answers,
+    row: Row,
+    config: Config,
+    model: str,
+    num_frames: int,
+    pool: DecodePool,
+    probed: Callable[[Path], Probed],
+) -> str:
     """Return a description of the clip. Raises `NoAnswer`, or `DataError` for a video that cannot be read."""
     path, start, end = video_file(row, config), row.get("start_seconds"), row.get("end_seconds")
-    prompt = DESCRIBE.format(frames=num_frames)
-    with path.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = (content, start, end, model, num_frames, prompt)
-    return answers.get(parts, model, prompt, lambda: sample_frames(path, num_frames, start, end))
+    prompt, video = DESCRIBE.format(frames=num_frames), probed(path)
+    parts = (video.probe.sha256, start, end, model, num_frames, prompt)
+    return answers.get(parts, model, prompt, lambda: sample_frames(pool, path, video, num_frames, start, end))
 
 
 def _fill(table: Path, row: Row, text: str, config: Config) -> bool:

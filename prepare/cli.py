@@ -26,12 +26,15 @@ def init_command(
     ],
     trigger: Annotated[str, typer.Option(help="Token put before every caption, such as 'sks dog'.")] = "",
     card: Annotated[str, typer.Option(help="GPU to train on: 4090, L40S, h100, or its memory, such as 24GiB.")] = "",
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Take links that lead out of the folder.")
+    ] = False,
     json_output: JsonOutput = False,
 ) -> None:
     """Look at a folder of videos and write a config and a table; run again, it adds new videos to the table."""
     from prepare.project import init_project
 
-    _show(init_project(name, videos, model, trigger, card), json_output)
+    _show(init_project(name, videos, model, trigger, card, follow_links=follow_links), json_output)
 
 
 @app.command("split")

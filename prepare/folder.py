@@ -1,25 +1,19 @@
 """A folder as people have it: which files are videos, their captions, and what is left out with the reason."""
 
-import csv
-import io
-import os
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 
-from prepare.probe import VideoSummary, probe
+from prepare.videos import VideoSummary, summary
+from shared.config import Data, Precompute
 from shared.console import Progress
 from shared.errors import DataError
-from shared.file_types import VIDEO_SUFFIXES
-
-VIDEO_COLUMNS = ("video", "file_name", "video_path", "path", "file")
-CAPTION_COLUMNS = ("text", "caption", "prompt")
-CAPTION_LISTS = ("prompts.txt", "prompt.txt")
-VIDEO_LIST = "videos.txt"
-CAPTION_TABLE = "metadata.csv"
-MAX_TEXT_BYTES = 1 << 26
+from shared.file_types import IMAGE_SUFFIXES, with_names
+from shared.media.pool import decode_pool
+from shared.media.probe import Skipped
+from shared.sources.folder import folder_rows
+from shared.sources.root import DataRoot, composed
+from shared.sources.rows import CAPTION_FILES, TABLE_NAMES, VIDEO_FILES, read_sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,112 +26,52 @@ class FolderContents:
     left_out: Mapping[str, str]
     """File -> reason."""
     notes: tuple[str, ...]
-    """Caption files that could not be read."""
+    """Oddities of the files and captions."""
 
 
-def look_into(folder: Path) -> FolderContents:
-    """Probe every video below `folder` and find the captions. Raises `DataError` if there is no such folder."""
+def look_into(folder: Path, *, follow_links: bool = False) -> FolderContents:
+    """Probe every video below `folder` and find the captions. Raises `DataError` if there is none.
+
+    A caption is that of the list or table that stage 1 would read from the folder, else the video's own text file.
+    """
     if not folder.is_dir():
         raise DataError(f"--videos {folder}: not a folder; give the folder that holds the videos")
-    names = sorted(_walk(folder))
-    candidates = [name for name in names if PurePosixPath(name).suffix.lower() in VIDEO_SUFFIXES]
-    others = sorted(set(names) - set(candidates))
-    captions, used, notes = _captions(folder, candidates, others)
-    videos: dict[str, VideoSummary] = {}
-    left_out = {name: "not a video" for name in others if name not in used}
-    with Progress("looking", len(candidates)) as bar:
-        for name in candidates:
-            try:
-                _check_name(folder, name)
-                videos[name] = probe(folder / name)
-            except DataError as error:
-                left_out[name] = str(error)
-            bar.advance()
-    return FolderContents(videos=videos, captions=captions, left_out=left_out, notes=tuple(notes))
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Yield the files below `folder`; hidden ones and what lies behind links to folders are left out."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from ((Path(parent) / name).relative_to(folder).as_posix() for name in files if not name.startswith("."))
-
-
-def _check_name(folder: Path, name: str) -> None:
-    """Raise `DataError` for a name that a table cannot hold, or that stage 1 would refuse."""
-    if any("\ud800" <= char <= "\udfff" for char in name):
-        raise DataError("its name is not Unicode text; rename it")
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise DataError("a link that leads out of the folder; copy the file into it")
-
-
-def _captions(folder: Path, videos: list[str], others: list[str]) -> tuple[dict[str, str], set[str], list[str]]:
-    """Return the captions of `videos`, the files among `others` that were read for them, and notes.
-
-    A text file with the video's own name comes first, then metadata.csv, then prompts.txt with videos.txt. Names are
-    compared in Unicode's composed form (NFC), because file systems and editors differ in it.
-    """
-    stems = {_nfc(_stem(video)) for video in videos}
-    there = set(others)
-    lists = [prompts for prompts in CAPTION_LISTS if {prompts, VIDEO_LIST} <= there]
-    readers: list[tuple[tuple[str, ...], Callable[[], dict[str, str]]]] = [
-        *(((prompts, VIDEO_LIST), partial(_listed_pairs, folder, prompts)) for prompts in lists),
-        *(((name,), partial(_csv_pairs, folder)) for name in there & {CAPTION_TABLE}),
-    ]
-    taken = {name for files, _ in readers for name in files}
-    beside = [name for name in others if name.lower().endswith(".txt") and _nfc(_stem(name)) in stems]
-    readers += [((name,), partial(_beside, folder, name)) for name in beside if name not in taken]
-    found: dict[str, str] = {}
-    notes: list[str] = []
-    for files, read in readers:
-        try:
-            found |= {name: " ".join(text.split()) for name, text in read().items() if text.strip()}
-        except (DataError, OSError, csv.Error) as error:
-            notes.append(f"{' and '.join(files)}: not used: {error}")
-    captions = {video: found.get(_nfc(_stem(video))) or found.get(_nfc(video)) or "" for video in videos}
-    return captions, {name for files, _ in readers for name in files}, notes
-
-
-def _beside(folder: Path, name: str) -> dict[str, str]:
-    return {_nfc(_stem(name)): _read(folder / name)}
-
-
-def _listed_pairs(folder: Path, prompts: str) -> dict[str, str]:
-    """Return the captions of two files with one line per video."""
-    columns = []
-    for name in (prompts, VIDEO_LIST):
-        lines = _read(folder / name).rstrip().splitlines()
-        blank = next((number for number, line in enumerate(lines, start=1) if not line.strip()), None)
-        if blank:
-            raise DataError(f"{name} line {blank} is blank, so that pairs may be shifted")
-        columns.append(lines)
-    if len(columns[0]) != len(columns[1]):
-        raise DataError(f"{len(columns[0])} captions for {len(columns[1])} videos; each needs one line per clip")
-    return {_nfc(video.strip()): caption for caption, video in zip(*columns, strict=True)}
-
-
-def _csv_pairs(folder: Path) -> dict[str, str]:
-    reader = csv.DictReader(io.StringIO(_read(folder / CAPTION_TABLE), newline=""), strict=True)
-    header = reader.fieldnames or []
-    video = next((name for name in VIDEO_COLUMNS if name in header), None)
-    caption = next((name for name in CAPTION_COLUMNS if name in header), None)
-    if video is None or caption is None:
-        raise DataError(f"expected a column of {VIDEO_COLUMNS} and one of {CAPTION_COLUMNS}, got {list(header)}")
-    return {_nfc((row[video] or "").strip()): row[caption] or "" for row in reader}
-
-
-def _read(path: Path) -> str:
-    if path.stat().st_size > MAX_TEXT_BYTES:
-        raise DataError(f"has more than {MAX_TEXT_BYTES:,} bytes")
+    data = Data(name="init", instance_data_root=folder, follow_links=follow_links)
+    root = DataRoot(folder.resolve(), follow_links)
+    rows, stray, warnings = folder_rows(root, data)
+    captions = {composed(str(row.video)): row.caption for row in rows}
+    notes = [*warnings, *(f"{row.where}: {row.error}" for row in rows if row.error)]
+    lists = {*CAPTION_FILES, *VIDEO_FILES, *TABLE_NAMES} & set(stray)
     try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError("not UTF-8 text; save it as UTF-8") from None
+        found = read_sources(data).sources if lists else []
+        lists = {name for name in lists if any(name in source.where for source in found)}
+        captions |= {composed(source.name): source.captions[0].text for source in found if source.captions}
+    except DataError as error:
+        notes.append(f"captions are not used: {error}")
+        lists = set()
+    left_out = {name: _why_stray(name) for name in stray if name not in lists and not _hidden(name)}
+    paths: dict[str, Path] = {}
+    for name in (str(row.video) for row in rows):
+        try:
+            paths[name] = root.find(name)
+        except DataError as error:
+            left_out[name] = str(error).replace("data.follow_links=true", "--follow-links")
+    videos: dict[str, VideoSummary] = {}
+    with decode_pool(Precompute(cache="cache")) as pool, Progress("looking", len(paths)) as bar:
+        for name, outcome in zip(paths, pool.probe_all(paths.values()), strict=True):
+            if isinstance(outcome, Skipped):
+                left_out[name] = with_names(outcome.reason, name)
+            else:
+                videos[name] = summary(outcome)
+            bar.advance()
+    texts = {name: " ".join(str(captions.get(composed(name)) or "").split()) for name in paths}
+    return FolderContents(videos=videos, captions=texts, left_out=left_out, notes=tuple(notes))
 
 
-def _stem(name: str) -> str:
-    return name.removesuffix(PurePosixPath(name).suffix)
+def _hidden(name: str) -> bool:
+    return PurePosixPath(name).name.startswith(".")
 
 
-def _nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
+def _why_stray(name: str) -> str:
+    is_image = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+    return "not a video" + (": images are clips where data.frame_buckets has 1" if is_image else "")

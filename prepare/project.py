@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from prepare.folder import look_into
-from prepare.probe import VideoSummary
 from prepare.table import PrepareReport, Row, captions_of, lint_rows, read_rows, replace_text, write_rows
+from prepare.videos import VideoSummary
 from shared.caption_lint import with_trigger
 from shared.cards import find_card
 from shared.config_file import load_config
@@ -90,7 +90,9 @@ class Buckets:
     notes: tuple[str, ...]
 
 
-def init_project(name: str, folder: Path, model: str, trigger: str = "", card: str = "") -> PrepareReport:
+def init_project(
+    name: str, folder: Path, model: str, trigger: str = "", card: str = "", *, follow_links: bool = False
+) -> PrepareReport:
     """Write NAME.toml, if there is none, and NAME.jsonl, to which videos without a row are added.
 
     Raises `UsageError` for a wrong argument, `DataError` if no video can be used; then nothing is written.
@@ -100,7 +102,7 @@ def init_project(name: str, folder: Path, model: str, trigger: str = "", card: s
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", base.name):
         raise UsageError(f"NAME {base.name!r}: expected up to 64 letters, digits, _ or -")
     config_file, table = base.with_name(f"{base.name}.toml"), base.with_name(f"{base.name}.jsonl")
-    contents = look_into(folder)
+    contents = look_into(folder, follow_links=follow_links)
     buckets = choose_buckets(contents.videos, choice)
     left_out = dict(sorted({**contents.left_out, **buckets.left_out}.items()))
     if not buckets.sizes:
@@ -118,7 +120,8 @@ def init_project(name: str, folder: Path, model: str, trigger: str = "", card: s
         write_rows(table, rows)
     written = not config_file.exists()
     if written:
-        replace_text(config_file, config_text(base.name, folder, table, model, buckets, rows, trigger, gib))
+        text = config_text(base.name, folder, table, model, buckets, rows, trigger, gib)
+        replace_text(config_file, text.replace("follow_links = false", f"follow_links = {_toml(follow_links)}"))
     notes = [*contents.notes, *buckets.notes]
     if gib - RESERVE_GIB < choice.leanest_gib:
         notes.append(f"--card: the leanest plan takes about {choice.leanest_gib:g} GiB, so the base is stored in int8")
@@ -202,6 +205,7 @@ pretrained_model_name_or_path = {hub_name}
 [data]
 name = {name}
 instance_data_root = {folder}
+follow_links = false                 # true: also take links that lead out of that folder
 dataset_name = {table}
 id_token = {trigger}                      # put before every caption
 # default_caption = "..."            # for rows without a caption; they are skipped without it

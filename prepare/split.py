@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
-from prepare.probe import probe
 from prepare.table import PrepareReport, Row, read_rows, table_path, video_file, write_rows
 from shared.config import Config
 from shared.console import Progress
 from shared.errors import DataError, require_extra
+from shared.media.probe import VideoError, probe
 
 Detector = Literal["adaptive", "content"]
 Scene = tuple[float, float]
@@ -61,13 +61,13 @@ def find_scenes(path: Path, detector: Detector = "adaptive", threshold: float | 
     """
     from scenedetect import AdaptiveDetector, ContentDetector, SceneManager, VideoOpenFailure, VideoStreamAv
 
-    late = probe(path).starts_at  # PySceneDetect counts from the first picture
     kind = AdaptiveDetector if detector == "adaptive" else ContentDetector
     manager = SceneManager()
     manager.add_detector(kind() if threshold is None else kind(threshold))
     try:
+        late = probe(path).probe.start_us / 1e6  # PySceneDetect counts from the first picture
         manager.detect_scenes(VideoStreamAv(str(path), suppress_output=True))
-    except (OSError, ValueError, VideoOpenFailure) as error:
+    except (OSError, ValueError, VideoError, VideoOpenFailure) as error:
         raise DataError(f"cannot be read: {error}") from None
     found = manager.get_scene_list(start_in_scene=True)
     return [(round(start.seconds + late, 6), round(end.seconds + late, 6)) for start, end in found]

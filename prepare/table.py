@@ -9,6 +9,7 @@ from shared.atomic_files import replacing
 from shared.caption_lint import CaptionFinding, lint_captions, with_trigger
 from shared.config import Config
 from shared.errors import DataError, UsageError
+from shared.sources.root import DataRoot
 
 Row = dict[str, Any]
 
@@ -82,13 +83,8 @@ def captions_of(row: Row, column: str = "text") -> list[str]:
 
 def video_file(row: Row, config: Config) -> Path:
     """Return the row's video. Raises `DataError` for a name that leads out of the data root, or to no file."""
-    root, name = config.data.instance_data_root.resolve(), str(row.get(config.data.video_column))
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise DataError("leads out of data.instance_data_root; move or copy the file into it")
-    if not path.is_file():
-        raise DataError("not found in data.instance_data_root")
-    return path
+    data = config.data
+    return DataRoot(data.instance_data_root.resolve(), data.follow_links).find(str(row.get(data.video_column)))
 
 
 def clip_label(row: Row, config: Config) -> str:

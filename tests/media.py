@@ -16,8 +16,8 @@ from typing import Any
 import av
 import numpy as np
 
-from precompute.video.decode import Decoder, Requested, decode_rows, shape_of
-from precompute.video.probe import Probed
+from shared.media.decode import Decoder, Requested, decode_rows, shape_of
+from shared.media.probe import Probed
 
 BITS = 10
 DARK, BRIGHT = 40, 215

@@ -14,7 +14,7 @@ def decoders(parent: int | None = None) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(parent).children(recursive=True):
         try:
-            if "precompute.video.child" in child.cmdline():
+            if "shared.media.child" in child.cmdline():
                 found.append(child)
         except psutil.Error:  # it has just ended
             continue

@@ -11,8 +11,8 @@ import pytest
 
 from precompute.assignments import Part
 from precompute.discover import Stage, cut_clips, open_stage
-from precompute.sources.rows import read_sources
-from precompute.video.probe import Probed, Skipped, probe
+from shared.media.probe import Probed, Skipped, probe
+from shared.sources.rows import read_sources
 from tests.corpus import config_for, write_corpus
 
 

@@ -12,21 +12,21 @@ from safetensors.torch import load_file, save_file
 from precompute import recipes
 from precompute.discover import open_stage
 from precompute.estimate import Estimate, estimate, recipe_changes
-from precompute.run import decode_pool
-from precompute.sources.rows import read_sources
 from shared.cache.collection import collection_for, write_recipe
 from shared.cache.shard import write_shard
 from shared.cache.storage import LocalStorage
 from shared.cache.view import read_view
 from shared.config import Config, fields_shaping
 from shared.errors import UsageError
+from shared.media.pool import decode_pool
+from shared.sources.rows import read_sources
 from tests.corpus import config_for, run, stored_files, write_captions, write_corpus, write_video
 
 Filled = tuple[Path, Path]
 
 
 def look(config: Config) -> Estimate:
-    with decode_pool(config) as pool:
+    with decode_pool(config.precompute) as pool:
         return estimate(open_stage(config), pool)
 
 

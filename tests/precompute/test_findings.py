@@ -5,7 +5,7 @@ from pathlib import Path
 
 from precompute.discover import open_stage
 from precompute.estimate import estimate
-from precompute.run import decode_pool
+from shared.media.pool import decode_pool
 from tests.corpus import config_for, run, write_captions, write_corpus
 
 
@@ -14,7 +14,7 @@ def test_unknown_text_and_identical_clips_are_named_with_their_share(pipeline: P
     shutil.copy(root / "000.mp4", root / "003.mp4")
     write_captions(root, ["a rabbit", "一只橘猫在草地上奔跑", "a  rabbit", "a bird glides"])
     config = config_for(pipeline, root, tmp_path / "cache")
-    with decode_pool(config) as pool:
+    with decode_pool(config.precompute) as pool:
         planned = estimate(open_stage(config), pool)
     found = {finding.kind: finding for finding in planned.findings}
     assert found.keys() == {"identical", "unknown_tokens", "identical_clips"}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from precompute import pixels
 from precompute.recipes import (
     Encoders,
     crop_seed,
@@ -20,8 +21,7 @@ from precompute.recipes import (
     prompt_key,
     prompts_recipe,
 )
-from precompute.video import pixels
-from precompute.video.windows import Window
+from precompute.windows import Window
 from shared.config import Config
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of

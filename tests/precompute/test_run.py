@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from precompute import latents, prompts
 from precompute.encoders import VaeEncoder
 from precompute.report import PassResult, Report
-from precompute.sources.rows import read_sources
 from shared.cache.collection import SampleReader, receipt_names, shards
 from shared.cache.shard import Receipt, Sample, ShardWriter
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
 from shared.cache.view import read_view
 from shared.errors import CacheError, DataError, UsageError
+from shared.sources.rows import read_sources
 from tests.corpus import config_for, count_storage_calls, run, stored_files, write_captions, write_corpus, write_video
 from tests.media import decode_probed
 from tests.tiny import save_pipeline
@@ -98,8 +98,8 @@ def test_stored_moments_are_the_vaes_own(pipeline: Path, filled: Filled) -> None
 
 def test_image_moments_are_of_the_clips_own_first_frame(tmp_path: Path) -> None:
     from precompute.latents import conditioning_images
-    from precompute.video.probe import probe
     from shared.config import Model, Precompute
+    from shared.media.probe import probe
     from shared.model.pretrained import pretrained_part
 
     pipeline, root = save_pipeline("1.5-5b-i2v", tmp_path / "i2v"), write_corpus(tmp_path / "clips", 2)

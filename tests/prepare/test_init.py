@@ -2,16 +2,17 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from prepare.probe import VideoSummary, probe
+from prepare.folder import look_into
 from prepare.project import MODELS, choose_buckets
+from prepare.videos import VideoSummary
 from shared.config_file import load_config
-from shared.errors import DataError
 from shared.model.conventions import refusal
 from shared.model.geometry import Bucket
-from tests.media import write_playlist, write_text
+from tests.media import write_clip, write_text
 from tests.raw_videos import precog, report_of, rows_of, write_table, write_video
 
 
@@ -29,9 +30,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_video(root / "small.mp4", height=48, width=64)
     write_text(root / "broken.mp4")
     (root / "land.txt").write_text("sks dog, a dog\nruns\n", "utf-8")
-    (root / "metadata.csv").write_text('text,file_name\n"a dog, asleep",tabled e\u0301.mp4\n', "utf-8")
-    (root / "prompts.txt").write_text("sks dogs swim\n", "utf-8")
-    (root / "videos.txt").write_text("listed.mkv\n", "utf-8")
+    (root / "metadata.csv").write_text("text,file_name\nanother,land.mp4\n", "utf-8")
+    (root / "prompts.txt").write_text("sks dogs swim\na dog, asleep\n", "utf-8")
+    (root / "videos.txt").write_text("listed.mkv\ntabled e\u0301.mp4\n", "utf-8")
     (root / "notes.txt").write_text("to do", "utf-8")
     (root / "cover.jpg").write_bytes(b"jpeg")
     (root / "away.mp4").symlink_to(write_video(tmp_path / "elsewhere" / "away.mp4"))
@@ -52,8 +53,9 @@ def test_a_messy_folder_becomes_a_table_and_a_config(folder: Path) -> None:
     ]
     assert report["summary"]["rows without a caption"] == ["bare.mp4", "phones/turned.mp4"]
     assert {name: reason.split(":")[0] for name, reason in report["files"].items()} == {
-        "broken.mp4": "cannot be read",
-        "away.mp4": "a link that leads out of the folder; copy the file into it",
+        "broken.mp4": "not a video",
+        "away.mp4": "path 'away.mp4' is a link that leaves the data root; --follow-links takes it",
+        "metadata.csv": "not a video",
         "cover.jpg": "not a video",
         "notes.txt": "not a video",
         "short.mp4": "too short",
@@ -99,7 +101,7 @@ def test_a_folder_without_a_usable_video_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "film.mp4")
     for arguments, code, words in (
-        (("--videos=.",), 3, "no video can be used; film.mp4: cannot be read"),
+        (("--videos=.",), 3, "no video can be used; film.mp4: not a video"),
         (("--videos=nowhere",), 3, "nowhere: not a folder"),
         (("--videos=.", "--card=5099"), 2, "--card '5099': unknown card; did you mean 5090?"),
     ):
@@ -117,9 +119,7 @@ def test_caption_lists_that_may_be_shifted_are_not_used(tmp_path: Path, monkeypa
     (tmp_path / "raw" / "videos.txt").write_text("a.mp4\nb.mp4\n\n", "utf-8")
     report = report_of(precog("init", "dog", "--videos=raw", "--model=5b", "--json"))
     assert report["summary"]["rows without a caption"] == ["a.mp4", "b.mp4"]
-    assert report["notes"][0] == (
-        "prompts.txt and videos.txt: not used: prompts.txt line 2 is blank, so that pairs may be shifted"
-    )
+    assert "captions are not used: prompts.txt: line 2 is blank, so that pairs may be shifted" in report["notes"][0]
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,30 @@ def test_steps_and_memory_follow_clips_and_card(tmp_path: Path, monkeypatch: pyt
     assert large.data.held_out_clips == 6
 
 
-def test_a_probe_sees_what_a_player_shows(tmp_path: Path) -> None:
-    turned = probe(write_video(tmp_path / "turned.mp4", rotation=90))
-    assert (turned.height, turned.width, turned.frames_at(8)) == (384, 256, 12)
-    for path in (tmp_path / "missing.mp4", write_playlist(tmp_path / "list.mp4", tmp_path / "turned.mp4")):
-        with pytest.raises(DataError, match="cannot be read"):
-            probe(path)
+@pytest.mark.parametrize(
+    ("file", "options", "frames"),
+    [
+        ("turned.mp4", {"rotation": 90}, 12),
+        ("raw.h264", {"codec": "libx264"}, 12),
+        ("held.mp4", {"codec": "libx264", "times": [*range(0, 1500, 125), 4000]}, 33),
+        ("moving.gif", {"codec": "gif", "pixels": "rgb8", "rate": 10}, 10),
+    ],
+)
+def test_lengths_and_sizes_are_those_of_stage_1(
+    file: str, options: dict[str, Any], frames: int, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"codec": "mpeg4", "bframes": 0, "rate": 8, "height": 256, "width": 384}
+    write_clip(tmp_path / file, **given | {"frames": len(options.get("times", range(12)))} | options)
+    video = look_into(tmp_path).videos[file]
+    size = (384, 256) if "rotation" in options else (256, 384)
+    assert (video.height, video.width, video.frames_at(8)) == (*size, frames)
+
+
+def test_links_out_of_the_folder_are_taken_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "a.mp4").symlink_to(write_video(tmp_path / "blobs" / "111.mp4"))
+    refused = precog("init", "dog", "--videos=snapshot", "--model=5b")
+    assert refused.exit_code == 3 and "a link that leaves the data root; --follow-links takes it" in refused.stderr
+    assert precog("init", "dog", "--videos=snapshot", "--model=5b", "--follow-links").exit_code == 0
+    assert load_config(Path("dog.toml")).data.follow_links

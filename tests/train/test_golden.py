@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from precompute.encoders import TextEncoder, VaeEncoder, load_tokenizer
-from precompute.video.pixels import to_clip
+from precompute.pixels import to_clip
 from shared.config import Config, Data, Model, Precompute, Train
 from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import Bucket

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from precompute.video.picture import Look, fit
-from precompute.video.pixels import Mode, crop_offset, scaled_into, scaled_size, thumbnails
-from precompute.video.pixels import to_clip as normalized
+from precompute.pixels import Mode, crop_offset, scaled_into, scaled_size, thumbnails
+from precompute.pixels import to_clip as normalized
+from shared.media.picture import Look, fit
 from shared.model.geometry import Bucket, latent_frames
 
 BUCKET = Bucket(2, 16, 32)

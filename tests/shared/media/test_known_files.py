@@ -11,10 +11,10 @@ from typing import Protocol
 import pytest
 
 from precompute.report import Report
-from precompute.video import known_files
-from precompute.video.known_files import FILE, KnownFiles
-from precompute.video.picture import Look
-from precompute.video.probe import Probe, Probed, mark_of
+from shared.media import known_files
+from shared.media.known_files import FILE, KnownFiles
+from shared.media.picture import Look
+from shared.media.probe import Probe, Probed, mark_of
 from tests.corpus import config_for, run, write_corpus, write_video
 
 

@@ -2,7 +2,7 @@
 
 PyAV is the reference. It decodes in sequence from the start, or from a keyframe before the first wanted frame if every
 frame has a packet of its own. decord decodes only where its contiguous reading gives the same bytes (the table in
-tests/precompute/video/test_probe.py) and PyAV has found no damage, since decord returns concealed frames silently. Its
+tests/shared/media/test_probe.py) and PyAV has found no damage, since decord returns concealed frames silently. Its
 sampled `get_batch` returns wrong frames on open GOPs and is never called. Files are untrusted: decode them in a `pool`.
 """
 
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from precompute.video.picture import Pixels, Scaled, deinterlaced, fit, rgb_picture
-from precompute.video.probe import (
+from shared.media.picture import Pixels, Scaled, deinterlaced, fit, rgb_picture
+from shared.media.probe import (
     INDEXED,
     Media,
     Probe,

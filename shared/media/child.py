@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from precompute.video.decode import Requested, decode_rows, shape_of
-from precompute.video.picture import Pixels, Scaled
-from precompute.video.probe import Probe, Probed, Skipped, VideoError, parse_probe, probe
+from shared.media.decode import Requested, decode_rows, shape_of
+from shared.media.picture import Pixels, Scaled
+from shared.media.probe import Probe, Probed, Skipped, VideoError, parse_probe, probe
 
 START_SECONDS = 120.0
 EXIT_SECONDS = 1.0
@@ -71,7 +71,7 @@ class Child:
         self._socket, other_end = socket.socketpair()
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         # -P: a file in the working directory must not replace a module
-        command = [sys.executable, "-P", "-m", "precompute.video.child"]
+        command = [sys.executable, "-P", "-m", "shared.media.child"]
         with other_end:
             self._process = subprocess.Popen(
                 [*command, str(other_end.fileno()), str(memory_gib)],

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precompute.video.probe import Skipped
-from precompute.video.windows import STAMP_SLACK_US, Window, bucket_warnings, cut_windows, window_starts
+from precompute.windows import STAMP_SLACK_US, Window, bucket_warnings, cut_windows, window_starts
 from shared.config import Data
+from shared.media.probe import Skipped
 from shared.model.geometry import Bucket
 
 BASE = {"name": "test", "instance_data_root": ".", "fps": 0, "frame_buckets": [9, 17], "resolution_buckets": [[64, 96]]}

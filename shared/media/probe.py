@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 
-from precompute.video.picture import EXIF_TURNS, Look, NotShown, look_of, turn_of
 from shared.file_types import VIDEO_FORMATS
+from shared.media.picture import EXIF_TURNS, Look, NotShown, look_of, turn_of
 
 if TYPE_CHECKING:
     from av.container import InputContainer

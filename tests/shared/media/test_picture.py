@@ -12,8 +12,8 @@ import pytest
 from av.filter import Graph
 from PIL import Image
 
-from precompute.video.picture import Look, Scaled, fit
-from precompute.video.probe import Probed, VideoError, probe
+from shared.media.picture import Look, Scaled, fit
+from shared.media.probe import Probed, VideoError, probe
 from tests import media
 
 

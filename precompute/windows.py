@@ -14,8 +14,8 @@ from math import ceil, floor
 
 import numpy as np
 
-from precompute.video.probe import Skipped
 from shared.config import Data
+from shared.media.probe import Skipped
 from shared.model.geometry import ENCODE_CHUNK_FRAMES, Bucket, choose_frames, choose_resolution, first_chunk_frames
 
 STAMP_SLACK_US = 2000

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from precompute.video.picture import Scaled
 from shared import seeding
+from shared.media.picture import Scaled
 from shared.model.geometry import SPATIAL_FACTOR, TEMPORAL_FACTOR, Bucket
 
 TRANSFORM = "bicubic-antialias-2"

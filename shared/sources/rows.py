@@ -19,10 +19,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from precompute.sources.embedded import Embedded, VideoCopies, embedded_in, tar_rows
-from precompute.sources.folder import folder_rows
-from precompute.sources.root import DataRoot
-from precompute.sources.tables import (
+from shared.caption_lint import with_trigger
+from shared.config import Data
+from shared.errors import DataError, UsageError
+from shared.sources.embedded import Embedded, VideoCopies, embedded_in, tar_rows
+from shared.sources.folder import folder_rows, stray_warnings
+from shared.sources.root import DataRoot
+from shared.sources.tables import (
     MAX_CAPTION_BYTES,
     Row,
     csv_rows,
@@ -32,9 +35,6 @@ from precompute.sources.tables import (
     parquet_rows,
     read_text,
 )
-from shared.caption_lint import with_trigger
-from shared.config import Data
-from shared.errors import DataError, UsageError
 
 MAX_REPEATS = 10_000
 MAX_SHOWN_ERRORS = 5
@@ -141,7 +141,8 @@ def _read_rows(root: DataRoot, data: Data) -> tuple[Iterator[Row] | list[Row], l
             return READERS[Path(name).suffix](root.find(name), data), []
     if tars := sorted(root.folder.glob("*.tar")):
         return tar_rows(tars, data), []
-    return folder_rows(root, data)
+    rows, stray, warnings = folder_rows(root, data)
+    return rows, warnings + stray_warnings(stray)
 
 
 def _tars(name: str) -> list[Path]:

@@ -15,12 +15,12 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from precompute.sources.folder import video_suffixes
-from precompute.sources.tables import CAPTION_NAMES, MAX_CAPTION_BYTES, OPTIONAL_COLUMNS, Row, escaped
 from shared.atomic_files import replacing, user_folder
 from shared.config import Data
 from shared.errors import DataError, UsageError
 from shared.file_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from shared.sources.folder import video_suffixes
+from shared.sources.tables import CAPTION_NAMES, MAX_CAPTION_BYTES, OPTIONAL_COLUMNS, Row, escaped
 
 MAX_JSON_BYTES = 1 << 20
 
@@ -43,10 +43,7 @@ class VideoCopies:
     """Copies that this run needs -> size."""
 
     def keep(self, video: Embedded) -> Path:
-        """Return the copy of a video, made unless it exists.
-
-        Raise `DataError` for an empty video, `UsageError` for too many bytes.
-        """
+        """Return the copy of a video, made unless it exists. Raise `DataError` or `UsageError` if it cannot be kept."""
         folder = user_folder() / "embedded"
         folder.mkdir(parents=True, exist_ok=True)
         digest, size = hashlib.sha256(), 0

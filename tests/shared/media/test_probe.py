@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from precompute.video import probe as video
-from precompute.video.decode import Requested, choose_decoder
-from precompute.video.probe import Probed, VideoError, parse_probe, probe
+from shared.media import probe as video
+from shared.media.decode import Requested, choose_decoder
+from shared.media.probe import Probed, VideoError, parse_probe, probe
 from tests import media
 from tests.media import Case
 
@@ -397,7 +397,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 def test_a_file_that_has_its_mark_still_is_not_hashed_again(folder: Path, monkeypatch: Any) -> None:
     path = media.clip(folder, "h264.mp4")
     found = probe(path)
-    monkeypatch.setattr("precompute.video.decode.hashlib.file_digest", None)
+    monkeypatch.setattr("shared.media.decode.hashlib.file_digest", None)
     assert media.indices_of(media.decode_probed(path, found, [4])[0]) == [4]
 
 

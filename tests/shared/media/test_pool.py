@@ -18,11 +18,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from precompute.video.child import Decoded, DecodeJob
-from precompute.video.decode import Requested
-from precompute.video.picture import Scaled
-from precompute.video.pool import DecodePool
-from precompute.video.probe import Probed, Skipped, probe
+from shared.media.child import Decoded, DecodeJob
+from shared.media.decode import Requested
+from shared.media.picture import Scaled
+from shared.media.pool import DecodePool
+from shared.media.probe import Probed, Skipped, probe
 from shared.signals import SIGNALS
 from tests import media
 from tests.processes import decoders, wait_until
@@ -249,7 +249,7 @@ def suppressed(pool: DecodePool, good: DecodeJob) -> None:
 PARENT = """
 import os, signal, sys
 from pathlib import Path
-from precompute.video.pool import DecodePool
+from shared.media.pool import DecodePool
 from tests.processes import decoders
 with DecodePool(workers=1, deadline_seconds=100, memory_gib=1) as pool:
     list(pool.probe_all([Path(sys.argv[1])]))

@@ -7,9 +7,9 @@ import av
 import numpy as np
 import pytest
 
-from precompute.video import decode
-from precompute.video import probe as video
-from precompute.video.probe import Probed, VideoError, probe
+from shared.media import decode
+from shared.media import probe as video
+from shared.media.probe import Probed, VideoError, probe
 from tests import media
 from tests.media import Case
 

@@ -19,11 +19,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from precompute.sources.root import DataRoot
-from precompute.sources.rows import Caption, Listing, Source, read_sources
-from precompute.sources.tables import MAX_CAPTION_BYTES, MAX_JSON_LINE_BYTES, escaped
 from shared.config import Data
 from shared.errors import DataError, PrecogError, UsageError
+from shared.sources.root import DataRoot
+from shared.sources.rows import Caption, Listing, Source, read_sources
+from shared.sources.tables import MAX_CAPTION_BYTES, MAX_JSON_LINE_BYTES, escaped
 
 _opened: list[str] | None = None
 
@@ -422,7 +422,7 @@ def test_a_bad_csv_names_the_file_and_row(root: Path, content: str | bytes, expe
 
 
 def test_a_table_larger_than_any_is_refused_before_it_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("precompute.sources.tables.MAX_TEXT_FILE_BYTES", 20)
+    monkeypatch.setattr("shared.sources.tables.MAX_TEXT_FILE_BYTES", 20)
     assert table_fault(root, "video,text\na.mp4,x\n\n\n") == "metadata.csv has more than 20 bytes"
 
 

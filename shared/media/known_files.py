@@ -15,9 +15,9 @@ from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from precompute.video.probe import Probed, mark_of, parse_probe
 from shared.atomic_files import user_folder
 from shared.console import say
+from shared.media.probe import Probed, mark_of, parse_probe
 
 FILE = "files.sqlite"
 MAX_FILES = 1_000_000

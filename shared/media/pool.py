@@ -9,8 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
-from precompute.video.child import EXIT_SECONDS, Child, Decoded, DecodeJob
-from precompute.video.probe import Probed, Skipped
+from shared.config import Precompute
+from shared.media.child import EXIT_SECONDS, Child, Decoded, DecodeJob
+from shared.media.probe import Probed, Skipped
 from shared.signals import SIGNALS
 
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
@@ -113,6 +114,12 @@ class DecodePool:
             child = Child(self._memory_gib, self._deadline_seconds)
             self._children.add(child)
             return child
+
+
+def decode_pool(settings: Precompute) -> DecodePool:
+    """Return the pool that a config describes."""
+    seconds, gib = settings.decode_deadline_seconds, settings.decode_memory_gib
+    return DecodePool(workers=settings.decode_workers, deadline_seconds=seconds, memory_gib=gib)
 
 
 def _cause_of_death(child: Child) -> Skipped:

@@ -7,15 +7,15 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Never
 
-from precompute.sources.root import DataRoot, composed
-from precompute.sources.tables import MAX_CAPTION_BYTES, Row, escaped, listed, read_text
 from shared.config import Data
 from shared.errors import DataError
 from shared.file_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from shared.sources.root import DataRoot, composed
+from shared.sources.tables import MAX_CAPTION_BYTES, Row, escaped, listed, read_text
 
 
-def folder_rows(root: DataRoot, data: Data) -> tuple[list[Row], list[str]]:
-    """Return a row per video, sorted by name, and warnings. Raise `DataError` if there is no video.
+def folder_rows(root: DataRoot, data: Data) -> tuple[list[Row], list[str], list[str]]:
+    """Return a row per video, sorted by name, the stray files, and warnings. Raise `DataError` if there is no video.
 
     A video without a caption, or with one that cannot be read, has a row that is skipped.
     """
@@ -45,9 +45,7 @@ def folder_rows(root: DataRoot, data: Data) -> tuple[list[Row], list[str]]:
             rows.append(Row(escaped(video), video, text))
         except DataError as error:
             rows.append(Row(escaped(video), video, error=f"its caption {escaped(captions[0])}: {error}"))
-    if stray := [name for name in names if name not in used]:
-        warnings.append(f"{len(stray)} files are no part of the data set: {listed(stray)}{_stray(stray)}")
-    return rows, warnings + _near_names(videos)
+    return rows, [name for name in names if name not in used], warnings + _near_names(videos)
 
 
 def video_suffixes(data: Data) -> Collection[str]:
@@ -99,6 +97,11 @@ def _near_names(names: Sequence[str]) -> list[str]:
         for group in groups.values()
         if len(group) > 1
     ]
+
+
+def stray_warnings(names: Sequence[str]) -> list[str]:
+    """Return a warning for files that are not used."""
+    return [f"{len(names)} files are no part of the data set: {listed(names)}{_stray(names)}"] if names else []
 
 
 def _stray(names: Sequence[str]) -> str:
