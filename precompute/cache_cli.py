@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 cache_app = typer.Typer(help="Look at, check, clean and copy a cache.", no_args_is_help=True)
 
 CacheName = Annotated[str, typer.Argument(help="Cache: a folder or a URL.")]
-OtherCache = Annotated[str, typer.Argument(help="The other cache: a folder or a URL such as s3://bucket/cache.")]
+OtherCache = Annotated[
+    str, typer.Argument(help="The other cache: a folder or URL such as s3://bucket/cache, hf://datasets/user/name.")
+]
 Replace = Annotated[bool, typer.Option(help="Replace views of the same name that differ.")]
 
 
@@ -220,10 +222,26 @@ def cache_pull(
 @cache_app.command("push")
 @exits
 def cache_push(
-    url: OtherCache, cache: CacheName = "cache", replace: Replace = False, json_output: JsonOutput = False
+    url: OtherCache,
+    cache: CacheName = "cache",
+    replace: Replace = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new data set on the hub public.")] = False,
+    json_output: JsonOutput = False,
 ) -> None:
     """Copy this cache's shards and views that another one lacks, verified; run it again to resume."""
-    _transfer(cache, url, replace, json_output)
+    if not url.startswith("hf://datasets/"):
+        _transfer(cache, url, replace, json_output)
+        return
+    from shared.console import quiet_libraries, say, track
+
+    with raise_on_signal("the files sent so far are stored"):
+        from shared.cache.hub import push_to_hub
+
+        quiet_libraries()
+        page = push_to_hub(_open_cache(cache), url, public=public, track=track("files"))
+    say(page)
+    if json_output:
+        typer.echo(json.dumps({"url": page}))
 
 
 def _transfer(source_name: str, target_name: str, replace: bool, json_output: bool) -> None:

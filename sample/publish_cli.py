@@ -1,4 +1,4 @@
-"""Command `precog export`; heavy imports sit inside the command."""
+"""Commands `precog export` and `precog push`; heavy imports sit inside the commands."""
 
 import json
 from pathlib import Path
@@ -44,3 +44,26 @@ def export_command(
         say(str(file))
     if json_output:
         typer.echo(json.dumps({"files": [str(file) for file in files]}))
+
+
+@app.command("push")
+@exits
+def push_command(
+    run: RunFolder,
+    repository: Annotated[str, typer.Argument(help="Repository on the hub: user/name.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only write the folder that would be uploaded.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    with_captions: Annotated[bool, typer.Option("--with-captions", help="Also upload the captions.")] = False,
+    json_output: JsonOutput = False,
+) -> None:
+    """Upload a run's adapter to the hub with a model card; the same command continues an interrupted upload."""
+    from shared.console import quiet_libraries, say
+
+    quiet_libraries()
+    from sample.hub import push
+
+    result = push(run, repository, dry_run=dry_run, public=public, with_captions=with_captions)
+    for value in result.values():
+        say(value)
+    if json_output:
+        typer.echo(json.dumps(result))

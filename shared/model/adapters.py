@@ -85,9 +85,18 @@ def adapter_digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> 
 
 
 def pack_lora(weights: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes:
-    """Return a safetensors file of tensors under their final names, with the header and its digest."""
+    """Return a safetensors file of tensors under their final names, with the header and its digest.
+
+    The same content gives the same bytes; safetensors itself orders the header at random.
+    """
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    return save(tensors, {**header, DIGEST_KEY: adapter_digest(tensors, header)})
+    packed = save(tensors, {**header, DIGEST_KEY: adapter_digest(tensors, header)})
+    start = 8 + int.from_bytes(packed[:8], "little")
+    head = json.loads(packed[8:start])
+    head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + packed[start:]
 
 
 def diffusers_settings(settings: Mapping[str, Any]) -> dict[str, str]:
