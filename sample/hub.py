@@ -57,11 +57,15 @@ def write_hub_folder(run: Path, repository: str, *, with_captions: bool) -> Path
         files["best by held-out loss"] = f"{BEST}/{ADAPTER}"
     if (run / CURVE).is_file():
         shutil.copyfile(run / CURVE, folder / CURVE)
-    samples = copy_samples(run, config, folder)
-    view = find_view(config, adapter)
-    if with_captions and view is not None:
-        captions = sorted({caption for row in view.rows for caption in row.captions if not row.skipped})[:MAX_CAPTIONS]
-        (folder / "captions.txt").write_text("\n".join(captions) + "\n", "utf-8")
+    view, samples = find_view(config, adapter), copy_samples(run, config, folder)
+    captions = sorted({caption for row in view.rows for caption in row.captions if caption}) if view else []
+    if with_captions:
+        (folder / "captions.txt").write_text("\n".join(captions[:MAX_CAPTIONS]) + "\n", "utf-8")
+    else:  # a sample's prompt may be a caption
+        shown = {prompt for prompt in samples.values() if view and not any(caption in prompt for caption in captions)}
+        samples = {
+            file: prompt if prompt in shown else config.data.id_token or "..." for file, prompt in samples.items()
+        }
     text = [header(config, samples), *about(run, config, adapter, files, samples), *data_lines(view)]
     text += [*training(run, config), usage(config, adapter, repository)]
     (folder / "README.md").write_text("\n".join(text), "utf-8")
@@ -71,7 +75,7 @@ def write_hub_folder(run: Path, repository: str, *, with_captions: bool) -> Path
 def copy_samples(run: Path, config: Config, folder: Path) -> dict[str, str]:
     """Copy the videos that `precog sample` made with this run's adapters alone; return {file: prompt}."""
     ours = {sha256_file(file) for file in find_adapters(run).values()}
-    samples = {}
+    samples: dict[str, str] = {}
     for record in sorted(config.sample.output_dir.glob("*.json")):
         try:
             stored = json.loads(record.read_bytes())
@@ -80,8 +84,9 @@ def copy_samples(run: Path, config: Config, folder: Path) -> dict[str, str]:
             continue
         if used and used <= ours and record.with_suffix(".mp4").is_file():
             (folder / "samples").mkdir(exist_ok=True)
-            shutil.copyfile(record.with_suffix(".mp4"), folder / "samples" / f"{record.stem}.mp4")
-            samples[f"samples/{record.stem}.mp4"] = prompt
+            file = f"samples/{len(samples):02}.mp4"
+            shutil.copyfile(record.with_suffix(".mp4"), folder / file)
+            samples[file] = prompt
     return samples
 
 

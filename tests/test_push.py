@@ -26,6 +26,7 @@ from train.loop import train
 
 Settings = Callable[..., Config]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")  # huggingface_hub's own upload
+CAPTIONS = (Path(__file__).parents[1] / "demo" / "clips" / "prompts.txt").read_text("utf-8").split("\n")
 CANARY = "hf_canaryCANARYcanaryCANARYcanary123"
 
 
@@ -57,8 +58,9 @@ def trained(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Con
     shutil.copyfile(earlier, export / "best" / "pytorch_lora_weights.safetensors")
     (folder / "samples").mkdir()
     ours = sha256_file(export / "pytorch_lora_weights.safetensors")
-    for name, loras in (("00-lora", [{"sha256": ours}]), ("00-base", []), ("01-other", [{"sha256": "0" * 64}])):
-        record = {"prompt": "a red cube", "recipe": {"loras": loras}}
+    others = {"00-base": [], "01-other": [{"sha256": "0" * 64}]}
+    for name, loras in ({"00-lora": [{"sha256": ours}], "02-caption": [{"sha256": ours}]} | others).items():
+        record = {"prompt": CAPTIONS[0] if name == "02-caption" else "a red cube", "recipe": {"loras": loras}}
         (folder / "samples" / f"{name}.json").write_text(json.dumps(record), "utf-8")
         (folder / "samples" / f"{name}.mp4").write_bytes(name.encode())
     return config
@@ -83,7 +85,7 @@ def test_what_arrives_is_the_dry_run_and_private(hub: UploadServer, run: Path, t
     assert hub.requests == []
     written = local_files(run / "hub")
     expected = ["pytorch_lora_weights.safetensors", "best/pytorch_lora_weights.safetensors", "comfyui/zorp.safetensors"]
-    assert {*expected, "README.md", "loss.png", "samples/00-lora.mp4"} == written.keys()
+    assert {*expected, "README.md", "loss.png", "samples/00.mp4", "samples/01.mp4"} == written.keys()
     done = push(run, "someone/zorp", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["url"] == f"{hub.url}/someone/zorp"
@@ -100,7 +102,8 @@ def test_the_card_says_what_was_trained_and_no_caption(run: Path, trained: Confi
     push(run, "someone/zorp", "--dry-run")
     card = ModelCard.load(run / "hub" / "README.md")
     assert card.data.pipeline_tag == "text-to-video" and "lora" in card.data.tags
-    assert card.data.widget == [{"text": "a red cube", "output": {"url": "samples/00-lora.mp4"}}]
+    texts = [(entry["text"], entry["output"]["url"]) for entry in card.data.widget]
+    assert texts == [("a red cube", "samples/00.mp4"), ("...", "samples/01.mp4")], "the second prompt is a caption"
     assert (card.data.license, card.data.license_name) == ("other", "cogvideox-license")
     for text in (
         "rank 4 and alpha 8",
@@ -111,12 +114,11 @@ def test_the_card_says_what_was_trained_and_no_caption(run: Path, trained: Confi
         "train.seed",
     ):
         assert text in card.text, text
-    captions = (Path(__file__).parents[1] / "demo" / "clips" / "prompts.txt").read_text("utf-8").split("\n")
     every = "".join(content.decode(errors="replace") for content in local_files(run / "hub").values())
-    assert not any(caption and caption in every for caption in captions)
+    assert not any(caption and caption in every for caption in CAPTIONS)
     assert str(Path.home()) not in card.content and str(run.parent) not in card.content
     push(run, "someone/zorp", "--dry-run", "--with-captions")
-    assert set((run / "hub" / "captions.txt").read_text("utf-8").split("\n")) <= set(captions)
+    assert set((run / "hub" / "captions.txt").read_text("utf-8").split("\n")) <= set(CAPTIONS)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

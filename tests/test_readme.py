@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from precog import app
 from shared.config import Config
+from tests.media import write_clip
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -134,3 +135,29 @@ def test_the_readme_is_short_and_its_lines_fit() -> None:
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert len(lines) <= 120
     assert max(map(len, lines)) <= 200
+
+
+@pytest.mark.faults  # a dozen processes
+def test_the_4090_page_leads_from_a_folder_to_a_lora(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every command of the page; after `init`, dog.toml is a short run of the demo under the page's names."""
+    monkeypatch.chdir(checkout)
+    videos = checkout / "dogvideos"
+    videos.mkdir()
+    write_clip(videos / "a.mp4", frames=60, height=480, width=720)
+    lines = [line for block in blocks(ROOT / "docs" / "4090.md", "") for line in block.splitlines()]
+    names = "init precompute plan train train report sample export push"
+    assert " ".join(line.split()[1] for line in lines) == names
+    for line in lines:
+        command = shlex.split(line.replace("~/dogvideos", str(videos)))
+        run([".venv/bin/precog", *command[1:]], checkout)
+        if command[1] == "init":
+            assert (checkout / "dog.jsonl").exists() and "zai-org/CogVideoX-5b" in (checkout / "dog.toml").read_text()
+            demo = (checkout / "configs" / "demo.toml").read_text("utf-8").replace("runs/demo", "runs/dog")
+            demo = demo.replace("max_train_steps = 400", "max_train_steps = 20").replace(
+                "checkpointing_steps = 200", ""
+            )
+            demo = re.sub(r"^prompts = .*", 'prompts = ["a zorp on snow"]', demo, flags=re.MULTILINE)
+            (checkout / "dog.toml").write_text(demo, "utf-8")
+    assert (checkout / "exported" / "dog.safetensors").exists()
+    assert list((checkout / "runs" / "dog" / "hub").glob("samples/*.mp4"))
+    assert (checkout / "runs" / "dog" / "report.html").exists()
