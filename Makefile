@@ -7,7 +7,7 @@ BIN := .venv/bin
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo precompute train sample test test-faults lint format clean bench bench-precompute bench-train bench-gpu-train bench-gpu-precompute first-gpu
+.PHONY: help setup dev demo precompute train sample test test-faults lint format clean bench bench-precompute bench-train bench-scale bench-gpu-train bench-gpu-precompute first-gpu
 
 # pip with one updating line (plain lines without a terminal) in place of hundreds; errors go to stderr as they are.
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -76,6 +76,9 @@ bench-precompute: dev  ## Measure stage 1 on the CPU with the tiny VAE: overlap 
 
 bench-train: dev  ## Measure stage 2 on the CPU against a plain end-to-end trainer
 	$(BIN)/python -m bench.cpu_train $(ARGS)
+
+bench-scale: dev  ## Measure on the CPU what grows with the data set, and what one real-size sample costs
+	$(BIN)/python -m bench.scale $(ARGS)
 
 bench-gpu-train: dev  ## Measure stage 2 on a CUDA GPU at the published sizes (PIECE=1..4, ten minutes each)
 	$(BIN)/python -m bench.gpu_train --piece $(or $(PIECE),1) $(ARGS)

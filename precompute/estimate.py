@@ -100,7 +100,7 @@ def estimate(stage: Stage, pool: DecodePool) -> Estimate:
     old = views.pop(stage.config.data.name, None)
     to_encode = [clip for key, clip in clips.items() if key in planned]
     recipe = wanted.latents_recipe
-    changed = changed_clips(stage.config, stage.storage, recipe, to_encode, old) if old else []
+    changed = changed_clips(stage.config, stage.storage, recipe, to_encode, old) if old and to_encode else []
     stored_bytes, orphaned = _count_stored(stage.storage, {*clips, *wanted.texts}, views)
     return Estimate(
         clips=sum(clip.key not in refused for clip in wanted.clips),
@@ -201,8 +201,7 @@ def _views(storage: Storage) -> tuple[dict[str, View], list[str]]:
 def _count_stored(storage: Storage, used: set[str], others: Mapping[str, View]) -> tuple[int, dict[str, int]]:
     """Return the bytes of all shards, and counts of the samples that neither `used` nor the other views need."""
     for view in others.values():
-        used |= {row.latent_key for row in view.rows} | {key for row in view.rows for key in row.prompt_keys}
-        used |= set(view.special_prompts.values())
+        used |= set().union(*view.keys.values())
     stored_bytes, unused = 0, Counter(latents=0, prompts=0, bytes=0)
     for collection in collections(storage):
         for _, receipt in shards(storage, collection.folder):

@@ -121,9 +121,9 @@ class Report:
 
 def truncated_captions(data: Data, view: View, tokens: Mapping[str, int]) -> list[Truncated]:
     """Return every caption and prompt that is cut off, in the view's order; `tokens` is prompt key -> cut tokens."""
-    keys = [(row.source, row.prompt_keys) for row in view.rows]
-    keys += [("data.validation_prompts", tuple(view.special_prompts[text] for text in data.validation_prompts))]
-    keys += [("data.negative_prompt", (view.special_prompts[data.negative_prompt],))]
+    keys = [*zip(*(view.table.column(name) for name in ("source", "prompt_keys")), strict=True)]
+    keys += [("data.validation_prompts", [view.special_prompts[text] for text in data.validation_prompts])]
+    keys += [("data.negative_prompt", [view.special_prompts[data.negative_prompt]])]
     found = [
         Truncated(source, number, tokens[key])
         for source, prompt_keys in keys

@@ -18,7 +18,7 @@ from shared.errors import UsageError
 from shared.model.conventions import read_conventions, refusal
 from shared.model.pretrained import pretrained_config, pretrained_part
 from shared.run_folder import require_tracker
-from train.data.dataset import Dataset
+from train.data.dataset import Dataset, read_stored
 from train.data.order import num_train_steps
 from train.export import read_adapter
 from train.memory.choice import choose_plans, largest_pack
@@ -54,7 +54,10 @@ def open_run(config: Config) -> Run:
         if reason := refusal(conventions, bucket):
             raise UsageError(f"view {view.name}: {reason}")
     schedule = read_schedule(scheduler)
-    dataset, held_out = (Dataset(storage, view, split, conventions, schedule, train) for split in ("train", "held_out"))
+    stored = read_stored(storage, view)
+    dataset, held_out = (
+        Dataset(storage, view, split, conventions, schedule, train, stored) for split in ("train", "held_out")
+    )
     transformer = load_transformer(config, torch.device("cpu")).train()
     if train.initial_adapter is not None:
         load_adapter_weights(transformer, read_adapter(transformer, train, train.initial_adapter))
@@ -105,7 +108,7 @@ def announce(run: Run) -> None:
     train, trainable = run.config.train, sum(parameter.numel() for _, parameter in run.parameters)
     divisor = train.lora_rank**0.5 if train.use_rslora else train.lora_rank
     precision = str(run.transformer.dtype).removeprefix("torch.")
-    truncated = sum(any(row.truncated_tokens) for row in run.dataset.rows)
+    truncated = sum(any(tokens) for tokens in run.dataset.rows.column("truncated_tokens"))
     console.table(
         f"Run {train.output_dir}",
         [
@@ -115,7 +118,7 @@ def announce(run: Run) -> None:
             ("attention", run.engine.attention),
             ("clips", f"{len(run.dataset.rows)} to train on, {len(run.held_out.rows)} held out"),
             ("captions", f"{truncated} clips' captions exceed {run.conventions.text_length} tokens and are truncated"),
-            ("buckets", ", ".join(map(str, sorted({row.bucket for row in run.dataset.rows})))),
+            ("buckets", ", ".join(map(str, sorted(set(run.dataset.rows.buckets))))),
             ("shuffled", "all clips" if run.windows is None else f"{run.windows.num_shards} shards at a time"),
         ],
     )

@@ -127,8 +127,9 @@ class SampleReader:
         collection: Collection,
         keys: Container[str] | None = None,
         whole_up_to_bytes: float = math.inf,
+        stored: Iterable[tuple[str, Receipt]] | None = None,
     ) -> None:
-        """Read the collection's receipts; `keys` are those that will be read, None for all.
+        """Find the samples `keys`, None for all, in the collection's shards, which are read if `stored` is None.
 
         Remote shards are fetched whole if they take at most `whole_up_to_bytes`; otherwise a read fetches one sample.
         """
@@ -136,7 +137,7 @@ class SampleReader:
         self._collection = collection
         self._receipts: dict[str, Receipt] = {}
         self._places: dict[str, tuple[str, SamplePlace]] = {}
-        for tar, receipt in shards(storage, collection.folder):
+        for tar, receipt in shards(storage, collection.folder) if stored is None else stored:
             wanted = [place for place in receipt.samples if keys is None or place.key in keys]
             if wanted:
                 self._receipts[tar] = replace(receipt, samples=(), skipped={})

@@ -5,10 +5,11 @@ The table is named by its bytes, and `datasets/<name>.json` holds that name and 
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Literal, overload
 
 from pydantic import TypeAdapter
 
@@ -62,6 +63,63 @@ class ViewRow:
         return Bucket(self.frames, self.height, self.width)
 
 
+class ViewRows(Sequence[ViewRow]):
+    """The rows of a table; a row is made when it is asked for, as 100,000 of them would take 200 MB."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> ViewRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ViewRows": ...
+    def __getitem__(self, index: int | slice) -> "ViewRow | ViewRows":
+        if isinstance(index, slice):
+            return self.take(range(len(self))[index])
+        return next(iter(ViewRows(self.table.slice(range(len(self))[index], 1))))
+
+    def __iter__(self) -> Iterator[ViewRow]:
+        for batch in self.table.to_batches(max_chunksize=1000):
+            for row in batch.to_pylist():
+                cells: dict[str, Any] = {}
+                for name, cell in row.items():
+                    cells[name] = tuple(cell) if isinstance(cell, list) else cell
+                yield ViewRow(**cells)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def column(self, name: str) -> list[Any]:
+        """Return a field of every row; lists in place of tuples."""
+        cells: list[Any] = self.table[name].to_pylist()
+        return cells
+
+    def take(self, chosen: Sequence[int]) -> "ViewRows":
+        """Return the rows with these numbers, in their order."""
+        import pyarrow as pa
+
+        return ViewRows(self.table.take(pa.array(chosen, pa.int64())))
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Return the bucket of every row."""
+        shapes = zip(*(self.column(name) for name in ("frames", "height", "width")), strict=True)
+        return [Bucket(*shape) for shape in shapes]
+
+
+def rows_of(rows: Sequence[ViewRow]) -> ViewRows:
+    """Return the rows as a table."""
+    import pyarrow as pa
+
+    if isinstance(rows, ViewRows):
+        return rows
+    schema = _schema()
+    return ViewRows(pa.table({name: [getattr(row, name) for row in rows] for name in schema.names}, schema=schema))
+
+
 @dataclass(frozen=True)
 class View:
     """A data set as stage 2 reads it; splits and hash are computed once."""
@@ -71,7 +129,7 @@ class View:
     prompts: Collection
     special_prompts: dict[str, str]
     """Text -> key of the prompts encoded beside the captions: empty, negative, validation."""
-    rows: tuple[ViewRow, ...]
+    rows: Sequence[ViewRow]
     encoders: dict[str, tuple[FileMark, ...]] = field(default_factory=dict)
     """Part -> marks of its weight files, so that stage 2 recognizes them without reading them."""
     settings: dict[str, Json] = field(default_factory=dict)
@@ -79,42 +137,47 @@ class View:
     latent_rgb: LatentRgb = ()
     """Map that shows latents as pictures; in no hash."""
 
-    def split(self, name: str) -> tuple[ViewRow, ...]:
+    def split(self, name: str) -> ViewRows:
         """Return the rows of one split, ordered by their keys, not by the user's listing."""
-        return tuple(row for row in self._sorted if row.split == name)
+        splits = self.table.column("split")
+        return self.table.take([row for row in self._order if splits[row] == name])
+
+    @cached_property
+    def table(self) -> ViewRows:
+        """The rows as a table."""
+        return rows_of(self.rows)
 
     @property
     def keys(self) -> dict[str, set[str]]:
         """Folder of a collection -> keys of its samples that the view names, of skipped clips too."""
-        prompts = {key for row in self.rows for key in row.prompt_keys} | set(self.special_prompts.values())
-        return {self.latents.folder: {row.latent_key for row in self.rows} - {""}, self.prompts.folder: prompts}
+        prompts = {*chain.from_iterable(self.table.column("prompt_keys")), *self.special_prompts.values()}
+        return {self.latents.folder: {*self.table.column("latent_key")} - {""}, self.prompts.folder: prompts}
 
     @property
     def epoch_buckets(self) -> list[Bucket]:
         """Buckets of the clips of one epoch; a repeated clip comes as often as in training."""
-        return [row.bucket for row in self.split("train") for _ in range(row.repeats)]
+        rows = self.split("train")
+        repeated = zip(rows.buckets, rows.column("repeats"), strict=True)
+        return [bucket for bucket, repeats in repeated for _ in range(repeats)]
 
     @cached_property
-    def _sorted(self) -> list[ViewRow]:
-        return sorted(
-            self.rows,
-            key=lambda row: (row.latent_key, row.prompt_keys, row.caption_weights, row.repeats, row.loss_weight),
-        )
+    def _order(self) -> list[int]:
+        return sorted(range(len(self.rows)), key=self._trained.__getitem__)
+
+    @cached_property
+    def _trained(self) -> list[tuple[Any, ...]]:
+        """Fields of each row that training depends on."""
+        names = ("latent_key", "prompt_keys", "caption_weights", "repeats", "loss_weight")
+        return [*zip(*(self.table.column(name) for name in names), strict=True)]
 
     @cached_property
     def hash(self) -> str:
         """Hash of what training depends on: keys, weights, repeats and splits, in canonical order."""
-        splits: dict[str, Json] = {
-            split: [
-                [row.latent_key, list(row.prompt_keys), list(row.caption_weights), row.repeats, row.loss_weight]
-                for row in self.split(split)
-            ]
-            for split in ("train", "held_out")
-        }
+        parts = self.table.column("split")
+        splits = {name: [self._trained[row] for row in self._order if parts[row] == name] for name in SPLITS[:2]}
         return key_of({"latents": self.latents.recipe, "prompts": self.prompts.recipe, **splits})
 
 
-ROWS = TypeAdapter(tuple[ViewRow, ...])
 MARKS = TypeAdapter(dict[str, tuple[FileMark, ...]])
 
 
@@ -133,12 +196,10 @@ def read_table_name(storage: Storage, name: str) -> str:
 
 def write_view(storage: Storage, view: View) -> None:
     """Publish the table, then `datasets/<name>.json`, which alone switches from an older view."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {name: [getattr(row, name) for row in view.rows] for name in _schema().names}
     stream = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=_schema()), stream, compression="zstd")
+    pq.write_table(view.table.table, stream, compression="zstd")
     digest = hashlib.sha256(stream.getbuffer()).hexdigest()
     body = {
         "name": view.name,
@@ -173,12 +234,14 @@ def read_view(storage: Storage, name: str) -> View:
         table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
         if not table.schema.equals(_schema()):
             raise ValueError("other columns than this version writes")
+        if any(column.null_count for column in table.columns):
+            raise ValueError("a cell is empty")
         view = View(
             body["name"],
             Collection("latents", body["latents"]),
             Collection("prompts", body["prompts"]),
             body["special_prompts"],
-            ROWS.validate_python(table.to_pylist()),
+            ViewRows(table),
             MARKS.validate_python(body["encoders"]),
             body["settings"],
             tuple(map(tuple, body["latent_rgb"])),

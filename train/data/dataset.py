@@ -4,24 +4,34 @@ Every draw is keyed by (seed, epoch, sample key), so a clip's example depends on
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shared import seeding
-from shared.cache.collection import SampleReader
+from shared.cache.collection import SampleReader, shards
+from shared.cache.shard import Receipt
 from shared.cache.storage import Storage
 from shared.cache.view import View, ViewRow
 from shared.config import Train
 from shared.errors import CacheError
 from shared.model.conventions import Conventions
-from shared.model.geometry import latent_shape, video_tokens
+from shared.model.geometry import Bucket, latent_shape, video_tokens
 from train.data.example import Example, ModelInput, image_condition, pad_front
 from train.data.order import Draw, Windows, epoch_places, window_size
 from train.objective import NoiseSchedule, add_noise, min_snr_weight, velocity
+
+Stored = Mapping[str, list[tuple[str, Receipt]]]
+"""Folder of a collection -> its shards."""
+
+
+def read_stored(storage: Storage, view: View) -> Stored:
+    """Read the receipts of the view's collections, once for all splits."""
+    return {folder: shards(storage, folder) for folder in (view.latents.folder, view.prompts.folder)}
 
 
 class Dataset:
@@ -35,12 +45,15 @@ class Dataset:
         conventions: Conventions,
         schedule: NoiseSchedule,
         train: Train,
+        stored: Stored | None = None,
     ) -> None:
+        """Find the samples; `stored` is what `read_stored` returns for the view."""
         self.rows = view.split(split)
-        self.places = epoch_places([row.repeats for row in self.rows])
+        self.places = epoch_places(self.rows.column("repeats"))
         """(row, repetition) of every place of an epoch."""
+        self._keys: list[str] = self.rows.column("latent_key")
         self._empty_prompt = view.special_prompts[""]
-        prompts = {self._empty_prompt, *(key for row in self.rows for key in row.prompt_keys)}
+        prompts = {self._empty_prompt, *chain.from_iterable(self.rows.column("prompt_keys"))}
         room = storage.copies_bytes()
         if room is None:
             latents_up_to = prompts_up_to = math.inf
@@ -48,8 +61,9 @@ class Dataset:
             latents_up_to = prompts_up_to = 0.0
         else:  # the order follows the shards of latents, prompts are scattered
             latents_up_to, prompts_up_to = math.inf, room / 2
-        self._latents = SampleReader(storage, view.latents, {row.latent_key for row in self.rows}, latents_up_to)
-        self._prompts = SampleReader(storage, view.prompts, prompts, prompts_up_to)
+        stored = stored or read_stored(storage, view)
+        self._latents = SampleReader(storage, view.latents, {*self._keys}, latents_up_to, stored[view.latents.folder])
+        self._prompts = SampleReader(storage, view.prompts, prompts, prompts_up_to, stored[view.prompts.folder])
         self._room_bytes = None if room is None else room - self._prompts.copies_bytes
         self._conventions = conventions
         self._schedule = schedule
@@ -60,19 +74,28 @@ class Dataset:
         """Raise `CacheError` naming the first clip whose samples are missing or have another shape."""
         text = (self._conventions.text_length, self._conventions.text_embed_dim)
         fix = "run `precog precompute` with this config"
-        for row in self.rows:
-            channels, *size = latent_shape(row.bucket, self._conventions.out_channels)
-            shapes = self._latents.shapes(row.latent_key)
-            if shapes["moments"] != (2 * channels, *size):
-                found = shapes["moments"]
-                raise CacheError(f"{clip_label(row)}: expected moments {(2 * channels, *size)}, got {found}; {fix}")
+        buckets, tokens = self.rows.buckets, dict[Bucket, int]()
+        for bucket in set(buckets):
+            video = video_tokens(bucket, self._conventions.patch_size, self._conventions.patch_size_t)
+            tokens[bucket] = self._conventions.text_length + video
+        self._tokens = [tokens[bucket] for bucket in buckets]
+        expected = {bucket: latent_shape(bucket, self._conventions.out_channels) for bucket in tokens}
+        prompt_keys = self.rows.column("prompt_keys")
+        for row, (key, bucket) in enumerate(zip(self._keys, buckets, strict=True)):
+            channels, *size = expected[bucket]
+            shapes = self._latents.shapes(key)
+            if (found := shapes["moments"]) != (2 * channels, *size):
+                raise CacheError(f"{self._label(row)}: expected moments {(2 * channels, *size)}, got {found}; {fix}")
             if self._conventions.image_to_video and "image_moments" not in shapes:
                 raise CacheError(
-                    f"{clip_label(row)}: the cache was made for text-to-video, without first frames; {fix}"
+                    f"{self._label(row)}: the cache was made for text-to-video, without first frames; {fix}"
                 )
-            for key in row.prompt_keys:
-                if (found := self._prompts.shapes(key)["prompt_embeds"]) != text:
-                    raise CacheError(f"{clip_label(row)}: expected prompt_embeds {text}, got {found}; {fix}")
+            for prompt in prompt_keys[row]:
+                if (found := self._prompts.shapes(prompt)["prompt_embeds"]) != text:
+                    raise CacheError(f"{self._label(row)}: expected prompt_embeds {text}, got {found}; {fix}")
+
+    def _label(self, row: int) -> str:
+        return clip_label(self.rows[row])
 
     def windows(self) -> Windows | None:
         """Return the order that reads a few shards at a time, by `train.shuffle_shards`; None shuffles all clips."""
@@ -85,14 +108,12 @@ class Dataset:
         if size >= len(sizes):
             return None
         numbers = {tar: number for number, tar in enumerate(sizes)}
-        shards = [numbers[self._latents.shard_of(row.latent_key)] for row in self.rows]
+        shards = [numbers[self._latents.shard_of(key)] for key in self._keys]
         return Windows(size, np.array([shards[row] for row, _ in self.places]))
 
     def tokens(self, row: int) -> int:
         """Return the number of text and video tokens of a clip."""
-        conventions = self._conventions
-        video = video_tokens(self.rows[row].bucket, conventions.patch_size, conventions.patch_size_t)
-        return conventions.text_length + video
+        return self._tokens[row]
 
     def timesteps(self, draws: Sequence[Draw], step: int) -> list[int]:
         """Return the timestep of each clip of the global batch of optimizer step `step`.
@@ -114,7 +135,7 @@ class Dataset:
     def _place(self, draw: Draw) -> tuple[str | int, ...]:
         """Return the key of a draw beside the seed: epoch, sample key and, from the second time on, the repetition."""
         repetition = (draw.repetition,) if draw.repetition else ()
-        return draw.epoch, self.rows[draw.row].latent_key, *repetition
+        return draw.epoch, self._keys[draw.row], *repetition
 
     def example(self, draw: Draw, timestep: int) -> Example:
         """Return the training example of one draw, on the CPU in fp32; `timestep` comes from `timesteps`."""

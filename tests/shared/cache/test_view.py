@@ -50,6 +50,14 @@ def test_view_is_read_as_it_was_written(storage: LocalStorage) -> None:
     assert read_view(storage, "clips") == view and view_names(storage) == ["clips"]
 
 
+def test_rows_of_a_table_are_those_it_was_made_of(storage: LocalStorage) -> None:
+    write_view(storage, make_view(*ROWS))
+    rows = read_view(storage, "clips").rows
+    assert [rows[-1], *rows[:2], *rows[::-3]] == [ROWS[-1], *ROWS[:2], *ROWS[::-3]]
+    with pytest.raises(IndexError):
+        rows[len(ROWS)]
+
+
 def test_names_and_order_of_the_listing_change_neither_hash_nor_splits() -> None:
     view = make_view(*ROWS)
     renamed = [replace(row, source=f"{9 - int(row.source[0])}.mp4") for row in random.Random(0).sample(ROWS, len(ROWS))]
