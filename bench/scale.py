@@ -101,7 +101,8 @@ def store_all(config_file: Path) -> None:
     with decode_pool(config) as pool:
         wanted = survey(stage, pool)
     moments = torch.randn(32, 2, SIDE // 8, SIDE // 8)
-    embeds = torch.randn(226, 64)
+    conventions = stage.encoders.conventions
+    embeds = torch.randn(conventions.text_length, conventions.text_embed_dim)
     write_recipe(stage.storage, wanted.latents, wanted.latents_recipe)
     write_recipe(stage.storage, wanted.prompts, wanted.prompts_recipe)
     for work, name, tensor in zip(
