@@ -83,12 +83,12 @@ def store_all(config_file: Path) -> None:
     from precompute.discover import open_stage, survey
     from precompute.estimate import find_work
     from precompute.run import decode_pool, make_view
-    from precompute.video.known_files import KnownFiles
-    from precompute.video.probe import mark_of, probe
     from shared.cache.collection import write_recipe
     from shared.cache.shard import Sample, write_shard
     from shared.cache.view import write_view
     from shared.config_file import load_config
+    from shared.media.known_files import KnownFiles
+    from shared.media.probe import mark_of, probe
 
     config = load_config(config_file, None)
     stage = open_stage(config)
@@ -282,10 +282,10 @@ def measure_decoding(rounds: int) -> dict[str, Any]:
     """Take 49 of 147 frames at 1080p, resized and at full size, and in a plain PyAV loop; CPU seconds, interleaved."""
     import av
 
-    from precompute.video.child import FileRows
-    from precompute.video.decode import decode_rows, shape_of
-    from precompute.video.pixels import scaled_into
-    from precompute.video.probe import probe
+    from precompute.pixels import scaled_into
+    from shared.media.child import FileRows
+    from shared.media.decode import decode_rows, shape_of
+    from shared.media.probe import probe
     from shared.model.geometry import Bucket
 
     indices = tuple(range(0, 147, 3))
