@@ -42,11 +42,12 @@ def precog(
 
 @app.command("config")
 @exits
-def config_command(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Print the resolved config as TOML."""
+def config_command(config: ConfigFile, overrides: Overrides = None, json_output: JsonOutput = False) -> None:
+    """Print the resolved config as TOML, or as one JSON line."""
     from shared.config_file import dump_config, load_config
 
-    typer.echo(dump_config(load_config(config, overrides)), nl=False)
+    found = load_config(config, overrides)
+    typer.echo(found.model_dump_json() + "\n" if json_output else dump_config(found), nl=False)
 
 
 @app.command("plan")

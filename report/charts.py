@@ -1,16 +1,18 @@
 """The charts of the pages as Altair specifications; a page draws them offline with the bundled Vega-Lite."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import altair as alt
 
-from report.verdict import HeldOut, difference
+from report.verdict import HeldOut, noisy_gains
+from shared.atomic_files import replacing
 
 MAX_POINTS = 1000
 """Of a line; longer ones are thinned."""
-WIDTH, HEIGHT = 320, 200
-"""Pixels; the page lets them wrap."""
+HEIGHT, SMALL_HEIGHT = 200, 120
+"""Pixels of the plot; the page sets the width and lets charts wrap."""
 COLORS = ["#2a78b5", "#c2571a", "#2e8540", "#8a4fa0", "#b8860b", "#5f6b76"]
 
 Line = dict[str, Any]
@@ -30,11 +32,10 @@ def loss_chart(lines: Sequence[Line], evaluations: Sequence[HeldOut], base: Held
     if base is not None and lines:
         ends = (lines[0]["step"], lines[-1]["step"])
         held_out += [{"step": step, "loss": base.mean, "kind": "base model, held out"} for step in ends]
-        for row, evaluation in zip(held_out, evaluations, strict=False):
-            margin = difference(base, evaluation)[1]
+        for row, (_, margin) in zip(held_out, noisy_gains(base, evaluations), strict=False):
             row |= {"low": row["loss"] - margin, "high": row["loss"] + margin} if margin < float("inf") else {}
     kinds = ["loss", "smoothed loss", "held out", "base model, held out"]
-    legend = alt.Legend(orient="bottom", title=None, columns=2)
+    legend = alt.Legend(orient="bottom", title=None, columns=2, symbolOpacity=1)
     color = alt.Color(
         "kind:N", scale=alt.Scale(domain=kinds, range=["#b9c4ce", COLORS[2], COLORS[0], COLORS[1]]), legend=legend
     )
@@ -49,7 +50,7 @@ def loss_chart(lines: Sequence[Line], evaluations: Sequence[HeldOut], base: Held
         else None,
         points.mark_line(point=True).encode(x=step, y=alt.Y("loss:Q", title="", scale=scale), color=color),
     ]
-    return _spec(alt.layer(*[layer for layer in layers if layer is not None]), "Loss", "container")
+    return _spec(alt.layer(*[layer for layer in layers if layer is not None]), "Loss")
 
 
 NAMES = (("loss", "loss"), ("ema_loss", "smoothed loss"))
@@ -69,7 +70,7 @@ def quantile_charts(evaluations: Sequence[HeldOut], base: HeldOut, quantiles: Se
             y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=False)),
             color=alt.Color("kind:N", scale=alt.Scale(domain=["held out", "base model"], range=COLORS), legend=None),
         )
-        charts.append(_spec(chart, f"timesteps around {quantile:.0%}", WIDTH // 2, HEIGHT // 2))
+        charts.append(_spec(chart, f"timesteps around {quantile:.0%}", SMALL_HEIGHT))
     return charts
 
 
@@ -84,6 +85,15 @@ def step_chart(lines: Sequence[Line], field: str, title: str, *, unit: float = 1
     return _spec(chart, title)
 
 
+def write_png(spec: Spec, path: Path) -> None:
+    """Write a chart as a PNG on white, whole or not at all."""
+    import vl_convert
+
+    picture = vl_convert.vegalite_to_png({**spec, "width": 800, "height": 380, "background": "white"})
+    with replacing(path) as pending:
+        pending.write_bytes(picture)
+
+
 def runs_chart(runs: Iterable[tuple[str, Sequence[HeldOut], HeldOut | None]]) -> Spec:
     """Return the held-out loss of several runs over their steps, less the base model's where it is known."""
     rows = [
@@ -95,16 +105,34 @@ def runs_chart(runs: Iterable[tuple[str, Sequence[HeldOut], HeldOut | None]]) ->
     chart = chart.encode(
         x=alt.X("step:Q", title="optimizer step"),
         y=alt.Y("loss:Q", title="held-out loss less the base model's", scale=alt.Scale(zero=False)),
-        color=alt.Color("run:N", scale=alt.Scale(range=COLORS)),
+        color=alt.Color(
+            "run:N", scale=alt.Scale(range=COLORS), legend=alt.Legend(orient="bottom", title=None, columns=2)
+        ),
     )
-    return _spec(chart, "Held-out loss", "container")
+    return _spec(chart, "Held-out loss")
+
+
+def gain_chart(title: str, evaluations: Sequence[HeldOut], base: HeldOut | None) -> Spec:
+    """Return a small chart of one run: its gain over the base model with its margin, and a line at no gain."""
+    gains = [] if base is None else noisy_gains(base, evaluations)
+    rows: list[Line] = []
+    for evaluation, (gain, margin) in zip(evaluations, gains, strict=False):
+        band = {"low": gain - margin, "high": gain + margin} if margin < float("inf") else {}
+        rows.append({"step": evaluation.step, "gain": gain, **band})
+    x = alt.X("step:Q", title=None)
+    layers = [
+        _chart(rows).mark_errorband(opacity=0.25, color=COLORS[0]).encode(x=x, y=alt.Y("low:Q", title=""), y2="high:Q"),
+        _chart(rows).mark_line(point=True, color=COLORS[0]).encode(x=x, y=alt.Y("gain:Q", title="")),
+        _chart([{"gain": 0}]).mark_rule(strokeDash=[4, 4], color=COLORS[1]).encode(y="gain:Q"),
+    ]
+    return _spec(alt.layer(*layers), title, SMALL_HEIGHT)
 
 
 def _chart(rows: Sequence[Line]) -> Any:
     return alt.Chart(alt.Data(values=list(rows)))  # type: ignore[no-untyped-call]
 
 
-def _spec(chart: Any, title: str, width: int | str = WIDTH, height: int = HEIGHT) -> Spec:
-    sized = chart.properties(title=title, width=width, height=height, background="transparent")
+def _spec(chart: Any, title: str, height: int = HEIGHT) -> Spec:
+    sized = chart.properties(title=title, width="container", height=height, background="transparent")
     spec: Spec = sized.to_dict()
     return spec

@@ -14,16 +14,29 @@ app = typer.Typer(help="Write HTML pages about runs and samples.", no_args_is_he
 @app.command("run")
 @exits
 def report_run_command(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders (train.output_dir).")], json_output: JsonOutput = False
+    runs: Annotated[list[Path], typer.Argument(help="Run folders (train.output_dir), or the folder of a sweep.")],
+    json_output: JsonOutput = False,
 ) -> None:
-    """Write report.html into each run folder; several runs are also compared in the first one's parent folder."""
-    from report.run_page import read_run, write_comparison, write_run_page
+    """Write report.html into each run folder; several runs, or those of a sweep, are also compared."""
+    from report.comparison import is_sweep, read_sweep, write_comparison
+    from report.run_page import RunSummary, read_run, write_run_page
     from shared.console import say
 
-    summaries = [read_run(run) for run in runs]
-    pages = [write_run_page(run) for run in runs]
-    if len(runs) > 1:
-        pages.append(write_comparison(runs[0].resolve().parent / "comparison.html", summaries))
+    summaries: list[RunSummary] = []
+    failed: dict[str, str] = {}
+    pages, where = list[Path](), runs[0].resolve().parent / "comparison.html"
+    for folder in runs:
+        if is_sweep(folder):
+            found, reasons = read_sweep(folder)
+            where = folder / "sweep.html"
+            pages += [write_run_page(folder / run.name) for run in found]
+        else:
+            found, reasons = [read_run(folder)], {}
+            pages.append(write_run_page(folder))
+        summaries += found
+        failed |= reasons
+    if len(runs) > 1 or is_sweep(runs[0]):
+        pages.append(write_comparison(where, summaries, failed))
     for summary in summaries:
         say(f"{summary.name}: {summary.verdict.sentence}")
     for page in pages:

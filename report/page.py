@@ -1,7 +1,10 @@
 """Rendering of self-contained pages: Jinja2 templates with autoescape, inline styles, charts and scripts."""
 
 import json
+import os
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +54,19 @@ def number(value: float | None, form: str = ".4g") -> str:
 
 @cache
 def chart_library() -> Markup:
-    """Return Vega, Vega-Lite and vega-embed as one script for use without a network."""
+    """Return Vega, Vega-Lite and vega-embed as one script for use without a network.
+
+    vl-convert takes three seconds to bundle them, so the bundle is kept in the user's cache folder.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "precog"
+    kept = folder / f"vega-{version('vl-convert-python')}.js"
+    with suppress(OSError):
+        return Markup(kept.read_text("utf-8"))
     import vl_convert
 
-    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    return Markup(bundle.replace("</script", "<\\/script"))
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(kept) as pending:
+            pending.write_text(bundle, encoding="utf-8")
+    return Markup(bundle)

@@ -1,5 +1,6 @@
-"""The page of a run: verdict, losses, held-out clips, previews, speed, settings; or of several runs side by side."""
+"""The page of a run: verdict, losses, held-out clips, previews, speed, settings, events; and loss.png."""
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,14 +8,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from report import charts
 from report.page import number, write_page
 from report.verdict import RULE, HeldOut, Verdict, judge
+from shared.config import Config
 from shared.console import bytes_text
 from shared.errors import UsageError
-from shared.run_folder import METRICS, read_metrics
+from shared.run_folder import METRICS, PAGE, PREVIEWS, read_events, read_metrics
 
-PAGE = "report.html"
+CURVE = "loss.png"
 MAX_WORST = 12
 TONES = {"learning": "good", "overfitting": "bad", "worse than the base": "bad", "too noisy to say": "warn"}
 GIB = 2**30
@@ -47,7 +51,14 @@ class RunSummary:
     worst_clips: tuple[WorstClip, ...]
     figures: dict[str, str]
     settings: dict[str, str]
+    """Every field of the config."""
+    defaults: dict[str, str]
+    """Of the fields that differ from them."""
     provenance: dict[str, str]
+    events: tuple[tuple[str, str], ...]
+    """Time and description of starts, resumes, signals and ends."""
+    gpu_hours: float | None
+    """Time in steps on all processes; None without a GPU."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the object of `--json`; evaluations are given by their means."""
@@ -71,24 +82,11 @@ def _lines(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def write_comparison(path: Path, runs: Sequence[RunSummary]) -> Path:
-    """Write a page with the runs' verdicts, held-out losses and the settings in which they differ; return its path."""
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    differing = [name for name in names if len({run.settings.get(name) for run in runs}) > 1]
-    ranked = sorted(runs, key=lambda run: run.held_out[-1].mean if run.held_out else float("inf"))
-    spec = charts.runs_chart([(run.name, run.held_out, run.base) for run in runs])
-    return write_page(
-        path,
-        "comparison.html",
-        title=f"{len(runs)} runs",
-        runs=ranked,
-        differing=differing,
-        charts={"runs": spec} if any(run.held_out for run in runs) else {},
-    )
-
-
 def write_run_page(run: Path) -> Path:
-    """Write `report.html` into a run folder and return its path. Raise `UsageError` if the folder has no metrics."""
+    """Write `report.html` and `loss.png` into a run folder; return the page's path.
+
+    Raise `UsageError` if the folder has no metrics.
+    """
     lines = _lines(run)
     summary = summarize(run, lines)
     specs = {"loss": charts.loss_chart(lines, summary.held_out, summary.base)}
@@ -97,11 +95,15 @@ def write_run_page(run: Path) -> Path:
         for index, spec in enumerate(charts.quantile_charts(summary.held_out, summary.base, summary.quantiles)):
             specs[f"quantile-{index}"] = spec
             quantile_ids.append(f"quantile-{index}")
+    charts.write_png(specs["loss"], run / CURVE)
     small = {
         "seconds": charts.step_chart(lines, "seconds", "seconds per step"),
+        "waiting": charts.step_chart(lines, "data_wait_seconds", "seconds of it waiting for data"),
         "gradient": charts.step_chart(lines, "grad_norm", "gradient norm", rule=_clip_norm(run)),
         "rate": charts.step_chart(lines, "lr", "learning rate"),
-        "memory": charts.step_chart(lines, "peak_memory_bytes", "peak memory, GiB", unit=GIB),
+        "memory": charts.step_chart(
+            lines, "peak_memory_bytes", "peak memory, GiB", unit=GIB, rule=_planned_memory(read_events(run))
+        ),
     }
     return write_page(
         run / PAGE,
@@ -119,7 +121,8 @@ def write_run_page(run: Path) -> Path:
 
 def summarize(run: Path, lines: Sequence[Line]) -> RunSummary:
     """Return the numbers of a run from the lines of its metrics and its config."""
-    config = _config(run)
+    config, events = _config(run), read_events(run)
+    settings, defaults = _settings(config)
     first = next((line for line in lines if "base_held_out_cells" in line), None)
     base = None if first is None else HeldOut(0, _cells(first["base_held_out_cells"]))
     held_out = tuple(
@@ -137,14 +140,23 @@ def summarize(run: Path, lines: Sequence[Line]) -> RunSummary:
         quantiles=() if first is None else tuple(first["timestep_quantiles"]),
         worst_clips=_worst_clips(names, held_out, base),
         figures=_figures(lines, _clip_norm(run)),
-        settings={f"{table}.{name}": str(value) for table, fields in config.items() for name, value in fields.items()},
-        provenance={},
+        settings=settings,
+        defaults=defaults,
+        provenance=_provenance(events),
+        events=tuple((str(one.get("time", "-")), _event_text(one)) for one in events),
+        gpu_hours=_gpu_hours(lines, events),
     )
 
 
 def preview_gallery(run: Path) -> list[tuple[str, list[tuple[int, str]]]]:
-    """Return (prompt, [(step, image path relative to the page)]) of the previews that can be shown."""
-    return []
+    """Return (prompt, [(step, media path relative to the page)]) of the previews that can be shown."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for about in sorted((run / PREVIEWS).glob("step-*/[0-9]*.json")):
+        media = next((path for kind in (".mp4", ".webp") if (path := about.with_suffix(kind)).exists()), None)
+        if media is not None:
+            facts = json.loads(about.read_text("utf-8"))
+            found.setdefault(facts["prompt"], []).append((facts["step"], media.relative_to(run).as_posix()))
+    return list(found.items())
 
 
 def _worst_clips(names: Sequence[str], held_out: Sequence[HeldOut], base: HeldOut | None) -> tuple[WorstClip, ...]:
@@ -169,6 +181,55 @@ def _figures(lines: Sequence[Line], clip_norm: float | None) -> dict[str, str]:
         "gradients clipped": number(clipped, ".0%"),
         "peak memory": bytes_text(max(line["peak_memory_bytes"] for line in lines)),
     }
+
+
+def _settings(config: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return all fields of the config, and the defaults of those that differ from them, as text."""
+    settings, defaults = {}, {}
+    for table, values in config.items():
+        kinds: Any = getattr(Config.model_fields.get(table), "annotation", None)
+        for name, value in values.items():
+            settings[f"{table}.{name}"] = _text(value)
+            if (field := getattr(kinds, "model_fields", {}).get(name)) is not None:
+                default = (
+                    None if field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))
+                )
+                if default != value:
+                    defaults[f"{table}.{name}"] = "-" if default is None else _text(default)
+    return settings, defaults
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _provenance(events: Sequence[Line]) -> dict[str, str]:
+    """Return what the last start ran on."""
+    start = next((one for one in reversed(events) if one.get("event") in ("started", "resumed")), {})
+    names = ("model", "precision", "device", "processes", "view", "view_hash", "clips", "held_out_clips")
+    facts = {name.replace("_", " "): str(start[name]) for name in names if name in start}
+    return facts | {name: str(value) for name, value in start.get("versions", {}).items()}
+
+
+def _event_text(event: Line) -> str:
+    return " ".join(
+        [str(event.get("event", "-"))]
+        + ([f"at step {event['step']}"] if "step" in event else [])
+        + ([f"({event['reason']})"] if "reason" in event else [])
+    )
+
+
+def _gpu_hours(lines: Sequence[Line], events: Sequence[Line]) -> float | None:
+    start = next((one for one in reversed(events) if "device" in one), {"device": "CPU"})
+    if str(start["device"]).startswith("CPU"):
+        return None
+    return float(sum(line["seconds"] for line in lines)) * int(start.get("processes", 1)) / 3600
+
+
+def _planned_memory(events: Sequence[Line]) -> float | None:
+    """Return the peak GiB of the memory plan's trial; None on a CPU, where plans are not tried."""
+    trials = [one["trial"]["peak_memory_bytes"] for one in events if one.get("trial")]
+    return trials[-1] / GIB if trials else None
 
 
 def _cells(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:

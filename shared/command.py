@@ -35,7 +35,7 @@ def exits(command: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(command)
     def run(*arguments: P.args, **options: P.kwargs) -> None:
-        from shared.console import console
+        from shared.console import console, fitted
 
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
         try:
@@ -49,7 +49,7 @@ def exits(command: Callable[P, None]) -> Callable[P, None]:
             message, code = "interrupted; run the same command to continue", Preempted.exit_code
         else:
             sys.exit(0)
-        console.print(f"precog: {message}", markup=False)
+        console.print(fitted(f"precog: {message}"), markup=False)
         sys.exit(code)
 
     return run

@@ -355,10 +355,12 @@ class Train(Table):
     """End the run after this many held-out losses in a row above the lowest one; 0 is never."""
     preview_steps: Annotated[Count, FREE] = 0
     """Optimizer steps between previews: data.validation_prompts, as [sample] says, to latents; 0 is never."""
-    report_to: Annotated[Literal["none", "tensorboard", "wandb"], FREE] = "none"
+    report_to: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], FREE] = "none"
     """Where the metrics also go; metrics.jsonl is always written."""
     tracker_name: Annotated[Name, FREE] = "precog"
     """The tracker's name of the project."""
+    log_steps: Annotated[Count, FREE] = 0
+    """Print a line every so many steps where there is no terminal; 0 prints one every ten seconds."""
     log_clips: Annotated[bool, FREE] = False
     """Write each step's clips and timesteps to metrics.jsonl."""
     nccl_timeout: Annotated[Positive, FREE] = 1800

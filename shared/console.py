@@ -1,24 +1,65 @@
 """Output for people: rich on rank 0, plain lines without a terminal. Standard output is kept for `--json`."""
 
 import json
+import logging
 import os
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 from rich import progress
 from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from shared.launcher import rank
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+logger = logging.getLogger("precog")
+"""Everything that is said, for the log file; nothing of it is printed again."""
+logger.propagate = False
+logger.addHandler(logging.NullHandler())
+logging.raiseExceptions = False  # a log on a full disk must not fill the terminal with tracebacks
 
 
 def say(message: str) -> None:
-    """Print one line on rank 0."""
+    """Print one line on rank 0; it also goes to the log file, if one is open."""
     if rank() == 0:
-        console.print(message, markup=False)
+        console.print(fitted(message), markup=False)
+        logger.warning("%s", message)
+
+
+def fitted(message: str) -> str:
+    """Return the message with its lines broken between words, where a terminal would break them anywhere."""
+    if not console.is_terminal:
+        return message
+    wrap = textwrap.TextWrapper(
+        console.width - 1, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(wrap.fill(line) for line in message.split("\n"))
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Append what is said and warned of within the context to a file, with its time, and the error that ends it."""
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    loggers = (logger, logging.getLogger())
+    for one in loggers:
+        one.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        logger.warning("ended by %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        for one in loggers:
+            one.removeHandler(handler)
+        handler.close()
 
 
 def table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
@@ -27,6 +68,40 @@ def table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
     width = max((len(name) for name, _ in rows), default=0) + 2
     for name, value in rows:
         say(f"  {name:<{width}}{value}")
+
+
+class StatusLine:
+    """One line that the next one replaces; without a terminal, a line every ten seconds or where the caller says so."""
+
+    LINE_SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._live = Live(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+        self._last_line = -self.LINE_SECONDS
+        self._text = ""
+
+    def __enter__(self) -> "StatusLine":
+        if rank() == 0 and console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the last line on the terminal."""
+        self._live.stop()
+        if self._text and console.is_terminal:
+            say(self._text)
+
+    def show(self, text: str, due: bool | None = None) -> None:
+        """Replace the line by `text`; without a terminal, print it if `due`, or if None, every ten seconds."""
+        now = time.monotonic()
+        self._text = text
+        self._live.update(Text(text, no_wrap=True, overflow="crop"))
+        if due or (due is None and now - self._last_line >= self.LINE_SECONDS):
+            self._last_line = now
+            if console.is_terminal:
+                logger.warning("%s", text)
+            else:
+                say(text)
 
 
 class Progress:

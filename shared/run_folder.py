@@ -4,7 +4,8 @@ import json
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ SHEET = "sheet.png"
 """File that `precog decode` writes last into a step's folder; a folder that has it is decoded."""
 METRICS = "metrics.jsonl"
 """One JSON object per optimizer step, written by training and read by the pages."""
+EVENTS = "events.jsonl"
+"""One JSON object per start, resume, signal and end, with the versions and the device of that start."""
+LOG = "run.log"
+"""What a training process said, with times."""
+PAGE = "report.html"
+"""The run's page, written by `precog report run`."""
 METRICS_NUMBERS = ("step", "loss", "ema_loss", "samples", "seconds", "data_wait_seconds", "peak_memory_bytes")
 """Fields that every line of `metrics.jsonl` must have."""
 WANDB_ID = "wandb-id.txt"
@@ -74,6 +81,23 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         if not isinstance(step, dict) or not all(isinstance(step.get(name), int | float) for name in METRICS_NUMBERS):
             raise DataError(f"{path} line {number}: not a step of a run; move the file away to go on")
     return steps
+
+
+def add_event(run: Path, event: str, **facts: Any) -> None:
+    """Append an event with its time to events.jsonl."""
+    line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **facts}
+    with (run / EVENTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_events(run: Path) -> list[dict[str, Any]]:
+    """Read the events so far; damaged lines are left out."""
+    events: list[dict[str, Any]] = []
+    with suppress(OSError):
+        for line in (run / EVENTS).read_bytes().split(b"\n"):
+            with suppress(ValueError):
+                events.append(dict(json.loads(line)))
+    return events
 
 
 def require_tracker(train: Train) -> None:

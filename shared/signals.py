@@ -4,10 +4,10 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from threading import Thread
+from types import FrameType, ModuleType
 
 from shared.errors import Preempted
-from shared.launcher import rank
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 AGAIN_SECONDS = 3.0
@@ -43,24 +43,46 @@ def raise_on_signal(what_is_safe: str) -> Iterator[None]:
 
 
 class StopSignal:
-    """A flag for work that finishes its step and saves: the first signal sets `requested`, a second one stops now."""
+    """A flag for work that finishes its step and saves: a first signal sets `requested`, a second ends the process.
+
+    A thread acknowledges them: Python runs a handler between two bytecodes of the main thread, and a step can be one
+    call of many seconds.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._request) for number in SIGNALS}
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._previous_wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        from shared import console  # 0.1 s, after the handlers are there
+
+        Thread(target=self._acknowledge, args=(reading, console), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._previous_wakeup)
+        os.close(self._writing)
         _restore(self._previous)
 
-    def _receive(self, _number: int, _frame: FrameType | None) -> None:
+    def _request(self, _number: int, _frame: FrameType | None) -> None:
         self.requested = True
-        _restore(self._previous)
-        if rank() == 0:  # the console may hold a lock that the interrupted code has taken
-            os.write(2, b"precog: signal received; finishing this step and saving (a second signal stops now)\n")
+
+    def _acknowledge(self, reading: int, console: ModuleType) -> None:
+        acknowledged = False
+        while received := os.read(reading, 1):
+            if received[0] not in SIGNALS:
+                continue
+            if acknowledged:
+                console.say("precog: stopped now; the same command continues from the last checkpoint")
+                console.console.show_cursor()
+                os._exit(Preempted.exit_code)
+            acknowledged = self.requested = True
+            console.say("precog: stopping after this step, saving; once more to stop now")
+        os.close(reading)
 
     def check(self, what_is_safe: str) -> None:
         """Raise `Preempted` if a signal has arrived."""

@@ -21,14 +21,13 @@ def train_command(
     json_output: JsonOutput = False,
 ) -> None:
     """Train a LoRA from the cache; the same command resumes."""
+    import json
+
     from shared.config_file import load_config
-    from shared.errors import UsageError
     from shared.signals import StopSignal
 
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read by torch when CUDA starts
-    if json_output and not dry_run:
-        raise UsageError("--json: not without --dry-run; a run writes metrics.jsonl")
     settings = load_config(config, overrides)
     with StopSignal() as stop:
         from shared.console import quiet_libraries, show_config
@@ -37,10 +36,12 @@ def train_command(
         show_config(settings)
         if not dry_run:
             from train.loop import train
+            from train.metrics import run_result
 
             train(settings, stop)
+            if json_output:
+                print(json.dumps(run_result(settings.train.output_dir)))  # noqa: T201
             return
-    import json
     from dataclasses import asdict
 
     from train.dry_run import dry_run as measure

@@ -22,15 +22,16 @@ from shared.device import peak_memory_bytes
 from shared.errors import Preempted, UsageError
 from shared.model.adapters import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY
 from shared.model.pretrained import base_key
-from shared.run_folder import BEST, EXPORT, preview_file
+from shared.run_folder import BEST, EXPORT, add_event, preview_file
 from shared.signals import StopSignal
 from train.checkpoint.files import prune_checkpoints, save_checkpoint, sync_file
 from train.checkpoint.resume import Start, find_start, is_finished
 from train.data.dataset import clip_label
 from train.distributed import all_gather, broadcast, on_rank_0
 from train.evaluate import QUANTILES, held_out_loss
+from train.events import record_start, recorded
 from train.export import adapter_header, config_key, export_adapter
-from train.metrics import HEADER, Metrics, finish_metrics, open_tracker, track
+from train.metrics import Metrics, finish_metrics, open_tracker, track
 from train.open_run import announce, open_run, start_processes
 from train.preview import PreviewPrompt, open_previews, write_preview
 from train.run import Run
@@ -54,7 +55,10 @@ def train(config: Config, stop: StopSignal) -> None:
         accelerator.end_training()
         return
     run = open_run(config)
-    with claimed(folder) if accelerator.is_main_process else nullcontext():
+    if not accelerator.is_main_process:
+        run_steps(run, stop)
+        return
+    with claimed(folder), recorded(folder):
         run_steps(run, stop)
 
 
@@ -70,7 +74,7 @@ def run_steps(run: Run, stop: StopSignal) -> None:
     open_tracker(accelerator, run.config)
 
     stopping = any(all_gather(stop.requested))
-    with closing(prefetch_batches(run, state.step)) as batches:
+    with closing(prefetch_batches(run, state.step)) as batches, metrics or nullcontext():
         while True:
             # Maintenance. The checkpoint comes first, because a signal or a fault may end what follows.
             if is_due(run, state.step, train.checkpointing_steps):
@@ -90,7 +94,9 @@ def run_steps(run: Run, stop: StopSignal) -> None:
             stopping = take_step(run, state, batches, metrics, stop)
 
     if metrics is not None:
-        finish_metrics(train.output_dir, export(run, state, start, train.output_dir / EXPORT))
+        export(run, state, start, train.output_dir / EXPORT)
+        add_event(train.output_dir, "finished", step=state.step)
+        finish_metrics(train.output_dir)
     accelerator.end_training()
 
 
@@ -147,9 +153,9 @@ def open_metrics(run: Run, start: Start) -> Metrics:
         (folder / "memory_trial.json").write_text(json.dumps(asdict(run.trial), indent=1) + "\n", encoding="utf-8")
     if checkpoint is not None:
         console.say(f"resuming from {checkpoint.path} at step {checkpoint.step} of {run.num_steps}")
-    metrics = Metrics(folder, 0 if checkpoint is None else checkpoint.step, run.num_steps)
-    console.say(HEADER)
-    return metrics
+    step = 0 if checkpoint is None else checkpoint.step
+    record_start(run, step)
+    return Metrics(folder, step, run.num_steps, run.config.train.log_steps)
 
 
 def save(run: Run, state: TrainState, metrics: Metrics | None, start: Start) -> None:

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, one object per optimizer step, and the same in one fixed-width line for people."""
+"""`metrics.jsonl`, one object per optimizer step, and its numbers in one updating line for people."""
 
 import json
 import math
@@ -14,27 +14,28 @@ from accelerate import Accelerator
 from shared import console
 from shared.atomic_files import replacing
 from shared.config import Config
-from shared.run_folder import METRICS, read_metrics, starting_tracker, wandb_options
+from shared.run_folder import ADAPTER, BEST, EXPORT, METRICS, PAGE, read_metrics, starting_tracker, wandb_options
 from train.checkpoint.files import sync_file
+from train.events import PageProcess
 
-CURVE = "loss.png"
 EMA_DECAY = 0.98
 """Decay of the smoothed loss per optimizer step: about the last 50 steps."""
 RECENT_STEPS = 50
 """Steps whose mean time, with evaluations, previews and saves between them, gives the time left."""
-HEADER = (
-    f"{'step':>11} {'loss':>9} {'EMA loss':>9} {'lr':>9} {'grad':>9} {'clips/s':>8} {'tokens/s':>9} "
-    f"{'wait':>6} {'memory':>10} {'left':>8}"
-)
-"""Names above the fixed-width lines."""
-MIN_CURVE_STEPS, MAX_CURVE_POINTS = 20, 2000
-"""A shorter run has no loss.png; a longer one's curves are thinned to so many points."""
+HEADER = f"{'step':>13} {'loss':>8} {'EMA':>8} {'held out':>8} {'s/step':>7} {'elapsed':>9} {'left':>9} {'memory':>9}"
+"""Names above the updating line, which has 78 columns."""
+FIRST_STEPS = 20
+"""Steps whose mean loss the summary compares the EMA loss with; a shorter run has neither page nor curve."""
 
 
 class Metrics:
     """The run's metrics, appended line by line; on resume, lines beyond the checkpoint's step are removed first."""
 
-    def __init__(self, run: Path, step: int, num_steps: int) -> None:
+    def __init__(self, run: Path, step: int, num_steps: int, log_steps: int = 0) -> None:
+        self._line = console.StatusLine()
+        self._page = PageProcess(run)
+        self._log_steps = log_steps
+        self._started = time.monotonic()
         self._ends = deque([time.monotonic()], maxlen=RECENT_STEPS + 1)
         self._path = run / METRICS
         self._num_steps = num_steps
@@ -52,21 +53,34 @@ class Metrics:
         if kept or self._path.exists():
             self._replace(kept)
 
+    def __enter__(self) -> "Metrics":
+        console.say(HEADER)
+        self._line.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._line.__exit__()
+        self._page.finish()
+
     def write(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Append and print one step; return the line as written, with its `ema_loss`."""
-        line = line | {"ema_loss": self._average.add(line["loss"])}
+        """Append and show one step; return the line as written, with its `ema_loss`."""
+        self.last = line = line | {"ema_loss": self._average.add(line["loss"])}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        seconds = max(line["seconds"], 1e-9)
         self._ends.append(time.monotonic())
-        left = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1) * (self._num_steps - line["step"])
-        console.say(
-            f"{line['step']:>5}/{self._num_steps:<5} {line['loss']:>9.5f} {line['ema_loss']:>9.5f} "
-            f"{line['lr']:>9.2e} {line['grad_norm']:>9.4f} {line['samples'] / seconds:>8.2f} "
-            f"{line['tokens'] / seconds:>9.0f} {line['data_wait_seconds'] / seconds:>6.1%} "
-            f"{console.bytes_text(line['peak_memory_bytes']):>10} {timedelta(seconds=int(left))!s:>8}"
+        step = line["step"]
+        seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        elapsed, left = (
+            timedelta(seconds=int(time))
+            for time in (self._ends[-1] - self._started, seconds * (self._num_steps - step))
         )
-        self.last = line
+        losses = [line["loss"], line["ema_loss"], *self._held_out[-1:]]
+        shown = [f"{text:>8}" for text in [*map(loss_text, losses), "-"][:3]]
+        self._line.show(
+            f"{f'{step}/{self._num_steps}':>13} {' '.join(shown)} {line['seconds']:>7.2f} {elapsed!s:>9} {left!s:>9} "
+            f"{console.bytes_text(line['peak_memory_bytes']):>9}",
+            due=step % self._log_steps == 0 if self._log_steps else None,
+        )
         return line
 
     def is_lowest(self, held_out_loss: float) -> bool:
@@ -85,8 +99,9 @@ class Metrics:
         self._replace([*read_metrics(self._path.parent)[:-1], self.last])
         if self.base_held_out_loss is None:
             self.base_held_out_loss = losses.get("base_held_out_loss")
-        base = f", {self.base_held_out_loss:.5f} without the adapter" if self.base_held_out_loss is not None else ""
-        console.say(f"{'held out':>11} {losses['held_out_loss']:>9.5f}{base}")
+        console.say(f"step {self.last['step']}: {held_out_text(losses['held_out_loss'], self.base_held_out_loss)}")
+        if FIRST_STEPS <= self.last["step"] < self._num_steps:
+            self._page.start()
 
     def sync(self) -> None:
         """Flush the file to disk, before a checkpoint of its last step is committed."""
@@ -114,43 +129,66 @@ class EmaLoss:
         return self._sum / self._weight
 
 
-def finish_metrics(run: Path, export: Path) -> None:
-    """Draw loss.png if the run has 20 steps, and print its table; only the export if the metrics are missing."""
+def loss_text(loss: float) -> str:
+    """Return a loss in at most eight characters: 0.21345 or 1.37e+06."""
+    return f"{loss:.5f}" if abs(loss) < 100 else f"{loss:.3g}"
+
+
+def held_out_text(loss: float, base: float | None) -> str:
+    """Return the held-out loss beside the base model's."""
+    gain = "" if not base else f", base model {base:.5f}, gain {1 - loss / base:+.1%}"
+    return f"held-out loss {loss:.5f}{gain}"
+
+
+def run_result(run: Path) -> dict[str, Any]:
+    """Return what a finished run comes to, as in its table; what was not measured is None."""
     lines = read_metrics(run)
-    if not lines:
-        console.table("Trained", [("adapter", export)])
-        return
-    if len(lines) >= MIN_CURVE_STEPS:
-        draw_curve(lines, run / CURVE)
+    evaluated = [line for line in lines if "held_out_loss" in line]
+    best = min(evaluated, key=lambda line: _finite(line["held_out_loss"]), default=None)
+    first = [line["loss"] for line in lines[:FIRST_STEPS]]
     seconds, waited = (sum(line[name] for line in lines) for name in ("seconds", "data_wait_seconds"))
-    held_out, base = _first(lines[::-1], "held_out_loss"), _first(lines, "base_held_out_loss")
-    rows: list[tuple[str, Any]] = [
-        ("steps", lines[-1]["step"]),
-        ("EMA loss", f"{lines[0]['ema_loss']:.5f} -> {lines[-1]['ema_loss']:.5f}"),
-        ("held-out loss", "no clips held out" if held_out is None else f"{held_out:.5f}"),
-        ("without the adapter", "-" if base is None else f"{base:.5f}"),
-        ("clips per second", f"{sum(line['samples'] for line in lines) / seconds:.2f}"),
-        ("waiting for data", f"{waited / seconds:.2%} of {timedelta(seconds=int(seconds))}"),
-        ("peak memory", console.bytes_text(max(line["peak_memory_bytes"] for line in lines))),
-        ("loss curve", run / CURVE if len(lines) >= MIN_CURVE_STEPS else f"drawn from {MIN_CURVE_STEPS} steps on"),
-        ("adapter", export),
-    ]
-    console.table("Trained", rows)
+    return {
+        "held_out_loss": evaluated[-1]["held_out_loss"] if evaluated else None,
+        "base_held_out_loss": _first(lines, "base_held_out_loss"),
+        "best_held_out_loss": best and best["held_out_loss"],
+        "best_step": best and best["step"],
+        "ema_loss": lines[-1]["ema_loss"] if lines else None,
+        "first_loss": sum(first) / len(first) if first else None,
+        "steps": lines[-1]["step"] if lines else None,
+        "seconds": seconds,
+        "waited_share": waited / max(seconds, 1e-9),
+        "clips_per_second": sum(line["samples"] for line in lines) / max(seconds, 1e-9),
+        "peak_memory_bytes": max((line["peak_memory_bytes"] for line in lines), default=None),
+        "adapter": str(run / EXPORT / ADAPTER),
+        "page": str(run / PAGE) if (run / PAGE).exists() else None,
+    }
 
 
-def draw_curve(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot the losses of metrics.jsonl over the optimizer steps as a PNG."""
-    import altair
-
-    curves, every = ["loss", "ema_loss", "held_out_loss", "base_held_out_loss"], -(-len(lines) // MAX_CURVE_POINTS)
-    shown = [line for line in lines if line["step"] % every == 0 or "held_out_loss" in line]
-    values = [{name: line[name] for name in ("step", *curves) if name in line} for line in shown]
-    chart = altair.Chart(altair.InlineData(values=values), width=900, height=450).mark_line(point=len(shown) < 100)
-    chart = chart.transform_fold(curves, as_=["curve", "value"]).transform_filter("isValid(datum.value)")
-    loss = altair.Y("value:Q", title="velocity loss").scale(zero=False)
-    chart = chart.encode(x=altair.X("step:Q", title="optimizer step"), y=loss, color=altair.Color("curve:N", title=""))
-    with replacing(path) as pending:
-        chart.save(str(pending), format="png")
+def finish_metrics(run: Path) -> None:
+    """Write the page of a run of 20 steps or more, and print its table, held-out loss first."""
+    lines = read_metrics(run)
+    if len(lines) >= FIRST_STEPS:
+        PageProcess(run).write_last()
+    found = run_result(run)
+    held_out = "no clips are held out, so nothing says what it has learned"
+    if found["held_out_loss"] is not None:
+        held_out = held_out_text(found["held_out_loss"], found["base_held_out_loss"])
+    rows: list[tuple[str, Any]] = [("adapter", found["adapter"])]
+    if lines:
+        rows = [("result", held_out)]
+        if found["best_step"] not in (None, lines[-1]["step"]):
+            folder = run / EXPORT / BEST
+            rows.append(("best", f"{found['best_held_out_loss']:.5f} at step {found['best_step']}, in {folder}"))
+        first = f"{found['first_loss']:.5f} mean of the first {min(len(lines), FIRST_STEPS)}"
+        time_text = f"{timedelta(seconds=int(found['seconds']))}, {found['waited_share']:.2%} waiting"
+        rows += [
+            ("training loss", f"{found['ema_loss']:.5f} EMA, {first}"),
+            ("steps", f"{found['steps']} in {time_text}"),
+            ("clips per second", f"{found['clips_per_second']:.2f}"),
+            ("peak memory", console.bytes_text(found["peak_memory_bytes"])),
+            ("adapter", found["adapter"]),
+        ]
+    console.table("Trained", rows + ([("page", found["page"])] if found["page"] else []))
 
 
 def open_tracker(accelerator: Accelerator, config: Config) -> None:
@@ -162,8 +200,11 @@ def open_tracker(accelerator: Accelerator, config: Config) -> None:
     flat = {f"{table}.{name}": value for table, fields in tables.items() for name, value in fields.items()}
     plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in flat.items()}
     with starting_tracker(train):
-        is_wandb = train.report_to == "wandb" and accelerator.is_main_process
-        options = {"wandb": wandb_options(train)} if is_wandb else {}
+        options: dict[str, Any] = {}
+        if train.report_to == "wandb" and accelerator.is_main_process:
+            options = {"wandb": wandb_options(train)}
+        elif train.report_to == "trackio":
+            options = {"trackio": {"name": train.output_dir.resolve().name, "resume": "allow"}}
         accelerator.init_trackers(train.tracker_name, config=plain, init_kwargs=options)
 
 

@@ -28,6 +28,7 @@ from shared.errors import CacheError, DataError, Preempted, UsageError
 from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from train.checkpoint.resume import is_finished
+from train.events import PageProcess
 
 CSV_NAME = "sweep.csv"
 TABLES = ("model", "train", "memory")
@@ -137,6 +138,7 @@ def run_sweep(path: Path, runs: Sequence[SweepRun], jobs: int, stop: StopSignal)
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    PageProcess(folder, "sweep.html").write_last()
     stop.check(f"{sum(row['status'] == 'finished' for row in rows)} of {len(rows)} runs are finished")
     return rows
 

@@ -37,6 +37,19 @@ def test_made_curve_gets_its_verdict(kind: str, seed: int) -> None:
     assert judge(base, evaluations).kind == kind
 
 
+def test_unequal_clips_that_keep_their_gain_are_learning() -> None:
+    """Two of four held-out clips show what is learned, as in the demo: unequal, but at every evaluation."""
+    levels = np.full((4, 5), 0.3) + np.array([[0.3], [-0.1], [-0.1], [0.0]])
+    shares = np.array([[0.57], [0.01], [0.1], [0.56]])
+    evaluations = [
+        HeldOut(step, tuple(map(tuple, (levels * (1 - shares * reached)).tolist())))
+        for step, reached in ((20, 0.8), (40, 0.95), (60, 1.0), (80, 1.01))
+    ]
+    base = HeldOut(0, tuple(map(tuple, levels.tolist())))
+    assert judge(base, evaluations[:1]).kind == "too noisy to say"
+    assert judge(base, evaluations).kind == "learning"
+
+
 def test_overfitting_is_dated_by_the_best_evaluation() -> None:
     base, evaluations = curve("overfitting", 1)
     verdict = judge(base, evaluations)

@@ -155,8 +155,3 @@ def test_a_planted_fault_is_refused_in_one_line(plant: Plant, code: int, line: s
     assert result.exit_code == code, result.output
     assert last.startswith("precog: ") and re.search(line, last), last
     assert not (folder / "run").exists()
-
-
-def test_json_without_a_dry_run_is_refused(folder: Path) -> None:
-    save_config(config_in(folder), folder / "experiment.toml")
-    assert CliRunner().invoke(precog.app, ["train", str(folder / "experiment.toml"), "--json"]).exit_code == 2

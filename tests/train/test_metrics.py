@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from shared.config import Config
 from shared.errors import DataError
 from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from train.loop import train
-from train.metrics import EMA_DECAY, MIN_CURVE_STEPS, EmaLoss, Metrics, draw_curve, finish_metrics
+from train.metrics import EMA_DECAY, HEADER, EmaLoss, Metrics, finish_metrics
 
 Settings = Callable[..., Config]
 FIELDS = {"step", "loss", "ema_loss", "lr", "grad_norm", "samples", "tokens", "packs", "seconds", "data_wait_seconds"}
@@ -108,43 +107,54 @@ def test_a_resumed_ema_loss_is_the_straight_one(cut: int, tmp_path: Path) -> Non
     assert [values["ema_loss"] for values in straight] == smoothed([values["loss"] for values in lines])
 
 
-def test_the_table_sums_up_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect the lines that are said."""
     from shared import console
 
-    tables: list[dict[str, Any]] = []
-    monkeypatch.setattr(console, "table", lambda title, rows: tables.append(dict(rows)))
-    first = {"held_out_loss": 3.0, "base_held_out_loss": 3.5, "peak_memory_bytes": 2**30, "data_wait_seconds": 0.5}
+    lines: list[str] = []
+    monkeypatch.setattr(console, "say", lines.append)
+    return lines
+
+
+def test_the_table_leads_with_the_held_out_loss(tmp_path: Path, shown: list[str]) -> None:
+    first = {"held_out_loss": 2.25, "base_held_out_loss": 3.0, "peak_memory_bytes": 2**30, "data_wait_seconds": 0.5}
     lines = [line(1, 4.0, seconds=1.0, **first), line(2, 2.0, seconds=3.0, held_out_loss=2.5)]
     write(tmp_path, lines)
-    finish_metrics(tmp_path, tmp_path / "export")
-    (table,) = tables
-    assert table["steps"] == 2
-    assert table["EMA loss"] == "4.00000 -> 2.00000"
-    assert (table["held-out loss"], table["without the adapter"]) == ("2.50000", "3.50000")
-    assert (table["clips per second"], table["waiting for data"]) == ("1.00", "12.50% of 0:00:04")
-    assert table["peak memory"] == console.bytes_text(2**30)
+    finish_metrics(tmp_path)
+    assert [text.split(maxsplit=1)[0] for text in shown] == [
+        "Trained",
+        "result",
+        "best",
+        "training",
+        "steps",
+        "clips",
+        "peak",
+        "adapter",
+    ]
+    assert shown[1].endswith("2.50000, base model 3.00000, gain +16.7%")
+    assert shown[2].endswith(f"2.25000 at step 1, in {tmp_path / 'export' / 'best'}")
+    assert shown[3].endswith("2.00000 EMA, 3.00000 mean of the first 2")
+    assert shown[4].endswith("2 in 0:00:04, 12.50% waiting") and shown[6].endswith("1.0 GiB")
 
 
-def test_the_line_shows_rates_waiting_and_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_shows_the_time_left_in_80_columns(
+    tmp_path: Path, shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps of one second, each tenth followed by an evaluation of ten: two seconds on average."""
-    from shared import console
-
-    shown: list[str] = []
     now = [100.0]
-    monkeypatch.setattr(console, "say", shown.append)
     monkeypatch.setattr("train.metrics.time.monotonic", lambda: now[0])
-    metrics = Metrics(tmp_path, 0, 1000)
-    for step in range(1, 101):
-        now[0] += 11.0 if step % 10 == 0 else 1.0
-        metrics.write(line(step, seconds=1.0))
-    assert [text.split()[-1] for text in shown[::99]] == ["0:16:39", "0:30:00"]
-    metrics.write(line(101, samples=3, tokens=100, packs=2, seconds=0.5, data_wait_seconds=0.125))
-    assert shown[-1].split()[5:8] == ["6.00", "200", "25.0%"]
+    with Metrics(tmp_path, 0, 10_000) as metrics:
+        for step in range(1, 101):
+            now[0] += 11.0 if step % 10 == 0 else 1.0
+            metrics.write(line(step, 10.0 ** (step % 9), seconds=1.0, peak_memory_bytes=80 * 2**30))
+    assert len(shown[0]) == len(HEADER) < 80 and {len(text) for text in shown} == {len(HEADER)}
+    assert shown[1].split()[-4:-2] == ["0:00:01", "2:46:39"]
+    assert 11 <= len(shown) <= 13, "one line every ten seconds or more"
 
 
-@pytest.mark.parametrize("losses", [[0.0] * MIN_CURVE_STEPS, [float(step % 7) for step in range(5000)]])
-def test_a_constant_and_a_long_run_have_a_curve(losses: list[float], tmp_path: Path) -> None:
-    lines = [line(step, loss) for step, loss in enumerate(losses, 1)]
-    draw_curve(lines, tmp_path / "loss.png")
-    with Image.open(tmp_path / "loss.png") as image:
-        assert image.width > 600 and len(image.getcolors(1 << 20) or []) > 2
+def test_log_steps_prints_every_so_many_steps(tmp_path: Path, shown: list[str]) -> None:
+    with Metrics(tmp_path, 0, 10, log_steps=4) as metrics:
+        for step in range(1, 11):
+            metrics.write(line(step))
+    assert [text.split()[0] for text in shown[1:]] == ["4/10", "8/10"]

@@ -1,0 +1,94 @@
+"""Everything that a training command leaves for people and programs: log, events, page, JSON, tracker."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shared.config import Config
+from shared.config_file import save_config
+from shared.errors import Preempted
+from shared.run_folder import EVENTS, LOG, read_events, read_metrics
+from shared.signals import StopSignal
+from train.events import PageProcess, recorded
+from train.loop import train
+
+Settings = Callable[..., Config]
+ROOT = Path(__file__).parents[2]
+TRACKIO = """
+import json
+config = {}
+class Run:
+    def log(self, values, step=None, **more):
+        with open("tracked.jsonl", "a") as file:
+            file.write(json.dumps([step, values]) + "\\n")
+    def finish(self):
+        pass
+def init(project, name, resume, **more):
+    assert (project, name, resume) == ("precog", "run", "allow")
+    return Run()
+"""
+"""Stands in for trackio, of which accelerate's tracker calls this much."""
+
+
+def test_a_training_command_leaves_log_events_page_json_and_tracker(settings: Settings, tmp_path: Path) -> None:
+    config = settings(max_train_steps=20, validation_steps=10, report_to="trackio", log_steps=5)
+    save_config(config, tmp_path / "config.toml")
+    (tmp_path / "trackio-0.40.dist-info").mkdir()
+    (tmp_path / "trackio-0.40.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: trackio\nVersion: 0.40\n"
+    )
+    (tmp_path / "trackio.py").write_text(TRACKIO)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    command = [sys.executable, "-m", "precog", "train", "config.toml", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run = config.train.output_dir
+    lines = read_metrics(run)
+    found = json.loads(done.stdout)
+    assert found["held_out_loss"] == lines[-1]["held_out_loss"] and found["steps"] == 20
+    assert Path(found["adapter"]).exists() and found["page"] == str(run / "report.html")
+    shown = [line.split()[0] for line in done.stderr.splitlines() if "/20" in line]
+    assert shown == ["5/20", "10/20", "15/20", "20/20"]
+    said = [line[20:] for line in (run / LOG).read_text().splitlines()]
+    assert [line for line in said if len(line) >= 80 and str(run) not in line] == []
+    assert "\n".join(said) in done.stderr
+    assert [(event["event"], event["step"]) for event in read_events(run)] == [("started", 0), ("finished", 20)]
+    assert "train.report_to" in (run / "report.html").read_text("utf-8")
+    tracked = [json.loads(line) for line in (tmp_path / "tracked.jsonl").read_text().splitlines()]
+    assert [step for step, values in tracked if "lr" in values] == list(range(1, 21))
+    assert tracked[-1][1]["held_out_loss"] == found["held_out_loss"]
+
+
+def test_a_stop_and_a_resume_are_events(settings: Settings) -> None:
+    config = settings(max_train_steps=2, checkpointing_steps=1)
+    train(config.model_copy(update={"train": config.train.model_copy(update={"max_train_steps": 1})}), StopSignal())
+    stop = StopSignal()
+    stop.requested = True
+    with pytest.raises(Preempted):
+        train(config, stop)
+    train(config, StopSignal())
+    run = config.train.output_dir
+    events = [event["event"] for event in read_events(run)]
+    assert events == ["started", "finished", "resumed", "stopped", "resumed", "finished"]
+    assert "ended by Preempted: stopped by a signal: checkpoint saved at step 1" in (run / LOG).read_text()
+    with (run / EVENTS).open("a") as file:
+        file.write('{"torn')
+    assert len(read_events(run)) == 6
+
+
+def test_a_page_that_fails_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    PageProcess(tmp_path / "no run").write_last()
+    line = "report.html: not written; `precog report run"
+    assert line in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_error_is_logged_and_recorded_even_without_space(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), recorded(tmp_path):
+        (tmp_path / EVENTS).mkdir()
+        raise ZeroDivisionError("by zero")
+    assert "ended by ZeroDivisionError: by zero" in (tmp_path / LOG).read_text()
