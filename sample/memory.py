@@ -89,7 +89,7 @@ def place(pipeline: Any, mode: str, device: torch.device) -> None:
         )
         if getattr(pipeline, "vae", None) is not None:
             pipeline.vae.to(device)
-    else:
+    elif device.type != "cpu":  # where the pipeline is already; diffusers warns of fp16 there
         pipeline.to(device)
 
 
