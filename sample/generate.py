@@ -169,8 +169,8 @@ def make(
     disable_progress_bar()
     pipeline = load_pipeline(config, conventions, device)
     for lora in {lora.name: lora for lora in loras}.values():
-        load_lora(pipeline, lora)
-        warn_of_differences(lora, config, str(pipeline.transformer.dtype).removeprefix("torch."))
+        precision = str(pipeline.transformer.dtype).removeprefix("torch.")
+        warn_of_differences(lora.file, load_lora(pipeline, lora), config, conventions, precision)
     put_on_device(pipeline, config, conventions, device)
     with console.Progress("denoising steps", len(missing) * num_steps(config)) as bar:
         for cell in missing:

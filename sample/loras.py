@@ -2,14 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 
 from sample.export import find_adapters
 from shared import console
@@ -17,11 +15,10 @@ from shared.config import Config, SampleLora
 from shared.errors import UsageError, one_line
 from shared.fingerprint import sha256_file
 from shared.model.adapters import PREFIX, read_lora
+from shared.model.conventions import Conventions
 from shared.run_folder import ADAPTER, BEST, EXPORT
 
 FIELD = "sample.loras"
-BASE_MODEL, REVISION, PRECISION = "precog_base_model", "precog_revision", "precog_precision"
-"""Header keys of the checkpoint that a LoRA was trained on, and of the precision of its weights then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +86,8 @@ def lora_file(place: Path) -> Path:
     raise UsageError(f"{FIELD}: {place}: adapter not found; {advice}{known}")
 
 
-def load_lora(pipeline: Any, lora: Lora) -> None:
-    """Load a LoRA of any common format into the pipeline's transformer, with its own alpha.
+def load_lora(pipeline: Any, lora: Lora) -> dict[str, str]:
+    """Load a LoRA of any common format into the pipeline's transformer, with its own alpha; return its header.
 
     Raises `UsageError` if the file is not a LoRA of this model, or changes nothing, and `DataError` if damaged.
     """
@@ -115,6 +112,7 @@ def load_lora(pipeline: Any, lora: Lora) -> None:
         applied = f"{len(loaded) - len(missing)} tensors applied, {len(missing)} missing"
         raise UsageError(f"{path}: {applied}, for example {missing[0]}; use a complete file")
     console.say(f"{path}: {len(loaded)} tensors applied to {len(found.modules)} layers, 0 missing")
+    return found.header
 
 
 def set_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
@@ -126,24 +124,20 @@ def set_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
         pipeline.disable_lora()
 
 
-def warn_of_differences(lora: Lora, config: Config, precision: str) -> None:
-    """Print one line if the LoRA was trained on another checkpoint or in another precision than it is used with."""
-    header: dict[str, str] = {}
-    with suppress(OSError, SafetensorError), safe_open(lora.file, framework="numpy") as file:
-        header = file.metadata() or {}
+def warn_of_differences(
+    path: Path, header: Mapping[str, str], config: Config, conventions: Conventions, precision: str
+) -> None:
+    """Print one line if a LoRA with this header was trained on another base, noise schedule or precision."""
     model = config.model.pretrained_model_name_or_path
     used = {
-        BASE_MODEL: Path(model).name if Path(model).is_dir() else model,
-        REVISION: config.model.revision or "",
-        PRECISION: precision,
+        "base_model": Path(model).name if Path(model).is_dir() else model,
+        "revision": config.model.revision or "",
+        "precision": precision,
+        "snr_shift_scale": f"{conventions.snr_shift_scale:g}",
     }
-    differences = [
-        f"{key.removeprefix('precog_').replace('_', ' ')} {header[key]!r}, here {value!r}"
-        for key, value in used.items()
-        if header.get(key, value) != value
-    ]
-    if differences:
-        console.say(f"warning: {lora.file}: trained with {'; '.join(differences)}")
+    trained = {name: header.get(f"precog_{name}", value) for name, value in used.items()}
+    if found := [f"{name} {trained[name]!r}, here {used[name]!r}" for name in used if trained[name] != used[name]]:
+        console.say(f"warning: {path}: trained with {'; '.join(found)}")
 
 
 def lines_that_load(loras: Sequence[Lora]) -> dict[str, str]:

@@ -258,6 +258,7 @@ def provenance(run: Run, start: Start, step: int) -> dict[str, str]:
         "precog_base_model": Path(model).name if Path(model).is_dir() else model,
         "precog_revision": config.model.revision or "",
         "precog_precision": str(run.transformer.dtype).removeprefix("torch."),
+        "precog_snr_shift_scale": f"{run.conventions.snr_shift_scale:g}",
         "precog_latents": run.view.latents.recipe,
         "precog_prompts": run.view.prompts.recipe,
         "precog_trigger": config.data.id_token,

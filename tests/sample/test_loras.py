@@ -1,5 +1,6 @@
 """LoRAs that `precog sample` finds, and those that it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bench.models import published_conventions
 from sample.cli import lora_override
 from sample.loras import Lora, load_lora, lora_file, warn_of_differences
-from shared.config import Config, Data, Model, Precompute, Train
 from shared.config_file import load_config
 from shared.errors import UsageError
 from tests.tiny import build_pipeline, build_transformer
-from train.export import export_adapter
 from train.transformer.load import adapter_weights
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
@@ -99,17 +99,16 @@ def test_a_place_is_the_file_in_it(tmp_path: Path) -> None:
             lora_file(tmp_path / place)
 
 
-def test_another_base_or_precision_is_said_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train = Train(output_dir=tmp_path, lora_rank=4, lora_alpha=4)
-    header = {"precog_base_model": "CogVideoX-5b", "precog_revision": "", "precog_precision": "float32"}
-    path = export_adapter(build_transformer("2b", lora_rank=4), train, tmp_path, header)
-    config = Config(
-        model=Model(pretrained_model_name_or_path="CogVideoX-2b"),
-        data=Data(name="none", instance_data_root=tmp_path),
-        precompute=Precompute(cache=str(tmp_path)),
-        train=train,
-    )
-    warn_of_differences(lora(path), config, "bfloat16")
+def test_another_base_schedule_or_precision_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = {"base_model": "CogVideoX-5b", "revision": "", "precision": "float32", "snr_shift_scale": "1"}
+    config = load_config(DEMO, ["model.pretrained_model_name_or_path=CogVideoX-2b"])
+    conventions = published_conventions("2b")
+    header = {f"precog_{name}": value for name, value in header.items()}
+    warn_of_differences(Path("lora"), header, config, replace(conventions, snr_shift_scale=3.0), "bfloat16")
     said = " ".join(capsys.readouterr().err.split())
-    expected = "trained with base model 'CogVideoX-5b', here 'CogVideoX-2b'; precision 'float32', here 'bfloat16'"
-    assert said.endswith(expected) and said.startswith("warning: ")
+    assert said == (
+        "warning: lora: trained with base_model 'CogVideoX-5b', here 'CogVideoX-2b'; precision 'float32', here "
+        "'bfloat16'; snr_shift_scale '1', here '3'"
+    )
+    warn_of_differences(Path("lora"), {}, config, conventions, "bfloat16")
+    assert capsys.readouterr().err == ""
