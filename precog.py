@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
+import precompute.cli
 from precompute.cache_cli import cache_app
 from precompute.cli import app as precompute_app
 from precompute.cli import show_plan
 from prepare.cli import app as prepare_app
 from report.cli import app as report_app
+from report.cli import show_data_page
 from sample.cli import app as sample_app
 from sample.publish_cli import app as publish_app
 from shared.command import ConfigFile, JsonOutput, Overrides, exits
@@ -22,6 +24,7 @@ for stage in (prepare_app, precompute_app, train_app, sample_app, publish_app):
     app.registered_commands += stage.registered_commands
 app.add_typer(cache_app, name="cache")
 app.add_typer(report_app, name="report")
+precompute.cli.show_page = show_data_page
 
 
 def show_version(wanted: bool) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from shared.config import Config
 
 app = typer.Typer()
+
+show_page: "Callable[[Config, str], None] | None" = None
+"""Function called after the run with the config and its file's name; precog.py sets it to the data page's writer."""
 
 
 @app.command("precompute")
@@ -30,11 +33,14 @@ def precompute_command(
 ) -> None:
     """Encode the config's videos and captions into the cache; stored clips are reused."""
     from shared.config_file import load_config
+    from shared.launcher import rank
 
     with raise_on_signal("finished shards are stored"):
         settings = load_config(config, overrides)
         report = _precompute(settings, part, engine)
     _show_report(report, settings)
+    if show_page is not None and rank() == 0:
+        show_page(settings, str(config))
     if json_output:
         _print_json(report.as_json())
 

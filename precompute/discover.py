@@ -1,5 +1,6 @@
 """Inputs of a run: the clips and texts of the config with their keys, and the sources without a clip."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from shared.cache.storage import Storage, open_storage
 from shared.config import Config
 from shared.errors import UsageError
 from shared.file_types import with_names
-from shared.fingerprint import Json
+from shared.fingerprint import KEY_LENGTH, Json
 from shared.media.known_files import KnownFiles
 from shared.media.pool import DecodePool
 from shared.media.probe import Probe, Probed, Skipped
@@ -21,6 +22,9 @@ from shared.model.conventions import refusal, without_learned_positions
 from shared.model.geometry import Bucket
 from shared.sources.rows import Source, read_sources
 from shared.sources.tables import escaped
+
+LEFT_OUT = "left out: by data.leave_out"
+"""Reason of a clip that the user does not want."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +115,30 @@ def cut_clips(
         found |= {row: _cut(stage, sources[row], outcome, recipe) for row in rows[path]}
     clips: list[Clip] = []
     left_out: list[tuple[Source, Skipped]] = []
+    unwanted = read_leave_out(stage.config.data.leave_out)
     for row, source in enumerate(sources):
         if isinstance(cut := found[row], Skipped):
             left_out.append((source, cut))
-        else:
-            clips += cut
+            continue
+        clips += [clip for clip in cut if clip.key not in unwanted]
+        left_out += [(source, Skipped(LEFT_OUT)) for clip in cut if clip.key in unwanted]
+    if unwanted and not any(skipped.reason == LEFT_OUT for _, skipped in left_out):
+        console.say("warning: data.leave_out names no clip of these settings; write it again with `precog report data`")
     return clips, left_out
+
+
+def read_leave_out(path: Path | None) -> frozenset[str]:
+    """Return the keys in the file of `data.leave_out`; `#` begins a comment. Raise `UsageError`."""
+    if path is None:
+        return frozenset()
+    try:
+        lines = [line.partition("#")[0].strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"data.leave_out: {path} cannot be read ({error}); give a text file with keys") from None
+    wrong = next((line for line in lines if line and not re.fullmatch(rf"[0-9a-f]{{{KEY_LENGTH}}}", line)), None)
+    if wrong is not None:
+        raise UsageError(f"data.leave_out: {path}: {wrong!r} is not a key; give one key per line")
+    return frozenset(lines) - {""}
 
 
 def _cut(stage: Stage, source: Source, found: Probed | Skipped, recipe: str) -> list[Clip] | Skipped:

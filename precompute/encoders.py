@@ -158,10 +158,10 @@ def load_tokenizer(folder: str) -> Any:
     return T5Tokenizer.from_pretrained(folder)
 
 
-def truncated_tokens(tokenizer: Any, texts: Sequence[str], text_length: int) -> list[int]:
-    """Return how many tokens of each text are cut off because they exceed the text length."""
-    beyond: list[int] = []
+def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Return the number of tokens of each text, those beyond the text length too."""
+    counts: list[int] = []
     for start in range(0, len(texts), TEXTS_PER_BLOCK):
         block = tokenizer(list(texts[start : start + TEXTS_PER_BLOCK]), return_attention_mask=False, verbose=False)
-        beyond += [max(0, len(ids) - text_length) for ids in block.input_ids]
-    return beyond
+        counts += [len(ids) for ids in block.input_ids]
+    return counts

@@ -65,9 +65,9 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
             "previous view is unchanged; run the same command again"
         )
     text_length = stage.encoders.conventions.text_length
-    lengths = encoders.truncated_tokens(tokenizer, list(wanted.texts.values()), text_length)
-    truncated = dict(zip(wanted.texts, lengths, strict=True))
-    view = replace(make_view(config, wanted, truncated, latents.inventory), encoders=marks)
+    tokens = dict(zip(wanted.texts, encoders.count_tokens(tokenizer, list(wanted.texts.values())), strict=True))
+    truncated = {key: max(0, count - text_length) for key, count in tokens.items()}
+    view = replace(make_view(config, wanted, tokens, text_length, latents.inventory), encoders=marks)
     skipped = sorted((row.source, row.skipped) for row in view.split("skipped"))
     num_held_out = len(view.split("held_out"))
     if not view.split("train"):  # the previous view stays
@@ -108,8 +108,10 @@ def _refuse_full_disk(stage: Stage, needed: int) -> None:
         )
 
 
-def make_view(config: Config, wanted: Survey, truncated: Mapping[str, int], inventory: Inventory) -> View:
-    """Return the view, in which planned = stored + skipped(reason); `truncated` is prompt key -> cut tokens.
+def make_view(
+    config: Config, wanted: Survey, tokens: Mapping[str, int], text_length: int, inventory: Inventory
+) -> View:
+    """Return the view, in which planned = stored + skipped(reason); `tokens` is prompt key -> tokens of the text.
 
     Sources are held out of training with all their windows, chosen by their bytes.
     """
@@ -122,8 +124,8 @@ def make_view(config: Config, wanted: Survey, truncated: Mapping[str, int], inve
     for clip in wanted.clips:
         reason = "" if clip.key in inventory.stored else inventory.skipped[clip.key][0]
         split: Literal["train", "held_out"] = "held_out" if clip.probe.sha256 in held_out else "train"
-        rows.append(_row(clip.source, clip, keys, truncated, "skipped" if reason else split, reason))
-    rows += [_row(source, None, keys, truncated, "skipped", skip.reason) for source, skip in wanted.left_out]
+        rows.append(_row(clip.source, clip, keys, tokens, text_length, "skipped" if reason else split, reason))
+    rows += [_row(source, None, keys, tokens, text_length, "skipped", skip.reason) for source, skip in wanted.left_out]
     return View(
         data.name,
         wanted.latents,
@@ -155,7 +157,8 @@ def _row(
     source: Source,
     clip: Clip | None,
     keys: Mapping[str, str],
-    truncated: Mapping[str, int],
+    tokens: Mapping[str, int],
+    text_length: int,
     split: Literal["train", "held_out", "skipped"],
     skipped: str,
 ) -> ViewRow:
@@ -174,7 +177,8 @@ def _row(
         captions=tuple(caption.text for caption in captions),
         caption_weights=tuple(caption.weight for caption in captions),
         prompt_keys=prompt_keys,
-        truncated_tokens=tuple(truncated[key] for key in prompt_keys),
+        truncated_tokens=tuple(max(0, tokens[key] - text_length) for key in prompt_keys),
+        caption_tokens=tuple(tokens[key] for key in prompt_keys),
         split=split,
         skipped=skipped,
         source_sha256=clip.probe.sha256 if clip else "",

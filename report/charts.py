@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+import numpy as np
 
 from report.verdict import HeldOut, noisy_gains
 from shared.atomic_files import replacing
@@ -92,6 +93,29 @@ def write_png(spec: Spec, path: Path) -> None:
     picture = vl_convert.vegalite_to_png({**spec, "width": 800, "height": 380, "background": "white"})
     with replacing(path) as pending:
         pending.write_bytes(picture)
+
+
+def histogram_chart(values: Sequence[float], title: str, unit: str, *, rule: float | None = None) -> Spec | None:
+    """Return how many values lie in each of up to 30 ranges, with a dashed line at `rule`; None without values."""
+    if not values:
+        return None
+    counts, edges = np.histogram(values, bins=min(30, max(5, len(values) // 4)))
+    rows = [
+        {"low": float(low), "high": float(high), "count": int(count)}
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+    ]
+    bars = _chart(rows).mark_bar(color=COLORS[0])
+    chart = bars.encode(
+        x=alt.X("low:Q", title=None, bin="binned"),
+        x2="high:Q",
+        y=alt.Y("count:Q", title=unit, axis=alt.Axis(tickMinStep=1)),
+    )
+    if rule is not None and rule <= 1.5 * max(values):
+        chart = alt.layer(
+            chart,
+            _chart([{"low": rule}]).mark_rule(strokeDash=[4, 4], strokeWidth=2, color=COLORS[1]).encode(x="low:Q"),
+        )
+    return _spec(chart, title)
 
 
 def runs_chart(runs: Iterable[tuple[str, Sequence[HeldOut], HeldOut | None]]) -> Spec:

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.command import JsonOutput, exits
+from shared.command import ConfigFile, JsonOutput, Overrides, exits
 
-app = typer.Typer(help="Write HTML pages about runs and samples.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from shared.config import Config
+
+app = typer.Typer(help="Write HTML pages about data sets, runs and samples.", no_args_is_help=True)
 
 
 @app.command("run")
@@ -59,3 +62,41 @@ def report_grid_command(
     say(str(page))
     if json_output:
         typer.echo(json.dumps({"page": str(page)}))
+
+
+@app.command("data")
+@exits
+def report_data_command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the page, else beside train.output_dir.")] = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Write data.html about the precomputed clips: which to look at and why, crops, captions, duplicates."""
+    from shared.config_file import load_config
+
+    settings = load_config(config, overrides)
+    from report.data_page import report_data
+    from shared.console import say
+
+    report, page = report_data(settings, output, str(config))
+    say(f"{report.name}: {report.verdict}")
+    say(str(page))
+    if json_output:
+        typer.echo(json.dumps({"page": str(page), **report.as_json()}))
+
+
+def show_data_page(config: "Config", name: str) -> None:
+    """Write the data page after stage 1, unless it shows the view already; a failure is one line."""
+    from shared.console import say
+
+    try:
+        from report.data_page import is_current, page_folder, report_data
+
+        if is_current(config):
+            say(f"data page: {page_folder(config) / 'data.html'}")
+            return
+        report, page = report_data(config, name=name)
+        say(f"data page: {page}: {report.verdict}")
+    except Exception as error:
+        say(f"data page: not written ({type(error).__name__}: {error}); `precog report data {name}` tries again")

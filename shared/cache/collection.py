@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from shared.cache.shard import OpenShard, Receipt, SamplePlace, read_receipt, sample_tensors
+from shared.cache.shard import DTYPES, OpenShard, Receipt, SamplePlace, read_receipt, sample_tensors
 from shared.cache.storage import VERIFY, Storage
 from shared.errors import CacheError
 from shared.fingerprint import Json, key_of
@@ -174,6 +174,18 @@ class SampleReader:
             return self._shard(tar).read(place)
         content = bytearray(self._storage.read_part(tar, place.offset, place.length))
         return sample_tensors(place, content, f"{self._storage}/{tar}")
+
+    def read_part(self, key: str, name: str) -> torch.Tensor | None:
+        """Return one tensor of a sample, None if the sample has none of that name.
+
+        Only its own bytes are read, so they are not compared with the sample's hash: for pages, not for training.
+        """
+        tar, place = self._place(key)
+        tensor = place.tensors.get(name)
+        if tensor is None:
+            return None
+        content = bytearray(self._storage.read_part(tar, tensor.offset, tensor.num_bytes))
+        return torch.frombuffer(content, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
 
     def _place(self, key: str) -> tuple[str, SamplePlace]:
         try:

@@ -57,6 +57,8 @@ class ViewRow:
     source_width: int = 0
     source_seconds: float = 0.0
     """Duration of the source; 0 if unknown."""
+    caption_tokens: tuple[int, ...] = ()
+    """Per caption, its length in tokens."""
 
     @property
     def bucket(self) -> Bucket:

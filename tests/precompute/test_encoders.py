@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5EncoderModel
 
-from precompute.encoders import CompiledModule, TextEncoder, VaeEncoder, load_tokenizer, truncated_tokens, vae_precision
+from precompute.encoders import CompiledModule, TextEncoder, VaeEncoder, count_tokens, load_tokenizer, vae_precision
 from precompute.latents import conditioning_images
 from shared.config import Model, Precompute
 from shared.errors import UsageError
@@ -235,7 +235,7 @@ def test_fp16_t5_computes_in_fp32_what_exceeds_65504(pipeline: Path, tmp_path: P
         assert torch.nn.functional.cosine_similarity(expected, found).min() > 0.99
 
 
-def test_tokens_beyond_the_text_length_are_counted_by_blocks(pipeline: Path) -> None:
+def test_tokens_are_counted_by_blocks(pipeline: Path) -> None:
     tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
     texts = [f"a grey rabbit {'yawns ' * (number % 30)}" for number in range(600)]
     blocks: list[int] = []
@@ -244,10 +244,10 @@ def test_tokens_beyond_the_text_length_are_counted_by_blocks(pipeline: Path) -> 
         blocks.append(len(block))
         return tokenizer(block, **settings)
 
-    expected = [max(0, len(tokenizer(text).input_ids) - TEXT_LENGTH) for text in texts[:60]]
-    assert truncated_tokens(counting, texts, TEXT_LENGTH) == expected * 10
-    assert sum(blocks) == 600 and max(blocks) <= 250 and 0 == min(expected) < max(expected)
-    assert truncated_tokens(tokenizer, [], TEXT_LENGTH) == []
+    expected = [len(tokenizer(text).input_ids) for text in texts[:60]]
+    assert count_tokens(counting, texts) == expected * 10
+    assert sum(blocks) == 600 and max(blocks) <= 250 and min(expected) < TEXT_LENGTH < max(expected)
+    assert count_tokens(tokenizer, []) == []
 
 
 def test_conditioning_images_are_the_frame_and_noised_copies() -> None:
