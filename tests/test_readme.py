@@ -100,7 +100,8 @@ def test_the_cache_page_reads_the_cache(
         shapes.append(re.findall(r"\(\d[\d, ]*\)", capsys.readouterr().out))
     gc.collect()
     stored, view = shapes
-    assert len(stored) == 40 and all(re.fullmatch(r"\(16, [35], 8, (8|12)\)", shape) for shape in stored), stored
+    demo = [shape for shape in stored if re.fullmatch(r"\(16, [35], 8, (8|12)\)", shape)]
+    assert len(demo) >= 40, "those of the other demo are there too if another test encoded them"
     assert len(view) == 72 and set(view[1::2]) == {"(16, 64)"}, view
 
 
