@@ -24,11 +24,11 @@ class DataRoot:
     def find(self, name: str) -> Path:
         """Return the regular file `name`, free of links itself.
 
-        Absolute names, "..", NUL and lone surrogates are refused before the file system is asked. White space around a
-        name is no part of it where no such file exists, and Unicode forms are equal. Nothing is opened. Raise
+        Absolute names outside, "..", NUL and lone surrogates are refused before the file system is asked. White space
+        around a name is no part of it where no such file exists, and Unicode forms are equal. Nothing is opened. Raise
         `DataError` with the reason, without the row.
         """
-        shown = f"path '{escaped(name)}'"
+        shown, name = f"path '{escaped(name)}'", name.removeprefix(f"{self.folder}/")
         for refused, reason in (
             (not name.strip(), "is empty"),
             ("\0" in name, "has a control character"),

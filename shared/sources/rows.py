@@ -218,7 +218,7 @@ def _find_video(row: Row, root: DataRoot, copies: VideoCopies) -> tuple[Path, st
         if not video.is_file():
             raise DataError(f"path '{escaped(str(video))}' not found")
         return video, video.name
-    name = _check_text(video, "the video's path")
+    name = _check_text(video, "the video's path").removeprefix(f"{root.folder}/")
     path = root.find(name)
     return path, Path(name if (root.folder / name).exists() else name.strip()).as_posix()
 

@@ -426,6 +426,12 @@ def test_a_table_larger_than_any_is_refused_before_it_is_read(root: Path, monkey
     assert table_fault(root, "video,text\na.mp4,x\n\n\n") == "metadata.csv has more than 20 bytes"
 
 
+def test_an_absolute_path_inside_the_root_is_taken(root: Path) -> None:
+    [source] = read_table(root, f"video,text\n{root.resolve()}/sub/c.mp4,x\n")
+    assert (source.path, source.name) == (root / "sub/c.mp4", "sub/c.mp4")
+    assert table_fault(root, f"video,text\n{root.parent}/x.mp4,x\n").endswith("write it relative to the data root")
+
+
 def test_jsonl_takes_weighted_captions_and_seconds(root: Path) -> None:
     content = jsonl(
         {"video": "a.mp4", "text": " plain "},
