@@ -188,7 +188,7 @@ def test_a_name_that_is_no_repository_is_refused(run: Path) -> None:
     assert done.exit_code == 2 and "not a repository of the hub; write it as user/name" in " ".join(done.stderr.split())
 
 
-def test_a_cache_becomes_a_data_set_that_pull_takes(hub: UploadServer, experiment: Config, tmp_path: Path) -> None:
+def test_a_cache_becomes_a_whole_data_set(hub: UploadServer, experiment: Config, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(experiment.precompute.cache, cache)
     command = ["cache", "push", "hf://datasets/someone/clips", str(cache)]
@@ -202,12 +202,15 @@ def test_a_cache_becomes_a_data_set_that_pull_takes(hub: UploadServer, experimen
     kept = {name: content for name, content in local_files(cache).items() if not name.startswith("assignments/")}
     assert {name: arrived[name] for name in kept} == kept
     assert arrived.keys() - kept.keys() == {"README.md", "preview.parquet"}
+    for name, content in arrived.items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert CliRunner().invoke(app, ["cache", "verify", str(tmp_path / "copy")]).exit_code == 0
     assert hub.private == {"datasets/someone/clips": True}
     tars = [number for number, names in enumerate(hub.commits) if any(name.endswith(".tar") for name in names)]
     views = [number for number, names in enumerate(hub.commits) if any("datasets/clips.json" in name for name in names)]
     assert max(tars) < min(views)
-    (tmp_path / "preview.parquet").write_bytes(arrived["preview.parquet"])
-    rows: list[dict[str, Any]] = parquet.read_table(tmp_path / "preview.parquet").to_pylist()
+    rows: list[dict[str, Any]] = parquet.read_table(tmp_path / "copy" / "preview.parquet").to_pylist()
     assert len(rows) == 7 and all(row["image"]["bytes"][:4] == b"\x89PNG" and row["caption"] for row in rows)
     tar = next(cache.glob("latents/*/*/*.tar"))
     tar.write_bytes(tar.read_bytes()[:-1] + b"x")
