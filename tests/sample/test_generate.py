@@ -247,9 +247,16 @@ def test_a_record_says_what_the_video_is(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(record["recipe"]["loras"])
 
 
-@pytest.mark.faults  # compiles for a minute
-@pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiled_transformer_makes_the_same_video(folder: Path) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when dynamo is imported
+def test_a_compiled_transformer_makes_the_same_video(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and compiled without C++ code, which takes minutes to build."""
+    compiled: list[str] = []
+
+    def compile_quickly(module: torch.nn.Module) -> None:
+        compiled.append(type(module).__name__)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
     made = frames(experiment("2b", folder, compile=True))
+    assert compiled == ["CogVideoXBlock", "CogVideoXBlock"]
     assert np.abs(made.astype(int) - frames(experiment("2b", folder))).max() <= 1
