@@ -122,7 +122,9 @@ class TarStream:
         self._places: list[SamplePlace] = []
 
     def write(self, content: bytes) -> int:
-        """Write the next bytes of the tar, for `TarWriter`."""
+        """Write the next bytes of the tar, for `TarWriter`, whose destructor also writes when a shard is given up."""
+        if self._file.closed:
+            return len(content)
         self._sha256.update(content)
         self._size += len(content)
         return self._file.write(content)

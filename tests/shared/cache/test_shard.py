@@ -56,6 +56,17 @@ def test_plain_webdataset_streams_what_our_reader_reads(storage: LocalStorage) -
     gc.collect()
 
 
+def test_a_shard_that_is_given_up_says_nothing(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The destructor of the tar writes what it has in its buffer, after the file was closed."""
+    said: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", said.append)
+    with ShardWriter(storage, FOLDER) as writer:
+        writer.add(make_samples(1)[0])
+    del writer
+    gc.collect()
+    assert said == []
+
+
 def test_equal_samples_give_equal_bytes_in_any_order() -> None:
     samples = make_samples(5)
     content, receipt = pack_shard(FOLDER, samples, {key_of("bad"): "broken"}, 2)
