@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -181,6 +182,8 @@ def quiet_libraries() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    if "diffusers" in sys.modules:  # which has read the variable already
+        sys.modules["diffusers"].utils.logging.set_verbosity_error()
 
 
 def bytes_text(size: float) -> str:
