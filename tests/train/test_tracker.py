@@ -102,7 +102,7 @@ def test_without_a_tracker_nothing_is_written_for_one(cached: Config, tmp_path: 
     train(config, StopSignal())
     decode(config)
     names = {path.name.partition("-")[0] for path in (tmp_path / "run").iterdir()}
-    assert names == {"checkpoint", "config.toml", "export", "metrics.jsonl", "previews"}
+    assert names == {"checkpoint", "config.toml", "events.jsonl", "export", "metrics.jsonl", "previews", "run.log"}
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
