@@ -6,6 +6,7 @@ from typing import Any
 
 from precompute.discover import Stage, Survey
 from shared.caption_lint import lint_captions
+from shared.model.geometry import MAX_CROPPED, cropped_share
 from shared.sources.tables import listed
 
 
@@ -14,7 +15,7 @@ class DataFinding:
     """One kind of weakness and the sources that have it."""
 
     kind: str
-    """That of a `CaptionFinding`, or identical_clips."""
+    """That of a `CaptionFinding`, identical_clips or much_cropped."""
     message: str
     sources: list[str]
     """In the order of the data set, each once."""
@@ -43,4 +44,20 @@ def find_weaknesses(stage: Stage, wanted: Survey, tokenizer: Any) -> list[DataFi
         count, names = sum(map(len, groups)), list(dict.fromkeys(name for group in groups for name in group))
         message = f"{count} of {len(wanted.clips)} clips are identical to another in bytes and window"
         findings.append(DataFinding("identical_clips", message, names))
-    return findings
+    return findings + _much_cropped(wanted, stage.config.data.video_reshape_mode)
+
+
+def _much_cropped(wanted: Survey, reshape_mode: str) -> list[DataFinding]:
+    """Return the clips of which the crop to their bucket takes much."""
+    if reshape_mode == "letterbox":
+        return []
+    shares = {
+        clip.source.name: cropped_share(
+            clip.probe.height, clip.probe.width, (clip.window.bucket.height, clip.window.bucket.width)
+        )
+        for clip in wanted.clips
+    }
+    names = [name for name, share in shares.items() if share > MAX_CROPPED]
+    advice = 'add their shape to data.resolution_buckets, or set data.video_reshape_mode = "letterbox"'
+    message = f"{len(names)} of {len(shares)} videos lose over {MAX_CROPPED:.0%} of the picture to the crop; {advice}"
+    return [DataFinding("much_cropped", message, names)] if names else []

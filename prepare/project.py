@@ -20,12 +20,10 @@ from shared.cards import find_card
 from shared.config_file import load_config
 from shared.errors import DataError, UsageError
 from shared.model.conventions import Conventions, read_conventions, refusal
-from shared.model.geometry import Bucket, choose_frames, choose_resolution
+from shared.model.geometry import MAX_CROPPED, Bucket, choose_frames, choose_resolution, cropped_share
 
 MAX_UPSCALE = 2
 """Stage 1 leaves out a source that would have to be enlarged by more than this, in either direction."""
-MAX_CROPPED = 0.2
-"""Part of a picture that a crop to the model's own shape may lose; beyond that the aspect ratio gets a bucket."""
 ASPECTS = (1.0, 4 / 3, 3 / 2, 16 / 9, 21 / 9)
 """Long side over short side of such buckets."""
 ENOUGH_CLIPS = 25
@@ -162,7 +160,11 @@ def choose_buckets(videos: Mapping[str, VideoSummary], choice: ModelChoice) -> B
         else:
             sizes[name], longest = size, max(longest, frames)
     notes = []
-    if cropped := [name for name, size in sizes.items() if _cropped(videos[name], size) > MAX_CROPPED]:
+    if cropped := [
+        name
+        for name, size in sizes.items()
+        if cropped_share(videos[name].height, videos[name].width, size) > MAX_CROPPED
+    ]:
         notes.append(f"{len(cropped)} videos lose over {MAX_CROPPED:.0%} of the picture to the crop, as {cropped[0]!r}")
     seconds = 2 * candidates[-1] / choice.fps
     if long := [name for name in sizes if videos[name].seconds > seconds]:
@@ -187,14 +189,9 @@ def _size_for(video: VideoSummary, choice: ModelChoice, conventions: Conventions
     else:
         long = round(short * ratio / 16) * 16
     fitted = (long, short) if video.height > video.width else (short, long)
-    better = _cropped(video, own) > MAX_CROPPED and _cropped(video, fitted) < _cropped(video, own)
+    lost, less = (cropped_share(video.height, video.width, size) for size in (own, fitted))
+    better = lost > MAX_CROPPED and less < lost
     return fitted if better and short >= choice.min_side and trainable(fitted) else own
-
-
-def _cropped(video: VideoSummary, size: Size) -> float:
-    """Return the part of the picture that is lost when it covers `size`."""
-    ratio = size[0] / size[1] * video.width / video.height
-    return 1 - min(ratio, 1 / ratio)
 
 
 CONFIG = """\

@@ -10,6 +10,8 @@ SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 4
 ENCODE_CHUNK_FRAMES = 8
 """Pixel frames per VAE encode chunk, remainder first (diffusers `num_sample_frames_batch_size`)."""
+MAX_CROPPED = 0.2
+"""Part of a picture that a crop may lose unmentioned; beyond it `init` gives the aspect ratio a bucket."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -67,3 +69,9 @@ def choose_resolution(height: int, width: int, buckets: Sequence[tuple[int, int]
         return max(ratio, 1 / ratio), -bucket[0] * bucket[1]
 
     return min(buckets, key=distance)
+
+
+def cropped_share(height: int, width: int, bucket: tuple[int, int]) -> float:
+    """Return the part of a picture that is lost when it covers the bucket's (height, width)."""
+    ratio = bucket[0] / bucket[1] * width / height
+    return 1 - min(ratio, 1 / ratio)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from precompute.discover import open_stage
 from precompute.estimate import estimate
@@ -17,7 +18,7 @@ def test_unknown_text_and_identical_clips_are_named_with_their_share(pipeline: P
     with decode_pool(config.precompute) as pool:
         planned = estimate(open_stage(config), pool)
     found = {finding.kind: finding for finding in planned.findings}
-    assert found.keys() == {"identical", "unknown_tokens", "identical_clips"}
+    assert found.keys() == {"identical", "unknown_tokens", "identical_clips", "much_cropped"}
     assert found["identical"].sources == ["000.mp4", "002.mp4"]
     assert found["unknown_tokens"].sources == ["001.mp4"]
     assert "1 of 4 captions have text that T5 does not know: " in found["unknown_tokens"].message
@@ -28,3 +29,21 @@ def test_unknown_text_and_identical_clips_are_named_with_their_share(pipeline: P
     report = run(config)
     assert report.as_json()["findings"] == planned.as_json()["findings"]
     assert [finding["kind"] for finding in report.as_json()["findings"]] == list(found)
+
+
+def test_clips_that_the_crop_takes_much_of_are_named(pipeline: Path, tmp_path: Path) -> None:
+    root = write_corpus(tmp_path / "clips", 2)
+    cropped = (
+        "2 of 2 videos lose over 20% of the picture to the crop; add their shape to data.resolution_buckets, or set "
+        "data.video_reshape_mode = \"letterbox\": '000.mp4', '001.mp4'"
+    )
+    given: dict[str, Any]
+    for given, expected in (
+        ({}, [cropped]),
+        ({"resolution_buckets": [[32, 32]]}, []),
+        ({"video_reshape_mode": "letterbox"}, []),
+    ):
+        config = config_for(pipeline, root, tmp_path / "cache", data=given)
+        with decode_pool(config.precompute) as pool:
+            findings = estimate(open_stage(config), pool).findings
+        assert [str(finding) for finding in findings if finding.kind == "much_cropped"] == expected
