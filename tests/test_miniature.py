@@ -171,7 +171,7 @@ def test_a_planted_fault_turns_the_guard_red(fault: str, tmp_path: Path) -> None
     assert right in source, f"{name}: {right!r} not found; write the fault again"
     (tmp_path / name).write_text(source.replace(right, wrong), "utf-8")
     guard = f"tests/test_miniature.py::{test_sixty_steps_teach_the_miniature.__name__}"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", guard]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=0", guard]
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "AssertionError" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

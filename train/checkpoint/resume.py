@@ -168,7 +168,8 @@ def identity_of(run: Run, base: Base) -> dict[str, Json]:
 def refuse_another_run(saved: Mapping[str, Json], identity: Mapping[str, Json], where: str) -> None:
     """Raise `CacheError` naming each difference between the identity in a checkpoint and this run's."""
     if found := [f"{name} was {old!r}, is {new!r}" for name, old, new in differences(saved, identity)]:
-        raise CacheError(f"{where}: made by another run ({', '.join(found)}); choose another train.output_dir")
+        on = ", and this run's export as train.initial_adapter to go on from it" if found[0].startswith("view ") else ""
+        raise CacheError(f"{where}: made by another run ({', '.join(found)}); choose another train.output_dir{on}")
 
 
 def differences(left: Mapping[str, Json], right: Mapping[str, Json]) -> Iterator[tuple[str, Json, Json]]:

@@ -22,7 +22,7 @@ from tests import tiny
 from tests.train import processes
 from tests.train.saved import content, is_content, save
 from train.checkpoint.files import STATE, load_checkpoint, save_checkpoint
-from train.checkpoint.resume import find_checkpoint
+from train.checkpoint.resume import find_checkpoint, refuse_another_run
 from train.loop import train
 
 Settings = Callable[..., Config]
@@ -271,3 +271,8 @@ def test_weights_with_known_marks_are_not_read(begun: Config, monkeypatch: pytes
     hashed.clear()
     train(begun, StopSignal())
     assert "transformer" not in hashed
+
+
+def test_another_data_set_is_told_how_to_go_on() -> None:
+    with pytest.raises(CacheError, match=r"another train\.output_dir, and this run's export as train\.initial_adapter"):
+        refuse_another_run({"view": "a"}, {"view": "b"}, "checkpoint-000002")
