@@ -12,7 +12,6 @@ from diffusers import AutoencoderKLCogVideoX
 from transformers import T5Config, T5EncoderModel
 
 from bench.media import write_corpus
-from precompute import encoders
 from precompute.discover import open_stage, survey
 from precompute.estimate import find_work
 from precompute.latents import encode_latents
@@ -137,8 +136,7 @@ def one_pass(scene: Scene, clips: Path, kind: str, settings: dict[str, Any]) -> 
             latents, prompts = find_work(stage, wanted)
             if kind == "clips":
                 return encode_latents(stage, latents, wanted.by_key, pool)
-            tokenizer = encoders.load_tokenizer(str(stage.encoders.tokenizer))
-            return encode_prompts(stage, prompts, wanted.texts, tokenizer)
+            return encode_prompts(stage, prompts, wanted.texts)
 
 
 def measure(scene: Scene, kind: str, settings: dict[str, Any]) -> dict[str, float]:

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from bench import record
@@ -82,24 +83,27 @@ def store_all(config_file: Path) -> None:
     from precompute.assignments import take_inventory
     from precompute.discover import open_stage, survey
     from precompute.estimate import find_work
-    from precompute.run import decode_pool, make_view
+    from precompute.findings import tokens_of
+    from precompute.run import make_view
     from shared.cache.collection import write_recipe
     from shared.cache.shard import Sample, write_shard
     from shared.cache.view import write_view
     from shared.config_file import load_config
-    from shared.media.known_files import KnownFiles
-    from shared.media.probe import mark_of, probe
+    from shared.media.probe import Probed, mark_of, probe
 
     config = load_config(config_file, None)
     stage = open_stage(config)
     paths = sorted(config.data.instance_data_root.glob("*.mp4"))
-    first, known = probe(paths[-1]), KnownFiles()
-    for path in paths:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        known.add(replace(first, probe=replace(first.probe, mark=mark_of(path.stat()), sha256=sha256)))
-    known.save()
-    with decode_pool(config) as pool:
-        wanted = survey(stage, pool)
+    first = probe(paths[-1])
+
+    def probe_all(paths: Iterable[Path]) -> Iterator[Probed]:
+        for path in paths:
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            yield replace(first, probe=replace(first.probe, mark=mark_of(path.stat()), sha256=sha256))
+
+    pool: Any = SimpleNamespace(probe_all=probe_all)
+    wanted = survey(stage, pool)
+    tokens_of(stage, wanted, publish=True)
     moments = torch.randn(32, 2, SIDE // 8, SIDE // 8)
     conventions = stage.encoders.conventions
     embeds = torch.randn(conventions.text_length, conventions.text_embed_dim)
@@ -113,7 +117,7 @@ def store_all(config_file: Path) -> None:
             write_shard(stage.storage, shard.folder, samples)
     inventory = take_inventory(stage.storage, wanted.latents)
     marks = {"vae": stage.encoders.vae.marks, "text_encoder": stage.encoders.text_encoder.marks}
-    view = make_view(config, wanted, dict.fromkeys(wanted.texts, 0), inventory)
+    view = make_view(config, wanted, dict.fromkeys(wanted.texts, 1), conventions.text_length, inventory)
     write_view(stage.storage, replace(view, encoders=marks))
 
 

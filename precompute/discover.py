@@ -1,12 +1,13 @@
 """Inputs of a run: the clips and texts of the config with their keys, and the sources without a clip."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from precompute import recipes
 from precompute.assignments import Part
+from precompute.probes import probe_files
 from precompute.windows import Window, cut_windows
 from shared import console
 from shared.cache.collection import Collection, collection_for
@@ -15,7 +16,6 @@ from shared.config import Config
 from shared.errors import UsageError
 from shared.file_types import with_names
 from shared.fingerprint import KEY_LENGTH, Json
-from shared.media.known_files import KnownFiles
 from shared.media.pool import DecodePool
 from shared.media.probe import Probe, Probed, Skipped
 from shared.model.conventions import refusal, without_learned_positions
@@ -110,9 +110,12 @@ def cut_clips(
     found: dict[int, list[Clip] | Skipped] = {
         row: Skipped(source.skipped) for row, source in enumerate(sources) if source.skipped
     }
-    for path, outcome in _probes(stage, list(rows), pool):
-        # the time stamps, the bulk of a probe, end here
-        found |= {row: _cut(stage, sources[row], outcome, recipe) for row in rows[path]}
+    remember = stage.config.precompute.remember_files
+    with console.Progress("probing", len(rows)) as bar:
+        for path, outcome in probe_files(stage.storage, list(rows), pool, stage.part, remember=remember):
+            # the time stamps, the bulk of a probe, end here
+            found |= {row: _cut(stage, sources[row], outcome, recipe) for row in rows[path]}
+            bar.advance()
     clips: list[Clip] = []
     left_out: list[tuple[Source, Skipped]] = []
     unwanted = read_leave_out(stage.config.data.leave_out)
@@ -159,28 +162,6 @@ def _cut(stage: Stage, source: Source, found: Probed | Skipped, recipe: str) -> 
         return windows
     keys = [recipes.latent_key(probe.sha256, window, data.video_reshape_mode, recipe) for window in windows]
     return [Clip(source, probe, window, key) for window, key in zip(windows, keys, strict=True)]
-
-
-def _probes(stage: Stage, paths: Sequence[Path], pool: DecodePool) -> Iterator[tuple[Path, Probed | Skipped]]:
-    """Yield the content of each file; a known file is not read."""
-    known = KnownFiles() if stage.config.precompute.remember_files else None
-    unknown: list[Path] = []
-    try:
-        with console.Progress("probing", len(paths)) as bar:
-            for path in paths:
-                if known and (probed := known.find(path)):
-                    yield path, probed
-                    bar.advance()
-                else:
-                    unknown.append(path)
-            for path, outcome in zip(unknown, pool.probe_all(unknown), strict=True):
-                if known and isinstance(outcome, Probed):
-                    known.add(outcome)
-                yield path, outcome
-                bar.advance()
-    finally:
-        if known:
-            known.save()
 
 
 def _refuse_buckets(stage: Stage) -> None:

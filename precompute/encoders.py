@@ -13,9 +13,6 @@ from shared.errors import UsageError
 from shared.model.geometry import ENCODE_CHUNK_FRAMES
 from shared.model.pretrained import Component
 
-TEXTS_PER_BLOCK = 250
-"""Texts tokenized at once to count their tokens; a text of 150 words takes 0.2 MB."""
-
 
 def vae_precision(requested: str, part: Component) -> str:
     """Resolve `auto` to the published precision, but fp16 to fp32: fp16 gives NaN on some clips (CogVideo#343)."""
@@ -156,12 +153,3 @@ def load_tokenizer(folder: str) -> Any:
     from transformers import T5Tokenizer
 
     return T5Tokenizer.from_pretrained(folder)
-
-
-def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """Return the number of tokens of each text, those beyond the text length too."""
-    counts: list[int] = []
-    for start in range(0, len(texts), TEXTS_PER_BLOCK):
-        block = tokenizer(list(texts[start : start + TEXTS_PER_BLOCK]), return_attention_mask=False, verbose=False)
-        counts += [len(ids) for ids in block.input_ids]
-    return counts

@@ -9,8 +9,8 @@ from typing import Any
 from precompute import recipes
 from precompute.assignments import Inventory, PlannedShard, Wanted, propose, take_inventory
 from precompute.discover import Clip, Stage, Survey, survey
-from precompute.encoders import load_tokenizer, vae_precision
-from precompute.findings import DataFinding, find_weaknesses
+from precompute.encoders import vae_precision
+from precompute.findings import DataFinding, find_weaknesses, tokens_of
 from precompute.report import SampleCounts, reasons_json
 from precompute.windows import bucket_warnings
 from shared import console
@@ -123,7 +123,7 @@ def estimate(stage: Stage, pool: DecodePool) -> Estimate:
             *wanted.warnings,
             *warnings,
         ],
-        findings=find_weaknesses(stage, wanted, load_tokenizer(str(stage.encoders.tokenizer))),
+        findings=find_weaknesses(stage, wanted, tokens_of(stage, wanted, publish=False)),
         seconds={"total": round(time.perf_counter() - started, 3)},
     )
 

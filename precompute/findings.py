@@ -1,11 +1,13 @@
 """Weaknesses of a data set that stop nothing: captions that T5 does not know, identical captions and clips."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from precompute.discover import Stage, Survey
-from shared.caption_lint import lint_captions
+from precompute.encoders import load_tokenizer
+from precompute.probes import Notes
+from shared.caption_lint import Tokens, count_tokens, lint_captions
 from shared.model.geometry import MAX_CROPPED, cropped_share
 from shared.sources.tables import listed
 
@@ -24,12 +26,30 @@ class DataFinding:
         return f"{self.message}: {listed(self.sources)}"
 
 
-def find_weaknesses(stage: Stage, wanted: Survey, tokenizer: Any) -> list[DataFinding]:
-    """Return what is weak in the captions of the clips, as encoded, and the clips of equal bytes and window."""
+def tokens_of(stage: Stage, wanted: Survey, *, publish: bool) -> dict[str, Tokens]:
+    """Return prompt key -> tokens of every text; the tokenizer is loaded only if a text is new to the cache."""
+    notes = Notes(stage.storage, f"tokens-{wanted.prompts.recipe}")
+    notes.refresh()
+    new = [key for key in wanted.texts if key not in notes.facts]
+    counted = dict[str, Tokens]()
+    if new:
+        tokenizer = load_tokenizer(str(stage.encoders.tokenizer))
+        counted = dict(zip(new, count_tokens(tokenizer, [wanted.texts[key] for key in new]), strict=True))
+        if publish:
+            notes.publish(counted)
+    return {key: counted.get(key) or Tokens(*notes.facts[key]) for key in wanted.texts}
+
+
+def find_weaknesses(stage: Stage, wanted: Survey, tokens: Mapping[str, Tokens]) -> list[DataFinding]:
+    """Return what is weak in the captions of the clips, as encoded, and the clips of equal bytes and window.
+
+    `tokens` is prompt key -> tokens.
+    """
     sources = list(dict.fromkeys(clip.source for clip in wanted.clips))
     captions = [(source.name, caption.text) for source in sources for caption in source.captions]
-    length = stage.encoders.conventions.text_length
-    found = lint_captions([text for _, text in captions], stage.config.data.id_token, tokenizer, length)
+    length, keys = stage.encoders.conventions.text_length, {text: key for key, text in wanted.texts.items()}
+    texts = [text for _, text in captions]
+    found = lint_captions(texts, stage.config.data.id_token, [tokens[keys[text]] for text in texts], length)
     findings = [
         DataFinding(
             finding.kind, finding.message, list(dict.fromkeys(captions[number][0] for number in finding.captions))

@@ -2,14 +2,13 @@
 
 import gc
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from precompute import recipes
 from precompute.assignments import shards_to_make, unmade
 from precompute.discover import Stage
-from precompute.encoders import TextEncoder
+from precompute.encoders import TextEncoder, load_tokenizer
 from precompute.estimate import Work
 from precompute.report import PassResult, SampleCounts, Timer
 from shared import console
@@ -18,7 +17,7 @@ from shared.device import choose_device
 from shared.errors import DataError
 
 
-def encode_prompts(stage: Stage, work: Work, texts: Mapping[str, str], tokenizer: Any) -> PassResult:
+def encode_prompts(stage: Stage, work: Work, texts: Mapping[str, str]) -> PassResult:
     """Encode the texts (key -> text) that are not stored; T5 is loaded only if there are any, and freed at the end."""
     timer, encoder, wanted, settings = Timer(), None, work.wanted, stage.config.precompute
     made = written_bytes = 0
@@ -27,6 +26,7 @@ def encode_prompts(stage: Stage, work: Work, texts: Mapping[str, str], tokenizer
         if encoder is None:
             with timer.measure("load_text_encoder"):
                 device, length = choose_device(settings.device), stage.encoders.conventions.text_length
+                tokenizer = load_tokenizer(str(stage.encoders.tokenizer))
                 encoder = TextEncoder(stage.encoders.text_encoder, tokenizer, settings, device, length)
             recipes.record_environment(stage.storage, wanted.collection, encoder.device)
         with console.Progress("prompts", sum(len(shard.keys) for shard in shards)) as bar:

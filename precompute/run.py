@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
 
-from precompute import encoders
 from precompute.assignments import Inventory, Part
 from precompute.discover import Clip, Stage, Survey, open_stage, survey
 from precompute.estimate import find_work
-from precompute.findings import find_weaknesses
+from precompute.findings import find_weaknesses, tokens_of
 from precompute.latents import encode_latents
 from precompute.prompts import encode_prompts
 from precompute.report import Report, truncated_captions
@@ -51,11 +50,11 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
         _refuse_full_disk(stage, latents_work.bytes_needed + prompts_work.bytes_needed)
         write_recipe(stage.storage, wanted.latents, wanted.latents_recipe)
         write_recipe(stage.storage, wanted.prompts, wanted.prompts_recipe)
-        tokenizer = encoders.load_tokenizer(str(stage.encoders.tokenizer))
-        findings = find_weaknesses(stage, wanted, tokenizer)
+        tokens = tokens_of(stage, wanted, publish=True)
+        findings = find_weaknesses(stage, wanted, tokens)
         for finding in (*wanted.warnings, *findings):
             console.say(f"warning: {finding}")
-        prompts = encode_prompts(stage, prompts_work, wanted.texts, tokenizer)
+        prompts = encode_prompts(stage, prompts_work, wanted.texts)
         latents = encode_latents(stage, latents_work, wanted.by_key, pool)
         decode_seconds = pool.busy_seconds
     lost = {wanted.by_key[key].source.name: skip.reason for key, skip in latents.failed.items()}
@@ -65,9 +64,9 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
             "previous view is unchanged; run the same command again"
         )
     text_length = stage.encoders.conventions.text_length
-    tokens = dict(zip(wanted.texts, encoders.count_tokens(tokenizer, list(wanted.texts.values())), strict=True))
-    truncated = {key: max(0, count - text_length) for key, count in tokens.items()}
-    view = replace(make_view(config, wanted, tokens, text_length, latents.inventory), encoders=marks)
+    counts = {key: found.total for key, found in tokens.items()}
+    truncated = {key: max(0, count - text_length) for key, count in counts.items()}
+    view = replace(make_view(config, wanted, counts, text_length, latents.inventory), encoders=marks)
     skipped = sorted((row.source, row.skipped) for row in view.split("skipped"))
     num_held_out = len(view.split("held_out"))
     if not view.split("train"):  # the previous view stays

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.atomic_files import replacing
-from shared.caption_lint import CaptionFinding, lint_captions, with_trigger
+from shared.caption_lint import CaptionFinding, count_tokens, lint_captions, with_trigger
 from shared.config import Config
 from shared.errors import DataError, UsageError
 from shared.sources.root import DataRoot
@@ -97,7 +97,8 @@ def lint_rows(rows: list[Row], config: Config) -> list[CaptionFinding]:
     """Return what is weak in the captions as stage 1 encodes them; a row without one counts as an empty caption."""
     token, column = config.data.id_token, config.data.caption_column
     captions = [with_trigger(token, text) for row in rows for text in captions_of(row, column) or [""]]
-    return lint_captions(captions, token, _local_tokenizer(config))
+    tokenizer = _local_tokenizer(config)
+    return lint_captions(captions, token, count_tokens(tokenizer, captions) if tokenizer else None)
 
 
 def _local_tokenizer(config: Config) -> Any | None:

@@ -257,7 +257,7 @@ class Precompute(Table):
     decode_memory_gib: Annotated[float, Field(ge=0.25, le=1024), FREE] = 4
     """Address space a decoding process may take."""
     remember_files: Annotated[bool, FREE] = False
-    """Remember in the user's cache folder what each file holds, by its inode, size and times; none is read again."""
+    """Keep in the cache what each file holds, by its inode, size and times; a known file is not read again."""
     retry_skipped: Annotated[bool, FREE] = False
     """Try the clips once more that an earlier run could not encode."""
 

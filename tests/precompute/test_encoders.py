@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5EncoderModel
 
-from precompute.encoders import CompiledModule, TextEncoder, VaeEncoder, count_tokens, load_tokenizer, vae_precision
+from precompute.encoders import CompiledModule, TextEncoder, VaeEncoder, load_tokenizer, vae_precision
 from precompute.latents import conditioning_images
 from shared.config import Model, Precompute
 from shared.errors import UsageError
@@ -233,21 +233,6 @@ def test_fp16_t5_computes_in_fp32_what_exceeds_65504(pipeline: Path, tmp_path: P
         encoder = TextEncoder(part, tokenizer, settings, CPU, TEXT_LENGTH)
         found = encoder.encode(["a grey rabbit yawns"]).float().flatten(1)
         assert torch.nn.functional.cosine_similarity(expected, found).min() > 0.99
-
-
-def test_tokens_are_counted_by_blocks(pipeline: Path) -> None:
-    tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
-    texts = [f"a grey rabbit {'yawns ' * (number % 30)}" for number in range(600)]
-    blocks: list[int] = []
-
-    def counting(block: list[str], **settings: object) -> Any:
-        blocks.append(len(block))
-        return tokenizer(block, **settings)
-
-    expected = [len(tokenizer(text).input_ids) for text in texts[:60]]
-    assert count_tokens(counting, texts) == expected * 10
-    assert sum(blocks) == 600 and max(blocks) <= 250 and min(expected) < TEXT_LENGTH < max(expected)
-    assert count_tokens(tokenizer, []) == []
 
 
 def test_conditioning_images_are_the_frame_and_noised_copies() -> None:
