@@ -15,6 +15,7 @@ from report.cli import show_data_page
 from sample.cli import app as sample_app
 from sample.publish_cli import app as publish_app
 from shared.command import ConfigFile, JsonOutput, Overrides, exits
+from shared.signals import raise_on_signal
 from train.cli import app as train_app
 
 __version__ = "0.1.0"
@@ -65,20 +66,21 @@ def plan_command(
     import json
     from dataclasses import asdict
 
-    from shared.cards import find_card
-    from shared.config_file import load_config
-    from shared.console import quiet_libraries
+    with raise_on_signal("nothing was written"):
+        from shared.cards import find_card
+        from shared.config_file import load_config
+        from shared.console import quiet_libraries
 
-    settings = load_config(config, overrides)
-    cost = None
-    if card:
-        from train.memory.cost import show_cost, training_cost
+        settings = load_config(config, overrides)
+        cost = None
+        if card:
+            from train.memory.cost import show_cost, training_cost
 
-        gpu = find_card(card)
-        quiet_libraries()
-        cost = training_cost(settings, gpu)
-        show_cost(cost)  # worth knowing even before there are clips
-    planned = show_plan(settings) | {"train": asdict(cost) if cost else None}
+            gpu = find_card(card)
+            quiet_libraries()
+            cost = training_cost(settings, gpu)
+            show_cost(cost)  # worth knowing even before there are clips
+        planned = show_plan(settings) | {"train": asdict(cost) if cost else None}
     if json_output:
         typer.echo(json.dumps(planned))
 

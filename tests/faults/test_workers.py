@@ -188,9 +188,10 @@ def test_signals_at_random_moments_lose_nothing(sources: Sources, undisturbed: F
 
 
 @pytest.mark.faults
-def test_signal_during_imports_ends_the_command_with_75(sources: Sources, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["precompute", "plan"])
+def test_signal_during_imports_ends_the_command_with_75(name: str, sources: Sources, tmp_path: Path) -> None:
     save_config(config_for(*sources, tmp_path / "cache"), tmp_path / "config.toml")
-    command = [sys.executable, "-m", "precog", "precompute", str(tmp_path / "config.toml")]
+    command = [sys.executable, "-m", "precog", name, str(tmp_path / "config.toml")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
         while "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text():
             time.sleep(0.01)
