@@ -75,9 +75,9 @@ def _read_notes(storage: Storage, name: str) -> dict[str, Any]:
         content = storage.read(name, limit_bytes=NOTES_BYTES)
         if hashlib.sha256(content).hexdigest() != Path(name).stem:
             return {}
-        facts: dict[str, Any] = json.loads(zlib.decompress(content))
-        return facts
-    except CacheError:
+        facts = json.loads(zlib.decompressobj().decompress(content, NOTES_BYTES))
+        return facts if isinstance(facts, dict) else {}
+    except (CacheError, ValueError, RecursionError, zlib.error):
         return {}
 
 

@@ -1,8 +1,10 @@
 """Probes in the cache: each file is read by one worker, and probes are neither trusted when old nor when damaged."""
 
+import hashlib
 import os
 import random
 import threading
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -188,6 +190,15 @@ def test_notes_of_two_writers_are_read_by_both(tmp_path: Path) -> None:
     two.publish({"b": [2]})
     assert one.refresh() and two.refresh() and not one.refresh()
     assert one.facts == two.facts == {"a": 1, "b": [2]}
+
+
+@pytest.mark.parametrize("content", [b"no zlib", zlib.compress(b"[1]"), zlib.compress(b"[" * 2**20)])
+def test_notes_of_another_program_are_ignored(tmp_path: Path, content: bytes) -> None:
+    notes = Notes(LocalStorage(str(tmp_path)), "x")
+    notes.publish({"a": 1})
+    (tmp_path / "probes" / "x" / f"{hashlib.sha256(content).hexdigest()}.json").write_bytes(content)
+    again = Notes(LocalStorage(str(tmp_path)), "x")
+    assert again.refresh() and again.facts == {"a": 1}
 
 
 @pytest.mark.faults
