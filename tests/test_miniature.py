@@ -46,6 +46,8 @@ def config_in(folder: Path, run: str, *overrides: str) -> Config:
         "train.max_train_steps": STEPS,
         "train.global_batch_size": 6,
         "train.max_tokens_per_pack": 160,
+        "train.validation_steps": 0,
+        "train.preview_steps": 0,
     }
     given = [f"{name}={value}" for name, value in places.items()]
     return load_config(ROOT / "configs" / "demo.toml", [*given, *overrides])
