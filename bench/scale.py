@@ -80,13 +80,14 @@ def store_all(config_file: Path) -> None:
 
     import torch
 
+    from bench.shards import write_shard
     from precompute.assignments import take_inventory
     from precompute.discover import open_stage, survey
     from precompute.estimate import find_work
     from precompute.findings import tokens_of
     from precompute.run import make_view
     from shared.cache.collection import write_recipe
-    from shared.cache.shard import Sample, write_shard
+    from shared.cache.shard import Sample
     from shared.cache.view import write_view
     from shared.config_file import load_config
     from shared.media.probe import Probed, mark_of, probe
@@ -207,8 +208,9 @@ def measure_reading(rounds: int) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file, save_file
 
+    from bench.shards import write_shard
     from shared.cache.collection import Collection, SampleReader
-    from shared.cache.shard import Sample, write_shard
+    from shared.cache.shard import Sample
     from shared.cache.storage import open_storage
 
     kinds = ("latents", "prompts")
@@ -250,8 +252,9 @@ def measure_examples(rounds: int, threads: int) -> dict[str, float]:
     import torch
 
     from bench.models import published_conventions
+    from bench.shards import write_shard
     from shared.cache.collection import Collection
-    from shared.cache.shard import Sample, write_shard
+    from shared.cache.shard import Sample
     from shared.cache.storage import open_storage
     from shared.cache.view import View, ViewRow
     from shared.config import Train

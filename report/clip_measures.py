@@ -1,4 +1,4 @@
-"""What a clip's thumbnails say: motion, cuts, black pictures and borders, and a descriptor that finds duplicates.
+"""Measures of a clip's thumbnails: motion, cuts, black pictures and borders, and a descriptor that finds duplicates.
 
 Thumbnails are uint8 [F,3,h,w], one pixel for each latent pixel, so noise of the source is averaged away: a level is
 1/255 of the full range of 8 x 8 pixels of four frames. All rules are the same for every data set.

@@ -18,7 +18,7 @@ from report.page import script_json, write_page
 from shared.atomic_files import replacing
 from shared.cache.collection import SampleReader, read_recipe
 from shared.cache.storage import open_storage
-from shared.cache.view import View, ViewRow, read_view
+from shared.cache.view import View, ViewRow, read_view, rows_of
 from shared.caption_lint import lint_captions
 from shared.config import Config
 from shared.fingerprint import key_of
@@ -166,7 +166,7 @@ def is_current(config: Config) -> bool:
 
 def _view_name(view: View) -> str:
     """Return a hash of all that the page shows of the view."""
-    return key_of([json.dumps(asdict(row), sort_keys=True) for row in view.rows])
+    return key_of({"rows": rows_of(view.rows).table.to_pydict(), "settings": view.settings})
 
 
 def make_report(

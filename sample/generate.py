@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers.utils.logging import disable_progress_bar
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sample.loras import Lora, find_loras, lines_that_load, load_lora, set_loras, warn_of_differences
 from sample.pipeline import (
@@ -63,7 +63,7 @@ class Cell:
 
     @property
     def is_made(self) -> bool:
-        """Whether the video is there with this recipe."""
+        """True if the video is there with this recipe."""
         try:
             return self.video.is_file() and json.loads(self.record.read_bytes())["recipe"] == self.recipe
         except (OSError, ValueError, KeyError, TypeError):
@@ -77,11 +77,10 @@ def sample(config: Config, *, grid: bool = False) -> dict[str, Json]:
     Raises `UsageError` if there are no prompts or a part of the model is missing.
     """
     prompts, loras = read_prompts(config), find_loras(config)
-    device = choose_device(config.sample.device)
-    conventions = checkpoint_conventions(config)
+    device, conventions = choose_device(config.sample.device), checkpoint_conventions(config)
     starts = read_starts(config, conventions, len(prompts))
-    together = [(" + ".join(lora.label for lora in loras), (*loras,))]
-    columns = [(lora.label, (lora,)) for lora in loras] if grid else together
+    sets = [(lora,) for lora in loras] if grid else [tuple(loras)]
+    columns = [(" + ".join(lora.label for lora in each), each) for each in sets]
     if not grid and len({lora.name for lora in loras}) < len(loras):
         raise UsageError("sample.loras: a file is named twice; give one strength, or compare them with --grid")
     rows = cells(config, prompts, starts, [("base", ()), *columns], uses_tiles(config, device))
@@ -92,18 +91,18 @@ def sample(config: Config, *, grid: bool = False) -> dict[str, Json]:
     if world_size() > 1:
         PartialState(cpu=device.type == "cpu").wait_for_everyone()
     every = [cell for row in rows for cell in row]
-    sheet = config.sample.output_dir / SHEET
     if rank() == 0:
         labels = [" ".join(f"{cell.label}: {cell.prompt} (seed {cell.seed})".split()) for cell in every]
         image = contact_sheet([(label, thumbnails(cell.video)) for label, cell in zip(labels, every, strict=True)])
-        with replacing(sheet) as pending:
+        with replacing(config.sample.output_dir / SHEET) as pending:
             image.save(pending, format="PNG")
-    for cell in every:
-        console.say(str(cell.video))
-    console.say(f"{len(missing)} made, {len(every) - len(missing)} were there already; {sheet}")
+    console.say("\n".join(str(cell.video) for cell in every))
+    console.say(
+        f"{len(missing)} made, {len(every) - len(missing)} were there already; {config.sample.output_dir / SHEET}"
+    )
     console.say(f"`precog report grid {config.sample.output_dir}` writes a page with all videos of this folder")
     records = [json.loads(cell.record.read_bytes()) for cell in every]
-    return {"videos": records, "made": len(missing), "sheet": str(sheet)}
+    return {"videos": records, "made": len(missing), "sheet": str(config.sample.output_dir / SHEET)}
 
 
 def read_starts(config: Config, conventions: Conventions, num_prompts: int) -> list[tuple[VideoStart, str | None]]:
@@ -115,12 +114,13 @@ def read_starts(config: Config, conventions: Conventions, num_prompts: int) -> l
     starts: list[tuple[VideoStart, str | None]] = []
     for path in settings.images:
         try:
-            starts.append((VideoStart(image=Image.open(path).convert("RGB")), sha256_file(path)))
+            shown = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         except OSError as error:
             raise UsageError(f"sample.images: {path} is not a readable image ({error}); replace the file") from None
+        starts.append((VideoStart(image=shown), sha256_file(path)))
     if settings.video is not None:
         frames = settings.num_frames // 8 * 8 if conventions.patch_size_t else settings.num_frames
-        video = read_input(settings.video, frames, settings.height, settings.width, settings.fps)
+        video = read_input(settings.video, frames, (settings.height, settings.width), settings.fps, config.precompute)
         return [(VideoStart(video=video), sha256_file(settings.video))] * num_prompts
     return starts or [(VideoStart(), None)] * num_prompts
 

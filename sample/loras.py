@@ -44,7 +44,7 @@ class Lora:
 
     @property
     def comfyui_line(self) -> str:
-        """What makes a file for ComfyUI, and the node that loads it."""
+        """The command that makes a file for ComfyUI, and the node that loads it."""
         run, at, which = str(self.place).rpartition("@") if not self.place.exists() else (str(self.place), "", "")
         source = f"{run} --{which if which == BEST else f'step {which}'}" if at else run
         made = "" if self.place.is_file() else f"precog export {source} --format comfyui; "

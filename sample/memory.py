@@ -1,4 +1,4 @@
-"""Which weights wait in host memory while sampling, chosen by the device's free memory."""
+"""Choice of the weights that wait in host memory while sampling, by the device's free memory."""
 
 import math
 from typing import Any

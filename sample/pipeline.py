@@ -21,7 +21,7 @@ from shared.model.pretrained import load_scheduler, pretrained_config, pretraine
 
 @dataclass(frozen=True, slots=True)
 class VideoStart:
-    """What a video starts from beside noise and prompt."""
+    """The start of a video beside noise and prompt."""
 
     image: Any = None
     """First frame, for an image-to-video checkpoint."""

@@ -1,12 +1,19 @@
 """Read videos: those written here, and those to start from; and the figures that compare two."""
 
+from bisect import bisect_right
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from shared.config import Precompute
 from shared.errors import UsageError
+from shared.file_types import with_names
+from shared.media.child import DecodeJob
+from shared.media.picture import Scaled
+from shared.media.pool import decode_pool
+from shared.media.probe import Skipped
 
 THUMBNAIL_PIXELS = 160
 """Height of a frame on the contact sheet."""
@@ -18,24 +25,34 @@ def read_mp4(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def read_input(path: Path, num_frames: int, height: int, width: int, fps: int) -> list[Image.Image]:
-    """Read the first frames of a video at `fps`, scaled and cropped in the middle.
+def read_input(
+    path: Path, num_frames: int, bucket: tuple[int, int], fps: int, settings: Precompute
+) -> list[Image.Image]:
+    """Read the first frames of a video at `fps` as stage 1 does: as displayed, scaled and cropped in the middle.
 
-    Raises `UsageError` if the file is no video or too short.
+    `bucket` is the height and width. Raises `UsageError` if the file is no video or too short.
     """
-    frames: list[Image.Image] = []
-    try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                while len(frames) < num_frames and (frame.time or 0.0) * fps >= len(frames) - 1e-3:
-                    picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
-                    frames.append(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
-                if len(frames) == num_frames:
-                    return frames
-    except (OSError, av.error.FFmpegError, IndexError) as error:
-        raise UsageError(f"sample.video: {path} cannot be read as a video ({error}); replace the file") from None
-    found = f"{path} has {len(frames)} frames at {fps} fps, expected {num_frames}"
-    raise UsageError(f"sample.video: {found}; lower sample.num_frames or sample.fps")
+    with decode_pool(settings) as pool:
+        (found,) = pool.probe_all([path])
+        if isinstance(found, Skipped):
+            raise UsageError(f"sample.video: {path}: {with_names(found.reason, path.name)}; replace the file")
+        times, (height, width) = found.timestamps_us, found.probe.look.size
+        end = found.probe.end_us or times[-1] + times[-1] // max(1, len(times) - 1)
+        wanted = [number * 1_000_000 // fps for number in range(num_frames)]
+        if (there := sum(time < max(end, 1) for time in wanted)) < num_frames:
+            short = f"{path} has {there} frames at {fps} fps, expected {num_frames}"
+            raise UsageError(f"sample.video: {short}; lower sample.num_frames or raise sample.fps")
+        indices = tuple(bisect_right(times, time + 1000) - 1 for time in wanted)  # containers round to 1 ms
+        scale = max(bucket[0] / height, bucket[1] / width)
+        size = max(bucket[0], round(height * scale)), max(bucket[1], round(width * scale))
+        part = (size[0] - bucket[0]) // 2, (size[1] - bucket[1]) // 2, *bucket
+        job = DecodeJob(
+            path, found.probe, indices, tuple(times[index] for index in indices), "pyav", Scaled(size, part)
+        )
+        (decoded,) = pool.decode_all([job])
+        if isinstance(decoded, Skipped):
+            raise UsageError(f"sample.video: {path}: {with_names(decoded.reason, path.name)}; replace the file")
+        return [Image.fromarray(frame.clip(0, 255).round().astype(np.uint8)) for frame in decoded.frames]
 
 
 def compare(video: np.ndarray, base: np.ndarray) -> dict[str, float]:

@@ -36,7 +36,7 @@ def with_trigger(trigger: str, caption: str) -> str:
 
 
 class Tokens(NamedTuple):
-    """How T5's tokenizer reads a text."""
+    """A text as T5's tokenizer reads it."""
 
     total: int
     unknown: int

@@ -1,4 +1,4 @@
-"""What happened to a run beside its steps: events.jsonl, run.log, and the page in a process of its own."""
+"""Events of a run beside its steps: events.jsonl, run.log, and the page in a process of its own."""
 
 import os
 import platform

@@ -205,20 +205,6 @@ class ShardWriter:
         return receipt, written_bytes + len(body)
 
 
-def write_shard(
-    storage: Storage,
-    folder: str,
-    samples: Iterable[Sample],
-    skipped: Mapping[str, str] | None = None,
-    attempt: int = 0,
-) -> tuple[Receipt, int]:
-    """Write a shard whose samples are in memory; return as `ShardWriter.finish`."""
-    with ShardWriter(storage, folder) as writer:
-        for sample in sorted(samples, key=lambda sample: sample.key):
-            writer.add(sample)
-        return writer.finish(skipped or {}, attempt)
-
-
 def publish_tar(storage: Storage, path: Path, receipt: Receipt) -> bool:
     """Give the file `path` the tar's name; return False if the whole tar is stored already."""
     if storage.publish_file(path, receipt.tar):

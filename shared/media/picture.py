@@ -53,7 +53,7 @@ class NotShown(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a frame is shown."""
+    """The way a frame is shown."""
 
     stored: tuple[int, int]
     """Height and width of the decoded frame."""

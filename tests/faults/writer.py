@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from bench.shards import write_shard
 from precompute.assignments import Part, Wanted, shards_to_make, take_inventory, unmade
 from shared.cache.collection import collection_for, write_recipe
-from shared.cache.shard import Sample, write_shard
+from shared.cache.shard import Sample
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
 from shared.cache.view import View, ViewRow, write_view

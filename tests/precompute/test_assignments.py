@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.shards import write_shard
 from precompute.assignments import (
     Inventory,
     Part,
@@ -22,7 +23,7 @@ from precompute.assignments import (
     unmade,
 )
 from shared.cache.collection import Collection
-from shared.cache.shard import Sample, write_shard
+from shared.cache.shard import Sample
 from shared.cache.storage import LocalStorage
 from shared.errors import CacheError
 from shared.fingerprint import key_of, sealed

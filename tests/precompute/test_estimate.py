@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from bench.shards import write_shard
 from precompute import recipes
 from precompute.discover import open_stage
 from precompute.estimate import Estimate, estimate, recipe_changes
 from shared.cache.collection import collection_for, write_recipe
-from shared.cache.shard import write_shard
 from shared.cache.storage import LocalStorage
 from shared.cache.view import read_view
 from shared.config import Config, fields_shaping

@@ -232,7 +232,7 @@ def test_an_input_that_does_not_fit_the_checkpoint_is_refused(folder: Path, tmp_
         sample(experiment("5b-i2v", tmp_path, video=folder / "input.mp4"))
     with pytest.raises(UsageError, match=r"input\.mp4 has 9 frames at 8 fps, expected 17; lower sample\.num_frames"):
         sample(experiment("2b", folder, video=folder / "input.mp4", num_frames=17))
-    with pytest.raises(UsageError, match=r"first\.txt cannot be read as a video"):
+    with pytest.raises(UsageError, match=r"first\.txt: not a video: .*; replace the file"):
         (folder / "first.txt").write_text("no video", "utf-8")
         sample(experiment("2b", folder, video=folder / "first.txt"))
     with pytest.raises(UsageError, match=r"sample\.num_frames, height and width: 10x64x96: frames must be 4k\+1"):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.shards import write_shard
 from shared import seeding
 from shared.cache.collection import Collection
-from shared.cache.shard import Sample, write_shard
+from shared.cache.shard import Sample
 from shared.cache.storage import LocalStorage
 from shared.cache.view import View, ViewRow
 from shared.config import Train

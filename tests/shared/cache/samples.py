@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from bench.shards import write_shard
 from shared.cache.collection import SampleReader, collection_for, shards, write_recipe
-from shared.cache.shard import Receipt, Sample, TarStream, write_shard
+from shared.cache.shard import Receipt, Sample, TarStream
 from shared.cache.storage import Storage
 from shared.cache.view import View, ViewRow, read_view, write_view
 from shared.fingerprint import Json, key_of

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.shards import write_shard
 from shared.cache.collection import collection_for, shards, write_recipe
 from shared.cache.garbage import find_garbage, remove_garbage
-from shared.cache.shard import write_shard
 from shared.cache.storage import LocalStorage, Storage
 from shared.cache.transfer import find_sample, find_transfer, transfer
 from shared.cache.verify import verify

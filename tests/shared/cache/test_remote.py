@@ -18,10 +18,11 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from bench.shards import write_shard
 from shared.cache.collection import SampleReader, shards
 from shared.cache.garbage import find_garbage, remove_garbage
 from shared.cache.remote import KNOWN, RemoteStorage
-from shared.cache.shard import Sample, write_shard
+from shared.cache.shard import Sample
 from shared.cache.storage import LocalStorage, Storage, open_storage
 from shared.cache.transfer import find_transfer, transfer
 from shared.cache.verify import verify

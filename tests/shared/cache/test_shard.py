@@ -17,6 +17,7 @@ import torch
 import webdataset
 from safetensors.torch import load as load_safetensors
 
+from bench.shards import write_shard
 from shared.cache.shard import (
     SAMPLES_PER_SHARD,
     OpenShard,
@@ -27,7 +28,6 @@ from shared.cache.shard import (
     read_receipt,
     receipt_bytes,
     shard_name,
-    write_shard,
 )
 from shared.cache.storage import LocalStorage
 from shared.errors import CacheError

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.shards import write_shard
 from shared.atomic_files import TEMPORARY
 from shared.cache.collection import shards
-from shared.cache.shard import Sample, shard_name, write_shard
+from shared.cache.shard import Sample, shard_name
 from shared.cache.storage import LocalStorage, open_storage
 from shared.cache.verify import check_shard
 from shared.errors import CacheError, UsageError

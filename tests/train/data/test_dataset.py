@@ -12,9 +12,10 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from bench.shards import write_shard
 from shared import seeding
 from shared.cache.collection import Collection, shards
-from shared.cache.shard import Sample, write_shard
+from shared.cache.shard import Sample
 from shared.cache.storage import open_storage
 from shared.cache.view import View, ViewRow, read_view
 from shared.config import Config, Train
