@@ -121,9 +121,9 @@ def test_thirty_random_kills_lose_nothing(sources: Sources, undisturbed: Files, 
 
 
 def slow_finish(writer: ShardWriter, *arguments: Any) -> Any:
-    """Finish a shard and wait, so that a signal sent at its receipt comes before the end of the run."""
+    """Finish a shard and wait for the signal that is sent at its receipt; three seconds in a thread of the writer."""
     result = FINISH(writer, *arguments)
-    time.sleep(0.5)
+    time.sleep(3)
     return result
 
 
