@@ -45,12 +45,12 @@ def _say_foreign(foreign: Any) -> None:
 @exits
 def cache_ls(cache: CacheName = "cache", json_output: JsonOutput = False) -> None:
     """List the collections and views of a cache."""
-    from shared.cache.collection import KINDS, collections, foreign_formats, read_recipe, shards
+    from shared.cache.collection import collections, foreign_formats, read_recipe, shards
     from shared.cache.view import read_view, view_names
     from shared.console import bytes_text, table
 
     storage = _open_cache(cache)
-    foreign = foreign_formats(storage, [name for kind in KINDS for name in storage.files(kind)])
+    foreign = foreign_formats(storage)
     listed: dict[str, dict[str, Any]] = {"collections": {}, "datasets": {}, "other_formats": foreign}
     for collection in collections(storage):
         found = list(shards(storage, collection.folder))
@@ -66,7 +66,7 @@ def cache_ls(cache: CacheName = "cache", json_output: JsonOutput = False) -> Non
         size = sum(receipt.size for _, receipt in found)
         listed["collections"][collection.folder] = {**facts, "buckets": dict(sorted(buckets.items())), "bytes": size}
         table(collection.folder, [*facts.items(), *sorted(buckets.items()), ("size", bytes_text(size))])
-    for name in view_names(storage, foreign):
+    for name in view_names(storage):
         view = read_view(storage, name)
         clips = {split: len(view.split(split)) for split in ("train", "held_out", "skipped")}
         listed["datasets"][name] = facts = {**clips, "latents": view.latents.recipe, "prompts": view.prompts.recipe}
@@ -85,7 +85,7 @@ def cache_show(
     json_output: JsonOutput = False,
 ) -> None:
     """Show what a sample is: source, window, bucket, shapes, sizes, recipe, and the views that name it."""
-    from shared.cache.collection import foreign_formats, read_recipe
+    from shared.cache.collection import read_recipe
     from shared.cache.shard import read_facts
     from shared.cache.transfer import find_sample
     from shared.cache.view import read_view, view_names
@@ -110,7 +110,7 @@ def cache_show(
     if name in receipt.skipped:
         facts["skipped"] = receipt.skipped[name]
     rows = []
-    for view_name in view_names(storage, foreign_formats(storage, storage.files(collection.kind))):
+    for view_name in view_names(storage):
         view = read_view(storage, view_name)
         if name in view.keys.get(collection.folder, ()):
             named = [row for row in view.rows if name in (row.latent_key, *row.prompt_keys)]

@@ -1,6 +1,7 @@
 """Rules of the design (layers, sizes, names) and calls that are never made."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -113,6 +114,12 @@ def test_cache_and_model_do_not_import_upward() -> None:
         elif "shared.config" in reached(module):  # the config writes its files through shared.cache.storage
             above -= {"shared.cache", *reached("shared.config")}
         assert not above, f"{module} reaches {above}"
+
+
+def test_training_loads_no_encoder() -> None:
+    assert not {"shared.model.vae"} & reached("train.cli")
+    for path in modules("train").values():
+        assert not re.search("AutoencoderKLCogVideoX|T5EncoderModel", path.read_text("utf-8")), path
 
 
 def test_class_names_are_unique() -> None:

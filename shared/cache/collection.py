@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
@@ -23,7 +24,7 @@ from shared.fingerprint import Json, key_of
 FORMAT = 2
 """The cache format, in every recipe and so in every key."""
 KINDS = ("latents", "prompts")
-RECIPE_BYTES = 2**20
+RECIPE_BYTES, VIEW_BYTES = 2**20, 2**30
 READERS = 16
 """Receipts read at the same time; an object store answers each after tens of milliseconds."""
 OPEN_SHARDS = 2
@@ -51,30 +52,41 @@ def collection_for(kind: str, recipe: Mapping[str, Json]) -> Collection:
 
 def collections(storage: Storage) -> list[Collection]:
     """List the collections that have a recipe of this format."""
-    names = [name for kind in KINDS for name in storage.files(kind) if name.endswith("/recipe.json")]
-    foreign = foreign_formats(storage, names)
-    return [found for name in names if (found := Collection(*name.split("/")[:2])).folder not in foreign]
+    own, _ = without_foreign(storage, [name for kind in KINDS for name in storage.files(kind)])
+    return [Collection(*name.split("/")[:2]) for name in own if name.endswith("/recipe.json")]
 
 
-def foreign_formats(storage: Storage, names: Iterable[str]) -> dict[str, Json]:
-    """Return folder -> format of the collections of other formats among the files `names`; they are left alone."""
-    found: dict[str, Json] = {}
+def foreign_formats(storage: Storage) -> dict[str, Json]:
+    """Return folder -> format of the collections of other formats."""
+    return without_foreign(storage, [name for kind in KINDS for name in storage.files(kind)])[1]
+
+
+def without_foreign(storage: Storage, names: Iterable[str]) -> tuple[list[str], dict[str, Json]]:
+    """Return the names without the files of other formats, and folder -> format of the collections of these.
+
+    Such collections and the views of them are left alone. Damaged files count as those of this format.
+    """
+    names, foreign = list(names), dict[str, Json]()
     for name in (name for name in names if name.endswith("/recipe.json")):
         folder = name.removesuffix("/recipe.json")
-        try:
+        with suppress(ValueError, AttributeError, RecursionError, CacheError):  # damaged
             recipe = json.loads(storage.read(name, limit_bytes=RECIPE_BYTES))
-            written = recipe.get("format", FORMAT)
-            own = written == FORMAT or key_of({**recipe, "format": FORMAT}) == folder.rpartition("/")[2]  # damaged
-        except (ValueError, AttributeError, RecursionError, CacheError):  # damaged too
-            continue
-        if not own:
-            found[folder] = written
-    return found
+            with_ours = key_of({**recipe, "format": FORMAT})  # names the folder where a bit of the format flipped
+            if recipe.get("format", FORMAT) != FORMAT and with_ours != folder.rpartition("/")[2]:
+                foreign[folder] = recipe["format"]
+    recipes = {folder.rpartition("/")[2] for folder in foreign}
+    return [name for name in names if not (recipes and _is_foreign(storage, name, recipes))], foreign
 
 
-def foreign_prefixes(foreign: Iterable[str]) -> tuple[str, ...]:
-    """Return the starts of the names that belong to the collections `foreign`."""
-    return tuple(start for folder in foreign for start in (f"{folder}/", f"made_by/{folder.rpartition('/')[2]}/"))
+def _is_foreign(storage: Storage, name: str, recipes: set[str]) -> bool:
+    """Return True for a file of a collection with one of `recipes`, and for a view that names one."""
+    if not name.startswith("datasets/"):
+        return not recipes.isdisjoint(name.split("/"))
+    content = b""
+    if name.endswith(".json"):
+        with suppress(CacheError):  # damaged
+            content = storage.read(name, limit_bytes=VIEW_BYTES)
+    return any(recipe.encode() in content for recipe in recipes)
 
 
 def write_recipe(storage: Storage, collection: Collection, recipe: Mapping[str, Json]) -> None:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shared.cache.collection import KINDS, foreign_formats, foreign_prefixes, shards
+from shared.cache.collection import KINDS, shards, without_foreign
 from shared.cache.remote import Entry, is_temporary
 from shared.cache.shard import Receipt
 from shared.cache.storage import Storage
@@ -38,9 +38,9 @@ def find_garbage(storage: Storage, min_age_seconds: float) -> Garbage:
     shards are not named either. Then only litter is garbage: files that no reader looks at.
     """
     entries = {name: entry for folder in FOLDERS for name, entry in storage.entries(folder).items()}
-    foreign = foreign_formats(storage, entries)
-    entries = {name: entry for name, entry in entries.items() if not name.startswith(foreign_prefixes(foreign))}
-    views = view_names(storage, foreign)
+    own, foreign = without_foreign(storage, entries)
+    entries = {name: entries[name] for name in own}
+    views = view_names(storage)
     used: defaultdict[str, set[str]] = defaultdict(set)
     for name in views:
         for folder, keys in read_view(storage, name).keys.items():
@@ -54,12 +54,12 @@ def find_garbage(storage: Storage, min_age_seconds: float) -> Garbage:
     kept |= {read_table_name(storage, f"datasets/{name}.json") for name in views}
     if foreign:  # whose tables may be among these
         kept |= {name for name in entries if name.endswith(".parquet")}
-    files = _litter(entries, old - kept)
+    files = _litter(old - kept)
     going_on = any(receipt.name not in old for receipt in unnamed) or _assigns_unused(storage, entries, old, used)
     if not going_on:
         files |= _unneeded(receipts, unnamed, old)
     ordered = dict(sorted(files.items(), key=lambda file: file[0].endswith(".tar")))
-    sizes = {name: entries[name].size or 0 for name in ordered}
+    sizes = {name: entries[name].size for name in ordered}
     return Garbage(ordered, sizes, len(unnamed) if going_on else 0, foreign)
 
 
@@ -74,7 +74,7 @@ def _is_used(receipt: Receipt, used: Keys) -> bool:
     return any(place.key in names for place in receipt.samples) or not names.isdisjoint(receipt.skipped)
 
 
-def _litter(entries: Mapping[str, Entry], names: set[str]) -> dict[str, str]:
+def _litter(names: set[str]) -> dict[str, str]:
     """Return name -> reason of the files among `names` that no reader looks at."""
     reasons = {}
     for name in sorted(names):
@@ -82,7 +82,7 @@ def _litter(entries: Mapping[str, Entry], names: set[str]) -> dict[str, str]:
             reasons[name] = "temporary files"
         elif name.endswith(".damaged"):
             reasons[name] = "damaged files"
-        elif name.endswith((".tar", ".parquet")) and entries[name].size is not None:
+        elif name.endswith((".tar", ".parquet")):
             reasons[name] = "tars and tables without a name"
     return reasons
 

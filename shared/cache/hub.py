@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.cache.collection import KINDS, SampleReader, collections, foreign_formats
+from shared.cache.collection import SampleReader, collections
 from shared.cache.storage import VERIFY, LocalStorage, Storage
 from shared.cache.verify import Track, verify
 from shared.cache.view import View, read_table_name, read_view, view_names
@@ -34,7 +34,7 @@ def push_to_hub(source: Storage, url: str, *, public: bool = False, track: Track
     _, damaged = verify(source, repair=False, track=track)
     if damaged:
         raise CacheError(f"{damaged[0]}; {VERIFY}")
-    names = view_names(source, foreign_formats(source, [name for kind in KINDS for name in source.files(kind)]))
+    names = view_names(source)
     folders = [collection.folder for collection in collections(source)]
     tables = [read_table_name(source, f"datasets/{name}.json") for name in names]
     groups = [

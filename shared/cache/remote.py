@@ -30,18 +30,17 @@ KNOWN: dict[tuple[str, str, str], bytes] = {}
 
 
 class Entry(NamedTuple):
-    """A name in a cache."""
+    """A file in a cache."""
 
-    size: int | None
-    """In bytes; None for what is no regular file."""
+    size: int
+    """In bytes."""
     modified: float
     """Seconds since 1970; infinite where the driver does not say, so that the file never counts as old."""
 
 
 def finished(entries: Mapping[str, Entry]) -> dict[str, int]:
-    """Return name -> size of the regular files that are no writer's temporary."""
-    whole = {name: size for name, (size, _) in entries.items() if size is not None}
-    return {name: size for name, size in whole.items() if not is_temporary(name)}
+    """Return name -> size of the files that are no writer's temporary."""
+    return {name: entry.size for name, entry in entries.items() if not is_temporary(name)}
 
 
 def is_temporary(name: str) -> bool:

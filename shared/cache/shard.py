@@ -15,14 +15,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 import torch
 import xxhash
 from pydantic import Field, TypeAdapter
 from safetensors.torch import save as safetensors_bytes
 
-from shared.cache.storage import COPY_BYTES, VERIFY, Storage, open_file
+from shared.cache.storage import VERIFY, Storage
 from shared.errors import CacheError, one_line
 from shared.fingerprint import KEY_LENGTH, Json, canonical_json, key_of, sealed, sha256_file, unsealed
 
@@ -110,43 +110,6 @@ def shard_name(keys: Iterable[str], attempt: int = 0) -> str:
     return key_of([*sorted(keys), attempt])
 
 
-class TarStream:
-    """A shard's tar in the making; memory holds one sample."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        from webdataset.writer import TarWriter
-
-        self._file = file
-        self._sha256, self._size = hashlib.sha256(), 0
-        self._writer = TarWriter(self, user="", group="", mode=0o644, encoder=False, mtime=0)
-        self._places: list[SamplePlace] = []
-
-    def write(self, content: bytes) -> int:
-        """Write the next bytes of the tar, for `TarWriter`, whose destructor also writes when a shard is given up."""
-        if self._file.closed:
-            return len(content)
-        self._sha256.update(content)
-        self._size += len(content)
-        return self._file.write(content)
-
-    def add(self, sample: Sample) -> None:
-        """Append a sample, whose key must follow that of the sample before."""
-        assert not self._places or self._places[-1].key < sample.key, sample.key
-        payload = safetensors_bytes({name: tensor.contiguous() for name, tensor in sample.tensors.items()})
-        members = {"json": canonical_json(sample.facts), "safetensors": payload}
-        self._writer.write({"__key__": sample.key, **members})
-        offset = self._writer.tarstream.offset - math.ceil(len(payload) / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        self._places.append(_sample_place(sample.key, payload, offset))
-
-    def finish(self, folder: str, skipped: Mapping[str, str], attempt: int) -> Receipt:
-        """Write the tar's end and return the receipt."""
-        self._writer.close()
-        self._file.flush()
-        name = shard_name([*(place.key for place in self._places), *skipped], attempt)
-        digest = self._sha256.hexdigest()
-        return Receipt(folder, name, digest, self._size, tuple(self._places), dict(skipped), attempt)
-
-
 def _sample_place(key: str, payload: bytes, offset: int) -> SamplePlace:
     """Return the places of a sample and its tensors; its safetensors `payload` is at `offset`."""
     (header_length,) = struct.unpack("<Q", payload[:8])
@@ -162,15 +125,21 @@ def _sample_place(key: str, payload: bytes, offset: int) -> SamplePlace:
 
 
 class ShardWriter:
-    """A shard that is written sample by sample, in the order of their keys; close it to give up an unfinished one."""
+    """A shard that is written sample by sample, in the order of their keys; memory holds one sample.
+
+    Close an unfinished shard to give it up.
+    """
 
     def __init__(self, storage: Storage, folder: str) -> None:
+        from webdataset.writer import TarWriter
+
         self._storage, self._folder = storage, folder
         self._cleanup = ExitStack()
         self._name = f"{folder}/shard.tar"
         self._path = self._cleanup.enter_context(storage.unfinished(self._name))
         self._file = self._cleanup.enter_context(self._path.open("r+b"))
-        self._tar = TarStream(self._file)
+        self._tar = TarWriter(self._file, user="", group="", mode=0o644, encoder=False, mtime=0)
+        self._places: list[SamplePlace] = []
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -180,13 +149,18 @@ class ShardWriter:
 
     def close(self) -> None:
         """Delete the temporary file."""
-        with self._storage.writing(self._name):
-            self._cleanup.close()
+        with self._storage.writing(self._name), self._cleanup:
+            self._tar.close()  # else its destructor writes to a closed file
 
     def add(self, sample: Sample) -> None:
-        """Write a sample; raises `CacheError` if the disk is full."""
+        """Write a sample, whose key must follow that of the sample before; raises `CacheError` if the disk is full."""
+        assert not self._places or self._places[-1].key < sample.key, sample.key
+        payload = safetensors_bytes({name: tensor.contiguous() for name, tensor in sample.tensors.items()})
         with self._storage.writing(self._name):
-            self._tar.add(sample)
+            members = {"json": canonical_json(sample.facts), "safetensors": payload}
+            self._tar.write({"__key__": sample.key, **members})
+        offset = self._tar.tarstream.offset - math.ceil(len(payload) / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        self._places.append(_sample_place(sample.key, payload, offset))
 
     def finish(self, skipped: Mapping[str, str], attempt: int) -> tuple[Receipt, int]:
         """Publish the tar, then its receipt; return the valid receipt and the number of bytes stored.
@@ -195,7 +169,11 @@ class ShardWriter:
         Raises `CacheError` if the disk is full.
         """
         with self._storage.writing(self._name):
-            receipt = self._tar.finish(self._folder, skipped, attempt)
+            self._tar.close()
+            self._file.flush()
+        name = shard_name([*(place.key for place in self._places), *skipped], attempt)
+        size, places = self._path.stat().st_size, tuple(self._places)
+        receipt = Receipt(self._folder, name, sha256_file(self._path), size, places, dict(skipped), attempt)
         if self._storage.size(receipt.name) is not None:
             return read_receipt(self._storage, receipt.name), 0
         written_bytes = receipt.size if publish_tar(self._storage, self._path, receipt) else 0
@@ -273,7 +251,7 @@ class OpenShard:
     def __init__(self, storage: Storage, receipt: Receipt) -> None:
         self._where = f"{storage}/{receipt.tar}"
         try:
-            self._file = open_file(storage.local_tar(receipt.tar, receipt.size))
+            self._file = storage.local_tar(receipt.tar, receipt.size).open("rb")
         except OSError as error:
             raise CacheError(f"{self._where}: cannot be opened ({error.strerror}); {VERIFY}") from None
         size = os.fstat(self._file.fileno()).st_size
@@ -298,11 +276,8 @@ class OpenShard:
 
     def sha256(self) -> str:
         """Return the hash of the whole tar."""
-        digest = hashlib.sha256()
         self._file.seek(0)
-        while content := self._file.read(COPY_BYTES):
-            digest.update(content)
-        return digest.hexdigest()
+        return hashlib.file_digest(self._file, "sha256").hexdigest()
 
 
 def read_facts(storage: Storage, tar: str, place: SamplePlace) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from shared.errors import CacheError, UsageError
 
 VERIFY = "run `precog cache verify --repair`, then precompute again"
 """The remedy for a damaged file of a cache."""
-COPY_BYTES = 2**20
 
 
 class LocalStorage:
@@ -42,24 +41,23 @@ class LocalStorage:
         return self.path(name)
 
     def entries(self, folder: str) -> dict[str, Entry]:
-        """Return the entries below `folder` by name; raises `CacheError` if a folder cannot be listed.
+        """Return the regular files below `folder`, sorted by name; raises `CacheError` if it cannot be listed."""
 
-        A folder is an entry only where it has the name of a file.
-        """
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise CacheError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions")
+
         found = {}
-        for parent, folders, names in os.walk(self.root / folder, onerror=self._refuse_listing):
-            names += [name for name in folders if name.endswith((".json", ".tar", ".parquet"))]
-            for path in (Path(parent) / name for name in names):
+        for parent, _, names in os.walk(self.root / folder, onerror=refuse):
+            for path in (Path(parent, name) for name in names):
                 with suppress(FileNotFoundError):  # renamed meanwhile
-                    found[path.relative_to(self.root).as_posix()] = _entry(path)
+                    status = path.stat()
+                    if stat.S_ISREG(status.st_mode):
+                        found[path.relative_to(self.root).as_posix()] = Entry(status.st_size, status.st_mtime)
         return dict(sorted(found.items()))
 
-    def _refuse_listing(self, error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise CacheError(f"{error.filename}: cannot be listed ({error.strerror}); check its permissions")
-
     def files(self, folder: str) -> dict[str, int]:
-        """Return name -> size in bytes of the finished regular files below `folder`, sorted by name."""
+        """Return name -> size in bytes of the finished files below `folder`, sorted by name."""
         return finished(self.entries(folder))
 
     def read(self, name: str, *, limit_bytes: int) -> bytes:
@@ -80,10 +78,8 @@ class LocalStorage:
         return content
 
     def _open(self, name: str) -> BinaryIO:
-        try:
-            return open_file(self.path(name))
-        except OSError as error:
-            raise CacheError(f"{self.path(name)}: cannot be read ({error.strerror}); {VERIFY}") from None
+        with self._error(name, "cannot be read", VERIFY):
+            return self.path(name).open("rb")
 
     def size(self, name: str) -> int | None:
         """Return the size in bytes, or None if there is no such file."""
@@ -102,21 +98,13 @@ class LocalStorage:
     def set_aside(self, name: str) -> None:
         """Rename a file, if it exists, to `<name>.damaged`, which no reader looks at. Raises `CacheError`."""
         path = self.path(name)
-        try:
+        with self._error(name, "cannot be renamed", "check its permissions"), suppress(FileNotFoundError):
             path.replace(path.with_name(f"{path.name}.damaged"))
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise CacheError(f"{path}: cannot be renamed ({error.strerror}); check its permissions") from error
 
     def remove(self, name: str) -> None:
         """Delete a file if it exists; raises `CacheError`."""
-        try:
-            (self.path(name)).unlink(missing_ok=True)
-        except OSError as error:
-            raise CacheError(
-                f"{self.path(name)}: cannot be deleted ({error.strerror}); check its permissions"
-            ) from None
+        with self._error(name, "cannot be deleted", "check its permissions"):
+            self.path(name).unlink(missing_ok=True)
 
     def publish(self, name: str, content: bytes, *, replace: bool = False) -> bool:
         """Write a file whole; return False if the name is taken, which keeps its file unless `replace`.
@@ -155,19 +143,24 @@ class LocalStorage:
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
         """Raise an `OSError` of the body as a `CacheError` naming the file."""
-        final = self.path(name)
-        try:
+        with self._error(name, "cannot be written", "check its permissions"):
             yield
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise CacheError(f"{final}: the disk is full; free some space and run the same command again") from None
-            where = f": {error.filename}" if error.filename else ""
-            raise CacheError(f"{final}: cannot be written ({error.strerror}{where})") from error
 
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to `path`, which is overwritten; raises `CacheError`."""
         with self._open(name) as source, path.open("r+b") as copy:
-            shutil.copyfileobj(source, copy, COPY_BYTES)
+            shutil.copyfileobj(source, copy)
+
+    @contextmanager
+    def _error(self, name: str, what: str, advice: str) -> Iterator[None]:
+        """Raise an `OSError` of the body as a `CacheError` of one line."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                what, advice = "the disk is full", "free some space and run the same command again"
+            other = f": {error.filename}" if error.filename not in (None, str(self.path(name))) else ""
+            raise CacheError(f"{self.path(name)}: {what} ({error.strerror}{other}); {advice}") from error
 
 
 def _rename(temporary: Path, final: Path, *, replace: bool) -> bool:
@@ -188,27 +181,6 @@ def _rename(temporary: Path, final: Path, *, replace: bool) -> bool:
 
 
 Storage = LocalStorage | RemoteStorage
-
-
-def open_file(path: Path) -> BinaryIO:
-    """Open a regular file for reading; raises `OSError` for anything else, without waiting for a FIFO's writer."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        return os.fdopen(descriptor, "rb")
-    except OSError:
-        os.close(descriptor)
-        raise
-
-
-def _entry(path: Path) -> Entry:
-    """Return a file's entry; what cannot be read as a file, such as a FIFO or a link to nowhere, has no size."""
-    try:
-        status = path.stat()
-    except OSError:
-        status = path.lstat()
-    return Entry(status.st_size if stat.S_ISREG(status.st_mode) else None, status.st_mtime)
 
 
 def open_storage(cache: str, *, local_cache_gib: float = 50, local_folder: Path | None = None) -> Storage:

@@ -3,11 +3,19 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from shared.cache.collection import Collection, collections, foreign_formats, read_recipe, shards, write_recipe
+from shared.cache.collection import (
+    VIEW_BYTES,
+    Collection,
+    collections,
+    foreign_formats,
+    read_recipe,
+    shards,
+    write_recipe,
+)
 from shared.cache.shard import Receipt, publish_tar, receipt_bytes
 from shared.cache.storage import VERIFY, Storage
 from shared.cache.verify import MADE_BY_BYTES, Track
-from shared.cache.view import VIEW_BYTES, read_table_name, read_view, view_names
+from shared.cache.view import read_table_name, read_view, view_names
 from shared.errors import CacheError
 from shared.fingerprint import Json, sha256_file
 
@@ -37,15 +45,14 @@ def find_transfer(source: Storage, target: Storage) -> Transfer:
         for _, receipt in shards(source, collection.folder):
             if not stored.issuperset(_keys(receipt)):
                 missing[receipt.name] = receipt
-    foreign = foreign_formats(source, [name for kind in ("latents", "prompts") for name in source.files(kind)])
     views, different = [], []
-    for name in view_names(source, foreign):
+    for name in view_names(source):
         file = f"datasets/{name}.json"
         if target.size(file) is None:
             views.append(name)
         elif target.read(file, limit_bytes=VIEW_BYTES) != source.read(file, limit_bytes=VIEW_BYTES):
             different.append(name)
-    return Transfer(missing, views, different, foreign)
+    return Transfer(missing, views, different, foreign_formats(source))
 
 
 def transfer(source: Storage, target: Storage, found: Transfer, views: Iterable[str], track: Track = iter) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from shared.cache.collection import KINDS, Collection, foreign_formats, foreign_prefixes, read_recipe, receipt_names
+from shared.cache.collection import KINDS, VIEW_BYTES, Collection, read_recipe, receipt_names, without_foreign
 from shared.cache.remote import is_temporary
 from shared.cache.shard import OpenShard, read_receipt
 from shared.cache.storage import VERIFY, Storage
-from shared.cache.view import VIEW_BYTES, is_foreign_view, read_table_name, read_view, table_name
+from shared.cache.view import read_table_name, read_view, table_name
 from shared.errors import CacheError, one_line
 from shared.fingerprint import key_of, unsealed
 
@@ -35,10 +35,8 @@ def verify(storage: Storage, *, repair: bool, track: Track = iter) -> tuple[int,
             files += [name for name in storage.entries(folder) if not is_temporary(name)]
         except CacheError as error:
             damaged.append(str(error))
-    foreign = foreign_formats(storage, files)
-    left_alone = foreign_prefixes(foreign)
-    names = [name for name in files if name.endswith(".json") and not name.startswith(left_alone)]
-    names = [name for name in names if not name.startswith("datasets/") or not is_foreign_view(storage, name, foreign)]
+    own, _ = without_foreign(storage, files)
+    names = [name for name in own if name.endswith(".json")]
     parts = [name.split("/") for name in names if name.startswith(KINDS)]
     names = sorted({*names, *("/".join([*part[:2], "recipe.json"]) for part in parts if len(part) > 2)})  # also missing
     for name in track(names):

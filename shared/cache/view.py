@@ -5,7 +5,7 @@ The table is named by its bytes, and `datasets/<name>.json` holds that name and 
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import chain
@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 
 from pydantic import TypeAdapter
 
-from shared.cache.collection import Collection, SampleReader
+from shared.cache.collection import KINDS, VIEW_BYTES, Collection, SampleReader, without_foreign
 from shared.cache.storage import VERIFY, Storage, open_storage
 from shared.errors import CacheError, one_line
 from shared.fingerprint import Json, key_of, sealed, unsealed
@@ -21,7 +21,6 @@ from shared.latent_rgb import LatentRgb
 from shared.model.geometry import Bucket
 from shared.model.pretrained import FileMark
 
-VIEW_BYTES = 2**30
 SPLITS = ("train", "held_out", "skipped")
 
 
@@ -264,22 +263,11 @@ def open_view(cache: str, name: str) -> tuple[View, SampleReader, SampleReader]:
     return view, latents, prompts
 
 
-def view_names(storage: Storage, foreign: Mapping[str, Json] | None = None) -> list[str]:
-    """List the views of a cache, without those of `foreign` collections (`foreign_formats`)."""
-    names = [name for name in storage.files("datasets") if name.endswith(".json")]
-    names = [name for name in names if not is_foreign_view(storage, name, foreign)]
-    return [name.removeprefix("datasets/").removesuffix(".json") for name in names]
-
-
-def is_foreign_view(storage: Storage, name: str, foreign: Mapping[str, Json] | None) -> bool:
-    """Return whether the view's JSON file `name` names one of the collections `foreign`."""
-    if not foreign:
-        return False
-    try:
-        content = storage.read(name, limit_bytes=VIEW_BYTES)
-    except CacheError:  # damaged
-        return False
-    return any(folder.rpartition("/")[2].encode() in content for folder in foreign)
+def view_names(storage: Storage) -> list[str]:
+    """List the views of collections of this format."""
+    own, _ = without_foreign(storage, [name for folder in (*KINDS, "datasets") for name in storage.files(folder)])
+    names = [name.removeprefix("datasets/") for name in own if name.startswith("datasets/")]
+    return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
 
 def _schema() -> Any:

@@ -1,14 +1,14 @@
 """Samples and shards for tests of the cache."""
 
-import io
+import tempfile
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from bench.shards import write_shard
 from shared.cache.collection import SampleReader, collection_for, shards, write_recipe
-from shared.cache.shard import Receipt, Sample, TarStream
-from shared.cache.storage import Storage
+from shared.cache.shard import Receipt, Sample
+from shared.cache.storage import LocalStorage, Storage
 from shared.cache.view import View, ViewRow, read_view, write_view
 from shared.fingerprint import Json, key_of
 
@@ -72,9 +72,7 @@ def pack_shard(
     folder: str, samples: Sequence[Sample], skipped: Mapping[str, str] | None = None, attempt: int = 0
 ) -> tuple[bytes, Receipt]:
     """Return a shard's tar and receipt."""
-    stream = io.BytesIO()
-    tar = TarStream(stream)
-    for sample in sorted(samples, key=lambda sample: sample.key):
-        tar.add(sample)
-    receipt = tar.finish(folder, skipped or {}, attempt)
-    return stream.getvalue(), receipt
+    with tempfile.TemporaryDirectory() as cache:
+        storage = LocalStorage(cache)
+        receipt, _ = write_shard(storage, folder, samples, skipped, attempt)
+        return storage.path(receipt.tar).read_bytes(), receipt

@@ -26,7 +26,7 @@ from shared.cache.shard import Sample
 from shared.cache.storage import LocalStorage, Storage, open_storage
 from shared.cache.transfer import find_transfer, transfer
 from shared.cache.verify import verify
-from shared.cache.view import View, read_view
+from shared.cache.view import View
 from shared.errors import CacheError, UsageError
 from shared.fingerprint import key_of
 from tests.corpus import config_for, run, stored_files, write_corpus
@@ -125,33 +125,6 @@ def check(storage: Storage, samples: list[Sample]) -> None:
         reader.read(sample.key)
 
 
-def test_stored_samples_are_read_back(memory: RemoteStorage) -> None:
-    samples = fill(memory)
-    check(memory, samples)
-    assert list(memory.files("latents")) == sorted(memory.files("latents")) and len(memory.files("latents")) == 5
-    assert all(memory.size(name) == size for name, size in memory.files("latents").items())
-    assert memory.files("nowhere") == {} and memory.size("nowhere") is None
-    assert str(memory) == "memory://bucket/cache"
-
-
-def test_first_writer_wins(memory: RemoteStorage) -> None:
-    assert memory.publish("a.json", b"first")
-    assert not memory.publish("a.json", b"second")
-    assert memory.read("a.json", limit_bytes=10) == b"first"
-    assert memory.publish("a.json", b"third", replace=True)
-    assert memory.read("a.json", limit_bytes=10) == b"third"
-
-
-def test_errors_name_the_object(memory: RemoteStorage) -> None:
-    with pytest.raises(CacheError, match=r"^memory://bucket/cache/gone\.json: cannot be read"):
-        memory.read("gone.json", limit_bytes=10)
-    memory.publish("big.json", b"x" * 11)
-    with pytest.raises(CacheError, match=r"^memory://bucket/cache/big\.json: more than the limit of 10 bytes"):
-        memory.read("big.json", limit_bytes=10)
-    with pytest.raises(CacheError, match=r"gone\.tar: cannot be fetched"):
-        memory.local_tar("gone.tar", 1)
-
-
 def test_damage_is_found_and_set_aside(memory: RemoteStorage, tmp_path: Path) -> None:
     samples = fill(memory)
     check(memory, samples)
@@ -235,27 +208,6 @@ def test_least_recently_used_and_abandoned_copies_are_deleted_first(tmp_path: Pa
     assert under_way.exists() and not abandoned.exists()
 
 
-def test_part_is_read_alone_and_whole(memory: RemoteStorage) -> None:
-    memory.publish("a.tar", b"0123456789")
-    assert memory.read_part("a.tar", 3, 4) == b"3456"
-    assert memory.read_part("a.tar", 3, 7) == b"3456789"
-    with pytest.raises(CacheError, match=r"^memory://bucket/cache/a\.tar: ends before byte 11$"):
-        memory.read_part("a.tar", 3, 8)
-
-
-def test_failed_fetch_leaves_nothing(memory: RemoteStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory.publish("a.tar", b"0123456789")
-
-    def torn(_driver: object, _name: str, path: str, **_: object) -> None:
-        Path(path).write_bytes(b"0123")
-        raise OSError("connection lost")
-
-    monkeypatch.setattr(MemoryFileSystem, "get_file", torn)
-    with pytest.raises(CacheError, match=r"a\.tar: cannot be fetched \(connection lost\)"):
-        memory.local_tar("a.tar", 10)
-    assert list((tmp_path / "local").iterdir()) == []
-
-
 def test_first_writer_wins_with_a_driver_that_overwrites(
     memory: RemoteStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,9 +223,27 @@ def test_first_writer_wins_with_a_driver_that_overwrites(
     assert memory.read("a.json", limit_bytes=10) == b"first"
 
 
-def test_copy_of_a_damaged_object_is_refused_and_not_kept(memory: RemoteStorage, tmp_path: Path) -> None:
+def test_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # another test may have used it
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UsageError, match=r'no driver for s3:// is installed; run `make setup EXTRAS="s3"`'):
+        open_storage("s3://bucket/cache")
+
+
+def test_copy_that_is_torn_or_damaged_is_refused_and_not_kept(
+    memory: RemoteStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     receipt = write_shard(memory, FOLDER, make_samples(1))[0]
     content = memory.read(receipt.tar, limit_bytes=10**6)
+
+    def torn(_driver: object, _name: str, path: str, **_: object) -> None:
+        Path(path).write_bytes(content[:100])
+        raise OSError("connection lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "get_file", torn)
+        with pytest.raises(CacheError, match=f"{receipt.tar}: cannot be fetched .connection lost.; run the same"):
+            memory.local_tar(receipt.tar, receipt.size)
     memory.publish(receipt.tar, content[:-1] + b"x", replace=True)
     with pytest.raises(CacheError, match=f"{receipt.tar}: damaged; run `precog cache verify --repair`"):
         memory.local_tar(receipt.tar, receipt.size)
@@ -282,20 +252,11 @@ def test_copy_of_a_damaged_object_is_refused_and_not_kept(memory: RemoteStorage,
     assert memory.local_tar(receipt.tar, receipt.size).read_bytes() == content
 
 
-def test_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # another test may have used it
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(UsageError, match=r'no driver for s3:// is installed; run `make setup EXTRAS="s3"`'):
-        open_storage("s3://bucket/cache")
-
-
 def test_s3_reads_back_and_the_first_writer_wins(bucket: str, tmp_path: Path) -> None:
     storage = open_storage(f"s3://{bucket}/cache", local_folder=tmp_path)
-    samples = fill(storage)
-    check(storage, samples)
+    check(storage, fill(storage))
     assert storage.publish("a.json", b"first") and not storage.publish("a.json", b"second")
-    assert storage.read("a.json", limit_bytes=10) == b"first"
-    assert storage.files("nowhere") == {} and storage.size("nowhere") is None
+    assert storage.read("a.json", limit_bytes=10) == b"first" and storage.size("nowhere") is None
     storage.set_aside("a.json")
     assert storage.size("a.json.damaged") == 5 and storage.size("a.json") is None
 
@@ -315,19 +276,28 @@ def test_upload_cut_off_leaves_no_shard_and_is_repeated(bucket: str, relay: Rela
     assert storage.read(receipt.tar, limit_bytes=len(content)) == content
 
 
-def test_stage_1_stores_the_same_bytes_on_s3_and_disk(bucket: str, pipeline: Path, tmp_path: Path) -> None:
+def test_stage_1_stores_the_same_bytes_in_a_bucket_and_on_disk(
+    memory: RemoteStorage, pipeline: Path, tmp_path: Path
+) -> None:
     root = write_corpus(tmp_path / "clips", 3)
-    url = f"s3://{bucket}/cache"
     run(config_for(pipeline, root, tmp_path / "disk"))
-    assert run(config_for(pipeline, root, url)).latents.made == 3
-    assert run(config_for(pipeline, root, url)).latents.made == 0
-    storage = open_storage(url, local_folder=tmp_path / "local")
-    on_disk = stored_files(tmp_path / "disk")
-    names = [name for folder in ("latents", "prompts", "datasets") for name in storage.files(folder)]
-    assert {name: storage.read(name, limit_bytes=10**7) for name in names} == on_disk
-    view = read_view(storage, "corpus")
-    reader = SampleReader(storage, view.latents)
-    assert [reader.read(row.latent_key)["moments"].shape for row in view.rows] == [(32, 2, 2, 4)] * 3
+    assert run(config_for(pipeline, root, str(memory))).latents.made == 3
+    assert run(config_for(pipeline, root, str(memory))).latents.made == 0
+    names = [name for folder in ("latents", "prompts", "datasets") for name in memory.files(folder)]
+    assert {name: memory.read(name, limit_bytes=10**7) for name in names} == stored_files(tmp_path / "disk")
+
+
+def test_push_and_pull_give_the_same_bytes_and_gc_deletes_objects(memory: RemoteStorage, tmp_path: Path) -> None:
+    here, there = str(tmp_path / "here"), str(tmp_path / "there")
+    store(open_storage(here), 2)
+    store_view(open_storage(here), "clips", [key_of([0, 0]), key_of([1, 1])])
+    copied(here, str(memory), tmp_path / "local")
+    copied(str(memory), there, tmp_path / "local")
+    assert stored_files(Path(there)) == stored_files(Path(here)) and find_garbage(memory, 3600).files == {}
+    memory.remove("datasets/clips.json")
+    garbage = find_garbage(memory, -1)
+    remove_garbage(memory, garbage)
+    assert len(garbage.files) == 9 and all(not memory.files(folder) for folder in ("latents", "prompts", "datasets"))
 
 
 def copied(source: str, target: str, local: Path) -> None:
@@ -335,21 +305,6 @@ def copied(source: str, target: str, local: Path) -> None:
     here, there = (open_storage(cache, local_folder=local) for cache in (source, target))
     found = find_transfer(here, there)
     transfer(here, there, found, found.views)
-
-
-def test_push_and_pull_through_s3_give_the_same_bytes(bucket: str, tmp_path: Path) -> None:
-    here, there, url = str(tmp_path / "here"), str(tmp_path / "there"), f"s3://{bucket}/cache"
-    store(open_storage(here), 2)
-    store_view(open_storage(here), "clips", [key_of([0, 0]), key_of([1, 1])])
-    copied(here, url, tmp_path / "local")
-    copied(url, there, tmp_path / "local")
-    assert stored_files(Path(there)) == stored_files(Path(here))
-    storage = open_storage(url, local_folder=tmp_path / "local")
-    assert find_garbage(storage, 3600).files == {}
-    storage.remove("datasets/clips.json")
-    garbage = find_garbage(storage, -1)
-    remove_garbage(storage, garbage)
-    assert len(garbage.files) == 9 and all(not storage.files(folder) for folder in ("latents", "prompts", "datasets"))
 
 
 @pytest.mark.faults

@@ -4,65 +4,61 @@ import errno
 import multiprocessing
 import os
 import stat
+from collections.abc import Iterator
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from bench.shards import write_shard
 from shared.atomic_files import TEMPORARY
 from shared.cache.collection import shards
 from shared.cache.shard import Sample, shard_name
-from shared.cache.storage import LocalStorage, open_storage
+from shared.cache.storage import LocalStorage, Storage, open_storage
 from shared.cache.verify import check_shard
 from shared.errors import CacheError, UsageError
 from shared.fingerprint import key_of
 
 
-def test_first_writer_wins(storage: LocalStorage) -> None:
-    assert storage.publish("a/b.json", b"first")
-    assert not storage.publish("a/b.json", b"second")
-    assert storage.read("a/b.json", limit_bytes=100) == b"first"
-    assert storage.publish("a/b.json", b"third", replace=True)
-    assert storage.read("a/b.json", limit_bytes=100) == b"third"
-    assert storage.files("a") == {"a/b.json": 5}
+@pytest.fixture(params=["folder", "memory"])
+def any_storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    """Open a cache in a folder, and one behind fsspec."""
+    yield open_storage(
+        str(tmp_path) if request.param == "folder" else "memory://cache", local_folder=tmp_path / "local"
+    )
+    MemoryFileSystem.store.clear()
+
+
+def test_first_writer_wins(any_storage: Storage) -> None:
+    assert any_storage.publish("a/b.json", b"first")
+    assert not any_storage.publish("a/b.json", b"second")
+    assert any_storage.read("a/b.json", limit_bytes=100) == b"first"
+    assert any_storage.publish("a/b.json", b"third", replace=True)
+    assert any_storage.read("a/b.json", limit_bytes=100) == b"third"
+    assert any_storage.files("a") == {"a/b.json": 5} and any_storage.files("nowhere") == {}
+    any_storage.set_aside("a/b.json")
+    assert any_storage.size("a/b.json.damaged") == 5 and any_storage.size("a/b.json") is None
+    any_storage.remove("a/b.json.damaged")
+    assert any_storage.files("a") == {}
+
+
+def test_missing_oversized_or_short_file_is_named(any_storage: Storage) -> None:
+    any_storage.publish("a.json", b"0123456789x")
+    assert any_storage.read_part("a.json", 3, 7) == b"3456789" and any_storage.size("a.json") == 11
+    with pytest.raises(CacheError, match=f"^{any_storage}/gone.json: cannot be read"):
+        any_storage.read("gone.json", limit_bytes=10)
+    with pytest.raises(CacheError, match=f"^{any_storage}/a.json: more than the limit of 10 bytes"):
+        any_storage.read("a.json", limit_bytes=10)
+    with pytest.raises(CacheError, match=f"^{any_storage}/a.json: ends before byte 12"):
+        any_storage.read_part("a.json", 3, 9)
 
 
 def test_files_are_sorted_and_leave_out_temporaries(storage: LocalStorage) -> None:
     for name in ("a/z.json", "a/b/y.json", "a/b/y.tar", f"a/{TEMPORARY}x.json", "a/w.json.damaged", "b/v.json"):
         storage.publish(name, b"")
-    os.mkfifo(storage.path("a/fifo.json"))
-    storage.path("a/link.json").symlink_to("nowhere")
     found = storage.files("a")
     assert list(found) == ["a/b/y.json", "a/b/y.tar", "a/w.json.damaged", "a/z.json"] and set(found.values()) == {0}
-    assert storage.files("nowhere") == {}
-
-
-def test_missing_or_oversized_file_is_named(storage: LocalStorage) -> None:
-    with pytest.raises(CacheError, match=r"cache/a\.json: cannot be read \(No such file or directory\)"):
-        storage.read("a.json", limit_bytes=10)
-    storage.publish("a.json", b"x" * 11)
-    with pytest.raises(CacheError, match=r"cache/a\.json: more than the limit of 10 bytes"):
-        storage.read("a.json", limit_bytes=10)
-    assert storage.size("a.json") == 11 and storage.size("b.json") is None and storage.size("") is None
-
-
-def test_fifo_is_refused_even_while_somebody_writes_to_it(storage: LocalStorage) -> None:
-    storage.root.mkdir()
-    os.mkfifo(storage.path("a.json"))
-    writer = os.open(storage.path("a.json"), os.O_RDWR)
-    os.write(writer, b"{}")
-    with pytest.raises(CacheError, match=r"a\.json: cannot be read \(not a regular file\)"):
-        storage.read("a.json", limit_bytes=10)
-    os.close(writer)
-
-
-def test_part_beyond_the_end_is_refused(storage: LocalStorage) -> None:
-    storage.publish("a.tar", b"0123456789")
-    assert storage.read_part("a.tar", 3, 7) == b"3456789"
-    for offset, length in ((3, 8), (10, 1), (20, 1)):
-        with pytest.raises(CacheError, match=rf"cache/a\.tar: ends before byte {offset + length}"):
-            storage.read_part("a.tar", offset, length)
 
 
 @pytest.mark.parametrize(("number", "fine"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
@@ -91,8 +87,8 @@ def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "number", "message"),
     [
-        ("fsync", errno.ENOSPC, "the disk is full; free some space and run the same command again"),
-        ("link", errno.EDQUOT, "the disk is full; free some space and run the same command again"),
+        ("fsync", errno.ENOSPC, "the disk is full .*; free some space and run the same command again"),
+        ("link", errno.EDQUOT, "the disk is full .*; free some space and run the same command again"),
         ("fsync", errno.EIO, r"a/new.tar: cannot be written \(Input/output error\)"),
     ],
 )
@@ -111,20 +107,6 @@ def test_failed_write_is_one_line_and_leaves_nothing(
     assert storage.publish("a/new.tar", b"x" * 1000)
 
 
-def test_read_only_file_system_is_one_line(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage.publish("a/old.tar", b"x")
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    for name in ("open", "unlink", "replace"):
-        monkeypatch.setattr(Path, name, refuse)
-    with pytest.raises(CacheError, match=r"a/new.tar: cannot be written \(Read-only file system\)"):
-        storage.publish("a/new.tar", b"x")
-    with pytest.raises(CacheError, match=r"a/old.tar: cannot be renamed \(Read-only file system\)"):
-        storage.set_aside("a/old.tar")
-
-
 def test_first_writer_wins_without_hard_links(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -133,14 +115,6 @@ def test_first_writer_wins_without_hard_links(storage: LocalStorage, monkeypatch
     assert storage.publish("a.json", b"first")
     assert not storage.publish("a.json", b"second")
     assert storage.read("a.json", limit_bytes=10) == b"first"
-
-
-def test_temporaries_of_other_writers_stay(storage: LocalStorage) -> None:
-    theirs = storage.path(f"a/{TEMPORARY}0123-x.tar")
-    theirs.parent.mkdir(parents=True)
-    theirs.write_bytes(b"in the making")
-    storage.publish("a/x.tar", b"mine")
-    assert theirs.read_bytes() == b"in the making"
 
 
 def race(root: str, number: int, rounds: int, barrier: Barrier) -> None:
