@@ -26,7 +26,8 @@ CLIPS = Path(__file__).parents[1] / "demo" / "clips"
 Settings = Callable[..., Config]
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine must not fail a test
+# a busy machine must not fail a test
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
 

@@ -45,7 +45,7 @@ def folder_rows(root: DataRoot, data: Data) -> tuple[list[Row], list[str], list[
             rows.append(Row(escaped(video), video, text))
         except DataError as error:
             rows.append(Row(escaped(video), video, error=f"its caption {escaped(captions[0])}: {error}"))
-    return rows, [name for name in names if name not in used], warnings + _near_names(videos)
+    return rows, [name for name in names if name not in used], warnings
 
 
 def video_suffixes(data: Data) -> Collection[str]:
@@ -85,18 +85,6 @@ def _files(root: DataRoot) -> tuple[list[str], list[str]]:
         folders[:] = kept
         found += [Path(parent, name).relative_to(root.folder).as_posix() for name in names]
     return sorted(found), warnings
-
-
-def _near_names(names: Sequence[str]) -> list[str]:
-    """Return a warning for names that differ only in case or in Unicode's form."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[composed(name).casefold()].append(name)
-    return [
-        f"names differ only in case or Unicode form: {', '.join(ascii(name) for name in group)}"
-        for group in groups.values()
-        if len(group) > 1
-    ]
 
 
 def stray_warnings(names: Sequence[str]) -> list[str]:

@@ -9,15 +9,17 @@
 Columns of videos hold paths, or the bytes of a video. Tables may have `start_seconds`, `end_seconds`, `repeats` and
 `loss_weight`. In all but CSV a caption may be a list of texts or of {"text", "weight"}. Captions lose white space at
 both ends. A row without a caption takes `data.default_caption` or is skipped; so is a row with a fault. Rows count from
-1: a CSV's header is row 1, a JSONL's row is its line.
+1; those of CSV and JSONL are named by their line.
 """
 
-import math
 import re
 import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from shared.caption_lint import with_trigger
 from shared.config import Data
@@ -27,6 +29,7 @@ from shared.sources.folder import folder_rows, stray_warnings
 from shared.sources.root import DataRoot
 from shared.sources.tables import (
     MAX_CAPTION_BYTES,
+    OPTIONAL_COLUMNS,
     Row,
     csv_rows,
     dataset_rows,
@@ -182,31 +185,65 @@ def _text_file_rows(root: DataRoot, captions: str, videos: str) -> Iterator[Row]
         yield Row(f"{escaped(videos)} line {number}, {escaped(captions)} line {number}", video, caption)
 
 
+def _encodable(text: str) -> str:
+    if (size := len(text.strip().encode())) > MAX_CAPTION_BYTES:  # raises for half a surrogate pair
+        raise ValueError(f"has {size:,} bytes; the limit is {MAX_CAPTION_BYTES:,}")
+    return text
+
+
+class CaptionCell(BaseModel):
+    """One caption of a cell."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    text: Annotated[str, AfterValidator(_encodable)]
+    weight: Annotated[float, Field(gt=0), BeforeValidator(lambda weight: 1.0 if weight is None else weight)] = 1.0
+
+
+class RowCells(BaseModel):
+    """The cells of a row but for its video; a blank one of a CSV file has been left out."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    captions: list[CaptionCell]
+    start_seconds: Annotated[float, Field(ge=0)] | None = None
+    end_seconds: float | None = None
+    repeats: Annotated[int, Field(ge=0, le=MAX_REPEATS)] = 1
+    loss_weight: Annotated[float, Field(ge=0)] = 1.0
+
+
 def _check_row(row: Row, root: DataRoot, data: Data, copies: VideoCopies) -> Source:
     """Return the checked row; raise `DataError` with the reason, without the row."""
     if row.error:
         raise DataError(row.error)
-    entries = [entry for entry in _entries(row.caption) if _text_of(entry)] or _entries(data.default_caption)
-    if isinstance(row.caption, list) and len(row.caption) > 1:
-        entries = row.caption  # an empty text among others is one of them
-    captions = tuple(_check_caption(entry, data.id_token) for entry in entries)
-    start, end = _check_number(row.start_seconds, "start_seconds"), _check_number(row.end_seconds, "end_seconds")
-    if start is not None and start < 0:
-        raise DataError(f"start_seconds is {start:g}; it counts from the start of the video")
+    given = {name: getattr(row, name) for name in OPTIONAL_COLUMNS}
+    given = {name: cell for name, cell in given.items() if cell is not None and str(cell).strip()}
+    try:
+        cells = RowCells.model_validate({"captions": _captions(row.caption, data.default_caption), **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, problem = ".".join(map(str, first["loc"])), first["msg"].replace("Input should", "should")
+        problem = problem.removeprefix("Value error, ")
+        problem = problem.removeprefix("Value error, ")
+        raise DataError(f"{name} = {escaped(reprlib.repr(first['input']))}: {escaped(problem)}") from None
+    start, end = cells.start_seconds, cells.end_seconds
     if end is not None and end <= (start or 0):
         raise DataError(f"end_seconds is {end:g}; it must be after the start at {start or 0:g}")
-    weight = _check_number(row.loss_weight, "loss_weight")
-    weight = 1.0 if weight is None else weight
-    if weight < 0:
-        raise DataError(f"loss_weight is {weight:g}; it must be 0 or above")
-    repeats = _check_number(row.repeats, "repeats")
-    repeats = 1 if repeats is None else repeats
-    if repeats not in range(MAX_REPEATS + 1):
-        raise DataError(f"repeats is {repeats:g}; it must be a whole number from 0 to {MAX_REPEATS:,}")
+    captions = tuple(Caption(with_trigger(data.id_token, cell.text), cell.weight) for cell in cells.captions)
     path, name = _find_video(row, root, copies)
     skipped = "" if captions else "no caption: write one, or set data.default_caption"
-    skipped = skipped if repeats else "repeats is 0"
-    return Source(path, name, captions, start, end, row.where, int(repeats), weight, skipped)
+    skipped = skipped if cells.repeats else "repeats is 0"
+    return Source(path, name, captions, start, end, row.where, cells.repeats, cells.loss_weight, skipped)
+
+
+def _captions(cell: object, default: str | None) -> list[dict[str, object]]:
+    """Return the captions of a cell, or the default where it has none; an empty one among others is a caption."""
+    cells = cell if isinstance(cell, list) else [cell]
+    entries = [entry if isinstance(entry, dict) else {"text": entry} for entry in cells]
+    blank = all(not str(entry.get("text", "missing") or "").strip() for entry in entries)
+    if blank and len(entries) <= 1:
+        return [] if default is None else [{"text": default}]
+    return entries
 
 
 def _find_video(row: Row, root: DataRoot, copies: VideoCopies) -> tuple[Path, str]:
@@ -218,60 +255,8 @@ def _find_video(row: Row, root: DataRoot, copies: VideoCopies) -> tuple[Path, st
         if not video.is_file():
             raise DataError(f"path '{escaped(str(video))}' not found")
         return video, video.name
-    name = _check_text(video, "the video's path").removeprefix(f"{root.folder}/")
+    if not isinstance(video, str):
+        raise DataError(f"the video's path is {escaped(reprlib.repr(video))}, not text")
+    name = video.removeprefix(f"{root.folder}/")
     path = root.find(name)
     return path, Path(name if (root.folder / name).exists() else name.strip()).as_posix()
-
-
-def _entries(caption: object) -> list[object]:
-    """Return the captions of a cell as a list; None is no caption."""
-    return caption if isinstance(caption, list) else [] if caption is None else [caption]
-
-
-def _text_of(entry: object) -> object:
-    """Return a caption's text without white space, or any other value, which `_check_caption` refuses."""
-    text = entry.get("text", True) if isinstance(entry, dict) else entry
-    return text.strip() if isinstance(text, str) else text is not None
-
-
-def _check_caption(entry: object, id_token: str) -> Caption:
-    weight: float | None = None
-    if isinstance(entry, dict):
-        if unknown := entry.keys() - {"text", "weight"}:
-            raise DataError(f"a caption has a field '{escaped(str(min(unknown)))}'; expected 'text' and 'weight'")
-        weight = _check_number(entry.get("weight"), "a caption's weight")
-        entry = entry.get("text")
-    weight = 1.0 if weight is None else weight
-    if weight <= 0:
-        raise DataError(f"a caption's weight is {weight:g}; it must be above 0")
-    text = _check_text(entry, "the caption").strip()
-    if (size := len(text.encode())) > MAX_CAPTION_BYTES:
-        raise DataError(f"the caption has {size:,} bytes; the limit is {MAX_CAPTION_BYTES:,}")
-    return Caption(with_trigger(id_token, text), weight)
-
-
-def _check_text(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name} is {'missing' if value is None else f'of type {type(value).__name__}'}, not text")
-    if "\0" in value:
-        raise DataError(f"{name} has a NUL character")
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise DataError(f"{name} has half a surrogate pair, which is not Unicode text")
-    return value
-
-
-def _check_number(value: object, name: str) -> float | None:
-    """Return a number or the number in a text; None for None and for an empty field of a CSV file."""
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    try:
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise ValueError
-        number = float(value)
-    except ValueError:
-        raise DataError(f"{name} is {escaped(reprlib.repr(value))}, not a number") from None
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise DataError(f"{name} is not a finite number")
-    return number

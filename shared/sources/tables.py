@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.config import Data
-from shared.errors import DataError
+from shared.errors import DataError, one_line
 
 MAX_TEXT_FILE_BYTES = 1 << 30
 MAX_CAPTION_BYTES = 16 * 1024
@@ -43,25 +43,21 @@ def csv_rows(table: Path, data: Data) -> Iterator[Row]:
     """Yield the rows of a CSV file, whose first line names the columns; raise `DataError` if it cannot be parsed."""
     file = escaped(table.name)
     # Strict, because the default takes the rest of the file for a field after a quote that is never closed.
-    reader = csv.reader(io.StringIO(read_text(table, file), newline=""), strict=True)
-    header: list[str] = []
-    columns: list[str] = []
-    number, line = 0, 1
+    reader = csv.DictReader(io.StringIO(read_text(table, file), newline=""), strict=True)
+    line = 1
     try:
-        for number, fields in enumerate(reader, start=1):
-            where, line = f"{file} row {number} (line {line})", reader.line_num + 1
-            if fields and not header:
-                header = [name.strip() for name in fields]
-                columns = _choose_columns(header, data, file)
-            elif fields and len(fields) != len(header):
-                yield Row(where, error=f"expected {len(header)} fields as in the header, got {len(fields)}")
-            elif fields:
-                yield _row(dict(zip(header, fields, strict=True)), columns, f"{file} row {number}")
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        columns = _choose_columns(reader.fieldnames, data, file)
+        line = reader.line_num + 1
+        for values in reader:
+            where, line = f"{file} line {reader.line_num}", reader.line_num + 1
+            if None in values or None in values.values():
+                yield Row(where, error=f"expected {len(reader.fieldnames)} fields as in the header")
+            else:
+                yield _row(values, columns, where)
     except csv.Error as error:
         reason = "a quote is opened and never closed" if "unexpected end" in str(error) else escaped(str(error))
-        raise DataError(f"{file} row {number + 1} (line {line}): {reason}") from None
-    if not header:
-        raise DataError(f"{file} is empty; its first line must name the columns")
+        raise DataError(f"{file} line {line}: {reason}") from None
 
 
 def jsonl_rows(table: Path, data: Data) -> Iterator[Row]:
@@ -103,19 +99,12 @@ def parquet_rows(table: Path, data: Data) -> Iterator[Row]:
             # of embedded videos only a few are in memory
             rows = 1024 if parquet.schema_arrow.field(columns[1]).type in (pa.string(), pa.large_string()) else 4
             for batch in parquet.iter_batches(batch_size=rows, columns=columns):
-                for index in range(batch.num_rows):
+                for values in batch.to_pylist():
                     number += 1
-                    where = f"{file} row {number}"
-                    try:
-                        [values] = batch.slice(index, 1).to_pylist()
-                    except UnicodeDecodeError:
-                        yield Row(where, error="not UTF-8")
-                    except (ValueError, OverflowError, pa.ArrowException) as error:  # such as a date in year 20,000
-                        yield Row(where, error=f"a value cannot be read: {_one_line(error)}")
-                    else:
-                        yield _row(values, columns, where)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} after row {number}: not a readable parquet file: {_one_line(error)}") from error
+                    yield _row(values, columns, f"{file} row {number}")
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        problem = escaped(one_line(error))
+        raise DataError(f"{file} after row {number}: not a readable parquet file: {problem}") from error
 
 
 def dataset_rows(name: str, data: Data) -> Iterator[Row]:
@@ -137,7 +126,9 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
         rows = datasets.load_dataset(str(folder or name), data.dataset_config_name, split="train")
     except Exception as error:  # its readers raise the exceptions of many libraries; the cause says more
         cause = f": {escaped(' '.join(str(error.__cause__).split()))}" if error.__cause__ else ""
-        raise DataError(f"dataset_name '{shown}': datasets.load_dataset fails: {_one_line(error)}{cause}") from error
+        raise DataError(
+            f"dataset_name '{shown}': datasets.load_dataset fails: {escaped(one_line(error))}{cause}"
+        ) from error
     columns = _choose_columns(rows.column_names, data, f"'{shown}'")
     feature = rows.features[columns[1]]
     if isinstance(feature, datasets.Audio):
@@ -205,7 +196,3 @@ def listed(names: Sequence[str]) -> str:
     """Return the first names in quotes, and the number of the rest."""
     shown = ", ".join(f"'{escaped(name)}'" for name in names[:12]) or "none"
     return shown + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-
-
-def _one_line(error: Exception) -> str:
-    return escaped(str(error).strip().split("\n")[0]) or type(error).__name__

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import math
 import os
 import socket
 import sys
@@ -85,16 +84,11 @@ def read_table(root: Path, content: str | bytes, name: str = "metadata.csv", **s
     return read(root, dataset_name=write_table(root, content, name), **settings_)
 
 
-def table_fault(root: Path, content: str | bytes, name: str = "metadata.csv", **settings_: Any) -> str:
-    """Return why a table is refused, or why its faulty rows are skipped."""
-    return fault(root, dataset_name=write_table(root, content, name), **settings_)
-
-
-def fault(root: Path, **settings_: Any) -> str:
+def table_fault(root: Path, content: str | bytes, name: str = "metadata.csv") -> str:
+    """Return why a table is refused, or why its only faulty row is skipped."""
     try:
-        bad = [source for source in read(root, **settings_) if source.skipped]
-        reasons = [source.skipped.removeprefix("unusable: ").removeprefix(f"{source.where}: ") for source in bad]
-        message = "; ".join(f"{source.where}: {reason}" for source, reason in zip(bad, reasons, strict=True))
+        [bad] = [source for source in read_table(root, content, name) if source.skipped]
+        message = f"{bad.where}: {bad.skipped.removeprefix('unusable: ').removeprefix(f'{bad.where}: ')}"
     except PrecogError as error:
         message = str(error)
     assert message.isprintable(), "one line, nothing that moves the cursor or turns the text"
@@ -128,23 +122,29 @@ def test_two_text_files_pair_their_lines_with_any_line_ends(root: Path) -> None:
     ]
 
 
-def test_missing_text_file_or_line_is_named(root: Path) -> None:
-    (root / "prompts.txt").write_text("one\ntwo\nthree\n")
-    assert refusal(root, **TEXT_FILES) == "'prompts.txt' with the captions is in the data root, 'videos.txt' is not"
-    (root / "videos.txt").write_text("a.mp4\nb.mp4\n")
-    assert refusal(root, **TEXT_FILES) == (
-        "prompts.txt has 3 captions, videos.txt has 2 videos; each must have one line per clip"
-    )
-
-
-def test_a_text_file_that_links_out_of_the_root_is_not_read(root: Path, opened: list[str]) -> None:
-    (root.parent / "secret.txt").write_text("secret\n")
-    (root / "prompts.txt").symlink_to(root.parent / "secret.txt")
-    (root / "videos.txt").write_text("a.mp4\n")
-    opened.clear()
-    expected = "path 'prompts.txt' is a link that leaves the data root; data.follow_links=true takes it"
-    assert refusal(root, **TEXT_FILES) == expected
-    assert opened == []
+@pytest.mark.parametrize(
+    ("captions", "videos", "expected"),
+    [
+        (b"a\n", None, "'prompts.txt' with the captions is in the data root, 'videos.txt' is not"),
+        (
+            b"a\nb\n",
+            b"a.mp4\n",
+            "prompts.txt has 2 captions, videos.txt has 1 videos; each must have one line per clip",
+        ),
+        (b"\na\n  \nb\n", b"a.mp4\n\n\nb.mp4\n", "prompts.txt: line 1, 3 is blank, so that pairs may be shifted; "),
+        (b"a\nb\n", b"a.mp4\n\nb.mp4\n", "videos.txt: line 2 is blank, so that pairs may be shifted; "),
+        (b"fine\n\xff\xfebad\n", b"a.mp4\n", "prompts.txt line 2: not UTF-8"),
+        (b"one\nth\x00ree\n", b"a.mp4\n", "prompts.txt line 2: a NUL character; save the file as UTF-8 text"),
+        ("text\n".encode("utf-16"), b"a.mp4\n", "prompts.txt line 1: UTF-16; save the file as UTF-8 text"),
+    ],
+)
+def test_text_files_that_do_not_pair_are_refused(
+    root: Path, captions: bytes, videos: bytes | None, expected: str
+) -> None:
+    (root / "prompts.txt").write_bytes(captions)
+    if videos is not None:
+        (root / "videos.txt").write_bytes(videos)
+    assert refusal(root, **TEXT_FILES).startswith(expected)
 
 
 def test_a_row_with_a_fault_is_skipped_and_named_and_not_every_row_may_have_one(root: Path) -> None:
@@ -156,26 +156,8 @@ def test_a_row_with_a_fault_is_skipped_and_named_and_not_every_row_may_have_one(
     (root / "no3.mp4").touch()
     reasons = skipped(root, **TEXT_FILES)
     assert reasons.keys() == {f"no{i}.mp4" for i in range(8) if i != 3}
-    assert (
-        reasons["no0.mp4"]
-        == "unusable: videos.txt line 1, prompts.txt line 1: path 'no0.mp4' not found in the data root"
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b"fine\n\xff\xfebad\n", "prompts.txt line 2: not UTF-8"),
-        (b"one\ntwo\nth\x00ree\n", "prompts.txt line 3: a NUL character; save the file as UTF-8 text"),
-        ("caf\u00e9".encode("latin-1"), "prompts.txt line 1: not UTF-8"),
-        ("text\n".encode("utf-16"), "prompts.txt line 1: UTF-16; save the file as UTF-8 text"),
-        (b"\xed\xa0\x80", "prompts.txt line 1: not UTF-8"),
-    ],
-)
-def test_bad_text_names_the_file_and_line(root: Path, content: bytes, expected: str) -> None:
-    (root / "prompts.txt").write_bytes(content)
-    (root / "videos.txt").write_text("a.mp4\n")
-    assert refusal(root, **TEXT_FILES) == expected
+    where = "unusable: videos.txt line 1, prompts.txt line 1"
+    assert reasons["no0.mp4"] == f"{where}: path 'no0.mp4' not found in the data root"
 
 
 # A folder
@@ -219,14 +201,14 @@ def test_a_folder_as_people_have_it_names_what_is_left_out(root: Path) -> None:
         "sub/c.mp4": no_caption,
         "utf16.mp4": "unusable: its caption utf16.txt: line 1: UTF-16; save the file as UTF-8 text",
     }
-    stray, *doubled = reversed(found.warnings)
-    listed = "'._a.mp4', '.DS_Store', 'LICENSE', 'README.txt', 'photo.jpg', 'sub/Thumbs.db'"
-    expected = f"6 files are no part of the data set: {listed}; images are clips where data.frame_buckets has 1"
-    assert stray == expected.replace("'._a.mp4', '.DS_Store'", "'.DS_Store', '._a.mp4'")
+    *doubled, stray = found.warnings
+    listed = "'.DS_Store', '._a.mp4', 'LICENSE', 'README.txt', 'photo.jpg', 'sub/Thumbs.db'"
+    assert stray == f"6 files are no part of the data set: {listed}; images are clips where data.frame_buckets has 1"
     assert len(doubled) == 2 and "a.mp4: of 'a.txt', 'a.TXT' the first is its caption" in doubled
-    default = [s.captions for s in read(root, default_caption=" a dog ", id_token="TOK") if s.name == "b.mp4"]
+    default = [s.captions for s in read(root, default_caption=" a dog ", id_token=" TOK ") if s.name == "b.mp4"]
     assert default == [(Caption("TOK a dog", 1.0),)]
     assert read(root, default_caption="")[2].captions == (Caption("", 1.0),)
+    assert "photo.jpg" in [s.name for s in read(root, frame_buckets=[1, 9])]
 
 
 ODD_NAMES = ("take:1", "a\\b", "-dash", " space", "new\nline", "😀", "x" * 250, "rec-10:00", "%41", "a.b.c", "\x85")
@@ -241,56 +223,30 @@ def test_odd_file_names_are_clips_in_a_folder_and_in_a_table(tmp_path: Path) -> 
         f"{name}.mp4": f"the text of {name!r}" for name in ODD_NAMES
     }
     assert found.warnings == [] and not any(s.skipped for s in found.sources)
-    table = tmp_path / "x.jsonl"
-    table.write_text(jsonl(*({"video": f"{name}.mp4", "text": "x"} for name in ODD_NAMES)))
-    assert [s.path.name for s in read(tmp_path, dataset_name=str(table))] == [f"{name}.mp4" for name in ODD_NAMES]
+    sources = read_table(tmp_path, jsonl(*({"video": f"{name}.mp4", "text": "x"} for name in ODD_NAMES)), "x.jsonl")
+    assert [s.path.name for s in sources] == [f"{name}.mp4" for name in ODD_NAMES]
 
 
 def test_composed_and_decomposed_names_are_equal_in_every_layout(tmp_path: Path) -> None:
     composed, decomposed = "caf\u00e9", "cafe\u0301"
-    (tmp_path / decomposed).mkdir()
-    (tmp_path / decomposed / f"{composed}.mp4").touch()
-    (tmp_path / decomposed / f"{decomposed}.txt").write_text("x")
-    [source] = read(tmp_path)
+    folder = tmp_path / "root" / decomposed
+    folder.mkdir(parents=True)
+    (folder / f"{composed}.mp4").touch()
+    (folder / f"{decomposed}.txt").write_text("x")
+    [source] = read(folder.parent)
     assert source.captions == (Caption("x", 1.0),)
     for name in (f"{composed}/{composed}.mp4", f"{composed}/{decomposed}.mp4", f"{decomposed}/{decomposed}.mp4"):
-        table = tmp_path.parent / "x.jsonl"
-        table.write_text(jsonl({"video": name, "text": "x"}))
-        assert [s.path for s in read(tmp_path, dataset_name=str(table))] == [source.path]
+        [found] = read_table(folder.parent, jsonl({"video": name, "text": "x"}), "x.jsonl")
+        assert found.path == source.path
 
 
-def test_names_that_differ_only_in_case_or_form_are_named(tmp_path: Path) -> None:
-    for name in ("Dog", "dog", "caf\u00e9", "cafe\u0301"):
-        (tmp_path / f"{name}.mp4").touch()
-        (tmp_path / f"{name}.txt").write_text(name)
-    found = listing(tmp_path)
-    assert {s.path.stem: s.captions[0].text for s in found.sources} == {
-        name: name for name in ("Dog", "dog", "caf\u00e9", "cafe\u0301")
-    }
-    pair = "names differ only in case or Unicode form: "
-    assert sorted(found.warnings) == [
-        f"{pair}'Dog.mp4', 'dog.mp4'",
-        f"{pair}'cafe\\u0301.mp4', 'caf\\xe9.mp4'",
-    ]
-
-
-def test_images_are_clips_where_a_bucket_has_one_frame(root: Path) -> None:
-    (root / "sub/photo.PNG").touch()
-    (root / "sub/photo.txt").write_text("x")
-    assert "sub/photo.PNG" not in [s.name for s in read(root)]
-    assert "sub/photo.PNG" in [s.name for s in read(root, frame_buckets=[1, 9])]
-
-
-def test_upper_case_suffixes_of_cameras_are_videos(tmp_path: Path) -> None:
+def test_suffixes_of_cameras_are_videos_and_a_folder_without_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    assert "has neither text files of captions and videos (prompts.txt, videos.txt)" in refusal(tmp_path)
     names = ["00001.MTS", "b.m2ts", "c.3GP", "d.VOB", "e.MxF", "f.ogv"]
     for name in names:
         (tmp_path / name).touch()
     assert [s.name for s in read(tmp_path, default_caption="x")] == names
-
-
-def test_a_folder_without_videos_says_what_was_looked_for(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("{}")
-    assert "has neither text files of captions and videos (prompts.txt, videos.txt)" in refusal(tmp_path)
 
 
 def test_links_that_lead_out_are_taken_on_demand(tmp_path: Path) -> None:
@@ -324,37 +280,20 @@ def test_links_that_lead_out_are_taken_on_demand(tmp_path: Path) -> None:
 
 
 def test_the_names_of_every_guide_are_found(root: Path) -> None:
-    for captions, videos in (("prompt.txt", "videos.txt"), ("captions.txt", "video.txt")):
-        (root / captions).write_text("a cat\n")
-        (root / videos).write_text("a.mp4\n")
-        assert [(s.name, s.captions[0].text) for s in read(root)] == [("a.mp4", "a cat")]
-        for name in (captions, videos):
-            (root / name).unlink()
-    for name, content in (
-        ("metadata.csv", "file_name,caption\na.mp4,a cat\n"),
-        ("metadata.jsonl", jsonl({"path": "a.mp4", "prompt": "a cat"})),
+    for files in (
+        {"prompt.txt": "a cat\n", "videos.txt": "a.mp4\n"},
+        {"captions.txt": "a cat\n", "video.txt": "a.mp4\n"},
+        {"metadata.csv": "file_name,caption\na.mp4,a cat\n"},
+        {"metadata.jsonl": jsonl({"path": "a.mp4", "prompt": "a cat"})},
     ):
-        (root / name).write_text(content)
+        for name, content in files.items():
+            (root / name).write_text(content)
         assert [(s.name, s.captions[0].text) for s in read(root)] == [("a.mp4", "a cat")]
-        (root / name).unlink()
+        for name in files:
+            (root / name).unlink()
 
 
-@pytest.mark.parametrize(
-    ("captions", "videos", "expected"),
-    [
-        ("a\n\nb\n", "a.mp4\nb.mp4\n", "prompts.txt: line 2 is blank"),
-        ("a\nb\n", "a.mp4\n\nb.mp4\n", "videos.txt: line 2 is blank"),
-        ("\na\n  \nb\n", "a.mp4\n\n\nb.mp4\n", "prompts.txt: line 1, 3 is blank"),
-        ("a\n\nb\n", "a.mp4\n\nb.mp4\n", "prompts.txt: line 2 is blank"),
-    ],
-)
-def test_blank_lines_are_refused_by_number(root: Path, captions: str, videos: str, expected: str) -> None:
-    (root / "prompts.txt").write_text(captions)
-    (root / "videos.txt").write_text(videos)
-    assert refusal(root, **TEXT_FILES).startswith(f"{expected}, so that pairs may be shifted; ")
-
-
-def test_a_folders_text_files_obey_the_path_rule_too(root: Path, opened: list[str]) -> None:
+def test_text_files_obey_the_path_rule_too(root: Path, opened: list[str]) -> None:
     (root.parent / "secret.txt").write_text("secret")
     (root / "a.txt").symlink_to(root.parent / "secret.txt")
     os.mkfifo(root / "b.txt")
@@ -365,6 +304,10 @@ def test_a_folders_text_files_obey_the_path_rule_too(root: Path, opened: list[st
     assert "b.mp4: its caption b.txt: path 'b.txt' is a device, socket or named pipe, not a file" in reasons
     assert "sub/c.mp4: its caption sub/c.txt: is 100,000 bytes; the limit of a caption is 16,384" in reasons
     assert all(path == str(root) or path.startswith(f"{root}/sub") for path in opened)
+    (root / "prompts.txt").symlink_to(root.parent / "secret.txt")
+    (root / "videos.txt").write_text("a.mp4\n")
+    opened.clear()
+    assert "path 'prompts.txt' is a link that leaves the data root" in refusal(root) and opened == []
 
 
 # Tables
@@ -372,58 +315,41 @@ def test_a_folders_text_files_obey_the_path_rule_too(root: Path, opened: list[st
 
 def test_csv_takes_chosen_columns_quotes_and_seconds(root: Path) -> None:
     content = (
-        "\ufefffile,start_seconds,words,other,end_seconds\r\n"
-        'a.mp4,,"a ""big"", grey\ncat",1,\r\n'
+        "\ufefffile,start_seconds,words,other,end_seconds,repeats,loss_weight\r\n"
+        'a.mp4,,"a ""big"", grey\ncat",1,,,\r\n'
         "\r\n"
-        "sub/c.mp4,0.5,,2,2\r\n"
+        "sub/c.mp4,0.5,,2,2,3,0\r\n"
     )
     sources = read_table(root, content, caption_column="words", video_column="file", default_caption="")
+    text = (Caption('a "big", grey\ncat', 1.0),)
     assert sources == [
-        Source(root / "a.mp4", "a.mp4", (Caption('a "big", grey\ncat', 1.0),), None, None, "metadata.csv row 2"),
-        Source(root / "sub/c.mp4", "sub/c.mp4", (Caption("", 1.0),), 0.5, 2.0, "metadata.csv row 4"),
+        Source(root / "a.mp4", "a.mp4", text, None, None, "metadata.csv line 3"),
+        Source(root / "sub/c.mp4", "sub/c.mp4", (Caption("", 1.0),), 0.5, 2.0, "metadata.csv line 5", 3, 0.0),
     ]
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", "metadata.csv is empty; its first line must name the columns"),
-        (
-            "video,texts\na.mp4,x\n",
-            "metadata.csv has no column 'text'; there are 'video', 'texts'; set data.caption_column",
-        ),
-        ("vidoe,text\na.mp4,x\n", "has no column 'video'; there are 'vidoe', 'text'; set data.video_column"),
-        ("video;text\na.mp4;x\n", "has no column 'text'; there are 'video;text'; set data.caption_column"),
+        ("", "metadata.csv has no column 'text'; there are none; set data.caption_column"),
+        ("video,texts\na.mp4,x\n", "has no column 'text'; there are 'video', 'texts'; set data.caption_column"),
         ("video,text,text\na.mp4,x,y\n", "metadata.csv has 2 columns 'text'"),
-        ("video,text\na.mp4,x,y\n", "metadata.csv row 2 (line 2): expected 2 fields as in the header, got 3"),
-        (
-            'video,text\na.mp4,"x\ny"\nb.mp4,"open\na.mp4,z\n',
-            "metadata.csv row 3 (line 4): a quote is opened and never closed",
-        ),
-        ('video,text\na.mp4,"x"y\n', "metadata.csv row 2 (line 2): ',' expected after '\"'"),
-        (f"video,text\na.mp4,{'x' * 131_073}\n", "row 2 (line 2): field larger than field limit (131072)"),
-        ("video,text\na.mp4,x\nb.mp4,y\0\n", "metadata.csv line 3: a NUL character; save the file as UTF-8 text"),
+        ("video,text\na.mp4,x,y\n", "metadata.csv line 2: expected 2 fields as in the header"),
+        ("video,text\na.mp4\n", "metadata.csv line 2: expected 2 fields as in the header"),
+        ('video,text\na.mp4,"x\ny"\nb.mp4,"open\na.mp4,z\n', "line 4: a quote is opened and never closed"),
+        (f"video,text\na.mp4,{'x' * 131_073}\n", "line 2: field larger than field limit (131072)"),
         (b"video,text\na.mp4,x\xc3\n", "metadata.csv line 2: not UTF-8"),
-        ("video,text\n,x\n", "metadata.csv row 2: the video's path is empty"),
-        (f"video,text\na.mp4,{'x' * 16_385}\n", "row 2: the caption has 16,385 bytes; the limit is 16,384"),
+        ("video,text\n,x\n", "metadata.csv line 2: the video's path is empty"),
         ("video,text\n", "has no rows"),
-        ("video,text,start_seconds\na.mp4,x,soon\n", "row 2: start_seconds is 'soon', not a number"),
-        ("video,text,start_seconds\na.mp4,x,nan\n", "metadata.csv row 2: start_seconds is not a finite number"),
-        (
-            "video,text,start_seconds\na.mp4,x,-1\n",
-            "row 2: start_seconds is -1; it counts from the start of the video",
-        ),
-        ("video,text,start_seconds,end_seconds\na.mp4,x,2,2\n", "end_seconds is 2; it must be after the start at 2"),
-        ("video,text,end_seconds\na.mp4,x,0\n", "row 2: end_seconds is 0; it must be after the start at 0"),
+        ("video,text,end_seconds\na.mp4,x,0\n", "line 2: end_seconds is 0; it must be after the start at 0"),
     ],
 )
-def test_a_bad_csv_names_the_file_and_row(root: Path, content: str | bytes, expected: str) -> None:
+def test_a_bad_csv_names_the_file_and_line(
+    root: Path, content: str | bytes, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert table_fault(root, content).endswith(expected)
-
-
-def test_a_table_larger_than_any_is_refused_before_it_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.sources.tables.MAX_TEXT_FILE_BYTES", 20)
-    assert table_fault(root, "video,text\na.mp4,x\n\n\n") == "metadata.csv has more than 20 bytes"
+    monkeypatch.setattr("shared.sources.tables.MAX_TEXT_FILE_BYTES", -1)
+    assert table_fault(root, content) == "metadata.csv has more than -1 bytes", "nothing is read"
 
 
 def test_an_absolute_path_inside_the_root_is_taken(root: Path) -> None:
@@ -445,77 +371,50 @@ def test_jsonl_takes_weighted_captions_and_seconds(root: Path) -> None:
     assert [s.where for s in (plain, timed, weighted)] == [f"clips.JSONL row {row}" for row in (1, 3, 5)]
 
 
-def test_repeats_and_loss_weight_are_read_from_any_table(root: Path) -> None:
-    [weighted] = read_table(root, "video,text,repeats,loss_weight\na.mp4,x,3,0.5\n")
-    assert (weighted.repeats, weighted.loss_weight) == (3, 0.5)
-    plain, zero = read_table(root, jsonl({"video": "a.mp4", "text": "x"}, ZERO_WEIGHT), "clips.jsonl")
-    assert (plain.repeats, plain.loss_weight, zero.loss_weight) == (1, 1.0, 0.0)
-
-
-ZERO_WEIGHT = {"video": "b.mp4", "text": "x", "loss_weight": 0}
-
-
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("cells", "expected"),
     [
-        ({"repeats": 1.5}, "repeats is 1.5; it must be a whole number from 0 to 10,000"),
-        ({"repeats": -1}, "repeats is -1; it must be a whole number from 0 to 10,000"),
-        ({"repeats": 10_001}, "repeats is 10001; it must be a whole number from 0 to 10,000"),
-        ({"repeats": "often"}, "repeats is 'often', not a number"),
-        ({"loss_weight": -0.5}, "loss_weight is -0.5; it must be 0 or above"),
-        ({"loss_weight": math.inf}, "loss_weight is not a finite number"),
-        ({"loss_weight": True}, "loss_weight is True, not a number"),
+        ({"repeats": 1.5}, "repeats = 1.5: should be a valid integer"),
+        ({"repeats": 10_001}, "repeats = 10001: should be less than or equal to 10000"),
+        ({"loss_weight": -0.5}, "loss_weight = -0.5: should be greater than or equal to 0"),
+        ({"loss_weight": float("inf")}, "loss_weight = inf: should be a finite number"),
+        ({"start_seconds": -1}, "start_seconds = -1: should be greater than or equal to 0"),
+        ({"start_seconds": "soon"}, "start_seconds = 'soon': should be a valid number"),
+        ({"end_seconds": [[1]]}, "end_seconds = [[1]]: should be a valid number"),
+        ({"start_seconds": 2, "end_seconds": 2}, "end_seconds is 2; it must be after the start at 2"),
+        ({"text": 7}, "captions.0.text = 7: should be a valid string"),
+        ({"text": ["x", None]}, "captions.1.text = None: should be a valid string"),
+        ({"text": "\ud800"}, "captions.0.text = '\\ud800': 'utf-8' codec can't encode"),
+        (
+            {"text": "é" * 8193},
+            "captions.0.text = 'éééééééééééé...ééééééééééééé': has 16,386 bytes; the limit is 16,384",
+        ),
+        ({"text": [{"txet": "x"}]}, "captions.0.text = {'txet': 'x'}: Field required"),
+        ({"text": [{"text": "x", "more": 1}]}, "captions.0.more = 1: Extra inputs are not permitted"),
+        ({"text": [{"text": "x", "weight": 0}]}, "captions.0.weight = 0: should be greater than 0"),
+        ({"text": [{"text": "x", "weight": 10**400}]}, "captions.0.weight = 1000"),
+        ({"video": "\0a.mp4"}, "path '\\x00a.mp4' has a control character"),
+        ({"video": ["a.mp4"]}, "the video's path is ['a.mp4'], not text"),
+        ({"video": None}, "the video's path is None, not text"),
     ],
 )
-def test_bad_repeats_or_loss_weight_name_their_row(root: Path, values: dict[str, object], expected: str) -> None:
-    message = table_fault(root, jsonl({"video": "a.mp4", "text": "x", **values}), "clips.jsonl")
-    assert message == f"clips.jsonl row 1: {expected}"
-
-
-CAPTION_FAULTS = [
-    (7, "the caption is of type int, not text"),
-    ([["x"]], "the caption is of type list, not text"),
-    ("a\0b", "the caption has a NUL character"),
-    ("\ud800", "the caption has half a surrogate pair, which is not Unicode text"),
-    ("é" * 8193, "the caption has 16,386 bytes; the limit is 16,384"),
-    ([{"txet": "x"}], "a caption has a field 'txet'; expected 'text' and 'weight'"),
-    ([{"weight": 1}], "the caption is missing, not text"),
-    ([{"text": "x", "weight": 0}], "a caption's weight is 0; it must be above 0"),
-    ([{"text": "x", "weight": -1}], "a caption's weight is -1; it must be above 0"),
-    ([{"text": "x", "weight": True}], "a caption's weight is True, not a number"),
-    ([{"text": "x", "weight": "two"}], "a caption's weight is 'two', not a number"),
-    ([{"text": "x", "weight": 10**400}], "a caption's weight is not a finite number"),
-]
-
-
-@pytest.mark.parametrize(("caption", "expected"), CAPTION_FAULTS)
-def test_a_bad_caption_names_its_row(root: Path, caption: object, expected: str) -> None:
+def test_a_bad_cell_names_its_row(root: Path, cells: dict[str, object], expected: str) -> None:
     good = {"video": "a.mp4", "text": "fine"}
-    message = table_fault(root, jsonl(good, {"video": "a.mp4", "text": caption}), "clips.jsonl")
-    assert message == f"clips.jsonl row 2: {expected}"
+    message = table_fault(root, jsonl(good, good | cells), "clips.jsonl")
+    assert message.startswith(f"clips.jsonl row 2: {expected}")
 
 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
         ('{"video": "a.mp4"}', "the object has no column 'text'; there are 'video'"),
-        ("{}", "the object has no column 'text'; there are none"),
-        ("[1]", "not a JSON object"),
         ("null", "not a JSON object"),
         ('{"video": "a.mp4", "text": "x"', "not JSON at column 31: Expecting ',' delimiter"),
-        ('{"video": "a.mp4", "text": "x\ty"}', "not JSON at column 30: Invalid control character at"),
-        ('{"video": "a.mp4", "text": "x", "end_seconds": NaN}', "end_seconds is not a finite number"),
-        ('{"video": "a.mp4", "text": "x", "end_seconds": 1e999}', "end_seconds is not a finite number"),
-        ('{"video": "a.mp4", "text": "x", "end_seconds": "two"}', "end_seconds is 'two', not a number"),
-        ('{"video": "a.mp4", "text": ' + "[" * 500 + "]" * 500 + "}", "the caption is of type list, not text"),
-        ('{"video": "a.mp4", "text": "x", "end_seconds": ' + "[" * 500 + "]" * 500 + "}", "end_seconds is [[[[[["),
+        ('{"video": "a.mp4", "text": "x", "end_seconds": 1e999}', "end_seconds = inf: should be a finite number"),
+        ('{"video": "a.mp4", "text": ' + "[" * 500 + "]" * 500 + "}", "captions.0.text = [[[[[["),
         ("[" * 500_000, "not JSON: maximum recursion depth exceeded"),
-        ('"' + '\\"' * 400_000 + "[" * 33, "not JSON at column 1: Unterminated string starting at"),
         ("1" * 5000, "not JSON: Exceeds the limit (4300 digits) for integer string conversion"),
         ('"' + "x" * MAX_JSON_LINE_BYTES + '"', "the line has more than 1,048,576 bytes"),
-        ('{"video": "\\u0000a.mp4", "text": "x"}', "the video's path has a NUL character"),
-        ('{"video": ["a.mp4"], "text": "x"}', "the video's path is of type list, not text"),
-        ('{"video": null, "text": "x"}', "the video's path is missing, not text"),
     ],
 )
 def test_a_bad_jsonl_line_names_its_row(root: Path, line: str, expected: str) -> None:
@@ -551,30 +450,13 @@ def test_a_row_without_a_caption_is_skipped_or_takes_the_default(root: Path) -> 
     assert [s.captions[0].text for s in default] == [*["d"] * 6, "x", "y"]
 
 
-def test_a_date_beyond_pythons_range_is_a_row_error(root: Path) -> None:
-    far = pa.array([0, 2**62], pa.timestamp("us"))
-    table = write_parquet(root, {"video": ["a.mp4"] * 2, "text": ["x", "y"], "start_seconds": far})
-    message = refusal(root, dataset_name=table)
-    assert "metadata.parquet row 1: start_seconds is " in message
-    assert "metadata.parquet row 2: a value cannot be read: " in message
-
-
 def test_a_bad_parquet_names_the_file_and_row(root: Path) -> None:
     assert table_fault(root, b"PAR1 but not really PAR1", "x.parquet").startswith("x.parquet after row 0: not a rea")
     table = write_parquet(root, {"video": ["a.mp4"], "words": ["x"]})
     assert "metadata.parquet has no column 'text'; there are 'video', 'words'" in refusal(root, dataset_name=table)
-    table = write_parquet(root, {"video": ["a.mp4"], "text": [b"x"]})
-    assert refusal(root, dataset_name=table) == "metadata.parquet row 1: the caption is of type bytes, not text"
-    bad = pa.array([b"fine", b"\xff"]).view(pa.string())
-    table = write_parquet(root, {"video": ["a.mp4"] * 2, "text": bad})
-    assert fault(root, dataset_name=table) == "metadata.parquet row 2: not UTF-8"
-
-
-def test_id_token_stands_before_every_caption_with_one_space(root: Path) -> None:
-    content = jsonl({"video": "a.mp4", "text": ["  one", ""]})
-    for id_token in ("TOKEN", " TOKEN "):
-        [source] = read_table(root, content, "clips.jsonl", id_token=id_token)
-        assert [caption.text for caption in source.captions] == ["TOKEN one", "TOKEN"]
+    for cell in (pa.array([b"\xff"]).view(pa.string()), pa.array([2**62], pa.timestamp("us"))):
+        table = write_parquet(root, {"video": ["a.mp4"], "text": cell})
+        assert refusal(root, dataset_name=table).startswith("metadata.parquet after row 0: not a readable parquet file")
 
 
 def test_a_table_that_is_not_there_or_lies_in_the_root_is_said(root: Path) -> None:
@@ -583,16 +465,11 @@ def test_a_table_that_is_not_there_or_lies_in_the_root_is_said(root: Path) -> No
     assert message == f"dataset_name 'metadata.csv' is not a file; there is '{escaped(str(root / 'metadata.csv'))}'"
     assert refusal(root, dataset_name="other.jsonl") == "dataset_name 'other.jsonl' is not a file"
     assert refusal(root, dataset_name="x" * 300).endswith("cannot be read: File name too long")
-    os.mkfifo(root / "pipe.csv")
-    assert refusal(root, dataset_name=str(root / "pipe.csv")).endswith("pipe.csv' is not a file")
-
-
-def test_a_data_set_configuration_is_refused_where_it_means_nothing(root: Path) -> None:
     with pytest.raises(UsageError, match="dataset_config_name"):
         read_table(root, "video,text\na.mp4,x\n", dataset_config_name="en")
 
 
-# datasets.load_dataset
+# datasets.load_dataset, and videos inside other files
 
 
 @pytest.fixture
@@ -606,22 +483,23 @@ def offline_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_folder_of_tables_goes_through_load_dataset_by_column_names(root: Path, offline_datasets: Path) -> None:
-    rows = [{"file": "a.mp4", "words": ["one", "two"], "end_seconds": 2.0}, {"file": "sub/c.mp4", "words": ["three"]}]
-    (offline_datasets / "train.jsonl").write_text(jsonl(*rows))
-    first, second = read(root, dataset_name=str(offline_datasets), caption_column="words", video_column="file")
-    assert first.captions == (Caption("one", 1.0), Caption("two", 1.0))
-    assert (first.name, first.end_seconds, first.where) == ("a.mp4", 2.0, "tables row 1")
-    assert (second.name, second.end_seconds, second.where) == ("sub/c.mp4", None, "tables row 2")
-    assert refusal(root, dataset_name=str(offline_datasets), caption_column="word", video_column="file").endswith(
-        "has no column 'word'; there are 'file', 'words', 'end_seconds'; set data.caption_column"
-    )
-
-
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     return tmp_path / "user/precog/embedded"
+
+
+def test_a_folder_of_tables_goes_through_load_dataset_by_column_names(root: Path, offline_datasets: Path) -> None:
+    name = str(offline_datasets)
+    assert "datasets.load_dataset fails: " in refusal(root, dataset_name=name)
+    rows = [{"file": "a.mp4", "words": ["one", "two"], "end_seconds": 2.0}, {"file": "sub/c.mp4", "words": ["three"]}]
+    (offline_datasets / "train.jsonl").write_text(jsonl(*rows))
+    first, second = read(root, dataset_name=name, caption_column="words", video_column="file")
+    assert first.captions == (Caption("one", 1.0), Caption("two", 1.0))
+    assert (first.name, first.end_seconds, first.where) == ("a.mp4", 2.0, "tables row 1")
+    assert (second.name, second.end_seconds, second.where) == ("sub/c.mp4", None, "tables row 2")
+    expected = "has no column 'word'; there are 'file', 'words', 'end_seconds'; set data.caption_column"
+    assert refusal(root, dataset_name=name, caption_column="word", video_column="file").endswith(expected)
 
 
 def test_videos_inside_a_data_set_are_read_from_their_bytes(root: Path, offline_datasets: Path, copies: Path) -> None:
@@ -668,14 +546,8 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
 
 def test_webdataset_tars_are_read(root: Path, copies: Path) -> None:
     first = {"a.json": b'{"caption": "one", "repeats": 2, "start_seconds": 0.5}', "a.mp4": b"video a", "a.cls": b"1"}
-    first |= {
-        "x/b.c.mp4": b"other",
-        "x/b.txt": b" two\nlines ",
-        "none.mp4": b"n",
-        "../../up.mp4": b"u",
-        "note.txt": b"?",
-    }
-    write_tar(root / "0.tar", first)
+    first |= {"x/b.c.mp4": b"other", "x/b.txt": b" two\nlines ", "none.mp4": b"n", "../../up.mp4": b"u"}
+    write_tar(root / "0.tar", first | {"note.txt": b"?"})
     write_tar(root / "1.tar", {"d.MP4": b"video a", "d.txt": b"three", "e.mp4": b"", "e.txt": b"x", "f.txt": b"\xff"})
     for settings_ in ({}, {"dataset_name": str(root)}, {"dataset_name": str(root / "?.tar")}):
         sources = read(root, **settings_)
@@ -685,10 +557,7 @@ def test_webdataset_tars_are_read(root: Path, copies: Path) -> None:
             ("1.tar/d.MP4", b"video a", "three", 1),
         ]
         assert sources[0].start_seconds == 0.5
-        assert {s.skipped.partition(":")[0] for s in sources if s.skipped} == {
-            "no caption",
-            "unusable",
-        }
+        assert {s.skipped.partition(":")[0] for s in sources if s.skipped} == {"no caption", "unusable"}
     assert all(path.parent == copies for path in copies.rglob("*")), "nothing is extracted by name"
     (root / "0.tar").write_bytes(b"x" * 2000)
     assert "0.tar: not a readable, uncompressed tar" in refusal(root)
@@ -706,24 +575,11 @@ def test_copies_of_embedded_videos_are_bounded(root: Path, copies: Path) -> None
     assert "embedded_videos_gib" in refusal(root, dataset_name=table, embedded_videos_gib=1500 / 2**30)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("http://localhost/x", "hf://datasets/x/y", "/no/such/folder", "../up", "a/b/c", "x y", "~/x", "a\nb"),
-        *("csv", "json", "text", "parquet", "videofolder"),  # would read the working directory
-    ],
-)
-def test_what_is_no_hub_name_is_not_looked_up(root: Path, name: str, opened: list[str]) -> None:
+@pytest.mark.parametrize("name", ["http://localhost/x", "/no/such/folder", "../up", "x y", "a\nb", "csv", "text"])
+def test_what_is_no_hub_name_is_not_looked_up(root: Path, name: str, offline_datasets: Path, opened: list[str]) -> None:
+    """A reader's name such as "csv" would read the working directory."""
     assert refusal(root, dataset_name=name).endswith("a folder or a hub name")
     assert opened == []
-
-
-def test_what_load_dataset_raises_becomes_one_line(root: Path, offline_datasets: Path) -> None:
-    assert "datasets.load_dataset fails: " in refusal(root, dataset_name=str(offline_datasets))
-    (offline_datasets / "train.csv").write_text("video,text\na.mp4,None\n")
-    assert skipped(root, dataset_name=str(offline_datasets)).keys() == {"a.mp4"}
-    (offline_datasets / "train-more.csv").write_text("video,words\na.mp4,None\n")
-    assert "words: double vs video: large_string text: double" in refusal(root, dataset_name=str(offline_datasets))
 
 
 # Names that try to leave the root
@@ -745,7 +601,6 @@ def trapped(root: Path) -> Iterator[Path]:
     (root / "sibling.mp4").symlink_to(f"{root}-2/a.mp4")
     (root / "loop.mp4").symlink_to("loop.mp4")
     (root / "zero.mp4").symlink_to("/dev/zero")
-    (root / "stdin.mp4").symlink_to("/proc/self/fd/0")
     (root / "folder.mp4").mkdir()
     os.mkfifo(root / "pipe.mp4")
     with socket.socket(socket.AF_UNIX) as listener:
@@ -759,32 +614,22 @@ def trapped(root: Path) -> Iterator[Path]:
 ATTACKS = {
     "..": "has '..'",
     "../outside/secret.mp4": "has '..'",
-    "sub/../../outside/secret.mp4": "has '..'",
     "out/../outside/secret.mp4": "has '..'",
     "/etc/passwd": "absolute",
-    "/dev/zero": "absolute",
     "\\\\server\\share\\a.mp4": "backslash",
-    "\\\\?\\C:\\a.mp4": "backslash",
     "C:/a.mp4": "drive letter",
     "http://localhost/a.mp4": "URL scheme",
-    "pipe:0": "URL scheme",
-    "file:///etc/passwd": "URL scheme",
     "concat:a.mp4|b.mp4": "URL scheme",
-    "data:video/mp4;base64,AAAA": "URL scheme",
     "subfile,,start,0,end,9,,:/etc/passwd": "not found",
     "~/a.mp4": "not found",
-    "$HOME/a.mp4": "not found",
     "%2e%2e/outside/secret.mp4": "not found",
-    "‥/outside/secret.mp4": "not found",
     "\uff0e\uff0e/outside/secret.mp4": "not found",
     "*.mp4": "not found",
     "a.mp4/x": "Not a directory",
     "a.mp4\0.jpg": "control character",
     "\x1b[2Ja.mp4": "control character",
-    "a\x85.mp4": "control character",
     "\ud800.mp4": "not Unicode",
     "a\u202e4pm.exe": "\\u202e4pm",
-    "": "empty",
     " ": "empty",
     ".": "a folder",
     "folder.mp4": "a folder",
@@ -799,54 +644,43 @@ ATTACKS = {
     "dangling-out.mp4": "leaves the data root",
     "sibling.mp4": "leaves the data root",
     "zero.mp4": "leaves the data root",
-    "stdin.mp4": "leaves the data root",
     "dangling.mp4": "not found",
     "x" * 5000: "too long",
 }
 
 
-@pytest.mark.parametrize("name", ATTACKS, ids=lambda name: ascii(name[:40]))
-def test_a_name_outside_the_root_is_refused_and_nothing_is_opened(trapped: Path, name: str, opened: list[str]) -> None:
-    with pytest.raises(DataError) as caught:
-        DataRoot(trapped).find(name)
-    assert ATTACKS[name] in str(caught.value)
-    assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 400
-    table = write_table(trapped, jsonl({"video": name, "text": "x"}), "clips.jsonl")
-    opened.clear()
-    assert refusal(trapped, dataset_name=table).startswith("clips.jsonl row 1: ")
-    assert set(opened) <= {table, str(trapped)}, "at most the root is listed, for another spelling of the name"
+def test_a_name_outside_the_root_is_refused_and_nothing_is_opened(trapped: Path, opened: list[str]) -> None:
+    for name, words in ATTACKS.items():
+        with pytest.raises(DataError) as caught:
+            DataRoot(trapped).find(name)
+        message = str(caught.value)
+        assert words in message and message.isprintable() and len(message) < 400
+        table = write_table(trapped, jsonl({"video": name, "text": "x"}), "clips.jsonl")
+        opened.clear()
+        assert refusal(trapped, dataset_name=table).startswith("clips.jsonl row 1: ")
+        assert set(opened) <= {table, str(trapped)}, "at most the root is listed, for another spelling of the name"
 
 
-@pytest.mark.parametrize(
-    ("name", "target"),
-    [
-        *(("./a.mp4", "a.mp4"), ("sub//c.mp4", "sub/c.mp4"), ("inside.mp4", "a.mp4"), ("absolute.mp4", "a.mp4")),
-        *(("inside/c.mp4", "sub/c.mp4"), ("12:30 take.mp4", "12:30 take.mp4"), ("..a.mp4", "..a.mp4")),
-        *(("a b.mp4", "a b.mp4"), ("猫 \u200d.mp4", "猫 \u200d.mp4")),
-    ],
-)
-def test_plain_names_and_links_inside_the_root_are_fine(trapped: Path, name: str, target: str) -> None:
-    (trapped / target).touch()
-    [source] = read_table(trapped, jsonl({"video": name, "text": "x"}), "clips.jsonl")
-    assert source.path == trapped / target
-    assert not source.path.is_symlink()
-    assert source.name == Path(name).as_posix()
+def test_plain_names_and_links_inside_the_root_are_fine(trapped: Path) -> None:
+    for name, target in {
+        **{"./a.mp4": "a.mp4", "sub//c.mp4": "sub/c.mp4", "inside.mp4": "a.mp4", "absolute.mp4": "a.mp4"},
+        **{"inside/c.mp4": "sub/c.mp4", "12:30 take.mp4": "12:30 take.mp4", "..a.mp4": "..a.mp4"},
+        **{"a b.mp4": "a b.mp4", "猫 \u200d.mp4": "猫 \u200d.mp4"},
+    }.items():
+        (trapped / target).touch()
+        [source] = read_table(trapped, jsonl({"video": name, "text": "x"}), "clips.jsonl")
+        assert source.path == trapped / target and not source.path.is_symlink()
+        assert source.name == Path(name).as_posix()
 
 
-def test_a_tilde_is_the_home_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(root.parent))
-    write_table(root, "video,text\na.mp4,x\n")
-    [source] = read(Path("~/root"), dataset_name="~/metadata.csv")
-    assert (source.path, source.name) == (root / "a.mp4", "a.mp4")
-    assert "'~nobody-of-this-name/clips' is not a folder" in refusal(Path("~nobody-of-this-name/clips"))
-
-
-def test_the_root_itself_may_be_a_link_or_relative(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_root_may_be_a_link_relative_or_in_the_home_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root.parent / "link").symlink_to(root)
     monkeypatch.chdir(root.parent)
-    [source] = read_table(Path("link"), "video,text\na.mp4,x\n")
-    assert source.path == root / "a.mp4"
+    monkeypatch.setenv("HOME", str(root.parent))
+    for folder in ("link", "~/root"):
+        [source] = read_table(root, "video,text\na.mp4,x\n", instance_data_root=Path(folder))
+        assert (source.path, source.name) == (root / "a.mp4", "a.mp4")
+    assert "'~nobody-of-this-name/clips' is not a folder" in refusal(Path("~nobody-of-this-name/clips"))
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -862,21 +696,18 @@ def test_no_combination_of_parts_leaves_the_root(trapped: Path, parts: list[str]
 # Malformed input of every kind
 
 
-def only_project_errors(name: str, content: bytes, **settings_: Any) -> None:
+def only_project_errors(name: str, content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder, "root")
         root.mkdir()
         (root / "a.mp4").touch()
-        table = Path(folder, name)
-        table.write_bytes(content)
         try:
-            sources = read(root, dataset_name=str(table), **settings_)
+            sources = read_table(root, content, name)
         except PrecogError as error:
-            assert str(error).isprintable()
-            assert name in str(error)
+            assert str(error).isprintable() and name in str(error)
         else:
             assert all(len(c.text.encode()) <= MAX_CAPTION_BYTES for s in sources for c in s.captions)
-            assert {source.path for source in sources} == {root.resolve() / "a.mp4"}
+            assert {source.path for source in sources if not source.skipped} <= {root.resolve() / "a.mp4"}
 
 
 CSV_PARTS = [*("video,text\n", "a.mp4", ",", '"', "\n", "\r\n"), *("\r", "x", "\0", "é", "start_seconds", "1e9", "-1")]
@@ -895,28 +726,21 @@ json_values = st.recursive(
     ),
     max_leaves=5,
 )
+json_rows = st.dictionaries(st.sampled_from(["video", "text", "start_seconds", "end_seconds"]), json_values)
 
 
 @settings(max_examples=15)
-@given(
-    st.lists(
-        st.dictionaries(st.sampled_from(["video", "text", "start_seconds", "end_seconds"]), json_values), max_size=3
-    )
-)
+@given(st.lists(json_rows, max_size=3))
 def test_any_jsonl_rows_give_sources_or_one_project_error(rows: list[dict[str, object]]) -> None:
     only_project_errors("t.jsonl", jsonl(*rows).encode())
 
 
 @settings(max_examples=15)
-@given(
-    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4), st.booleans()
-)
-def test_a_mutated_parquet_gives_sources_or_one_project_error(
-    mutations: list[tuple[float, int]], truncate: bool
-) -> None:
+@given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_mutated_parquet_gives_sources_or_one_project_error(mutations: list[tuple[float, int]]) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"video": ["a.mp4"] * 50, "text": ["x"] * 50, "start_seconds": [0.5] * 50}), sink)
     content = bytearray(sink.getvalue().to_pybytes())
     for place, byte in mutations:
         content[int(place * len(content))] = byte
-    only_project_errors("t.parquet", bytes(content[: -mutations[0][1]] if truncate else content))
+    only_project_errors("t.parquet", bytes(content))
