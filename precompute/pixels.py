@@ -9,7 +9,7 @@ from shared import seeding
 from shared.media.picture import Scaled
 from shared.model.geometry import SPATIAL_FACTOR, TEMPORAL_FACTOR, Bucket
 
-TRANSFORM = "bicubic-antialias-2"
+TRANSFORM = "bicubic-antialias-3"
 """Names the arithmetic of this file and of `picture` in the recipe; a change of the arithmetic needs another name."""
 
 Mode = Literal["center", "random", "letterbox"]

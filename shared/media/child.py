@@ -77,7 +77,7 @@ class Child:
                 [*command, str(other_end.fileno()), str(memory_gib)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1"},
                 pass_fds=[other_end.fileno()],
             )
 

@@ -6,6 +6,7 @@ on the largest of R, G and B, and shown on a display of BT.1886. Reference white
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,8 @@ TO_BT709 = {
 }
 """Linear RGB of the primaries BT.2020 and Display P3 -> BT.709 (BT.2087)."""
 HDR_PEAK, WHITE, GAMMA = 1000.0, 203.0, 2.4
+FILTER_BLOCK = 8
+"""Outputs of a resize's filter that are made by one product: few enough that most of its weights are not zero."""
 
 
 class NotShown(Exception):
@@ -201,20 +204,51 @@ def fit(picture: Pixels, look: Look, scaled: Scaled) -> Pixels:
 
     Antialiased bicubic, as `torch.nn.functional.interpolate(mode="bicubic", antialias=True)`; the overshoot stays.
     """
-    from PIL import Image
-
     top, left, height, width = scaled.part
     if picture.shape[:2] != scaled.size:
-        planes = [
-            Image.fromarray(picture[..., channel].astype(np.float32)).resize(
-                (scaled.size[1], scaled.size[0]), Image.Resampling.BICUBIC
-            )
-            for channel in range(3)
-        ]
-        picture = np.stack([np.asarray(plane)[top : top + height, left : left + width] for plane in planes], axis=-1)
+        picture = _resized(picture, scaled)
     else:
         picture = picture[top : top + height, left : left + width]
     return _bt709(picture.astype(np.float32) / 65535, *look.colors) if look.converts else picture
+
+
+def _resized(picture: Pixels, scaled: Scaled) -> Pixels:
+    """Return the kept part of the scaled picture in float32, made by products with blocks of the two filters."""
+    top, left, height, width = scaled.part
+    channels = picture.shape[2]
+    down = _filter_blocks(picture.shape[0], scaled.size[0], top, height, 1)
+    across = _filter_blocks(picture.shape[1], scaled.size[1], left, width, channels)
+    first, stop = across[0][1].start, across[-1][1].stop
+    picture = picture[:, first // channels : stop // channels]
+    rows = np.empty((height, stop - first), np.float32)
+    for place, source, weights in down:
+        block = np.ascontiguousarray(picture[source], np.float32)
+        np.matmul(weights, block.reshape(len(block), -1), out=rows[place])
+    columns = np.empty((height, width * channels), np.float32)
+    for place, source, weights in across:
+        np.matmul(rows[:, source.start - first : source.stop - first], weights.T, out=columns[:, place])
+    return columns.reshape(height, width, channels)
+
+
+@lru_cache(16)
+def _filter_blocks(num_in: int, num_out: int, start: int, count: int, channels: int) -> list[tuple[slice, slice, Any]]:
+    """Return the filter from `num_in` to the outputs `start` to `start + count` of `num_out` pixels, in blocks.
+
+    A block is the place of its outputs, that of its inputs, and weights [outputs, inputs]; channels are interleaved.
+    The filter is Keys' cubic convolution with a = -0.5, as wide as `num_in / num_out` where that is above 1.
+    """
+    scale, blocks = num_in / num_out, []
+    wide = max(scale, 1.0)
+    for begin in range(0, count, FILTER_BLOCK):
+        end = min(begin + FILTER_BLOCK, count)
+        centers = (start + np.arange(begin, end) + 0.5) * scale
+        first, stop = max(0, int(centers[0] - 2 * wide + 0.5)), min(num_in, int(centers[-1] + 2 * wide + 0.5))
+        x = np.abs(np.arange(first, stop) + 0.5 - centers[:, None]) / wide
+        weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0))
+        weights = np.kron(weights / weights.sum(1, keepdims=True), np.eye(channels)).astype(np.float32)
+        place, source = slice(begin * channels, end * channels), slice(first * channels, stop * channels)
+        blocks.append((place, source, weights))
+    return blocks
 
 
 def _bt709(codes: Pixels, transfer: int, primaries: int) -> Pixels:
