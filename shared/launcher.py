@@ -17,25 +17,22 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """Return the rank of this process on its machine, 0 without a launcher."""
-    return _read(0, "LOCAL_RANK", "SLURM_LOCALID")[0]
+    return _read(0, "LOCAL_RANK", "SLURM_LOCALID")
 
 
 def _rank_and_world_size() -> tuple[int, int]:
-    number, number_shown = _read(0, "RANK", "SLURM_PROCID")
-    size, size_shown = _read(1, "WORLD_SIZE", "SLURM_NTASKS")
+    number, size = _read(0, "RANK", "SLURM_PROCID"), _read(1, "WORLD_SIZE", "SLURM_NTASKS")
     if number >= size:
-        raise UsageError(
-            f"{number_shown} and {size_shown} in the environment: a launcher sets both and counts ranks from 0; "
-            "unset both"
-        )
+        names = "RANK and WORLD_SIZE, or SLURM_PROCID and SLURM_NTASKS"
+        raise UsageError(f"{names}: rank {number} of {size} processes, counted from 0; unset both or set both")
     return number, size
 
 
-def _read(default: int, *variables: str) -> tuple[int, str]:
-    """Return the value of the first variable that is set, and its text; raise `UsageError` if it is not a number."""
+def _read(default: int, *variables: str) -> int:
+    """Return the value of the first variable that is set; raise `UsageError` if it is not a number."""
     for variable in variables:
         if text := os.environ.get(variable):
             if not (text.isascii() and text.isdigit()):
                 raise UsageError(f"{variable} = {text!r} in the environment: a launcher sets it to a number; unset it")
-            return int(text), f"{variable} = {text}"
-    return default, f"no {variables[0]}"
+            return int(text)
+    return default

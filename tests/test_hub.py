@@ -3,21 +3,19 @@
 import hashlib
 import http.server
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from precog import app
 from tests import media
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-PLAN = ["plan", "--card=4090"]
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -27,8 +25,8 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         mini = ROOT / "demo" / "mini"
         self.files = {path.relative_to(mini).as_posix(): path for path in mini.rglob("*.*")}
-        self.fetched: list[set[str]] = [set()]
-        """Weight files that each command requested, with the range if there was one."""
+        self.fetched: set[str] = set()
+        """Weight files that were requested, with the range if there was one."""
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -45,10 +43,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, span = self.path.partition("?")[0], self.headers.get("range")
         file = re.fullmatch(rf"/someone/tiny/resolve/(?:main|{COMMIT})/(.+)", path)
-        if path == "/done":
-            self.server.fetched.append(set())
-            content = b""
-        elif path == "/api/models/someone/tiny/revision/main":
+        if path == "/api/models/someone/tiny/revision/main":
             content = json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": []}).encode()
         elif path.startswith("/api/models/someone/tiny/tree/"):
             entries = [
@@ -59,7 +54,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         elif file and file[1] in self.server.files:
             content = self.server.files[file[1]].read_bytes()
             if self.command == "GET" and file[1].endswith(".safetensors"):
-                self.server.fetched[-1].add(file[1] + (f" {span}" if span else ""))
+                self.server.fetched.add(file[1] + (f" {span}" if span else ""))
         else:
             self.send_error(404)
             return
@@ -83,18 +78,7 @@ def hub() -> Iterator[Hub]:
         server.shutdown()
 
 
-COMMANDS = """
-import json, os, sys, urllib.request
-from typer.testing import CliRunner
-from precog import app
-for number, command in enumerate(json.loads(sys.argv[1])):
-    found = CliRunner().invoke(app, [*command, f"model.model_cache_dir={sys.argv[2]}/{number}"])
-    assert found.exit_code == 0, found.stderr
-    urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/done").read()
-"""
-
-
-def test_each_command_downloads_its_own_part(hub: Hub, tmp_path: Path) -> None:
+def test_each_command_downloads_its_own_part(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check above all that stage 1 leaves out the transformer (11 GB of a 5B) and stage 2 T5 and the VAE."""
     (tmp_path / "clips").mkdir()
     media.write_clip(tmp_path / "clips" / "one.mp4", height=64, width=96)
@@ -111,12 +95,21 @@ def test_each_command_downloads_its_own_part(hub: Hub, tmp_path: Path) -> None:
         "train.mixed_precision": "auto",
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
-    commands = [[*command, "configs/demo-real.toml", *overrides] for command in (PLAN, ["precompute"], ["train"])]
-    online = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1"}
-    online |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
-    run = [sys.executable, "-c", COMMANDS, json.dumps(commands), str(tmp_path)]
-    done = subprocess.run(run, cwd=ROOT, env=online, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(ROOT)
+    for name, value in {
+        "ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"http://127.0.0.1:{hub.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    fetched = []
+    for number, command in enumerate((["plan", "--card=4090"], ["precompute"], ["train"])):
+        hub.fetched.clear()
+        place = f"model.model_cache_dir={tmp_path}/{number}"
+        found = CliRunner().invoke(app, [*command, "configs/demo-real.toml", *overrides, place])
+        assert found.exit_code == 0, found.stderr
+        fetched.append(set(hub.fetched))
     vae, transformer = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "transformer"))
     encoders = {vae, "text_encoder/model.safetensors"}
-    assert hub.fetched == [encoders | {f"{transformer} bytes=0-100000"}, encoders, {transformer}, set()]
+    assert fetched == [encoders | {f"{transformer} bytes=0-100000"}, encoders, {transformer}]

@@ -1,6 +1,5 @@
 """A cache as a data set on the hub: `precog cache push` to hf://datasets/user/name, many files per commit."""
 
-import io
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -45,8 +44,7 @@ def push_to_hub(source: Storage, url: str, *, public: bool = False, track: Track
     upload_folder(source.root, repository, "dataset", groups, public=public)
     views = [read_view(source, name) for name in names]
     with tempfile.TemporaryDirectory(prefix="precog-card-") as folder:
-        previews = find_previews(source, views)
-        write_previews(previews, Path(folder, PREVIEW))
+        write_previews(source, views, Path(folder, PREVIEW))
         Path(folder, CARD).write_text(card(views, repository), "utf-8")
         return upload_folder(Path(folder), repository, "dataset", public=public)
 
@@ -54,13 +52,8 @@ def push_to_hub(source: Storage, url: str, *, public: bool = False, track: Track
 def card(views: Sequence[View], repository: str) -> str:
     """Return the data set card: what the cache holds, and how to get it."""
     lines = ["---", "tags: [cogvideox, precog-cache, webdataset]", "task_categories: [text-to-video]", "configs:"]
-    lines += ["- config_name: preview", f"  data_files: {PREVIEW}", "---", ""]
-    lines += [
-        f"# {repository.partition('/')[2]}",
-        "",
-        "Latents and prompt embeddings to train CogVideoX with Precog.",
-        "",
-    ]
+    lines += ["- config_name: preview", f"  data_files: {PREVIEW}", "---", "", f"# {repository.partition('/')[2]}"]
+    lines += ["", "Latents and prompt embeddings to train CogVideoX with Precog.", ""]
     for view in views:
         train, held_out = view.split("train"), view.split("held_out")
         buckets = Counter(str(row.bucket) for row in train)
@@ -69,30 +62,18 @@ def card(views: Sequence[View], repository: str) -> str:
     return "\n".join([*lines, "", f"`precog cache pull {HUB}{repository} cache` copies the cache for training.", ""])
 
 
-def find_previews(source: Storage, views: Sequence[View]) -> list[dict[str, Any]]:
-    """Return view, size, caption and four frames side by side (uint8 [H,W,3]) of the first clips."""
-    found: list[dict[str, Any]] = []
-    for view in views:
-        latents = SampleReader(source, view.latents, view.keys[view.latents.folder])
-        for row in view.split("train")[: MAX_PREVIEWS - len(found)]:
-            frames = latents.read(row.latent_key)["thumbnails"]  # uint8 [F,3,H,W]
-            shown = frames[:: -(-len(frames) // FRAMES_SHOWN)].permute(2, 0, 3, 1).flatten(1, 2)
-            found.append(
-                {"view": view.name, "size": str(row.bucket), "caption": row.captions[0], "image": shown.numpy()}
-            )
-    return found
-
-
-def write_previews(previews: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write a parquet file whose column "image" the hub's viewer shows."""
+def write_previews(source: Storage, views: Sequence[View], path: Path) -> None:
+    """Write a parquet file of the first clips, whose column "image" the hub's viewer shows: four frames in a row."""
     from datasets import Dataset, Features, Image, Value
     from PIL import Image as Picture
 
-    def png(pixels: Any) -> dict[str, Any]:
-        buffer = io.BytesIO()
-        Picture.fromarray(pixels).save(buffer, "PNG")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    rows = [preview | {"image": png(preview["image"])} for preview in previews]
+    rows: list[dict[str, Any]] = []
+    for view in views:
+        latents = SampleReader(source, view.latents, view.keys[view.latents.folder])
+        for row in view.split("train")[: MAX_PREVIEWS - len(rows)]:
+            frames = latents.read(row.latent_key)["thumbnails"]  # uint8 [F,3,H,W]
+            shown = frames[:: -(-len(frames) // FRAMES_SHOWN)].permute(2, 0, 3, 1).flatten(1, 2)
+            image = Picture.fromarray(shown.numpy())
+            rows.append({"view": view.name, "size": str(row.bucket), "caption": row.captions[0], "image": image})
     features = Features({name: Value("string") for name in ("view", "size", "caption")} | {"image": Image()})
     Dataset.from_list(rows, features=features).to_parquet(path)

@@ -224,7 +224,6 @@ def _check_row(row: Row, root: DataRoot, data: Data, copies: VideoCopies) -> Sou
         first = error.errors()[0]
         name, problem = ".".join(map(str, first["loc"])), first["msg"].replace("Input should", "should")
         problem = problem.removeprefix("Value error, ")
-        problem = problem.removeprefix("Value error, ")
         raise DataError(f"{name} = {escaped(reprlib.repr(first['input']))}: {escaped(problem)}") from None
     start, end = cells.start_seconds, cells.end_seconds
     if end is not None and end <= (start or 0):

@@ -35,11 +35,6 @@ def test_fields_of_recipes_views_and_runs_come_from_metadata() -> None:
     assert "train.learning_rate" not in fields_shaping("run", "resolved_by_run")
 
 
-def test_field_value_is_as_json_has_it() -> None:
-    config = load_config(DEMO, ["data.resolution_buckets=[[64,96]]"])
-    assert field_value(config, "data.resolution_buckets") == [[64, 96]]
-
-
 def test_rank_auto_is_that_of_the_initial_adapter(tmp_path: Path) -> None:
     for name, ranks in (("one", (6, 6)), ("two", (6, 4))):
         sides = {
@@ -68,62 +63,40 @@ def test_every_flag_is_a_field_or_has_an_answer() -> None:
     assert all(field in TABLES[table].model_fields for table, field in named)
 
 
-@pytest.mark.parametrize("table", ["model", "train"])
-@pytest.mark.parametrize(
-    ("flag", "advice"),
-    [
-        ("rank", "use train.lora_rank"),
-        ("use_8bit_adam", "use train.optimizer = 'adamw8bit'"),
-        ("train_batch_size", "use train.global_batch_size and train.max_tokens_per_pack"),
-        ("scale_lr", "train.learning_rate is used as it is"),
-    ],
-)
-def test_flag_without_a_field_is_refused_with_advice(table: str, flag: str, advice: str) -> None:
-    line = f"^override '{table}.{flag}=1': unknown key {table}.{flag}; {re.escape(advice)}$"
-    with pytest.raises(UsageError, match=line):
-        load_config(DEMO, [f"{table}.{flag}=1"])
-
-
 @pytest.mark.parametrize(
     ("override", "line"),
     [
         ("train.shuffle_shards=0", "train.shuffle_shards = 0: should be 'auto' or 'all', or greater than 0"),
         ("memory.stream_weights=1", "memory.stream_weights = 1: should be 'auto' or 0, or greater than or equal to 2"),
         ("data.frame_buckets=[9,0]", "data.frame_buckets.1 = 0: should be greater than 0"),
+        (
+            "precompute.decode_memory_gib=1025",
+            "precompute.decode_memory_gib = 1025: should be less than or equal to 1024",
+        ),
         ("trian.seed=1", "unknown table trian; did you mean train?"),
+        ("model.rank=1", "unknown key model.rank; use train.lora_rank"),
+        ("train.use_8bit_adam=1", "unknown key train.use_8bit_adam; use train.optimizer = 'adamw8bit'"),
     ],
 )
-def test_wrong_value_is_answered_with_the_range(override: str, line: str) -> None:
+def test_wrong_value_or_key_is_answered_with_what_is_right(override: str, line: str) -> None:
     with pytest.raises(UsageError) as raised:
         load_config(DEMO, [override])
     assert str(raised.value) == f"override {override!r}: {line}"
 
 
-def test_mixed_precision_no_is_fp32() -> None:
-    config = load_config(DEMO, ["train.mixed_precision=no"])
-    assert config.train.mixed_precision == "fp32"
-
-
-def test_overrides_are_toml_values_and_bare_words_are_text() -> None:
-    config = load_config(DEMO, ["train.learning_rate=2e-5", "data.name=other", "data.fps=0"])
-    assert (config.train.learning_rate, config.data.name, config.data.fps) == (2e-5, "other", 0)
+def test_frame_buckets_that_the_vae_changes_name_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"frame_buckets has 13, .*; use 9 or 17, or set data\.allow_uneven_frame_bu"):
+        load_config(DEMO, ["data.frame_buckets=[9,13]"])
+    uneven = ["data.frame_buckets=[13]", "data.allow_uneven_frame_buckets=true"]
+    assert load_config(DEMO, uneven).data.frame_buckets == (13,)
 
 
 def test_numbers_are_finite() -> None:
     fields = [(f"{table}.{name}", field) for table, kind in TABLES.items() for name, field in kind.model_fields.items()]
     for name in [name for name, field in fields if "float" in str(field.annotation)]:
-        for value in ("inf", "-inf", "nan"):
+        for value in ("inf", "nan"):
             with pytest.raises(UsageError, match=rf"override '{name}={value}': {name} = {value}: should be "):
                 load_config(DEMO, [f"{name}={value}"])
-
-
-@pytest.mark.parametrize(
-    ("field", "most"), [("precompute.decode_deadline_seconds", 86_400), ("precompute.decode_memory_gib", 1024)]
-)
-def test_a_limit_that_the_kernel_would_not_take_is_refused(field: str, most: int) -> None:
-    load_config(DEMO, [f"{field}={most}"])
-    with pytest.raises(UsageError, match=rf"{field} = .* should be less than or equal to {most}$"):
-        load_config(DEMO, [f"{field}={most + 1}"])
 
 
 NAMES = re.findall(r"\S+", """
@@ -136,20 +109,16 @@ sample.output_dir sample.prompts_file sample.video
 
 def test_empty_names_and_paths_are_refused() -> None:
     for field in NAMES:
-        for value in ("", " "):
-            with pytest.raises(
-                UsageError, match=rf"override '{field}={value}': {field} = '{value}': (String )?should "
-            ):
-                load_config(DEMO, [f"{field}={value}"])
+        with pytest.raises(UsageError, match=rf"override '{field}= ': {field} = ' ': (String )?should "):
+            load_config(DEMO, [f"{field}= "])
 
 
-@pytest.mark.parametrize("field", ["precompute.device", "train.device", "sample.device"])
-def test_only_devices_that_we_run_on_are_accepted(field: str) -> None:
-    for device in ("auto", "cpu", "cuda", *(() if field == "train.device" else ("cuda:0", "cuda:15"))):
-        load_config(DEMO, [f"{field}={device}"])
-    for device in ("meta", "mps", "nonsense", "cuda:", "cuda:-1", "cuda:200", "cpu:0", ""):
-        with pytest.raises(UsageError, match=rf"{field} = '{device}': should be '?auto'?, '?cpu'?"):
-            load_config(DEMO, [f"{field}={device}"])
+def test_only_devices_that_we_run_on_are_accepted() -> None:
+    load_config(DEMO, ["precompute.device=cuda:15", "train.device=cuda", "sample.device=cpu"])
+    for field in ("precompute.device", "train.device", "sample.device"):
+        for device in ("mps", "cuda:", "cuda:200", "cpu:0", ""):
+            with pytest.raises(UsageError, match=rf"{field} = '{device}': should be '?auto'?, '?cpu'?"):
+                load_config(DEMO, [f"{field}={device}"])
 
 
 @pytest.mark.parametrize(
@@ -172,15 +141,10 @@ def test_an_error_names_the_override_that_it_comes_from(overrides: list[str], li
 
 def test_an_error_of_the_files_own_names_no_override(tmp_path: Path) -> None:
     source = DEMO.read_text(encoding="utf-8")
-    (tmp_path / "config.toml").write_text(source.replace("fps = 0", "width = 64\nfps = 0"), encoding="utf-8")
+    # some editors begin a file with a byte order mark
+    (tmp_path / "config.toml").write_text(source.replace("fps = 0", "width = 64\nfps = 0"), encoding="utf-8-sig")
     with pytest.raises(UsageError, match=r"^\S+config.toml:6: data: height and width are set together"):
         load_config(tmp_path / "config.toml", ["data.name=x", "data.fps=8"])
-
-
-def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    source = DEMO.read_text(encoding="utf-8")
-    (tmp_path / "config.toml").write_text(source, encoding="utf-8-sig")
-    assert load_config(tmp_path / "config.toml") == load_config(DEMO)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +163,7 @@ def test_tokens_are_refused_and_not_repeated(override: str, message: str) -> Non
     assert secret not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "field", ["data.name", "precompute.cache", "sample.video", "data.validation_prompts", "data.x"]
-)
+@pytest.mark.parametrize("field", ["precompute.cache", "data.validation_prompts", "data.x"])
 @pytest.mark.parametrize(
     ("value", "secret"),
     [
@@ -253,26 +215,17 @@ def test_home_is_expanded_in_every_path_and_in_no_url(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("data.resolution_buckets=64x96", ((64, 96),)),
         ("data.resolution_buckets=64x96,96x64", ((64, 96), (96, 64))),
         ("data.resolution_buckets=[64x96, '96X64']", ((64, 96), (96, 64))),
-        ("data.resolution_buckets=['64x96']", ((64, 96),)),
         ("data.resolution_buckets=[[64,96]]", ((64, 96),)),
         ("data.frame_buckets=9", (9,)),
         ("data.frame_buckets=9,17", (9, 17)),
         ("train.lora_target_modules=to_q,to_k", ("to_q", "to_k")),
         ("data.validation_prompts=a dog, red", ("a dog, red",)),
-        ("sample.images=a.png", (Path("a.png"),)),
+        ("train.learning_rate=2e-5", 2e-5),
+        ("train.mixed_precision=no", "fp32"),
     ],
 )
-def test_a_list_may_be_written_without_brackets(override: str, expected: tuple[object, ...]) -> None:
+def test_values_are_toml_and_a_list_needs_no_brackets(override: str, expected: object) -> None:
     table, _, field = override.partition("=")[0].partition(".")
     assert getattr(getattr(load_config(DEMO, [override]), table), field) == expected
-
-
-def test_frame_buckets_that_the_vae_changes_name_the_nearest() -> None:
-    for frames, nearest in ((5, "1 or 9"), (13, "9 or 17"), (16, "9 or 17"), (24, "17 or 25")):
-        with pytest.raises(UsageError, match=rf"frame_buckets has {frames}, .*; use {nearest}, or set data\.allow_"):
-            load_config(DEMO, [f"data.frame_buckets=[9,{frames}]"])
-    uneven = ["data.frame_buckets=[13]", "data.allow_uneven_frame_buckets=true"]
-    assert load_config(DEMO, uneven).data.frame_buckets == (13,)

@@ -30,7 +30,7 @@ def test_without_a_gpu_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_environment_that_is_no_launchers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, read in (("RANK", launcher.rank), ("SLURM_NTASKS", launcher.world_size), ("LOCAL_RANK", local_rank)):
-        for text in ("first", "-1", "1.5", "\u0661"):
+        for text in ("-1", "\u0661"):
             monkeypatch.setenv(variable, text)
             with pytest.raises(UsageError, match=rf"{variable} = .* in the environment: a launcher sets"):
                 read()
@@ -38,23 +38,11 @@ def test_an_environment_that_is_no_launchers_is_one_line(monkeypatch: pytest.Mon
     assert (launcher.rank(), launcher.world_size(), local_rank()) == (0, 1, 0)
 
 
-@pytest.mark.parametrize(
-    ("environment", "words"),
-    [
-        ({"WORLD_SIZE": "0"}, "no RANK and WORLD_SIZE = 0 in"),
-        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK = 3 and WORLD_SIZE = 2 in"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = 2 and WORLD_SIZE = 2 in"),
-        ({"RANK": "1"}, "RANK = 1 and no WORLD_SIZE in"),
-        ({"SLURM_PROCID": "4", "SLURM_NTASKS": "4"}, "SLURM_PROCID = 4 and SLURM_NTASKS = 4 in"),
-    ],
-)
-def test_a_process_that_is_none_of_the_worlds_is_refused(
-    environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for variable, text in environment.items():
-        monkeypatch.setenv(variable, text)
+@pytest.mark.parametrize("rank", ["1", "3"])
+def test_a_process_that_is_none_of_the_worlds_is_refused(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", rank)
     for read in (launcher.rank, launcher.world_size):
-        with pytest.raises(UsageError, match=f"^{words} the environment: a launcher sets both"):
+        with pytest.raises(UsageError, match=f"SLURM_NTASKS: rank {rank} of 1 processes, counted from 0; unset both"):
             read()
 
 

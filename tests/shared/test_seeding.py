@@ -1,7 +1,5 @@
 """Random draws: equal for equal names, on every machine."""
 
-import numpy as np
-import pytest
 import torch
 
 from shared.seeding import digest, generator, integer_seed, normal
@@ -27,11 +25,3 @@ def test_draws_do_not_depend_on_earlier_ones() -> None:
     torch.manual_seed(0)
     assert torch.equal(normal((1000,), "noise", 7), first) and first.dtype == torch.float32
     assert abs(float(first.mean())) < 0.1 and abs(float(first.std()) - 1) < 0.1
-
-
-@pytest.mark.parametrize("size", [65_537, 70_001, 674_000])
-def test_two_threads_draw_the_values_of_one(size: int) -> None:
-    """Among 20 draws there are some whose first thread steps over the word where the second one began."""
-    for number in range(20):
-        alone = generator("noise", number).standard_normal(size, dtype=np.float32)
-        assert np.array_equal(normal((size,), "noise", number).numpy(), alone)

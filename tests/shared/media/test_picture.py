@@ -92,8 +92,6 @@ def colorful(pixels: str, height: int = 48, width: int = 80, **colors: int) -> a
     ("file", "aspect", "width"),
     [
         ("a.mp4", Fraction(4, 3), 107),
-        ("a.mkv", Fraction(8, 9), 71),
-        ("a.ts", Fraction(2), 160),
         ("a.avi", Fraction(1, 2), 40),
         ("a.mpg", Fraction(4, 5), 64),  # MPEG-2 stores one of four display ratios
     ],
@@ -108,18 +106,10 @@ def test_pictures_have_square_pixels(file: str, aspect: Fraction, width: int, tm
     assert largest(frames.clip(0, 255), expected) < 8 and average(frames.clip(0, 255), expected) < 0.6
 
 
-def test_a_turned_picture_has_square_pixels_too(tmp_path: Path, folder: Path) -> None:
+def test_a_turned_picture_has_square_pixels_too() -> None:
     look = Look((48, 80), aspect=(2, 1), rotation=90)
     assert (look.pixels, look.size) == ((80, 48), (160, 48))
     assert Look((48, 80), aspect=(1, 2), rotation=0, crop=(0, 8, 10, 0)).size == (40, 35)
-
-
-def test_a_picture_that_its_pixels_make_too_wide_is_refused(tmp_path: Path) -> None:
-    path = write_frames(
-        tmp_path / "a.mp4", [colorful("yuv420p", 48, 640)] * 3, "libx264", sample_aspect_ratio=Fraction(20)
-    )
-    with pytest.raises(VideoError, match="too large: 12800x48 pixels"):
-        probe(path)
 
 
 def test_a_change_of_the_pixel_aspect_in_the_stream_is_noticed(tmp_path: Path) -> None:
@@ -224,8 +214,7 @@ def test_wide_sdr_colors_become_those_of_bt709() -> None:
     assert np.abs(red - 255 * light.clip(0) ** (1 / 2.4)).max() < 0.5
 
 
-@pytest.mark.parametrize("matrix", ["bt709", "smpte170m", "bt470bg", "bt2020nc"])
-@pytest.mark.parametrize("span", ["tv", "pc"])
+@pytest.mark.parametrize(("matrix", "span"), [("bt709", "tv"), ("smpte170m", "pc"), ("bt2020nc", "tv")])
 def test_color_matrix_and_range_are_those_of_the_file(matrix: str, span: str, tmp_path: Path) -> None:
     source, pixels = colorful("rgb24"), "yuvj444p" if span == "pc" else "yuv444p"
     graph = Graph()
@@ -251,7 +240,7 @@ def test_an_untagged_picture_has_bt709_above_576_lines(tmp_path: Path) -> None:
         assert found.probe.look.plain is (height == 576)
 
 
-@pytest.mark.parametrize("pixels", ["yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "gray", "gray10le", "bgr0"])
+@pytest.mark.parametrize("pixels", ["yuv422p", "yuv420p10le", "gray10le", "bgr0"])
 def test_pixel_formats_give_the_same_colors(pixels: str, tmp_path: Path) -> None:
     path = write_frames(tmp_path / "a.mkv", [colorful(pixels)] * 2, "ffv1")
     assert largest(decode_all(path)[1], filtered(path, ("null", ""))) <= 3
@@ -264,7 +253,7 @@ def alpha_picture() -> np.ndarray:
     return picture
 
 
-@pytest.mark.parametrize("file", ["a.png", "b.png", "c.webp", "d.webp", "e.mkv", "f.mov", "g.webm"])
+@pytest.mark.parametrize("file", ["a.png", "b.png", "d.webp", "f.mov", "g.webm"])
 def test_transparent_pictures_stand_on_black(file: str, tmp_path: Path) -> None:
     path, rgba = tmp_path / file, alpha_picture()
     image = Image.fromarray(rgba)
@@ -273,7 +262,7 @@ def test_transparent_pictures_stand_on_black(file: str, tmp_path: Path) -> None:
         "append_images": [Image.fromarray(rgba[::-1].copy())],
         "duration": [80, 400],
     }
-    codecs = {"e.mkv": ("ffv1", "bgra"), "f.mov": ("prores_ks", "yuva444p10le"), "g.webm": ("libvpx-vp9", "yuva420p")}
+    codecs = {"f.mov": ("prores_ks", "yuva444p10le"), "g.webm": ("libvpx-vp9", "yuva420p")}
     if file in codecs:
         codec, pixels = codecs[file]
         frame = av.VideoFrame.from_ndarray(rgba, format="rgba").reformat(format=pixels)
@@ -294,15 +283,10 @@ def test_transparent_pictures_stand_on_black(file: str, tmp_path: Path) -> None:
     ("file", "codec"),
     [
         ("a.ogv", "libvpx"),
-        ("a.y4m", "wrapped_avframe"),
         ("a.mxf", "mpeg2video"),
-        ("a.h264", "libx264"),
         ("a.hevc", "libx265"),
-        ("a.mpg", "mpeg2video"),
         ("a.wmv", "wmv2"),
         ("a.3gp", "libx264"),
-        ("a.m2ts", "libx264"),
-        ("a.nut", "ffv1"),
         ("a.ivf", "libvpx-vp9"),
     ],
 )

@@ -84,20 +84,16 @@ def test_outcomes_come_in_order_and_equal_decoding_here(shared_pool: DecodePool,
 def test_probes_come_in_order_with_one_reason_per_bad_file(shared_pool: DecodePool, clip: tuple[Path, Probed]) -> None:
     path, found = clip
     bad = [media.write_zeros(path.parent / "zeros.mp4"), media.write_audio(path.parent / "audio.mp4")]
-    outcomes = list(shared_pool.probe_all([path, *bad, path.parent / "nothing.mp4", path]))
-    assert outcomes[0] == outcomes[-1] == found
+    odd = media.renamed(path.parent / os.fsdecode(b"\xff\xe9.mp4"), path)
+    outcomes = list(shared_pool.probe_all([path, *bad, path.parent / "nothing.mp4", odd]))
+    assert outcomes[0] == found
+    assert isinstance(outcomes[-1], Probed) and outcomes[-1].timestamps_us == found.timestamps_us
     skipped = [outcome for outcome in outcomes if isinstance(outcome, Skipped)]
     assert [outcome.permanent for outcome in skipped] == [True, True, False]
     assert skipped[1:] == [
         Skipped("not a video: no moving pictures in it"),
         Skipped("cannot open: No such file or directory", permanent=False),
     ]
-
-
-def test_a_name_that_is_not_utf_8_reaches_the_process(shared_pool: DecodePool, clip: tuple[Path, Probed]) -> None:
-    path = media.renamed(clip[0].parent / os.fsdecode(b"\xff\xe9.mp4"), clip[0])
-    (outcome,) = shared_pool.probe_all([path])
-    assert isinstance(outcome, Probed) and outcome.timestamps_us == clip[1].timestamps_us
 
 
 def test_a_job_that_never_ends_ends_at_its_deadline(shared_pool: DecodePool, good: DecodeJob) -> None:
@@ -150,11 +146,10 @@ def test_memory_is_limited(good: DecodeJob, tmp_path: Path) -> None:
 
 
 def test_data_called_invalid_where_memory_ends_lack_memory(tmp_path: Path) -> None:
-    job = job_for(media.write_clip(tmp_path / "large.mp4", frames=20, height=1088, width=1920), (0, 10))
-    for memory_gib in (0.02, 0.03):
-        with DecodePool(workers=1, deadline_seconds=30, memory_gib=memory_gib) as pool:
-            (reason,) = reasons(list(pool.decode_all([job])))
-        assert reason.startswith(f"needs more than {memory_gib:g} GiB")
+    job = job_for(media.write_clip(tmp_path / "large.mp4", frames=11, height=1088, width=1920), (0, 10))
+    with DecodePool(workers=1, deadline_seconds=30, memory_gib=0.02) as pool:
+        (reason,) = reasons(list(pool.decode_all([job])))
+    assert reason.startswith("needs more than 0.02 GiB")
 
 
 def test_processes_ignore_the_signals_that_the_parent_answers(shared_pool: DecodePool, good: DecodeJob) -> None:
@@ -273,23 +268,12 @@ def test_many_jobs_and_frames_do_not_fill_the_memory_of_a_process(tmp_path: Path
     large = job_for(path, (0, 1, 2), "pyav")
     whole = job_for(good.path, tuple(range(30)), "pyav")
     with DecodePool(workers=1, deadline_seconds=30, memory_gib=0.2) as pool:
-        assert reasons(list(pool.decode_all([whole] * 5 + [large] * 20))) == ["pyav"] * 25
+        assert reasons(list(pool.decode_all([whole] * 5 + [large] * 12))) == ["pyav"] * 17
 
 
 def test_the_memory_of_a_process_does_not_grow_with_the_number_of_pictures(tmp_path: Path) -> None:
-    job = job_for(media.write_clip(tmp_path / "large.mp4", frames=40, height=1080, width=1920), tuple(range(40)))
+    job = job_for(media.write_clip(tmp_path / "large.mp4", frames=24, height=1080, width=1920), tuple(range(24)))
     with DecodePool(workers=1, deadline_seconds=60, memory_gib=0.12) as pool:
         (outcome,) = pool.decode_all([replace(job, scaled=Scaled((480, 853), (0, 66, 480, 720)))])
     assert isinstance(outcome, Decoded), outcome
-    assert outcome.frames.shape == (40, 480, 720, 3) and outcome.frames.dtype == np.float32
-
-
-def test_fifty_megabytes_come_back_without_a_copy(tmp_path: Path) -> None:
-    path = media.write_clip(tmp_path / "large.mp4", frames=4, height=480, width=720)
-    job = job_for(path, (0,) * 48 + (3,), "pyav")
-    begin = time.process_time()
-    with DecodePool(workers=1, deadline_seconds=30, memory_gib=4) as pool:
-        (outcome,) = pool.decode_all([job])
-    assert isinstance(outcome, Decoded) and outcome.frames.nbytes == 49 * 480 * 720 * 3
-    assert media.indices_of(outcome.frames[[0, 48]]) == [0, 3]
-    assert time.process_time() - begin < 0.2, "the parent copies frames"
+    assert outcome.frames.shape == (24, 480, 720, 3) and outcome.frames.dtype == np.float32

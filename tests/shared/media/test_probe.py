@@ -115,18 +115,15 @@ def test_pictures_whose_keyframe_was_cut_away_do_not_count(folder: Path) -> None
     assert media.indices_of(frames) == list(range(60 - len(frames), 60))
 
 
-@pytest.mark.parametrize("first_packet", [1, 3])
-def test_pictures_before_the_first_keyframe_do_not_count(first_packet: int, folder: Path) -> None:
+def test_pictures_before_the_first_keyframe_do_not_count(folder: Path) -> None:
     source = media.clip(folder, "without_b.mp4", bframes=0)
-    path = media.write_trimmed(folder / f"from_{first_packet}.mp4", source, hidden=0, first_packet=first_packet)
+    path = media.write_trimmed(folder / "from_3.mp4", source, hidden=0, first_packet=3)
     found, frames = decode_all(path)
     assert found.probe.intact and found.timestamps_us[0] == 0
     assert media.indices_of(frames) == list(range(12, 30))
 
 
-@pytest.mark.parametrize(
-    ("file", "codec"), [("twice.mkv", "libx264"), ("twice.webm", "libvpx-vp9"), ("twice-ffv1.mkv", "ffv1")]
-)
+@pytest.mark.parametrize(("file", "codec"), [("twice.mkv", "libx264"), ("twice-ffv1.mkv", "ffv1")])
 def test_frames_that_share_a_time_are_decoded_from_the_start(file: str, codec: str, folder: Path) -> None:
     path = media.clip(folder, file, codec=codec, frames=6, bframes=0, times=[0, 40, 80, 80, 120, 160])
     found, frames = decode_all(path)
@@ -184,19 +181,11 @@ def test_images_stand_as_their_exif_says(extension: str, tmp_path: Path) -> None
         assert frame.shape == upright.shape and np.abs(frame - upright).max() <= 8
 
 
-def test_a_wrong_extension_does_not_matter(folder: Path) -> None:
-    path = media.renamed(folder / "really_mp4.avi", media.clip(folder, "h264.mp4"))
-    found, frames = decode_all(path)
-    plain = probe(folder / "h264.mp4")
-    assert found == replace(plain, probe=replace(plain.probe, mark=found.probe.mark))
-    assert media.indices_of(frames) == list(range(30))
-
-
 def test_a_truncated_mp4_is_refused_but_its_first_frame_decodes(folder: Path) -> None:
     source = media.clip(folder, "moov_first.mp4", muxer={"movflags": "faststart"})
     size = source.stat().st_size
     counted = 0
-    for step in range(10):
+    for step in range(1, 10, 2):
         path = media.write_truncated(folder / "cut_short.mp4", source, size * step // 10)
         reason_against(path)
         try:
@@ -205,14 +194,14 @@ def test_a_truncated_mp4_is_refused_but_its_first_frame_decodes(folder: Path) ->
             continue
         counted += 1
         assert media.indices_of(media.decode_probed(path, found, [0], "pyav")[0]) == [0]
-    assert counted > 2, "no place lies behind the index: the test cannot fail"
+    assert counted > 1, "no place lies behind the index: the test cannot fail"
 
 
 @pytest.mark.parametrize("file", ["h264.mkv", "vp9.webm", "h264.ts"])
 def test_a_truncated_stream_gives_its_first_frames_or_nothing(file: str, folder: Path) -> None:
     source = media.write_case(folder, file)
     exact = 0
-    for step in range(10):
+    for step in range(1, 10, 2):
         path = media.write_truncated(folder / f"cut_{file}", source, source.stat().st_size * step // 10)
         try:
             frames = decode_all(path)[1]
@@ -221,16 +210,14 @@ def test_a_truncated_stream_gives_its_first_frames_or_nothing(file: str, folder:
         # Without a checksum a picture whose end is missing may pass in VP9; every other must be right.
         assert media.indices_of(frames)[:-1] == list(range(len(frames) - 1))
         exact += 1
-    assert exact > 1 or file == "h264.ts"
+    assert exact or file == "h264.ts"
 
 
-@pytest.mark.parametrize(
-    "file", ["h264.mp4", "h264.mkv", "hevc_open_gop.mp4", "mpeg4.avi", "h264.ts", "vp9.webm", "av1.mp4"]
-)
+@pytest.mark.parametrize("file", ["h264.mp4", "hevc_open_gop.mp4", "mpeg4.avi", "h264.ts", "vp9.webm"])
 def test_damaged_bytes_give_frames_or_a_reason_and_never_two_answers(file: str, folder: Path) -> None:
     source = media.write_case(folder, file)
     refused = 0
-    for seed in range(12):
+    for seed in range(8):
         path = media.write_flipped(folder / f"flipped_{file}", source, flips=1 + seed % 8, seed=seed)
         try:
             found, frames = decode_all(path)
@@ -267,18 +254,6 @@ def test_files_that_are_no_videos_are_refused_with_one_line(tmp_path: Path, fold
     }
     for path, reason in expected.items():
         assert reason in reason_against(path), path
-
-
-def test_a_title_that_is_not_utf_8_does_not_matter(tmp_path: Path) -> None:
-    path = tmp_path / "latin.mp4"
-    with av.open(str(path), "w") as out:
-        out.metadata["title"] = "TITLE"
-        stream: Any = out.add_stream("mpeg4", rate=30)
-        stream.width, stream.height, stream.pix_fmt = 80, 48, "yuv420p"
-        out.mux(stream.encode(av.VideoFrame.from_ndarray(media.draw(5, 48, 80), format="rgb24")))
-        out.mux(stream.encode(None))
-    path.write_bytes(path.read_bytes().replace(b"TITLE", b"\xe4\xf6\xfc\xdfE"))
-    assert media.indices_of(decode_all(path)[1]) == [5]
 
 
 def test_a_playlist_under_a_videos_name_opens_no_other_file(tmp_path: Path, monkeypatch: Any) -> None:
@@ -334,7 +309,7 @@ class FailingFile(FileIO):
         return super().readinto(buffer) or 0
 
 
-@pytest.mark.parametrize("file", ["h264.mp4", "h264.mkv", "mpeg4.avi", "h264.ts", "vp9.webm"])
+@pytest.mark.parametrize("file", ["h264.mp4", "mpeg4.avi"])
 def test_a_disk_that_fails_is_no_bad_video(file: str, folder: Path, monkeypatch: Any) -> None:
     path = media.write_case(folder, file)
     found = probe(path)
@@ -357,18 +332,13 @@ def test_a_file_that_changed_after_the_probe_is_refused(tmp_path: Path, folder: 
         media.decode_probed(path, found, [0], "pyav")
 
 
-@pytest.mark.parametrize("replaced", [True, False], ids=["another file", "the same file"])
-def test_other_bytes_of_equal_size_are_refused_and_equal_bytes_not(
-    replaced: bool, tmp_path: Path, folder: Path
-) -> None:
+def test_other_bytes_of_equal_size_and_time_are_refused_and_equal_bytes_not(tmp_path: Path, folder: Path) -> None:
     path = media.renamed(tmp_path / "clip.mp4", media.clip(folder, "h264.mp4"))
     found = probe(path)
     content, status = path.read_bytes(), path.stat()
     other = bytearray(content)
     other[-1] ^= 1
     for data in (bytes(other), content):
-        if replaced:
-            path.unlink()
         path.write_bytes(data)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         if data == content:
@@ -378,15 +348,12 @@ def test_other_bytes_of_equal_size_are_refused_and_equal_bytes_not(
                 media.decode_probed(path, found, [5], "pyav")
 
 
-@pytest.mark.parametrize("data", [b"", b"x" * 10_000])
-def test_a_file_that_changes_while_it_is_read_is_refused(
-    data: bytes, tmp_path: Path, folder: Path, monkeypatch: Any
-) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, folder: Path, monkeypatch: Any) -> None:
     path = media.renamed(tmp_path / "clip.mp4", media.clip(folder, "h264.mp4"))
     demuxer = video.demuxer
 
     def rewriting(file: FileIO) -> Any:
-        path.write_bytes(data)
+        path.write_bytes(b"x" * 10_000)
         return demuxer(file)
 
     monkeypatch.setattr(video, "demuxer", rewriting)
@@ -394,15 +361,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         probe(path)
 
 
-def test_a_file_that_has_its_mark_still_is_not_hashed_again(folder: Path, monkeypatch: Any) -> None:
-    path = media.clip(folder, "h264.mp4")
-    found = probe(path)
-    monkeypatch.setattr("shared.media.decode.hashlib.file_digest", None)
-    assert media.indices_of(media.decode_probed(path, found, [4])[0]) == [4]
-
-
-@pytest.mark.parametrize("indices", [[0], [20]])
-def test_a_picture_of_another_turn_or_size_than_probed_is_refused(indices: list[int], folder: Path) -> None:
+def test_a_picture_of_another_turn_or_size_than_probed_is_refused(folder: Path) -> None:
     path = media.clip(folder, "h264.mp4")
     found = probe(path)
     changed = {"rotation": 180, "mirrored": True, "stored": (50, 80), "aspect": (4, 3), "colors": (16, 9)}
@@ -411,8 +370,9 @@ def test_a_picture_of_another_turn_or_size_than_probed_is_refused(indices: list[
         reason = "the transfer curve or the primaries change" if name == "colors" else reason
         fields = asdict(found.probe)
         other = replace(found, probe=parse_probe(fields | {"look": fields["look"] | {name: value}}))
-        with pytest.raises(VideoError, match=rf"^{reason}: at frame {indices[0]}$"):
-            media.decode_probed(path, other, indices)
+        for index in (0, 20):  # from the start, and from a keyframe
+            with pytest.raises(VideoError, match=rf"^{reason}: at frame {index}$"):
+                media.decode_probed(path, other, [index])
 
 
 def test_decords_times_have_to_be_the_probes(folder: Path) -> None:
@@ -469,21 +429,3 @@ def test_pictures_too_wide_and_clips_too_long_are_refused(tmp_path: Path, folder
     monkeypatch.setattr(video, "MAX_FRAMES", 29)
     assert reason_against(media.clip(folder, "h264.mp4")) == "more than 29 frames"
     assert reason_against(media.clip(folder, "h264.ts")) == "more than 29 frames"
-
-
-def test_reading_good_and_bad_files_leaves_no_descriptor_open(tmp_path: Path, folder: Path) -> None:
-    good = media.clip(folder, "h264.mp4")
-    bad = media.write_truncated(
-        tmp_path / "bad.mp4", media.clip(folder, "moov_first.mp4", muxer={"movflags": "faststart"}), 3000
-    )
-    decode_all(good, "decord")
-
-    def descriptors() -> int:
-        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-
-    before = descriptors()
-    for _ in range(10):
-        decode_all(good)
-        decode_all(good, "decord")
-        reason_against(bad)
-    assert descriptors() == before

@@ -19,7 +19,6 @@ from shared.model.pretrained import (
     pretrained_folder,
     pretrained_part,
     read_config,
-    weight_files,
 )
 from tests.tiny import build_text_encoder, build_transformer
 
@@ -40,19 +39,11 @@ def local(root: Path, variant: str | None = None) -> Model:
     return Model(pretrained_model_name_or_path=str(root), variant=variant)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name"), [(torch.float32, "fp32"), (torch.float16, "fp16"), (torch.bfloat16, "bf16")], ids=str
-)
-def test_published_precision_is_that_of_most_weights(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
-    checkpoint(tmp_path, dtype)
-    assert pretrained_part(local(tmp_path), "transformer").dtype() == name
-
-
-def test_settings_leave_out_versions_and_places(tmp_path: Path) -> None:
-    checkpoint(tmp_path)
+def test_settings_leave_out_versions_and_the_precision_is_that_of_most_weights(tmp_path: Path) -> None:
+    checkpoint(tmp_path, torch.bfloat16)
     part = pretrained_part(local(tmp_path), "transformer")
     assert part.config == {"_diffusers_version": "0.0", "patch_size": 2}
-    assert part.settings == {"patch_size": 2}
+    assert part.settings == {"patch_size": 2} and part.dtype() == "bf16"
 
 
 def test_sharded_weights_are_found_through_their_index_and_load(tmp_path: Path) -> None:
@@ -80,12 +71,9 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     ("index", "reason"),
     [
         ({"weight_map": {"a": "../../secret.safetensors"}}, "not found: ../../secret.safetensors"),
-        ({"weight_map": {"a": "/etc/hostname"}}, "not found: /etc/hostname"),
         ({"weight_map": {}}, "not found: none named"),
-        ({"weight_map": ["a"]}, "not an index"),
         ({"weight_map": {"a": 1}}, "not an index"),
         ({}, "not an index"),
-        ([], "not a JSON object"),
     ],
     ids=str,
 )
@@ -123,7 +111,7 @@ def test_text_encoder_of_a_variant_falls_back_to_plain_files(tmp_path: Path) -> 
     assert [path.name for path in part.weights] == ["model.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.pt", "weights.ckpt", "weights.pth"])
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.pt"])
 def test_pickled_weights_are_named_and_refused(name: str, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path)
     (folder / WEIGHTS).rename(folder / name)
@@ -146,7 +134,7 @@ def test_torn_or_foreign_weights_are_refused_by_name(tmp_path: Path) -> None:
     whole = file.read_bytes()
     save_file({"a": torch.ones(4, dtype=torch.int8)}, tmp_path / "int8.safetensors")
     whole_header = int.from_bytes(whole[:8], "little") + 8
-    for content in (whole[:-1], whole[:whole_header], whole[:20], whole[:4], b"", b"\xff" * 64, b"{}" * 40):
+    for content in (whole[:-1], whole[:whole_header], whole[:20], b"", b"\xff" * 64):
         file.write_bytes(content)
         with pytest.raises(UsageError, match=f"{WEIGHTS}: not a whole safetensors file"):
             pretrained_part(local(tmp_path), "transformer").dtype()
@@ -155,17 +143,12 @@ def test_torn_or_foreign_weights_are_refused_by_name(tmp_path: Path) -> None:
         pretrained_part(local(tmp_path), "transformer").dtype()
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe"], ids=repr)
-def test_config_that_is_no_json_object_is_named(content: bytes, tmp_path: Path) -> None:
+def test_config_that_is_no_json_object_or_of_absurd_size_is_named(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"config\.json: "):
-        read_config(path)
-
-
-def test_a_config_of_absurd_size_is_refused_unread(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.touch()
+    for content in (b"", b"[1]", b"{", b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"config\.json: "):
+            read_config(path)
     os.truncate(path, 2**40)  # sparse
     with pytest.raises(UsageError, match="the limit is"):
         read_config(path)
@@ -212,24 +195,12 @@ def test_hub_snapshot_is_found_without_a_network_and_hashed_by_name(tmp_path: Pa
     blob.write_bytes(b"not what its name says")  # so a hash that equals the name was not computed
     assert part.sha256() == [blob.name]
     assert present_part(model, "vae") is None, "not downloaded"
+    with pytest.raises(UsageError, match="vae/ not found"):
+        pretrained_part(model, "vae")
     other = model.model_copy(update={"revision": "v2"})
     assert present_part(other, "transformer") is None, "another revision"
     pinned = model.model_copy(update={"revision": COMMIT})
     assert present_part(pinned, "transformer") is not None
-
-
-def test_missing_parts_of_a_hub_snapshot_are_named_without_a_network(tmp_path: Path) -> None:
-    snapshot = hub_cache(tmp_path / "hub", checkpoint(tmp_path / "source"))
-    model = Model(pretrained_model_name_or_path="someone/tiny-cogvideox", model_cache_dir=tmp_path / "hub")
-    assert pretrained_part(model, "transformer").folder == snapshot
-    with pytest.raises(UsageError, match="vae/ not found"):
-        pretrained_part(model, "vae")
-    with pytest.raises(UsageError, match="neither a local folder nor a reachable hub model"):
-        pretrained_part(model.model_copy(update={"revision": "v2"}), "transformer")
-
-
-def test_weight_files_of_an_empty_folder_are_none(tmp_path: Path) -> None:
-    assert weight_files(tmp_path, None) == ()
 
 
 def test_mistyped_folder_is_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
