@@ -4,7 +4,7 @@ import os
 import re
 import stat
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from shared.errors import DataError
@@ -20,6 +20,8 @@ class DataRoot:
     folder: Path
     """Absolute, free of links."""
     follow_links: bool = False
+    _folders: dict[str, Path | None] = field(default_factory=dict, compare=False)
+    """Name of a folder -> its path free of links, None if that leaves the data root."""
 
     def find(self, name: str) -> Path:
         """Return the regular file `name`, free of links itself.
@@ -28,11 +30,14 @@ class DataRoot:
         around a name is no part of it where no such file exists, and Unicode forms are equal. Nothing is opened. Raise
         `DataError` with the reason, without the row.
         """
-        shown, name = f"path '{escaped(name)}'", name.removeprefix(f"{self.folder}/")
+        given, name = name, name.removeprefix(f"{self.folder}/")
+        if plain := self._plain(name):
+            return plain
+        shown = f"path '{escaped(given)}'"
         for refused, reason in (
             (not name.strip(), "is empty"),
             ("\0" in name, "has a control character"),
-            (any("\ud800" <= char <= "\udfff" for char in name), "is not Unicode text; rename it"),
+            (re.search("[\ud800-\udfff]", name), "is not Unicode text; rename it"),
             (name.startswith("/"), "is absolute; write it relative to the data root"),
             (".." in PurePosixPath(name).parts, "has '..'; write it relative to the data root"),
         ):
@@ -56,6 +61,20 @@ class DataRoot:
             kinds = {stat.S_IFDIR: "a folder, not a file", stat.S_IFLNK: "a link that leads to itself"}
             raise DataError(f"{shown} is {kinds.get(stat.S_IFMT(mode), 'a device, socket or named pipe, not a file')}")
         return found
+
+    def _plain(self, name: str) -> Path | None:
+        """Return the regular file of that spelling in a folder that was resolved before, None for a closer look."""
+        parent, _, last = name.rpartition("/")
+        if not name.isprintable() or name.startswith("/") or ".." in name:
+            return None
+        try:
+            if parent not in self._folders:
+                folder = (self.folder / parent).resolve()
+                self._folders[parent] = folder if self.follow_links or folder.is_relative_to(self.folder) else None
+            found = self._folders[parent]
+            return found / last if found and stat.S_ISREG((found / last).lstat().st_mode) else None
+        except (OSError, RuntimeError):
+            return None
 
     def _spelled(self, name: str) -> Path:
         """Return the path of `name` as the file system spells it; names are compared in composed form (NFC)."""

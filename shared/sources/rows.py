@@ -181,8 +181,9 @@ def _text_file_rows(root: DataRoot, captions: str, videos: str) -> Iterator[Row]
             f"{escaped(captions)} has {len(columns[0])} captions, {escaped(videos)} has {len(columns[1])} videos; "
             "each must have one line per clip"
         )
+    videos, captions = escaped(videos), escaped(captions)
     for number, (caption, video) in enumerate(zip(*columns, strict=True), start=1):
-        yield Row(f"{escaped(videos)} line {number}, {escaped(captions)} line {number}", video, caption)
+        yield Row(f"{videos} line {number}, {captions} line {number}", video, caption)
 
 
 def _encodable(text: str) -> str:
@@ -258,4 +259,5 @@ def _find_video(row: Row, root: DataRoot, copies: VideoCopies) -> tuple[Path, st
         raise DataError(f"the video's path is {escaped(reprlib.repr(video))}, not text")
     name = video.removeprefix(f"{root.folder}/")
     path = root.find(name)
-    return path, Path(name if (root.folder / name).exists() else name.strip()).as_posix()
+    spaced = name != name.strip() and (root.folder / name).exists()
+    return path, Path(name if spaced else name.strip()).as_posix()
