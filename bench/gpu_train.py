@@ -239,7 +239,7 @@ def model_flops(conventions: Conventions, transformer_config: dict[str, Any], bu
     tokens, depth = tokens_of(conventions, bucket), int(transformer_config["num_layers"])
     width = int(transformer_config["num_attention_heads"]) * int(transformer_config["attention_head_dim"])
     adapter = 4 * 2 * width * lora_rank  # on query, key, value and output
-    return depth * block_flops(width, tokens, adapter, "full")
+    return depth * (block_flops(width, tokens, "full") + 6 * adapter * tokens)
 
 
 def tokens_of(conventions: Conventions, bucket: Bucket) -> int:

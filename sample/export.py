@@ -58,12 +58,9 @@ def export_run(
 
 
 def find_adapters(run: Path) -> dict[int, Path]:
-    """Return {optimizer steps: file} of the run's checkpoints and exports; an averaged adapter (EMA) goes first."""
-    found = {}
-    for folder in sorted(run.glob("checkpoint-*")):
-        files = [folder / f"{name}.safetensors" for name in ("ema", "adapter")]
-        if present := [file for file in files if file.is_file()]:
-            found[int(folder.name.removeprefix("checkpoint-"))] = present[0]
+    """Return {optimizer steps: file} of the run's checkpoints and exports."""
+    files = sorted(run.glob("checkpoint-*/adapter.safetensors"))
+    found = {int(file.parent.name.removeprefix("checkpoint-")): file for file in files}
     for file in (run / EXPORT / BEST / ADAPTER, run / EXPORT / ADAPTER):
         try:
             with safe_open(file, framework="numpy") as tensors:

@@ -77,7 +77,7 @@ def lora_file(place: Path) -> Path:
         places = [Path(run) / EXPORT / BEST / ADAPTER] if which == BEST else [step] if step else []
         known = f"; {run} has the steps {', '.join(map(str, steps))}" if steps else ""
     else:
-        names = (ADAPTER, f"{EXPORT}/{ADAPTER}", "ema.safetensors", "adapter.safetensors")
+        names = (ADAPTER, f"{EXPORT}/{ADAPTER}", "adapter.safetensors")
         places, known = [place, *(place / name for name in names), *reversed(find_adapters(place).values())], ""
     for path in places:
         if path.is_file():

@@ -279,8 +279,6 @@ class Train(Table):
     """Also train the length of each weight column (arXiv 2402.09353); the export loads through peft."""
     initial_adapter: Annotated[Place | None, RESOLVED_BY_RUN] = None
     """A LoRA to start from (export folder or file of any trainer), of the same rank, alpha and layers."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1), FIXED_BY_RUN] = 0.0
-    """Average the adapter's weights over the steps, and evaluate and export the average; 0 is off."""
     learning_rate: Annotated[float, Field(gt=0), FREE] = 1e-4
     """Peak learning rate."""
     lr_scheduler: Annotated[Schedule, FREE] = "constant"
@@ -398,8 +396,6 @@ class Memory(Table):
     flash3 is FlashAttention 3 on Hopper, from the package flash-attn-3."""
     compile: Annotated[bool | Literal["auto"], FREE] = "auto"
     """Fuse norms, modulation, gates and rotary positions with torch.compile; auto is on with a GPU and triton."""
-    allow_low_cosine: Annotated[bool, FREE] = False
-    """Train on a quantized base even if the adapter's gradient strays below cosine 0.99 from the unquantized one."""
 
 
 class SampleLora(Table):

@@ -60,12 +60,14 @@ class StopSignal:
         self._previous_wakeup = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         from shared import console  # 0.1 s, after the handlers are there
 
-        Thread(target=self._acknowledge, args=(reading, console), daemon=True).start()
+        self._thread = Thread(target=self._acknowledge, args=(reading, console), daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._previous_wakeup)
-        os.close(self._writing)
+        os.close(self._writing)  # ends the thread
+        self._thread.join()
         _restore(self._previous)
 
     def _request(self, _number: int, _frame: FrameType | None) -> None:

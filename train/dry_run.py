@@ -63,9 +63,7 @@ def dry_run(config: Config) -> DryRun:
     run = open_run(config)
     if config.train.preview_steps:
         open_previews(run)
-    state, start = TrainState(run), find_start(run)
-    if start.checkpoint is not None:
-        state.resume(start.checkpoint)
+    state = TrainState(run, find_start(run))
     announce(run)
     first = state.step
     sizes = batch_sizes(run)

@@ -4,13 +4,11 @@ A run's position is one number, the optimizer steps done; everything else follow
 """
 
 import fcntl
-import json
 import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from shared.model.pretrained import base_key
 from shared.run_folder import BEST, EXPORT, add_event, preview_file
 from shared.signals import StopSignal
 from train.checkpoint.files import prune_checkpoints, save_checkpoint, sync_file
-from train.checkpoint.resume import Start, find_start, is_finished
+from train.checkpoint.resume import find_start, is_finished
 from train.data.dataset import clip_label
 from train.distributed import all_gather, broadcast, on_rank_0
 from train.evaluate import QUANTILES, held_out_loss
@@ -66,11 +64,8 @@ def run_steps(run: Run, stop: StopSignal) -> None:
     """Train from the newest checkpoint to the export."""
     train, accelerator = run.config.train, run.accelerator
     prompts = open_previews(run) if train.preview_steps else []
-    state = TrainState(run)
-    start = find_start(run)
-    if start.checkpoint is not None:
-        state.resume(start.checkpoint)
-    metrics = on_rank_0(lambda: open_metrics(run, start))
+    state = TrainState(run, find_start(run))
+    metrics = on_rank_0(lambda: open_metrics(run, state))
     open_tracker(accelerator, run.config)
 
     stopping = any(all_gather(stop.requested))
@@ -78,12 +73,12 @@ def run_steps(run: Run, stop: StopSignal) -> None:
         while True:
             # Maintenance. The checkpoint comes first, because a signal or a fault may end what follows.
             if is_due(run, state.step, train.checkpointing_steps):
-                save(run, state, metrics, start)
-            stopping = stopping or not evaluate(run, state, metrics, stop, start)
+                save(run, state, metrics)
+            stopping = stopping or not evaluate(run, state, metrics, stop)
             stopping = stopping or not make_previews(run, state, prompts, stop)
             ended = state.step == run.num_steps or has_stalled(run, state, metrics)
             if stopping or ended:
-                save(run, state, metrics, start)
+                save(run, state, metrics)
             if stopping:
                 accelerator.end_training()
                 raise stopped(run, state.step)
@@ -94,7 +89,7 @@ def run_steps(run: Run, stop: StopSignal) -> None:
             stopping = take_step(run, state, batches, metrics, stop)
 
     if metrics is not None:
-        export(run, state, start, train.output_dir / EXPORT)
+        export(run, state, train.output_dir / EXPORT)
         add_event(train.output_dir, "finished", step=state.step)
         finish_metrics(train.output_dir)
     accelerator.end_training()
@@ -143,30 +138,27 @@ def is_due(run: Run, step: int, interval: int) -> bool:
     return step == run.num_steps or (interval > 0 and step % interval == 0)
 
 
-def open_metrics(run: Run, start: Start) -> Metrics:
+def open_metrics(run: Run, state: TrainState) -> Metrics:
     """Save the config, print what is about to be trained from which step, and open the metrics."""
-    folder, checkpoint = run.config.train.output_dir, start.checkpoint
+    folder, checkpoint = run.config.train.output_dir, state.start.checkpoint
     save_config(run.config, folder / "config.toml")
     sync_file(folder / "config.toml")
     announce(run)
-    if run.trial is not None:
-        (folder / "memory_trial.json").write_text(json.dumps(asdict(run.trial), indent=1) + "\n", encoding="utf-8")
     if checkpoint is not None:
         console.say(f"resuming from {checkpoint.path} at step {checkpoint.step} of {run.num_steps}")
-    step = 0 if checkpoint is None else checkpoint.step
-    record_start(run, step)
-    return Metrics(folder, step, run.num_steps, run.config.train.log_steps)
+    record_start(run, state.step)
+    return Metrics(folder, state.step, run.num_steps, run.config.train.log_steps)
 
 
-def save(run: Run, state: TrainState, metrics: Metrics | None, start: Start) -> None:
+def save(run: Run, state: TrainState, metrics: Metrics | None) -> None:
     """Save a checkpoint unless this step has one, and delete old ones; a collective."""
     train = run.config.train
 
     def write() -> None:
         assert metrics is not None
         metrics.sync()
-        header = adapter_header(train) | provenance(run, start, state.step)
-        saved = save_checkpoint(train.output_dir, state.step, state.tensors(), start.state, header)
+        header = adapter_header(train) | provenance(run, state)
+        saved = save_checkpoint(train.output_dir, state.step, state.tensors(), state.start.state, header)
         prune_checkpoints(train.output_dir, train.checkpoints_total_limit, saved)
 
     if state.saved_step != state.step:
@@ -174,7 +166,7 @@ def save(run: Run, state: TrainState, metrics: Metrics | None, start: Start) -> 
         state.saved_step = state.step
 
 
-def evaluate(run: Run, state: TrainState, metrics: Metrics | None, stop: StopSignal, start: Start) -> bool:
+def evaluate(run: Run, state: TrainState, metrics: Metrics | None, stop: StopSignal) -> bool:
     """Add the held-out loss to the step's line if it is due and missing; a collective.
 
     The lowest loss so far exports its adapter to `export/best`. The loss of the base model alone, which never changes,
@@ -187,8 +179,7 @@ def evaluate(run: Run, state: TrainState, metrics: Metrics | None, stop: StopSig
     missing, missing_base = broadcast((missing, missing_base))
     if not missing:
         return True
-    with state.evaluated():
-        found = held_out_loss(run, lambda: stop.requested)
+    found = held_out_loss(run, lambda: stop.requested)
     base = held_out_loss(run, lambda: stop.requested, base=True) if missing_base else None
     if found is None or (missing_base and base is None):
         return False
@@ -201,7 +192,7 @@ def evaluate(run: Run, state: TrainState, metrics: Metrics | None, stop: StopSig
     def write() -> None:
         assert metrics is not None
         if metrics.is_lowest(loss):  # before the line, so that an interrupted export is made again
-            export(run, state, start, run.config.train.output_dir / EXPORT / BEST)
+            export(run, state, run.config.train.output_dir / EXPORT / BEST)
         metrics.add(line)
         columns = zip(QUANTILES, zip(*cells, strict=True), strict=True)
         means = {f"held_out_loss_at_{quantile}": sum(column) / len(column) for quantile, column in columns}
@@ -231,8 +222,7 @@ def make_previews(run: Run, state: TrainState, prompts: Sequence[PreviewPrompt],
     def make(number: int) -> None:
         path = preview_file(train.output_dir, state.step, number)
         if not path.exists() or state.step != state.resumed_step:
-            with state.evaluated():
-                write_preview(run, prompts[number], path, state.step, stopped=lambda: stop.requested)
+            write_preview(run, prompts[number], path, state.step, stopped=lambda: stop.requested)
 
     for number in range(len(prompts)):  # one at a time, so that no rank waits for many
         on_rank_0(partial(make, number))
@@ -241,20 +231,19 @@ def make_previews(run: Run, state: TrainState, prompts: Sequence[PreviewPrompt],
     return True
 
 
-def export(run: Run, state: TrainState, start: Start, folder: Path) -> Path:
-    """Write the adapter of this step into `folder` and return its path."""
-    with state.evaluated():
-        return export_adapter(run.transformer, run.config.train, folder, provenance(run, start, state.step))
+def export(run: Run, state: TrainState, folder: Path) -> None:
+    """Write the adapter of this step into `folder`."""
+    export_adapter(run.transformer, run.config.train, folder, provenance(run, state))
 
 
-def provenance(run: Run, start: Start, step: int) -> dict[str, str]:
+def provenance(run: Run, state: TrainState) -> dict[str, str]:
     """Return the origin of the weights, for the header of an adapter; a local model's folder is left out."""
     config, model = run.config, run.config.model.pretrained_model_name_or_path
     return {
         CONFIG_KEY: config_key(config),
         VIEW_KEY: run.view.hash,
-        BASE_KEY: base_key(run.base, start.base.sha256),
-        STEPS_KEY: str(step),
+        BASE_KEY: base_key(run.base, state.start.base_sha256),
+        STEPS_KEY: str(state.step),
         "precog_base_model": Path(model).name if Path(model).is_dir() else model,
         "precog_revision": config.model.revision or "",
         "precog_precision": str(run.transformer.dtype).removeprefix("torch."),

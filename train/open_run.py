@@ -58,14 +58,13 @@ def open_run(config: Config) -> Run:
     dataset, held_out = (
         Dataset(storage, view, split, conventions, schedule, train, stored) for split in ("train", "held_out")
     )
-    transformer = load_transformer(config, torch.device("cpu")).train()
+    transformer = load_transformer(config).train()
     if train.initial_adapter is not None:
         load_adapter_weights(transformer, read_adapter(transformer, train, train.initial_adapter))
     device = accelerator.device
     plans = choose_plans(config, transformer, conventions, buckets, device)
     if plans[0].base_precision != "model":
-        example, allowed = dataset.fixed_example(0, len(schedule) // 2), config.memory.allow_low_cosine
-        quantize_base(transformer, plans[0], device, conventions, example, allow_low_cosine=allowed)
+        quantize_base(transformer, plans[0], device, conventions, dataset.fixed_example(0, len(schedule) // 2))
     trial = None
     if device.type == "cpu":
         engine = open_engine(transformer, plans[0], device)

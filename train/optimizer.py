@@ -12,7 +12,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from shared.config import Train
-from shared.errors import CacheError, UsageError, require_extra
+from shared.errors import UsageError, require_extra
 
 GROUP_NUMBERS = ("d", "d_max", "d_numerator", "k")
 """Numbers that prodigy keeps in its parameter group between steps."""
@@ -102,28 +102,17 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Set the whole state, bit for bit.
-
-    Raises `CacheError`, and changes nothing, if a name is unknown or missing.
-    """
+    """Set the whole state, bit for bit; the names must be those of `optimizer_state`."""
     (group,) = optimizer.param_groups
     named = dict(zip(group["param_names"], group["params"], strict=True))
-    numbers = [name for name in GROUP_NUMBERS if name in group]
-    states: dict[str, dict[str, Any]] = {name: {} for name in ("group", *named)}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
-        if name not in states or (name == "group" and part not in numbers):
-            raise CacheError(f"optimizer state: {key} belongs to no parameter of this run")
-        states[name][part] = _from_tensor(tensor, named[name].device if name in named else torch.device("cpu"))
-    missing = [f"group.{name}" for name in numbers if name not in states["group"]]
-    if any(states[name] for name in named):
-        missing += [name for name in named if not states[name]]
-    if missing:
-        raise CacheError(f"optimizer state: {missing[0]} is missing")
-    group.update(states.pop("group"))
-    for name, state in states.items():
-        if state:
-            optimizer.state[named[name]] = state
+        if name == "group":
+            group[part] = _from_tensor(tensor, torch.device("cpu"))
+        else:
+            optimizer.state[named[name]][part] = _from_tensor(tensor, named[name].device)
+    assert optimizer_state(optimizer).keys() == tensors.keys(), "another optimizer's state"
+    assert len(optimizer.state) in (0, len(named)), "some parameters have no state"
 
 
 def _as_tensor(value: Any) -> Tensor:

@@ -32,8 +32,6 @@ SMALLER = 2.0**-4
 """Factor of the loss scale when a gradient overflows."""
 READING_THREADS = 4
 """Examples that are drawn at once; a keyed draw is a pure function, so their number changes no value."""
-REDUCE_BYTES = 64 * 2**20
-"""Gradients that are summed over the ranks at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,28 +161,14 @@ def finish_gradients(
     total = torch.stack([zero, *(loss.double() for loss in losses)]).sum()
     sums = torch.stack([total, total.new_tensor(float(stopping))])
     if accelerator.num_processes > 1:
-        sum_over_ranks(gradients)
-        distributed.all_reduce(sums)
+        for tensor in (*gradients, sums):
+            distributed.all_reduce(tensor)
     if scale != 1:
         for gradient in gradients:
             gradient.div_(scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
     loss, asked = sums.tolist()
     return StepResult(loss / train.global_batch_size, float(norm), asked > 0)
-
-
-def sum_over_ranks(gradients: Sequence[Tensor]) -> None:
-    """Sum each tensor over the ranks, in place, a few at a time: the copy of all of them would cost memory."""
-    start, num_bytes = 0, 0
-    for stop, gradient in enumerate(gradients, 1):
-        num_bytes += gradient.nbytes
-        if num_bytes >= REDUCE_BYTES or stop == len(gradients):
-            some = gradients[start:stop]
-            flat = torch.cat([value.flatten() for value in some])
-            distributed.all_reduce(flat)
-            for value, part in zip(some, torch.split(flat, [value.numel() for value in some]), strict=True):
-                value.copy_(part.view_as(value))
-            start, num_bytes = stop, 0
 
 
 def _not_finite(result: StepResult, packs: Examples, losses: Sequence[Tensor]) -> NonFiniteError:

@@ -19,9 +19,9 @@ from tests.faults.writer import COLLECTION, SAMPLES, SKIPPED, write_all
 Damage = Callable[[Path, random.Random], Path]
 
 
-def changed(root: Path, draws: random.Random, pattern: str = "*/**/*.*") -> Path:
+def changed(root: Path, draws: random.Random) -> Path:
     """Flip a bit, cut the file off, add to it, or fill a part with zeros."""
-    path = draws.choice([path for path in sorted(root.glob(pattern)) if path.is_file()])
+    path = draws.choice([path for path in sorted(root.rglob("*.*")) if path.is_file()])
     content = bytearray(path.read_bytes())
     position, kind = draws.randrange(len(content)), draws.choice(["flip", "flip", "flip", "cut", "add", "zero"])
     if kind == "flip":
@@ -34,10 +34,6 @@ def changed(root: Path, draws: random.Random, pattern: str = "*/**/*.*") -> Path
         content[position : position + 600] = bytes(len(content[position : position + 600]))
     path.write_bytes(content)
     return path
-
-
-def changed_view(root: Path, draws: random.Random) -> Path:
-    return changed(root, draws, "datasets/*")
 
 
 def misplaced(root: Path, draws: random.Random) -> Path:
@@ -77,10 +73,8 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (changed, 20),
         (misplaced, 15),
-        (changed_view, 15),
         pytest.param(changed, 3000, marks=pytest.mark.faults),
         pytest.param(misplaced, 300, marks=pytest.mark.faults),
-        pytest.param(changed_view, 500, marks=pytest.mark.faults),
     ],
 )
 def test_damage_is_refused_named_and_repaired(tmp_path: Path, damage: Damage, trials: int) -> None:

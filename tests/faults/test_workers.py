@@ -65,7 +65,7 @@ def check_same(cache: Path, undisturbed: Files) -> None:
     assert verify(LocalStorage(str(cache)), repair=False)[1] == []
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.faults), 3])
 def test_any_number_of_workers_make_the_same_cache(
     sources: Sources, undisturbed: Files, tmp_path: Path, count: int
 ) -> None:
@@ -103,12 +103,6 @@ def killed_and_finished(sources: Sources, cache: Path, draws: random.Random) -> 
     assert verify(LocalStorage(str(cache)), repair=False)[1] == []
     assert ended(start(config, Part())) == 0
     return kills
-
-
-def test_workers_killed_at_random_moments_lose_nothing(sources: Sources, undisturbed: Files, tmp_path: Path) -> None:
-    kills = killed_and_finished(sources, tmp_path / "cache", random.Random(3))
-    check_same(tmp_path / "cache", undisturbed)
-    assert kills >= 1
 
 
 @pytest.mark.faults
@@ -198,24 +192,3 @@ def test_signal_during_imports_ends_the_command_with_75(name: str, sources: Sour
         child.terminate()
         _, errors = child.communicate(timeout=60)
     assert child.returncode == 75 and errors.splitlines()[-1].startswith("precog: stopped by a signal")
-
-
-@pytest.mark.faults
-def test_real_commands_share_the_work_and_survive_kills(sources: Sources, undisturbed: Files, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    save_config(config_for(*sources, cache), tmp_path / "config.toml")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def command(part: str) -> "subprocess.Popen[bytes]":
-        arguments = [sys.executable, "-m", "precog", "precompute", str(tmp_path / "config.toml"), "--part", part]
-        return subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
-
-    for _ in range(3):
-        workers = [command("1/2"), command("2/2")]
-        time.sleep(random.Random(5).uniform(4, 9))
-        workers[0].kill()
-        workers[1].terminate()
-        assert workers[0].wait(60) in (0, -signal.SIGKILL)
-        assert workers[1].wait(60) in (0, 75, -signal.SIGTERM)
-    assert [worker.wait(120) for worker in (command("1/1"), command("2/3"))] == [0, 0]
-    check_same(cache, undisturbed)

@@ -1,6 +1,6 @@
-"""Writers killed at every effect, in the middle of a write, and beside others: nothing is lost or torn.
+"""Writers beside others, killed at random moments, and on a full disk: nothing is lost or torn.
 
-Real processes, real files. The cache at the end is compared with an undisturbed one, file by file.
+Real processes, real files. `test_power_loss.py` has every state that a kill at a chosen moment may leave.
 """
 
 import errno
@@ -17,7 +17,7 @@ from precompute.assignments import Part
 from shared.atomic_files import TEMPORARY
 from shared.errors import CacheError
 from tests.corpus import stored_files
-from tests.faults.writer import check_whole, ended, finished, in_child, killed_at, killed_in_write, work
+from tests.faults.writer import check_whole, ended, finished, in_child, work
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -29,27 +29,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Files:
     root = tmp_path_factory.mktemp("undisturbed")
     work(root)
     return stored_files(root)
-
-
-@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.faults)])
-def test_worker_killed_before_any_effect_loses_nothing(tmp_path: Path, undisturbed: Files, step: int) -> None:
-    number = 0
-    while killed_at(tmp_path / str(number), number) == -signal.SIGKILL:
-        check_whole(tmp_path / str(number))
-        finished(tmp_path / str(number))
-        assert stored_files(tmp_path / str(number)) == undisturbed, f"killed before effect {number}"
-        number += step
-    assert number > 50, "the worker has more effects than that: the hook does not see them"
-
-
-def test_worker_killed_in_a_write_loses_nothing(tmp_path: Path, undisturbed: Files) -> None:
-    sizes = sorted({len(content) for content in undisturbed.values()})
-    for limit in (1, 60, 200, 511, 2000, *(size - 1 for size in sizes)):
-        root = tmp_path / str(limit)
-        assert killed_in_write(root, limit) == -signal.SIGXFSZ
-        check_whole(root)
-        finished(root)
-        assert stored_files(root) == undisturbed, f"killed at byte {limit} of a file"
 
 
 def trial(root: Path, draws: random.Random, undisturbed: Files) -> int:
@@ -84,18 +63,6 @@ def test_hundreds_of_random_kills_lose_nothing(tmp_path: Path, undisturbed: File
     draws = random.Random(1)
     kills = sum(trial(tmp_path / str(number), draws, undisturbed) for number in range(600))
     assert kills > 300
-
-
-@pytest.mark.faults
-def test_crashes_in_a_row_lose_nothing(tmp_path: Path, undisturbed: Files) -> None:
-    draws = random.Random(2)
-    for number in range(200):
-        root = tmp_path / str(number)
-        for _ in range(draws.randrange(2, 5)):
-            killed_at(root, draws.randrange(60), Part(draws.randrange(3), 3))
-            check_whole(root)
-        finished(root)
-        assert stored_files(root) == undisturbed
 
 
 def test_full_disk_at_any_write_is_one_error(tmp_path: Path, undisturbed: Files) -> None:

@@ -1,8 +1,7 @@
-"""A stage 1 without encoders, and processes that run it and are killed at a chosen point."""
+"""A stage 1 without encoders, processes that run it, and one that is killed at a chosen point."""
 
 import contextlib
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ SAMPLES = {
 }
 SKIPPED = key_of(7)
 PROMPTS = collection_for("prompts", {"kind": "prompts", "test": "writer"})
+
 
 before_effect: Callable[[], None] | None = None
 
@@ -99,11 +99,6 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_at(root: Path, number: int, part: Part = Part()) -> int:  # noqa: B008
-    """Run a worker that dies before its effect `number`; return its exit code."""
-    return killed_before(number, lambda: work(root, part))
-
-
 def killed_before(number: int, action: Callable[[], object]) -> int:
     """Run an action in a child that dies before its effect `number` (fsyncs count too); return its exit code."""
 
@@ -126,18 +121,6 @@ def killed_before(number: int, action: Callable[[], object]) -> int:
         os.fsync = counted_fsync
         before_effect = count
         action()
-
-    return ended(in_child(body))
-
-
-def killed_in_write(root: Path, limit: int) -> int:
-    """Run a worker that the kernel kills in a write, when a file grows beyond `limit` bytes; return its exit code."""
-
-    def body() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        work(root)
 
     return ended(in_child(body))
 

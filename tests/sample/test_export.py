@@ -159,7 +159,7 @@ def test_comfyui_finds_every_layer_with_its_change(use_rslora: bool, tmp_path: P
 
 
 def test_a_stopped_run_exports_and_steps_average(settings: Settings) -> None:
-    config = settings(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=3, ema_decay=0.5)
+    config = settings(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=3)
     with pytest.raises(Preempted):
         train(config, processes.StopAt(config.train.output_dir, 3))
     run = config.train.output_dir

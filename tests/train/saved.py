@@ -1,5 +1,6 @@
-"""Small checkpoints with known content, for tests of files and resume."""
+"""Small checkpoints with known content, and damage to a stored sample, for tests of files, resume and training."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.cache.collection import shards
+from shared.cache.storage import open_storage
+from shared.cache.view import ViewRow, read_view
+from shared.config import Config
 from train.checkpoint.files import COMMIT, STATE, Checkpoint, save_checkpoint
 
 FILES = [COMMIT, STATE, "adapter.safetensors", "optimizer.safetensors"]
@@ -56,3 +61,18 @@ def silence(line: str) -> None:
 def names(run: Path) -> list[str]:
     """Return the names in a run folder except temporary ones."""
     return sorted(path.name for path in run.iterdir() if not path.name.startswith(".tmp-"))
+
+
+def damaged(config: Config, folder: Path, split: str, number: int) -> tuple[Config, ViewRow, str]:
+    """Copy the cache into `folder` and flip a bit in the latents of a clip; return config, clip and tar."""
+    cache = folder / "cache"
+    shutil.copytree(config.precompute.cache, cache)
+    config = config.model_copy(update={"precompute": config.precompute.model_copy(update={"cache": str(cache)})})
+    storage = open_storage(str(cache), local_cache_gib=1)
+    row = read_view(storage, config.data.name).split(split)[number]
+    places = [(tar, place) for tar, receipt in shards(storage, "latents") for place in receipt.samples]
+    tar, place = next((tar, place) for tar, place in places if place.key == row.latent_key)
+    content = bytearray((cache / tar).read_bytes())
+    content[place.offset + place.length // 2] ^= 4
+    (cache / tar).write_bytes(content)
+    return config, row, f"{cache}/{tar}"

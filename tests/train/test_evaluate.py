@@ -13,14 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from precompute.run import precompute
-from shared.cache.collection import shards
-from shared.cache.storage import open_storage
-from shared.cache.view import read_view
 from shared.config import Config
 from shared.errors import Preempted
 from shared.run_folder import EXPORT, adapter_file, read_metrics
 from shared.signals import StopSignal
 from tests.train import processes
+from tests.train.saved import damaged
 from train.checkpoint.files import load_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
@@ -58,12 +56,11 @@ def losses(config: Config) -> list[dict[str, Any]]:
     return [{name: line[name] for name in line if name not in VARYING} for line in lines]
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.faults), 4])
-def test_the_held_out_loss_is_the_same_on_any_number_of_ranks(world_size: int, held: Held) -> None:
+def test_the_held_out_loss_is_the_same_on_any_number_of_ranks(held: Held) -> None:
     """Bit for bit with fewer clips than ranks; a batch of one clip makes the weights equal too."""
     alone, together = (held(name, max_train_steps=2, validation_steps=1) for name in ("alone", "together"))
     train(alone, StopSignal())
-    assert processes.run(together, world_size) == [0] * world_size, processes.log(together)
+    assert processes.run(together, 4) == [0] * 4, processes.log(together)
     assert losses(together) == losses(alone)
     assert [line["held_out_loss"] != line["loss"] for line in losses(alone)] == [True, True]
 
@@ -107,37 +104,15 @@ def test_the_held_out_loss_is_without_dropout(held: Held) -> None:
     assert found[0] is not None and found[0] == found[1]
 
 
-def damage_held_out(config: Config, number: int) -> str:
-    """Flip a bit in the latents of the `number`th held-out clip; its source."""
-    storage = open_storage(config.precompute.cache)
-    row = read_view(storage, config.data.name).split("held_out")[number]
-    tar, place = next(
-        (tar, place)
-        for tar, receipt in shards(storage, "latents")
-        for place in receipt.samples
-        if place.key == row.latent_key
-    )
-    path = Path(config.precompute.cache) / tar
-    content = bytearray(path.read_bytes())
-    content[place.offset + place.length // 2] ^= 4
-    path.write_bytes(content)
-    return row.source
-
-
 def test_a_damaged_clip_ends_all_ranks_with_one_line(held: Held, tmp_path: Path) -> None:
-    config = held(max_train_steps=1)
-    shutil.copytree(config.precompute.cache, tmp_path / "cache")
-    config = config.model_copy(
-        update={"precompute": config.precompute.model_copy(update={"cache": str(tmp_path / "cache")})}
-    )
-    source = damage_held_out(config, 1)
+    config, row, _ = damaged(held(max_train_steps=1), tmp_path, "held_out", 1)
     assert processes.finish(processes.start(config, 2), others_follow=False) == [4, 4]
     for rank in range(2):
-        assert processes.log(config, rank).splitlines()[-1].startswith(f"precog: rank 1: {source} at 0.00 s: ")
+        assert processes.log(config, rank).splitlines()[-1].startswith(f"precog: rank 1: {row.source} at 0.00 s: ")
     assert load_checkpoint(config.train.output_dir / "checkpoint-000001").step == 1, "saved before"
 
 
-@pytest.mark.parametrize(("step", "poll"), [(2, 2), (2, 5), (4, 1)])
+@pytest.mark.parametrize(("step", "poll"), [(2, 5), (4, 1)])
 def test_a_signal_in_an_evaluation_stops_after_a_clip(step: int, poll: int, held: Held) -> None:
     values = {"max_train_steps": 4, "validation_steps": 2, "checkpointing_steps": 3}
     straight, config = held("straight", **values), held(**values)
@@ -151,6 +126,7 @@ def test_a_signal_in_an_evaluation_stops_after_a_clip(step: int, poll: int, held
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.faults  # it waits for the timeout
 def test_a_process_fails_after_the_timeout_of_a_collective(held: Held) -> None:
     config = held(max_train_steps=100_000, checkpointing_steps=100_000, nccl_timeout=3)
     children = processes.start(config, 2)

@@ -79,6 +79,15 @@ def test_an_adapter_of_other_sizes_is_refused(
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
     with pytest.raises(UsageError, match=r"lora_A\.weight of shape \(4, 96\), got \(4, 64\)"):
         read_adapter(wider, train, path)
+    for change, line in (
+        ({"lora_rank": 8}, r"expected lora_rank 8, got 4; set train\.lora_rank=4"),
+        ({"lora_alpha": 1.0}, "expected lora_alpha 1.0, got 10.0"),
+        ({"use_rslora": True}, "expected use_rslora True, got False"),
+    ):
+        with pytest.raises(UsageError, match=line):
+            read_adapter(same, train.model_copy(update=change), path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_adapter(same, train, path / "nowhere")
 
 
 def test_a_file_that_is_no_lora_of_the_model_is_one_line(

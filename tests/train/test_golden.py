@@ -81,7 +81,7 @@ def test_losses_norms_and_weights_are_the_reference_scripts(
 ) -> None:
     config = golden_config()
     accelerator = Accelerator(cpu=True)
-    transformer = load_transformer(config, CPU).train()
+    transformer = load_transformer(config).train()
     schedule = read_schedule(read_config(PIPELINE / "scheduler" / "scheduler_config.json"))
     load_adapter_weights(transformer, adapter_at("init", recorded))
     named = [(name, value) for name, value in transformer.named_parameters() if value.requires_grad]

@@ -46,13 +46,7 @@ def test_lines_beyond_the_checkpoint_are_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"nonsense", "not JSON lines"),
-        (b'{"step": "\xff"}', "not JSON lines"),
-        (b"5", "line 2: not a step"),
-        (b'{"step": 2}', "line 2: not a step"),
-    ],
+    ("content", "words"), [(b'{"step": "\xff"}', "not JSON lines"), (b'{"step": 2}', "line 2: not a step")]
 )
 def test_a_line_that_is_no_step_is_refused(content: bytes, words: str, tmp_path: Path) -> None:
     write(tmp_path, [line(1)])
@@ -91,7 +85,7 @@ def test_the_ema_loss_is_the_published_average() -> None:
     assert smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
 
 
-@pytest.mark.parametrize("cut", [0, 1, 30, 60])
+@pytest.mark.parametrize("cut", [0, 30])
 def test_a_resumed_ema_loss_is_the_straight_one(cut: int, tmp_path: Path) -> None:
     lines = [line(step, 1 / step) for step in range(1, 61)]
     for folder, kept in ((tmp_path / "straight", 60), (tmp_path / "resumed", cut)):
@@ -151,10 +145,3 @@ def test_the_line_shows_the_time_left_in_80_columns(
     assert len(shown[0]) == len(HEADER) < 80 and {len(text) for text in shown} == {len(HEADER)}
     assert shown[1].split()[-4:-2] == ["0:00:01", "2:46:39"]
     assert 11 <= len(shown) <= 13, "one line every ten seconds or more"
-
-
-def test_log_steps_prints_every_so_many_steps(tmp_path: Path, shown: list[str]) -> None:
-    with Metrics(tmp_path, 0, 10, log_steps=4) as metrics:
-        for step in range(1, 11):
-            metrics.write(line(step))
-    assert [text.split()[0] for text in shown[1:]] == ["4/10", "8/10"]

@@ -22,7 +22,7 @@ from tests.tiny import TEXT_LENGTH, TEXT_WIDTH, build_scheduler, scheduler_confi
 from train.data.dataset import Dataset
 from train.objective import NoiseSchedule, add_noise, clip_loss, read_schedule, velocity
 
-TIMESTEPS = [*range(0, 999, 9), 999]
+TIMESTEPS = [*range(0, 999, 37), 999]
 BUCKET = Bucket(9, 64, 96)
 SCHEDULERS = {"DDIM, snr_shift 3 (2B)": "2b", "DPM, snr_shift 1 (5B)": "5b"}
 
@@ -65,27 +65,6 @@ def test_noise_and_velocity_equal_the_schedulers_in_float64(variant: str) -> Non
         torch.testing.assert_close(add_noise(latents, noise, timestep, schedule), expected, rtol=1e-14, atol=1e-14)
         expected = scheduler.get_velocity(latents, noise, timestep)
         torch.testing.assert_close(velocity(latents, noise, timestep, schedule), expected, rtol=1e-14, atol=1e-14)
-
-
-def test_weighted_x0_loss_is_the_velocity_loss(variant: str) -> None:
-    """1 / (1 - abar) * |x0' - x0|^2 = |v' - v|^2, which needs x0 to be recovered from x_t, so abar < 1."""
-    abar = build_scheduler(variant).alphas_cumprod.double()
-    latents, noise, prediction = (
-        seeding.normal((2, 16, 4, 6), "identity", name).double() for name in ("latents", "noise", "prediction")
-    )
-    schedule = NoiseSchedule(abar.sqrt(), (1 - abar).sqrt())
-    for timestep in map(torch.tensor, TIMESTEPS):
-        signal, sigma = schedule.signal[timestep], schedule.noise[timestep]
-        noisy = add_noise(latents, noise, timestep, schedule)
-        x0 = signal * noisy - sigma * prediction
-        weighted = (x0 - latents).square().mean() / (1 - abar[timestep])
-        ours = clip_loss(prediction, velocity(latents, noise, timestep, schedule))
-        # x0' - x0 = sigma * (v - v'): its rounding, one ulp of x0, is divided by sigma^2 = 1 - abar >= 8.5e-4
-        torch.testing.assert_close(weighted, ours, rtol=1e-12, atol=0)
-    assert abar[-1] == 0 and int((abar == 0).sum()) == 1
-    last = torch.tensor(999)
-    assert torch.equal(add_noise(latents, noise, last, schedule), noise)
-    assert torch.equal(velocity(latents, noise, last, schedule), -latents), "at abar = 0 the target is -x0, weight 1"
 
 
 def test_loss_is_the_mean_square_in_fp32() -> None:

@@ -15,7 +15,7 @@ from tests.tiny import add_lora, build_transformer
 from tests.train.transformer.parity import conventions_of, make_clip, make_clips
 from train import objective, step
 from train.data.example import Example
-from train.objective import clip_loss, loss_scale
+from train.objective import clip_loss
 from train.open_run import open_run
 from train.run import Run
 from train.step import accumulate_gradients, take_gradients
@@ -75,7 +75,7 @@ def test_fp16_keeps_gradients_that_are_below_its_range(
 def test_a_scale_that_overflows_is_lowered_until_it_does_not(
     exact: Tensor, opened: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(objective, "FP16_LOSS_SCALE", 2.0**40)
+    monkeypatch.setattr(objective, "FP16_LOSS_SCALE", 2.0**28)
     with caplog.at_level(logging.WARNING):
         ours = gradient(opened, torch.float16)
     assert "beyond fp16" in caplog.text
@@ -121,8 +121,3 @@ def test_dropout_is_keyed_by_seed_and_draw() -> None:
     first = loss("0:clip", 1)
     assert len({first, loss("1:clip", 1), loss("0:other", 1), loss("0:clip", 2)}) == 4
     assert loss("0:clip", 1) == first
-
-
-def test_only_fp16_is_scaled() -> None:
-    assert loss_scale(torch.float32, 3) == loss_scale(torch.bfloat16, 3) == 1
-    assert loss_scale(torch.float16, 3) == 4 * objective.FP16_LOSS_SCALE

@@ -3,26 +3,20 @@
 import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from shared.cache.storage import LocalStorage
-from shared.cache.view import read_view, write_view
 from shared.config import Config
 from shared.config_file import save_config
 from shared.errors import CacheError, UsageError
 from shared.run_folder import read_metrics
 from shared.signals import StopSignal
-from tests import tiny
-from train.checkpoint.resume import is_finished
 from train.loop import train
 from train.sweep import CSV_NAME, parse_axis, plan_sweep, run_sweep
 
@@ -40,8 +34,6 @@ def path(settings: Settings, tmp_path: Path) -> Path:
     ("text", "values"),
     [
         ("train.learning_rate=1e-4,3e-4", ["0.0001", "0.0003"]),
-        ("train.lr_scheduler=constant,cosine", ["constant", "cosine"]),
-        ("train.use_dora=true,false", ["true", "false"]),
         ("memory.base_precision=model,int8", ["model", "int8"]),
         ('train.lora_target_modules=["to_q"],["to_q","to_k"]', 2),
     ],
@@ -70,16 +62,11 @@ def test_the_grid_is_every_combination_in_folders_named_by_the_values(path: Path
     ("grid", "line"),
     [
         (["train.lora_rnk=1,2"], "did you mean train.lora_rank"),
-        (["train.lora_rank=1,0"], "should be greater than 0"),
         (["train.lora_rank=1,1.0,1"], "are the same run"),
-        (["train.tracker_name=a b,a-b"], "are the same run"),
         (["train.lora_rank=1", "train.lora_rank=2"], "given twice"),
         (["train.output_dir=a,b"], "and not train.output_dir"),
         (["precompute.cache=a,b"], "must be a field of model, train, memory"),
-        (["data.fps=8,16"], "must be a field of model, train, memory"),
         (["train.lora_rank"], "expected table.field=value"),
-        (["train.lora_rank="], "expected table.field=value"),
-        (["lora_rank=1,2"], "expected table.field=value"),
         (["train.lora_rank=1,,2"], "expected table.field=value"),
     ],
 )
@@ -91,52 +78,16 @@ def test_a_wrong_grid_is_refused_before_anything_starts(
     assert not settings("sweep").train.output_dir.exists()
 
 
-def test_a_sweep_ranks_by_held_out_loss_and_skips_finished_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_ranks_finished_runs_by_held_out_loss(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the runs are finished before, and none is run again; the long tests below start processes."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     runs = plan_sweep(path, [], ["train.learning_rate=1e-3,1e-1"])
+    for run in runs:
+        train(run.config, StopSignal())
     rows = run_sweep(path, runs, 2, StopSignal())
     assert_table(runs[0].folder.parent, 4)
-    assert [(row["run"], row["status"]) for row in rows] == [
-        ("learning_rate=0.1", "finished"),
-        ("learning_rate=0.001", "finished"),
-    ]
-    marks = [(run.folder / "log.txt").stat().st_mtime_ns for run in runs]
-    assert run_sweep(path, runs, 1, StopSignal()) == rows
-    assert [(run.folder / "log.txt").stat().st_mtime_ns for run in runs] == marks, "nothing ran again"
-    (again, _) = plan_sweep(path, ["train.max_train_steps=5"], ["train.learning_rate=1e-3,1e-1"])
-    assert not is_finished(again.config), "another config is another run"
-
-
-def test_a_run_is_finished_only_on_this_view_and_this_base_model(settings: Settings, tmp_path: Path) -> None:
-    config = settings(max_train_steps=1)
-    model = tmp_path / "model"
-    shutil.copytree(config.model.pretrained_model_name_or_path, model)
-    cache = tmp_path / "cache"
-    shutil.copytree(config.precompute.cache, cache)
-    config = config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"pretrained_model_name_or_path": str(model)}),
-            "precompute": config.precompute.model_copy(update={"cache": str(cache)}),
-        }
-    )
-    assert not is_finished(config)
-    train(config, StopSignal())
-    assert is_finished(config)
-    storage = LocalStorage(str(cache))
-    view = read_view(storage, config.data.name)
-    write_view(storage, replace(view, rows=view.rows[1:]))
-    assert not is_finished(config)
-    write_view(storage, view)
-    transformer = model / "transformer"
-    (transformer / "config.json").rename(tmp_path / "config.json")
-    changed = json.loads((tmp_path / "config.json").read_bytes()) | {"norm_eps": 1e-4}
-    (transformer / "config.json").write_text(json.dumps(changed), "utf-8")
-    assert not is_finished(config)
-    (tmp_path / "config.json").replace(transformer / "config.json")
-    assert is_finished(config)
-    tiny.build_transformer("2b", seed=1).save_pretrained(transformer)
-    assert not is_finished(config)
+    assert [row["run"] for row in rows] == ["learning_rate=0.1", "learning_rate=0.001"]
+    assert not list(path.parent.rglob("log.txt")) and (runs[0].folder.parent / "sweep.html").exists()
 
 
 def test_a_sweep_without_its_view_starts_nothing(settings: Settings, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Every variant through both stages: precompute, train on two clips, export, sample. Tiny random models, real mp4s."""
 
-import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, DiffusionPipeline
 from torch import Tensor
 
-from shared.config import Config
 from shared.errors import UsageError
 from shared.model.geometry import Bucket
 from shared.run_folder import read_metrics
@@ -18,7 +16,7 @@ from shared.signals import StopSignal
 from tests.experiments import CAPTIONS, FRAMES, HEIGHT, WIDTH, fill_cache, write_experiment
 from tests.media import draw
 from tests.tiny import TEXT_LENGTH, VARIANTS
-from train.checkpoint.files import latest_checkpoint
+from train.checkpoint.files import load_checkpoint
 from train.evaluate import held_out_loss
 from train.loop import train
 from train.open_run import open_run
@@ -28,41 +26,11 @@ from train.transformer.load import load_adapter_weights
 LORA = {
     "lora_rank": 32,
     "lora_alpha": 32,
-    "learning_rate": 5e-3,
+    "learning_rate": 1e-2,
     "lora_target_modules": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out"),
     "checkpointing_steps": 1000,
-    "max_train_steps": 40,
+    "max_train_steps": 19,
 }
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """An experiment that ran, with its velocity loss on the training clips before and after (fixed noise)."""
-
-    config: Config
-    run: Run
-    before: float
-    after: float
-
-
-def run_both_stages(variant: str, folder: Path, settings: dict[str, object]) -> Trained:
-    config = write_experiment(variant, folder, **settings)
-    fill_cache(config)
-    run = open_run(config)
-    before = held_in_loss(run)
-    train_to_its_end(config)
-    checkpoint = latest_checkpoint(config.train.output_dir, report=pytest.fail)
-    assert checkpoint is not None
-    load_adapter_weights(run.transformer, checkpoint.tensors["adapter"])
-    after = held_in_loss(run)
-    logger.info("%s: %.4f -> %.4f (-%.0f%%)", variant, before, after, 100 * (1 - after / before))
-    return Trained(config, run, before, after)
-
-
-def train_to_its_end(config: Config) -> None:
-    with StopSignal() as stop:
-        train(config, stop)
 
 
 def held_in_loss(run: Run) -> float:
@@ -73,28 +41,26 @@ def held_in_loss(run: Run) -> float:
 
 @pytest.mark.parametrize(
     "variant",
-    [name if name in ("2b", "1.5-5b-i2v") else pytest.param(name, marks=pytest.mark.faults) for name in VARIANTS],
+    [name if name == "1.5-5b-i2v" else pytest.param(name, marks=pytest.mark.faults) for name in VARIANTS],
 )
 def test_training_lowers_the_loss_and_moves_samples_towards_the_clip(variant: str, tmp_path: Path) -> None:
-    trained = run_both_stages(variant, tmp_path, LORA)
-    assert len(trained.run.dataset.rows) == 2
-    assert trained.after < 0.85 * trained.before
+    config = write_experiment(variant, tmp_path, **LORA)
+    fill_cache(config)
+    run = open_run(config)
+    before = held_in_loss(run)
+    train(config, StopSignal())
+    (checkpoint,) = config.train.output_dir.glob("checkpoint-*")
+    load_adapter_weights(run.transformer, load_checkpoint(checkpoint).tensors["adapter"])
+    assert held_in_loss(run) < 0.85 * before
     if variant == "5b":
         return  # its samples are already near
-    pipeline = DiffusionPipeline.from_pretrained(trained.config.model.pretrained_model_name_or_path)
+    pipeline = DiffusionPipeline.from_pretrained(config.model.pretrained_model_name_or_path)
     pipeline.set_progress_bar_config(disable=True)
-    clip = stored_latents(trained)
+    rows = [row.captions for row in run.dataset.rows]
+    clip = run.dataset.fixed_example(rows.index(CAPTIONS[:1]), 999).target.neg()  # v = -x0 where abar is 0
     base = distance(sample(pipeline), clip)
-    pipeline.load_lora_weights(trained.config.train.output_dir / "export")
-    adapted = distance(sample(pipeline), clip)
-    logger.info("%s: latent distance %.3f -> %.3f", variant, base, adapted)
-    assert adapted < 0.9 * base
-
-
-def stored_latents(trained: Trained) -> Tensor:
-    """[F,C,H,W] of the clip whose caption is the first one, padded as the sampler has it."""
-    rows = [row.captions for row in trained.run.dataset.rows]
-    return trained.run.dataset.fixed_example(rows.index(CAPTIONS[:1]), 999).target.neg()  # v = -x0 where abar is 0
+    pipeline.load_lora_weights(config.train.output_dir / "export")
+    assert distance(sample(pipeline), clip) < 0.9 * base
 
 
 def sample(pipeline: CogVideoXPipeline | CogVideoXImageToVideoPipeline) -> Tensor:
@@ -136,7 +102,7 @@ def test_learned_table_refuses_other_shapes_and_can_be_dropped(tmp_path: Path) -
     fill_cache(dropped)
     with pytest.raises(UsageError, match=reason):
         open_run(config)
-    train_to_its_end(dropped)
+    train(dropped, StopSignal())
     run = open_run(dropped)
     assert {row.bucket for row in run.dataset.rows} == {Bucket(5, 64, 64)}
     assert run.conventions.positions == "rope_crop"

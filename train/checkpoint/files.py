@@ -13,7 +13,6 @@ import re
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +28,11 @@ from shared.fingerprint import Json, canonical_json, sealed, unsealed
 from shared.model.adapters import PREFIX, pack_lora
 
 FORMAT = 1
-STATE, COMMIT, ADAPTERS = "state.json", "COMMIT.json", ("adapter", "ema")
+STATE, COMMIT, ADAPTER = "state.json", "COMMIT.json", "adapter"
 NAME = re.compile(r"checkpoint-([0-9]{6,12})")
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\.safetensors|state\.json")
 JSON_LIMIT = 16 * 2**20
 """Most bytes of a JSON file, which has a few kilobytes; safetensors limits the headers of its files itself."""
-PROCESS_START_SECONDS = time.time()
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +56,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `run/checkpoint-{step}` with `{name}.safetensors` per entry of `tensors`, whole or not at all.
 
-    With a `header`, "adapter" becomes a LoRA file that diffusers loads with its alpha; "ema" keeps peft's names.
+    With a `header`, "adapter" becomes a LoRA file that diffusers loads with its alpha.
     A checkpoint of the same step is replaced. Raises `PrecogError` if the disk is full or fails; older checkpoints
     stay.
     """
@@ -69,7 +67,7 @@ def save_checkpoint(
         temporary.mkdir()
         hashes = {STATE: _write_file(temporary / STATE, canonical_json(state))}
         for name, group in sorted(tensors.items()):
-            if name in ADAPTERS and header is not None:
+            if name == ADAPTER and header is not None:
                 data = pack_lora({f"{PREFIX}{key}": tensor for key, tensor in group.items()}, header)
             else:
                 data = save({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()})
@@ -165,10 +163,8 @@ def prune_checkpoints(run: Path, keep: int, saved: Path) -> None:
             _delete(path)
         elif _is_valid(path):
             kept += 1
-    for temporary in run.glob(f"{TEMPORARY}*"):
-        # A younger one may belong to another process that is saving now.
-        if temporary.lstat().st_mtime < PROCESS_START_SECONDS:
-            shutil.rmtree(temporary, ignore_errors=True)
+    for temporary in run.glob(f"{TEMPORARY}*"):  # the folder is locked, so no other process is saving now
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync_file(path: Path) -> None:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
-
 from shared import console
 from shared.cache.storage import open_storage
 from shared.cache.view import read_view
@@ -18,10 +16,9 @@ from shared.config import Config, field_value, fields_shaping
 from shared.errors import CacheError, UsageError
 from shared.fingerprint import Json, key_of, sha256_file
 from shared.model.adapters import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY
-from shared.model.pretrained import Component, FileMark, base_key, present_part
+from shared.model.pretrained import Component, base_key, present_part
 from shared.run_folder import adapter_file
 from train.checkpoint.files import (
-    STATE,
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
@@ -29,7 +26,7 @@ from train.checkpoint.files import (
     newest_first,
     step_of,
 )
-from train.distributed import all_gather, broadcast, on_all_ranks, on_rank_0, rank_and_world_size
+from train.distributed import all_gather, broadcast, on_all_ranks, on_rank_0
 from train.export import config_key, read_provenance
 from train.run import Run
 
@@ -38,35 +35,28 @@ BASE, IDENTITY = "base", "identity"
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
-    """The frozen weights of a run, as its checkpoints store them."""
-
-    sha256: str
-    """Hash of the hashes of all weight files, shortened as keys are."""
-    marks: tuple[FileMark, ...]
-    """Marks by which unchanged files are recognized without reading them."""
-
-
-@dataclass(frozen=True, slots=True)
 class Start:
     """Position of a run before its next step."""
 
     checkpoint: Checkpoint | None
     """None at the beginning."""
-    base: Base
-    state: dict[str, Json]
-    """State that every checkpoint of this run stores."""
+    state: dict[str, Any]
+    """State that every checkpoint of this run stores: identity and base."""
+
+    @property
+    def base_sha256(self) -> str:
+        """Hash of the frozen weights."""
+        return str(self.state[BASE]["sha256"])
 
 
 def find_start(run: Run) -> Start:
     """Choose, load, verify and compare the checkpoint; a collective that raises the same `PrecogError` on all ranks."""
     train = run.config.train
-    checkpoint = _broadcast_checkpoint(
-        on_rank_0(lambda: find_checkpoint(train.output_dir, train.resume_from_checkpoint))
-    )
+    # broadcast, because the other machines' disks may not have it
+    checkpoint = broadcast(on_rank_0(lambda: find_checkpoint(train.output_dir, train.resume_from_checkpoint)))
     known = None if checkpoint is None else checkpoint.state[BASE]
     base = on_all_ranks(lambda: identify_base(run.base, known))
-    identity = on_all_ranks(lambda: identity_of(run, base))
+    identity = on_all_ranks(lambda: identity_of(run, base["sha256"]))
     if checkpoint is not None:
         saved, where = checkpoint.state[IDENTITY], str(checkpoint.path)
         on_all_ranks(lambda: refuse_another_run(saved, identity, where))
@@ -77,42 +67,33 @@ def find_start(run: Run) -> Start:
                 f"rank {rank}: another run than rank 0's ({', '.join(found)}); "
                 "give all processes the same config, cache and base model"
             )
-    return Start(
-        checkpoint, base, {IDENTITY: identity, BASE: {"sha256": base.sha256, "marks": [*map(list, base.marks)]}}
-    )
+    return Start(checkpoint, {IDENTITY: identity, BASE: base})
 
 
 def find_checkpoint(folder: Path, request: str) -> Checkpoint | None:
     """Load what `train.resume_from_checkpoint` asks for: "latest", a name, or "none"; None starts from the beginning.
 
     Raises `UsageError` for a name that is not found, for one with newer checkpoints, and for "none" where there are
-    checkpoints; `CacheError` for a damaged one, or for one without the fields that a resumed run reads.
+    checkpoints; `CacheError` for a damaged one.
     """
     paths, where = newest_first(folder), f"train.resume_from_checkpoint = {request!r}"
     names = ", ".join(path.name for path in reversed(paths)) or "none"
     path = folder / request.rstrip("/")
     if request == "latest":
-        checkpoint = latest_checkpoint(folder, report=console.say)
-    elif request == "none":
+        return latest_checkpoint(folder, report=console.say)
+    if request == "none":
         if paths:
             raise UsageError(
                 f'{where}: {folder} has {names}; choose another train.output_dir, move them away, or set "latest"'
             )
-        checkpoint = None
-    elif path not in paths:
+        return None
+    if path not in paths:
         raise UsageError(f"{where}: not found in {folder}; there are {names}")
-    elif newer := [other.name for other in reversed(paths) if step_of(other) > step_of(path)]:
+    if newer := [other.name for other in reversed(paths) if step_of(other) > step_of(path)]:
         raise UsageError(
             f'{where}: {folder} has newer checkpoints; move {", ".join(newer)} to another folder, or set "latest"'
         )
-    else:
-        checkpoint = load_checkpoint(path)
-    if checkpoint is not None:
-        base: Any = checkpoint.state.get(BASE)
-        complete = isinstance(base, dict) and {"sha256", "marks"} <= base.keys()
-        if not (complete and isinstance(checkpoint.state.get(IDENTITY), dict)):
-            raise CacheError(f"{checkpoint.path / STATE}: no identity or base; move the checkpoint away")
-    return checkpoint
+    return load_checkpoint(path)
 
 
 def is_finished(config: Config) -> bool:
@@ -134,22 +115,23 @@ def is_finished(config: Config) -> bool:
             known = load_state(paths[0]).get(BASE)
     transformer = present_part(config.model, "transformer")
     return transformer is not None and found.get(BASE_KEY) == base_key(
-        transformer, identify_base(transformer, known).sha256
+        transformer, identify_base(transformer, known)["sha256"]
     )
 
 
-def identify_base(transformer: Component, known: Mapping[str, Any] | None) -> Base:
-    """Return `known` from a checkpoint if the files have its marks, else read and hash them.
+def identify_base(transformer: Component, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the hash of the frozen weights, and the marks by which unchanged files are recognized unread.
 
-    A hub file's name is its hash, so hub files are never read.
+    `known` from a checkpoint spares reading files that have its marks. A hub file's name is its hash, so hub files are
+    never read.
     """
-    marks = transformer.marks
-    if known is not None and known["marks"] == [list(mark) for mark in marks]:
-        return Base(known["sha256"], marks)
-    return Base(key_of(transformer.sha256()), marks)
+    marks = [list(mark) for mark in transformer.marks]
+    if known is not None and known["marks"] == marks:
+        return {"sha256": known["sha256"], "marks": marks}
+    return {"sha256": key_of(transformer.sha256()), "marks": marks}
 
 
-def identity_of(run: Run, base: Base) -> dict[str, Json]:
+def identity_of(run: Run, base_sha256: str) -> dict[str, Json]:
     """Return everything that a resumed run must share with the run that made its checkpoints."""
     config, initial = run.config, run.config.train.initial_adapter
     settings = {name: field_value(config, name) for name in fields_shaping("run")}
@@ -161,7 +143,7 @@ def identity_of(run: Run, base: Base) -> dict[str, Json]:
         "train.initial_adapter.sha256": None if initial is None else sha256_file(adapter_file(initial)),
         "train.mixed_precision": str(run.transformer.dtype).removeprefix("torch."),
         "transformer.config": run.base.settings,
-        "transformer.weights": base.sha256,
+        "transformer.weights": base_sha256,
     }
 
 
@@ -180,13 +162,3 @@ def differences(left: Mapping[str, Json], right: Mapping[str, Json]) -> Iterator
             yield from ((f"{name}.{inner}", here, there) for inner, here, there in differences(one, other))
         elif one != other:
             yield name, one, other
-
-
-def _broadcast_checkpoint(found: Checkpoint | None) -> Checkpoint | None:
-    """Send the checkpoint of rank 0 to the other ranks, whose disks may not have it."""
-    head = broadcast(None if found is None else (found.path, found.step, found.state, sorted(found.tensors)))
-    if head is None or rank_and_world_size()[1] == 1:
-        return found
-    path, step, state, groups = head
-    tensors = {name: load(broadcast(save(found.tensors[name]) if found else b"")) for name in groups}
-    return Checkpoint(path, step, tensors, state)

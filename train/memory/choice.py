@@ -1,10 +1,8 @@
 """The choice of a memory plan: the fastest that the config allows and that fits the card."""
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
@@ -30,7 +28,6 @@ PREFERENCE = (
     Plan("attention_output", offload_activations=True, stream_weights=2),
 )
 """From the fastest to the leanest. The second is filled up with blocks that keep `full`."""
-PREFERENCE_ON_CPU = (Plan("full"), Plan("attention_output"), Plan("block_input"))
 
 
 def choose_plans(
@@ -42,26 +39,25 @@ def choose_plans(
 ) -> list[Plan]:
     """Return the first plan of the preference that the config allows and that fits, then the leaner ones; print why.
 
-    Raises `UsageError` if the fields contradict each other, or if nothing can be compiled here and the config wants it.
+    On a CPU it is the first that the config allows, whatever memory it takes. Raises `UsageError` if the fields
+    contradict each other, or if nothing can be compiled here and the config wants it.
     """
     plans = candidates(config, device)
     if any(plan.compile for plan in plans) and not _compiles(config, device, transformer.dtype):
         plans = [replace(plan, compile=False) for plan in plans]
-    if len(plans) == 1:
-        return plans
+    if len(plans) == 1 or device.type == "cpu":
+        return plans[:1]
     pack, preview = largest_pack(config.train, conventions, buckets), preview_bucket(config, conventions)
-    free = min(all_gather(free_bytes(device)))  # so that all processes choose alike
+    free = min(all_gather(torch.cuda.mem_get_info(device)[0]))  # so that all processes choose alike
 
     def predicted(plan: Plan) -> Prediction:
         return predict_peak(transformer.config, conventions, config.train, plan, pack, transformer.dtype, preview)
 
-    too_large: list[str] = []
     for plan in plans:
         found = predicted(plan)
         needed = int(found.needed * RESERVED_PER_ALLOCATED)
         if needed <= free:
             break
-        too_large.append(f"{describe(plan)} would take {needed / GIB:.2f} GiB")
     plans = plans[plans.index(plan) :]
     fillable = plan.activations == "attention_output" and not plan.offload_activations
     if needed <= free and fillable and config.memory.full_blocks == "auto":
@@ -70,10 +66,7 @@ def choose_plans(
     what = describe_pack(pack) if found.peak >= found.preview else f"a preview of {preview}"
     why = f"predicted {needed / GIB:.2f} GiB for {what}, {free / GIB:.2f} GiB free on {device}"
     if needed > free:
-        too_large.pop()
         why += "; this may not fit, and is the leanest that [memory] leaves"
-    if too_large:
-        why += f"; {too_large[-1]}"
     console.say(f"memory: {describe(plan)} ({why})")
     return list(dict.fromkeys((plan, *plans)))
 
@@ -113,8 +106,7 @@ def candidates(config: Config, device: torch.device) -> list[Plan]:
             "use 'model'"
         )
     fixed.setdefault("compile", device.type == "cuda" and importlib.util.find_spec("triton") is not None)
-    preference = PREFERENCE_ON_CPU if device.type == "cpu" else PREFERENCE
-    return list(dict.fromkeys(replace(plan, **fixed) for plan in preference))
+    return list(dict.fromkeys(replace(plan, **fixed) for plan in PREFERENCE))
 
 
 def _compiles(config: Config, device: torch.device, dtype: torch.dtype) -> bool:
@@ -151,16 +143,6 @@ def preview_bucket(config: Config, conventions: Conventions) -> Bucket | None:
 def describe_pack(pack: Sequence[Bucket]) -> str:
     """Return the bucket and the number of clips in words."""
     return f"{len(pack)} x {pack[0]}" if len(pack) > 1 else str(pack[0])
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the free memory of the card, or of the machine for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemAvailable:"):  # with the caches that the kernel would free
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def describe(plan: Plan) -> str:

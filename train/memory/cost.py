@@ -1,7 +1,7 @@
 """Memory and time of training on a card that is not there, for `precog plan --card`.
 
-Memory is simulated. Time is the exact number of FLOPs, over the card's published rate times one efficiency. Copies to
-and from host memory, optimizer and data loading are not counted.
+Memory is simulated. Time is the number of FLOPs of the frozen layers, over the card's published rate times one
+efficiency. The adapter, copies to and from host memory, optimizer and data loading are not counted.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 
 from shared import console
 from shared.cache.storage import open_storage
@@ -31,9 +30,8 @@ from train.memory.choice import (
     largest_pack,
     preview_bucket,
 )
-from train.memory.simulation import META, predict_peak
+from train.memory.simulation import predict_peak
 from train.transformer.engine import Activations
-from train.transformer.load import add_adapter
 
 CONTEXT_GIB = 0.75
 """Memory that CUDA itself takes."""
@@ -92,10 +90,6 @@ def training_cost(config: Config, card: Card) -> TrainingCost:
     buckets, source, num_steps = _clips(config, conventions)
     asked = train.mixed_precision
     precision = pretrained_dtype(config.model, "transformer") if asked == "auto" else asked
-    with META:
-        block = CogVideoXTransformer3DModel.from_config({**shape, "num_layers": 1}).requires_grad_(False)
-        add_adapter(block, train)
-    adapter = sum(value.numel() for value in block.transformer_blocks.parameters() if value.requires_grad)
     width, depth = int(shape["num_attention_heads"]) * int(shape["attention_head_dim"]), int(shape["num_layers"])
     tokens = [
         conventions.text_length + video_tokens(bucket, conventions.patch_size, conventions.patch_size_t)
@@ -109,11 +103,7 @@ def training_cost(config: Config, card: Card) -> TrainingCost:
         reserved = found.needed * RESERVED_PER_ALLOCATED / GIB
         seconds = hours = None
         if card.tflops and precision != "fp32":
-            full = min(plan.full_blocks, depth)
-            levels: tuple[tuple[int, Activations], ...] = ((depth - full, plan.activations), (full, "full"))
-            flops = sum(
-                blocks * block_flops(width, count, adapter, level) for count in tokens for blocks, level in levels
-            )
+            flops = depth * sum(block_flops(width, count, plan.activations) for count in tokens)
             step = train.global_batch_size * flops / len(tokens) / (EFFICIENCY * card.tflops * 1e12)
             seconds = (SECONDS_BAND[0] * step, SECONDS_BAND[1] * step)
             hours = None if num_steps is None else (num_steps * seconds[0] / 3600, num_steps * seconds[1] / 3600)
@@ -122,8 +112,8 @@ def training_cost(config: Config, card: Card) -> TrainingCost:
     return TrainingCost(card.name, work, plans, next((cost.plan for cost in plans if cost.fits), None))
 
 
-def block_flops(width: int, tokens: int, adapter_weights: int, activations: Activations) -> float:
-    """Return the FLOPs of one block's forward and backward pass over one clip of `tokens`, recomputation included.
+def block_flops(width: int, tokens: int, activations: Activations) -> float:
+    """Return the FLOPs of one frozen block, forward and backward, over a clip of `tokens`, recomputation included.
 
     Linear layers: 24 d^2 S (query, key, value 6, output 2, feed-forward 8 and 8), as much again backward because the
     frozen base needs no weight gradients, and 16 recomputed. Attention: 4 S^2 d, 2.5 times as much backward.
@@ -131,7 +121,7 @@ def block_flops(width: int, tokens: int, adapter_weights: int, activations: Acti
     again = 0 if activations == "full" else 1
     linear = 24.0 * width**2 * tokens * (2 + again * 16 / 24)
     attention = 4.0 * width * tokens**2 * (3.5 + (activations == "block_input"))
-    return linear + attention + 2.0 * adapter_weights * tokens * (3 + again)
+    return linear + attention
 
 
 def show_cost(cost: TrainingCost) -> None:

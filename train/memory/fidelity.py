@@ -23,13 +23,11 @@ def quantize_base(
     device: torch.device,
     conventions: Conventions,
     example: Example,
-    *,
-    allow_low_cosine: bool,
 ) -> None:
     """Quantize the base as `plan` says, and print the cosine of the adapter's gradient on one clip with the exact one.
 
     Both gradients are taken with the leanest plan, because the exact base need not fit on the card. Raises `UsageError`
-    below a cosine of 0.99, unless `allow_low_cosine`.
+    below a cosine of 0.99.
     """
     gradients = []
     for precision in ("model", plan.base_precision):
@@ -40,10 +38,10 @@ def quantize_base(
         engine.weights.evict_all()
     cosine = float(torch.cosine_similarity(gradients[0], gradients[1], dim=0))
     console.say(f"memory: {plan.base_precision} base, cosine of the adapter's gradient with the exact one {cosine:.5f}")
-    if not cosine >= LEAST_COSINE and not allow_low_cosine:
+    if not cosine >= LEAST_COSINE:
         raise UsageError(
             f"memory.base_precision = {plan.base_precision!r}: the adapter's gradient has cosine {cosine:.5f} with the "
-            f"unquantized base's, below {LEAST_COSINE}; use 'model', or memory.allow_low_cosine = true to train anyway"
+            f"unquantized base's, below {LEAST_COSINE}; use 'model', and memory.stream_weights = 2 to save memory"
         )
 
 

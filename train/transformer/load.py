@@ -15,14 +15,14 @@ from shared.model.conventions import drop_learned_table
 from shared.model.pretrained import pretrained_part
 
 
-def load_transformer(config: Config, device: torch.device) -> CogVideoXTransformer3DModel:
-    """Return the frozen base in `train.mixed_precision`, with an adapter that depends on `train.seed` alone."""
+def load_transformer(config: Config) -> CogVideoXTransformer3DModel:
+    """Return the frozen base in `train.mixed_precision` on the CPU, with a new adapter keyed by `train.seed`."""
     part = pretrained_part(config.model, "transformer")
     precision = part.precision(config.train.mixed_precision)
     transformer = CogVideoXTransformer3DModel.from_pretrained(
         str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
     )
-    transformer.requires_grad_(False).eval().to(device)
+    transformer.requires_grad_(False).eval()
     if config.model.drop_learned_positions:
         drop_learned_table(transformer)
     add_adapter(transformer, config.train)

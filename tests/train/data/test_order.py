@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.errors import DataError
 from shared.model.geometry import Bucket, video_tokens
 from train.data.order import Draw, Windows, divide, epoch_places, global_batch, num_train_steps, pack_cost, window_size
 
@@ -37,17 +36,6 @@ def stream(num_rows: int, global_batch_size: int, steps: int, view: str = "view"
 
 
 @quick
-@given(st.integers(1, 10_000), batch_sizes, st.integers(0, 3))
-def test_every_clip_comes_exactly_once_per_epoch(num_rows: int, global_batch_size: int, epoch: int) -> None:
-    first, last = epoch * num_rows // global_batch_size, -(-(epoch + 1) * num_rows // global_batch_size)
-    draws = [
-        draw for step in range(first, last) for draw in global_batch("v", 1, places(num_rows), global_batch_size, step)
-    ]
-    assert sorted(draw.row for draw in draws if draw.epoch == epoch) == list(range(num_rows))
-    assert [draw.epoch for draw in draws] == sorted(draw.epoch for draw in draws)
-
-
-@quick
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=60), batch_sizes, st.integers(0, 3))
 def test_a_repeated_clip_comes_exactly_so_often(repeats: list[int], global_batch_size: int, epoch: int) -> None:
     every, total = epoch_places(repeats), sum(repeats)
@@ -55,6 +43,7 @@ def test_a_repeated_clip_comes_exactly_so_often(repeats: list[int], global_batch
     draws = [draw for step in range(first, last) for draw in global_batch("v", 1, every, global_batch_size, step)]
     seen = sorted((draw.row, draw.repetition) for draw in draws if draw.epoch == epoch)
     assert seen == [(row, repetition) for row, count in enumerate(repeats) for repetition in range(count)]
+    assert [draw.epoch for draw in draws] == sorted(draw.epoch for draw in draws)
 
 
 @quick
@@ -76,16 +65,6 @@ def test_the_order_is_the_same_for_any_world_and_restart(
     assert seen == stream(num_rows, global_batch_size, step)
 
 
-def test_epochs_seeds_and_views_are_shuffled_differently() -> None:
-    def epochs(view: str = "view", seed: int = 7) -> list[list[int]]:
-        rows = [draw.row for draw in stream(100, 10, 30, view, seed)]
-        return [rows[:100], rows[100:200], rows[200:]]
-
-    orders = [*epochs(), *epochs(seed=8), *epochs(view="other")]
-    assert len({tuple(rows) for rows in orders}) == 9
-    assert all(rows != sorted(rows) for rows in orders)
-
-
 def test_every_place_in_an_epoch_is_equally_likely() -> None:
     counts = np.zeros((5, 5))
     for seed in range(2000):
@@ -97,11 +76,6 @@ def test_every_place_in_an_epoch_is_equally_likely() -> None:
 def test_the_order_is_the_recorded_one() -> None:
     """Golden: a change here breaks the resume of every run under way; renew by copying the left side."""
     assert [(draw.epoch, draw.row) for draw in stream(5, 4, 3)] == GOLDEN
-
-
-def test_a_batch_larger_than_the_view_repeats_it() -> None:
-    batch = global_batch("view", 1, places(3), 8, 0)
-    assert [draw.epoch for draw in batch] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
 @st.composite
@@ -120,25 +94,11 @@ def windowed_epoch(order_of: Windows, epoch: int = 0, seed: int = 7) -> list[int
 
 
 @quick
-@given(windows(), batch_sizes, st.integers(0, 3))
-def test_every_clip_comes_exactly_once_per_epoch_of_windows(
-    order_of: Windows, global_batch_size: int, epoch: int
-) -> None:
-    rows = len(order_of.shards)
-    first, last = epoch * rows // global_batch_size, -(-(epoch + 1) * rows // global_batch_size)
-    draws = [
-        draw
-        for step in range(first, last)
-        for draw in global_batch("v", 1, places(rows), global_batch_size, step, order_of)
-    ]
-    assert len(draws) == (last - first) * global_batch_size
-    assert sorted(draw.row for draw in draws if draw.epoch == epoch) == list(range(rows))
-
-
-@quick
 @given(windows(), st.integers(0, 3))
 def test_no_more_shards_are_in_use_than_the_window_has(order_of: Windows, epoch: int) -> None:
-    shards = order_of.shards[windowed_epoch(order_of, epoch)].tolist()
+    rows = windowed_epoch(order_of, epoch)
+    assert sorted(rows) == list(range(len(order_of.shards))), "every clip comes once"
+    shards = order_of.shards[rows].tolist()
     stretches = [(shards.index(shard), len(shards) - 1 - shards[::-1].index(shard)) for shard in set(shards)]
     for place in range(len(shards)):
         assert sum(first <= place <= last for first, last in stretches) <= order_of.num_shards
@@ -171,7 +131,9 @@ def test_a_window_mixes_the_clips_of_its_shards() -> None:
     assert within != sorted(within)
 
 
-def test_epochs_seeds_and_layouts_have_orders_of_their_own() -> None:
+def test_epochs_seeds_views_and_layouts_have_orders_of_their_own() -> None:
+    rows = [[draw.row for draw in stream(100, 100, 2, *key)] for key in (("view", 7), ("view", 8), ("other", 7))]
+    assert len({tuple(half) for both in rows for half in (both[:100], both[100:])}) == 6
     layout = np.repeat(np.arange(10), 10)
     one, two, other = Windows(3, layout), Windows(4, layout), Windows(3, layout[::-1].copy())
     orders = [windowed_epoch(one, 0), windowed_epoch(one, 1), windowed_epoch(one, 0, seed=8)]
@@ -209,11 +171,6 @@ def test_steps_are_the_given_number_or_cover_every_epoch(
     assert num_train_steps(num_rows, global_batch_size, max_train_steps, num_train_epochs) == steps
 
 
-def test_a_view_without_clips_is_refused_before_training() -> None:
-    with pytest.raises(DataError, match="no training clips"):
-        num_train_steps(0, 4, 10, 1)
-
-
 @quick
 @given(st.lists(st.integers(1, 20_000), max_size=64), worlds, st.integers(1, 60_000))
 def test_packs_hold_every_clip_once_and_ranks_are_balanced(tokens: list[int], world_size: int, budget: int) -> None:
@@ -229,12 +186,6 @@ def test_packs_hold_every_clip_once_and_ranks_are_balanced(tokens: list[int], wo
     assert divide(tokens, WIDTH, world_size, budget) == shares
 
 
-@quick
-@given(st.lists(st.integers(1, 20_000), max_size=64), worlds)
-def test_a_budget_of_one_token_is_one_clip_a_pack(tokens: list[int], world_size: int) -> None:
-    assert all(len(pack) == 1 for share in divide(tokens, WIDTH, world_size, 1) for pack in share)
-
-
 def test_ranks_are_balanced_by_cost_and_not_by_tokens() -> None:
     tokens = [17_776, *[1_576] * 20]
     (long,), short = divide(tokens, 64, 2, 20_000)
@@ -245,14 +196,6 @@ def test_ranks_are_balanced_by_cost_and_not_by_tokens() -> None:
 def test_the_longest_clips_are_placed_first() -> None:
     assert divide([1000, 1000, 2000], WIDTH, 2, 10_000) == (((2,),), ((0, 1),))
     assert divide([4, 4, 6, 6], WIDTH, 1, 10) == (((0, 2), (1, 3)),)
-
-
-@pytest.mark.parametrize("budget", [27_000, 72_000])
-@pytest.mark.parametrize("seed", range(2))
-def test_packs_of_mixed_shapes_are_over_95_percent_full(budget: int, seed: int) -> None:
-    tokens = mixed_tokens(1000, seed)
-    (packs,) = divide(tokens, WIDTH, 1, budget)
-    assert sum(tokens) / (budget * len(packs)) > 0.95
 
 
 @pytest.mark.parametrize("budget", [27_000, 36_000, 72_000])

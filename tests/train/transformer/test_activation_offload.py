@@ -1,7 +1,6 @@
 """Offloaded activations: what goes out comes back, in step order and out of it."""
 
 import gc
-import weakref
 
 import pytest
 import torch
@@ -26,20 +25,13 @@ def test_tensors_come_back_with_their_values_and_strides() -> None:
 
 def test_the_block_before_is_fetched_while_one_is_used() -> None:
     offload = ActivationOffload(CPU)
-    blocks = [offload.open_block() for _ in range(3)]
-    saved = [block.send(torch.ones(8)) for block in blocks]
-    blocks[2].take_back(saved[2])
-    assert [place.device_copy is not None for place in saved] == [False, True, False]
-
-
-def test_memory_on_the_device_is_held_until_the_copy_is_done() -> None:
-    offload = ActivationOffload(CPU)
     blocks, saved = [], []
     for _ in range(3):
         blocks.append(offload.open_block())
         saved.append(blocks[-1].send(torch.ones(8)))
-    assert [place.source is not None for place in saved] == [False, True, True], "two blocks are on their way"
+    assert [place.source is not None for place in saved] == [False, True, True], "two blocks are on their way out"
     blocks[2].take_back(saved[2])
+    assert [place.device_copy is not None for place in saved] == [False, True, False]
     assert not any(place.source is not None for place in saved)
 
 
@@ -49,18 +41,9 @@ def test_two_packs_may_be_under_way_before_their_backward_passes() -> None:
     packs = [make_clips(conventions, torch.float64, 3), make_clips(conventions, torch.float64, 1)]
     expected = run(transformer, lambda: [v for pack in packs for v in predict(transformer, pack, conventions)])
     engine = open_engine(transformer, LEAN, CPU)
+    predict(transformer, packs[1], conventions, engine)  # a forward pass without its backward pass changes nothing
     found = run(transformer, lambda: [v for pack in packs for v in predict(transformer, pack, conventions, engine)])
     assert_close(found, expected)
-
-
-def test_a_forward_pass_without_a_backward_pass_changes_nothing() -> None:
-    conventions = conventions_of("5b")
-    transformer = build_transformer("5b", torch.float64, lora_rank=4, num_layers=3)
-    clips = make_clips(conventions, torch.float64, 2)
-    expected = run(transformer, lambda: predict(transformer, clips, conventions))
-    engine = open_engine(transformer, LEAN, CPU)
-    predict(transformer, clips, conventions, engine)
-    assert_close(run(transformer, lambda: predict(transformer, clips, conventions, engine)), expected)
 
 
 def test_steps_leave_no_tensor_behind() -> None:
@@ -88,26 +71,3 @@ def test_a_second_backward_pass_is_refused() -> None:
     torch.autograd.backward(velocity.sum(), retain_graph=True)
     with pytest.raises(AssertionError, match="second backward"):
         torch.autograd.backward(velocity.sum())
-
-
-def test_blocks_before_the_first_adapter_send_nothing() -> None:
-    conventions = conventions_of("5b")
-    transformer = build_transformer("5b", lora_rank=4, num_layers=3)
-    for name, value in transformer.named_parameters():
-        value.requires_grad_("lora" in name and "blocks.2." in name)
-    live: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def allocate(num_bytes: int, _: torch.device) -> torch.Tensor:
-        buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        live.add(buffer.untyped_storage())
-        return buffer
-
-    engine = open_engine(transformer, LEAN, CPU, allocate)
-    weights = len(live)
-    assert weights == 3, "one buffer for each block"
-    clips = make_clips(conventions, torch.float32, 1)
-    for step in range(1, 51):
-        (velocity,) = predict(transformer, clips, conventions, engine)
-        torch.autograd.backward(velocity.square().mean())
-        assert engine.offload is not None and engine.offload.num_blocks == step, "one block of three"
-        assert len(live) <= weights

@@ -1,7 +1,6 @@
 """Our forward over packs against diffusers' own forward with peft's own layers, one clip at a time."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -21,18 +20,8 @@ from tests.train.transformer.parity import (
     run,
 )
 from train.data.example import ModelInput
-from train.transformer.block import modulation_rows
-from train.transformer.forward import embed_timesteps, predict
-from train.transformer.lora_linear import linear
+from train.transformer.forward import predict
 from train.transformer.positions import image_rotary_emb
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_pack_of_one_clip_equals_diffusers(variant: str, dtype: torch.dtype) -> None:
-    conventions = conventions_of(variant)
-    transformer = build_transformer(variant, dtype, lora_rank=4)
-    assert_like_diffusers(transformer, conventions, make_clips(conventions, dtype, 1))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -43,19 +32,11 @@ def test_pack_of_mixed_clips_equals_diffusers_one_by_one(variant: str, dtype: to
     assert_like_diffusers(transformer, conventions, make_clips(conventions, dtype))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_i2v_without_its_learned_table_runs_at_any_shape(dtype: torch.dtype) -> None:
+def test_i2v_without_its_learned_table_runs_at_any_shape() -> None:
     conventions = without_learned_positions(conventions_of("5b-i2v"))
-    transformer = build_transformer("5b-i2v", dtype, lora_rank=4)
+    transformer = build_transformer("5b-i2v", torch.float64, lora_rank=4)
     drop_learned_table(transformer)
-    assert_like_diffusers(transformer, conventions, make_clips(conventions, dtype))
-
-
-def test_model_and_conventions_must_agree_on_the_learned_table() -> None:
-    conventions = without_learned_positions(conventions_of("5b-i2v"))
-    transformer = build_transformer("5b-i2v")
-    with pytest.raises(AssertionError, match="differ"):
-        predict_reference(transformer, make_clips(conventions, torch.float32, 1), conventions)
+    assert_like_diffusers(transformer, conventions, make_clips(conventions, torch.float64))
 
 
 def test_learned_table_is_never_swapped_for_another_frame_count() -> None:
@@ -67,7 +48,7 @@ def test_learned_table_is_never_swapped_for_another_frame_count() -> None:
         predict(transformer, [clip], conventions)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["2b", "1.5-5b-i2v"])
 def test_bf16_follows_fp32_and_its_adapters_get_fp32_gradients(variant: str) -> None:
     conventions = conventions_of(variant)
     transformer = build_transformer(variant, torch.bfloat16, lora_rank=4)
@@ -84,10 +65,9 @@ def test_bf16_follows_fp32_and_its_adapters_get_fp32_gradients(variant: str) -> 
     assert torch.cosine_similarity(joined, expected_joined, dim=0) > 0.999
 
 
-@pytest.mark.parametrize("variant", ["2b", "1.5-5b"])
-def test_bf16_pack_keeps_no_fp32_copy_of_its_activations(variant: str) -> None:
-    conventions = conventions_of(variant)
-    transformer = build_transformer(variant, torch.bfloat16, lora_rank=4)
+def test_bf16_pack_keeps_no_fp32_copy_of_its_activations() -> None:
+    conventions = conventions_of("1.5-5b")
+    transformer = build_transformer("1.5-5b", torch.bfloat16, lora_rank=4)
     clips = make_clips(conventions, torch.bfloat16)
     kept: list[Tensor] = []
 
@@ -122,11 +102,10 @@ def test_lora_dropout_acts_in_training_and_as_peft_does() -> None:
     assert difference(once(predict, 1), once(predict_reference, 1)) < 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["plain", "dora"])
-def test_adapters_on_every_linear_layer_run_in_bf16(options: dict[str, Any]) -> None:
+def test_dora_on_every_linear_layer_runs_in_bf16() -> None:
     conventions = conventions_of("1.5-5b-i2v")
     transformer = build_transformer("1.5-5b-i2v", torch.bfloat16)
-    add_lora(transformer, 4, target_modules=EVERY_LINEAR, **options)
+    add_lora(transformer, 4, target_modules=EVERY_LINEAR, use_dora=True)
     clips = make_clips(conventions, torch.bfloat16, 2)
     velocities, _, gradients = run(transformer, lambda: predict(transformer, clips, conventions))
     assert all(velocity.dtype == torch.bfloat16 and velocity.isfinite().all() for velocity in velocities)
@@ -146,16 +125,6 @@ def test_disabled_adapters_leave_the_base_model() -> None:
     assert all(difference(ours, theirs) > 1e-3 for ours, theirs in zip(adapted, base, strict=True))
 
 
-def test_plain_lora_never_casts_its_input() -> None:
-    transformer = build_transformer("5b", torch.bfloat16, lora_rank=4)
-    layer = transformer.transformer_blocks[0].attn1.to_q
-    tokens = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    expected = layer.base_layer(tokens) + (tokens @ down.bfloat16().T) @ up.bfloat16().T * layer.scaling["default"]
-    assert down.dtype == torch.float32
-    assert difference(linear(layer, tokens).detach(), expected.detach()) < 0.01
-
-
 @pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5b-i2v"])
 def test_a_clip_does_not_see_its_neighbours(variant: str) -> None:
     conventions = conventions_of(variant)
@@ -164,32 +133,17 @@ def test_a_clip_does_not_see_its_neighbours(variant: str) -> None:
     with torch.no_grad():
         velocities = predict(transformer, clips, conventions)
         backwards = predict(transformer, clips[::-1], conventions)[::-1]
-        changed = predict(transformer, [clips[0], make_clip(conventions, (2, 8, 8), 9, torch.float64)], conventions)
     assert all(difference(ours, theirs) < 1e-12 for ours, theirs in zip(velocities, backwards, strict=True))
-    assert difference(changed[0], velocities[0]) < 1e-12
 
 
-@pytest.mark.parametrize("forward", [predict, predict_reference])
-@pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5b-i2v"])
-def test_evaluation_in_inference_mode_leaves_training_possible(
-    variant: str, forward: Callable[..., list[Tensor]]
-) -> None:
+@pytest.mark.parametrize("variant", ["2b", "5b"])
+def test_evaluation_in_inference_mode_leaves_training_possible(variant: str) -> None:
     conventions = conventions_of(variant)
     transformer = build_transformer(variant, lora_rank=4)
     clips = make_clips(conventions, torch.float32, 2)
     image_rotary_emb.cache_clear()
     with torch.inference_mode():
-        expected = forward(transformer, clips, conventions)
-    velocities, _, gradients = run(transformer, lambda: forward(transformer, clips, conventions))
+        expected = predict(transformer, clips, conventions)
+    velocities, _, gradients = run(transformer, lambda: predict(transformer, clips, conventions))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(velocities, expected, strict=True))
     assert all(gradient.any() for gradient in gradients.values())
-
-
-def test_modulation_of_a_clip_does_not_depend_on_its_neighbors() -> None:
-    conventions = conventions_of("1.5-5b-i2v")
-    transformer = build_transformer("1.5-5b-i2v")
-    clips, norm = make_clips(conventions, torch.float32), transformer.transformer_blocks[0].norm1
-    with torch.no_grad():
-        temb = embed_timesteps(transformer, clips, conventions)
-        alone = torch.cat([modulation_rows(norm, row) for row in torch.split(temb, 1)])
-        assert torch.equal(modulation_rows(norm, temb), alone) and alone.shape == (2 * len(clips), 3, 64)

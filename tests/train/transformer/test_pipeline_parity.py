@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, DiffusionPipeline
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,17 +17,13 @@ from shared.model.conventions import Conventions, read_conventions, refusal
 from shared.model.geometry import Bucket, latent_shape, padding_frames
 from tests.tiny import (
     TEXT_LENGTH,
-    TEXT_WIDTH,
     VARIANTS,
     build_pipeline,
-    save_pipeline,
-    scheduler_config,
     transformer_config,
-    vae_config,
 )
 from train.data.example import ModelInput, image_condition, pad_front
 from train.transformer.forward import predict
-from train.transformer.positions import additive_positions, crop_region, image_rotary_emb
+from train.transformer.positions import crop_region, image_rotary_emb
 
 PROMPT = "a grey rabbit yawns in the meadow"
 BUCKETS = [Bucket(9, 64, 96), Bucket(13, 64, 64), Bucket(17, 96, 64), Bucket(1, 64, 128)]
@@ -97,7 +92,12 @@ def run(variant: str, bucket: Bucket, output_type: str = "latent") -> tuple[Any,
 
 
 def cases() -> list[tuple[str, Bucket]]:
-    return [(variant, bucket) for variant in VARIANTS for bucket in (BUCKETS if variant != "5b-i2v" else BUCKETS[:1])]
+    """Return every variant at two sizes, which together are all of `BUCKETS`; a learned table allows one."""
+    return [
+        (variant, bucket)
+        for number, variant in enumerate(VARIANTS)
+        for bucket in (BUCKETS[:1] if variant == "5b-i2v" else (BUCKETS[number % 2], BUCKETS[2 + number % 2]))
+    ]
 
 
 @pytest.mark.parametrize(("variant", "bucket"), cases(), ids=str)
@@ -146,7 +146,7 @@ def test_training_inputs_and_prediction_equal_the_pipelines(variant: str, bucket
     assert torch.equal(captured.calls[0]["hidden_states"][:, :, :16], noise)
 
 
-@pytest.mark.parametrize("variant", ["5b", "1.5-5b", "1.5-5b-i2v"])
+@pytest.mark.parametrize("variant", ["5b", "1.5-5b"])
 def test_padding_stands_where_the_pipeline_cuts_it_off(variant: str) -> None:
     bucket = BUCKETS[0]  # three latent frames
     pipeline, captured, _, noise, _ = run(variant, bucket, output_type="pt")
@@ -166,22 +166,6 @@ def test_padding_stands_where_the_pipeline_cuts_it_off(variant: str) -> None:
     torch.testing.assert_close(
         kept, x0[0, len(padded) - len(kept) :] / conventions.scaling_factor, rtol=1e-4, atol=1e-4
     )
-
-
-@pytest.mark.parametrize("variant", ["2b", "5b-i2v"])
-def test_additive_positions_equal_the_patch_embedding(variant: str) -> None:
-    pipeline = build_pipeline(variant)
-    conventions = conventions_of(pipeline)
-    embedding = pipeline.transformer.patch_embed
-    shapes = [(3, 8, 12), (1, 8, 8), (5, 12, 8), (2, 16, 30)] if variant == "2b" else [(3, 8, 12)]
-    for shape in shapes:
-        latents = torch.zeros(shape[0], conventions.in_channels, *shape[1:])
-        text = torch.zeros(1, TEXT_LENGTH, TEXT_WIDTH)
-        with_positions = embedding(text, latents[None])[0]
-        without = torch.cat([embedding.text_proj(text[0]), embedding.proj(latents).flatten(2).mT.flatten(0, 1)])
-        ours = additive_positions(pipeline.transformer, conventions, latents, TEXT_LENGTH)
-        assert ours is not None
-        assert torch.equal(without + ours, with_positions)
 
 
 @given(rows=st.integers(1, 200), columns=st.integers(1, 200), base=st.sampled_from([(30, 45), (4, 6), (48, 85)]))
@@ -214,30 +198,3 @@ def test_rotary_tables_of_full_size_clips_equal_the_pipelines(variant: str, buck
     ours = image_rotary_emb(conventions, frames, height, width, torch.device("cpu"))
     assert ours is not None
     assert all(map(torch.equal, ours, theirs))
-
-
-def test_image_latents_of_1_5_are_divided_by_the_scaling_factor() -> None:
-    image = torch.ones(1, 16, 2, 2)
-    first = {
-        variant: image_condition(
-            image, 1, read_conventions(transformer_config(variant), vae_config(variant), scheduler_config(variant))
-        )
-        for variant in ("5b-i2v", "1.5-5b-i2v")
-    }
-    torch.testing.assert_close(first["5b-i2v"], torch.full((1, 16, 2, 2), 0.7))
-    torch.testing.assert_close(first["1.5-5b-i2v"][:1], torch.full((1, 16, 2, 2), 1 / 0.7))
-    assert len(first["1.5-5b-i2v"]) == 2
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_saved_tiny_pipeline_loads_as_the_one_that_was_built(variant: str, tmp_path: Path) -> None:
-    built, loaded = build_pipeline(variant), DiffusionPipeline.from_pretrained(save_pipeline(variant, tmp_path))
-    assert type(loaded) is type(built)
-    assert not [*tmp_path.rglob("*.bin"), *tmp_path.rglob("*.pkl")]
-    assert conventions_of(loaded) == conventions_of(built)
-    assert loaded.tokenizer(PROMPT).input_ids == built.tokenizer(PROMPT).input_ids
-    assert built.tokenizer.unk_token_id not in built.tokenizer(PROMPT).input_ids
-    for part in ("transformer", "vae", "text_encoder"):
-        expected, state = getattr(built, part).state_dict(), getattr(loaded, part).state_dict()
-        assert expected.keys() == state.keys()
-        assert all(torch.equal(expected[name], state[name]) for name in expected)

@@ -79,8 +79,6 @@ class Mutant(NamedTuple):
     module: ModuleType
     name: str
     edits: Sequence[tuple[str, str]]
-    harmless: str = ""
-    """Reason why no schedule can give a wrong result."""
 
     @property
     def text(self) -> str:
@@ -118,27 +116,19 @@ RECORD = "None if self._stream is None else self._stream.record_event()"
 BRING = "        self._fetch(index)\n"
 BROUGHT = "        self._copies.compute_waits(copied)\n"
 EARLY_WAIT = "        self._copies.compute_waits(self._copies.record())\n"
-EVICT = "            self._point(evicted, self._hosts[evicted])\n"
 EARLY_RECORD = "        early = self._copies.record()\n"
 COPY_IN = "        with self._copies.after_compute():  # the evicted block's computation is done by then\n"
 COPIED_IN = "(buffer, self._copies.record())"
 COPY_OUT = "        with out.after_compute():\n"
 COPIED_OUT = "        self._copied = out.record()\n"
 RELEASE = "        self._offload.out.compute_waits(self._copied)\n"
-DROP = "        for saved in self._tensors:\n            saved.source = None\n"
-OPEN = "        self.release(all_but=1)\n"
 SETTLE = "        self._offload.release(all_but=0)\n"
 FETCH = "        self._fetch()\n"
-PREFETCH = "        if previous is not None:\n            previous._fetch()\n"
 TAKE = "        self._offload.back.compute_waits(self._copied)\n"
-ALLOCATE = "        copies = [torch.empty(host.shape, dtype=host.dtype, device=device) for host in hosts]\n"
 COPY_BACK = (
     "        with back.after_compute():  # which has waited for the copies out, and may just have freed this memory\n"
 )
 COPIED_BACK = "        self._copied = back.record()\n"
-SHARED = "(stream := CopyStream(device)), stream"
-WAITED = "the stream waits first, for all that used the memory"
-SPEED, MEMORY = "copies overlap less, and every order is kept", "memory is freed later, and never earlier"
 
 
 def on(stream: str) -> str:
@@ -150,52 +140,31 @@ MUTANTS = [
     Mutant(HOST, "after_compute does not wait", [(AFTER_COMPUTE, "")]),
     Mutant(HOST, "after_compute waits last", [(AFTER_COMPUTE, ""), (ON_STREAM, ON_STREAM + AFTER_COMPUTE)]),
     Mutant(HOST, "after_compute lets the compute wait", [(AFTER_COMPUTE, COMPUTE_WAITS_FOR_ALL)]),
-    Mutant(HOST, "after_compute stays on the compute stream", [(ON_STREAM, "        yield\n")], SPEED),
     Mutant(HOST, "compute_waits does not wait", [(COMPUTE_WAITS, "pass")]),
     Mutant(HOST, "compute_waits lets the copies wait", [(COMPUTE_WAITS, "self._stream.wait_event(event)")]),
-    Mutant(HOST, "compute_waits for all copies", [(COMPUTE_WAITS, COMPUTE_WAITS_FOR_ALL.strip())], SPEED),
     Mutant(HOST, "record marks the compute stream", [(RECORD, "torch.cuda.current_stream(None).record_event()")]),
     Mutant(HOST, "record marks nothing", [(RECORD, "None")]),
     Mutant(WEIGHTS, "bring does not wait", [(BROUGHT, "")]),
     Mutant(WEIGHTS, "bring waits first", [(BROUGHT, ""), (BRING, EARLY_WAIT + BRING)]),
-    Mutant(
-        WEIGHTS, "bring does not prefetch", [("            self._fetch(next_index)\n", "            pass\n")], SPEED
-    ),
     Mutant(WEIGHTS, "bring does not mark the block as used", [("        self._resident.move_to_end(index)\n", "")]),
     Mutant(WEIGHTS, "bring leaves the weights on the host", [("        self._point(index, buffer)\n", "")]),
     Mutant(WEIGHTS, "fetch does not wait", [(COPY_IN, on("self._copies"))]),
-    Mutant(WEIGHTS, "fetch copies on the compute stream", [(COPY_IN, "        if True:\n")], SPEED),
     Mutant(WEIGHTS, "fetch records first", [(COPY_IN, EARLY_RECORD + COPY_IN), (COPIED_IN, "(buffer, early)")]),
     Mutant(WEIGHTS, "fetch does not record", [(COPIED_IN, "(buffer, None)")]),
     Mutant(WEIGHTS, "fetch evicts the block used last", [("popitem(last=False)", "popitem(last=True)")]),
     Mutant(WEIGHTS, "fetch gives one buffer to all", [("self._free.pop()", "self._free[0]")]),
-    Mutant(WEIGHTS, "fetch leaves evicted weights", [(EVICT, "")], "no block computes before it is brought"),
-    Mutant(WEIGHTS, "fetch blocks the host", [("copy_(host, non_blocking=True)", "copy_(host)")], SPEED),
     Mutant(OFFLOAD, "send does not wait", [(COPY_OUT, on("out"))]),
     Mutant(OFFLOAD, "send records first", [(COPIED_OUT, ""), (COPY_OUT, COPIED_OUT + COPY_OUT)]),
     Mutant(OFFLOAD, "send does not record", [(COPIED_OUT, "")]),
     Mutant(OFFLOAD, "send does not hold the tensor", [("Tensor(host, order, tensor)", "Tensor(host, order, None)")]),
     Mutant(OFFLOAD, "release does not wait", [(RELEASE, "")]),
-    Mutant(OFFLOAD, "release waits last", [(RELEASE + DROP, DROP + RELEASE)], "nothing is issued in between"),
-    Mutant(OFFLOAD, "release drops nothing", [(DROP, "")], MEMORY),
-    Mutant(
-        OFFLOAD, "release asks the other stream", [(RELEASE, RELEASE.replace("out", "back"))], "the event is the same"
-    ),
-    Mutant(OFFLOAD, "open_block releases nothing", [(OPEN, "")], MEMORY),
-    Mutant(OFFLOAD, "open_block releases all", [(OPEN, OPEN.replace("1", "0"))], SPEED),
     Mutant(OFFLOAD, "take_back releases nothing", [(SETTLE, "")]),
     Mutant(OFFLOAD, "take_back releases after its fetch", [(SETTLE + FETCH, FETCH + SETTLE)]),
     Mutant(OFFLOAD, "take_back does not wait", [(TAKE, "")]),
     Mutant(OFFLOAD, "take_back waits first", [(TAKE, ""), (FETCH, TAKE + FETCH)]),
-    Mutant(OFFLOAD, "take_back does not prefetch", [(PREFETCH, "")], SPEED),
-    Mutant(OFFLOAD, "take_back prefetches first", [(FETCH, ""), (PREFETCH, PREFETCH + FETCH)], SPEED),
     Mutant(OFFLOAD, "fetch does not wait", [(COPY_BACK, on("back"))]),
     Mutant(OFFLOAD, "fetch records first", [(COPIED_BACK, ""), (COPY_BACK, COPIED_BACK + COPY_BACK)]),
     Mutant(OFFLOAD, "fetch does not record", [(COPIED_BACK, "")]),
-    Mutant(
-        OFFLOAD, "fetch allocates on its stream", [(ALLOCATE, ""), (COPY_BACK, COPY_BACK + "    " + ALLOCATE)], WAITED
-    ),
-    Mutant(OFFLOAD, "copies out and back share a stream", [("CopyStream(device), CopyStream(device)", SHARED)], SPEED),
 ]
 
 
@@ -227,7 +196,7 @@ def test_every_plan_gives_the_plain_bits(name: str, seed: int) -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
-def test_every_harmful_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
+def test_every_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
     def is_wrong(choose: Choose) -> bool:
         try:
             return num_wrong(EmulatedGpu(choose)) > 0
@@ -235,7 +204,7 @@ def test_every_harmful_mutant_is_caught(mutant: Mutant, tmp_path: Path) -> None:
             return True
 
     with mutant.installed(tmp_path):
-        assert any(map(is_wrong, SCHEDULES.values())) == (not mutant.harmless)
+        assert any(map(is_wrong, SCHEDULES.values()))
 
 
 def test_blocks_below_the_only_adapter_keep_nothing() -> None:
