@@ -85,7 +85,7 @@ def store_all(config_file: Path) -> None:
     from precompute.discover import open_stage, survey
     from precompute.estimate import find_work
     from precompute.findings import tokens_of
-    from precompute.run import make_view
+    from precompute.run import find_latent_rgb, make_view
     from shared.cache.collection import write_recipe
     from shared.cache.shard import Sample
     from shared.cache.view import write_view
@@ -105,21 +105,20 @@ def store_all(config_file: Path) -> None:
     pool: Any = SimpleNamespace(probe_all=probe_all)
     wanted = survey(stage, pool)
     tokens_of(stage, wanted, publish=True)
-    moments = torch.randn(32, 2, SIDE // 8, SIDE // 8)
+    clip = {"moments": torch.randn(32, 2, SIDE // 8, SIDE // 8)}
+    clip["thumbnails"] = torch.randint(256, (2, 3, SIDE // 8, SIDE // 8), dtype=torch.uint8)
     conventions = stage.encoders.conventions
     embeds = torch.randn(conventions.text_length, conventions.text_embed_dim)
     write_recipe(stage.storage, wanted.latents, wanted.latents_recipe)
     write_recipe(stage.storage, wanted.prompts, wanted.prompts_recipe)
-    for work, name, tensor in zip(
-        find_work(stage, wanted), ("moments", "prompt_embeds"), (moments, embeds), strict=True
-    ):
+    for work, tensors in zip(find_work(stage, wanted), (clip, {"prompt_embeds": embeds}), strict=True):
         for shard in work.shards:
-            samples = [Sample(key, {name: tensor}, {}) for key in shard.keys]
+            samples = [Sample(key, tensors, {}) for key in shard.keys]
             write_shard(stage.storage, shard.folder, samples)
     inventory = take_inventory(stage.storage, wanted.latents)
     marks = {"vae": stage.encoders.vae.marks, "text_encoder": stage.encoders.text_encoder.marks}
     view = make_view(config, wanted, dict.fromkeys(wanted.texts, 1), conventions.text_length, inventory)
-    write_view(stage.storage, replace(view, encoders=marks))
+    write_view(stage.storage, replace(view, encoders=marks, latent_rgb=find_latent_rgb(stage.storage, view)))
 
 
 def run_command(name: str, folder: Path) -> dict[str, float]:

@@ -59,6 +59,9 @@ class Inventory:
     """Keys with a sample."""
     skipped: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     """Key -> reason and attempt of the newest receipt that skipped it."""
+    sample_bytes: Mapping[str, int] = field(default_factory=dict)
+    tar_bytes: int = 0
+    """Of all tars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,8 @@ def take_inventory(storage: Storage, collection: Collection, before: Inventory |
     """List the collection, and read the receipts that `before` does not hold."""
     before = before or Inventory()
     found = [receipt for _, receipt in shards(storage, collection.folder, before.receipts)]
-    stored = before.stored.union(place.key for receipt in found for place in receipt.samples)
+    sizes = {**before.sample_bytes, **{place.key: place.length for receipt in found for place in receipt.samples}}
+    stored = before.stored | sizes.keys()
     skipped = dict(before.skipped)
     for receipt in found:
         for key, reason in receipt.skipped.items():
@@ -97,6 +101,8 @@ def take_inventory(storage: Storage, collection: Collection, before: Inventory |
         before.receipts.union(receipt.name for receipt in found),
         stored,
         {key: value for key, value in skipped.items() if key not in stored},
+        sizes,
+        before.tar_bytes + sum(receipt.size for receipt in found),
     )
 
 

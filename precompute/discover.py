@@ -1,5 +1,6 @@
 """Inputs of a run: the clips and texts of the config with their keys, and the sources without a clip."""
 
+import gc
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -85,6 +86,14 @@ def survey(stage: Stage, pool: DecodePool) -> Survey:
 
     Raise `UsageError` or `DataError` for a fault of the user.
     """
+    gc.freeze()  # the garbage collector leaves out what the libraries made, a million objects
+    try:
+        return _survey(stage, pool)
+    finally:
+        gc.unfreeze()
+
+
+def _survey(stage: Stage, pool: DecodePool) -> Survey:
     data = stage.config.data
     _refuse_buckets(stage)
     listing = read_sources(data)

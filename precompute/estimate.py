@@ -14,7 +14,7 @@ from precompute.findings import DataFinding, find_weaknesses, tokens_of
 from precompute.report import SampleCounts, reasons_json
 from precompute.windows import bucket_warnings
 from shared import console
-from shared.cache.collection import Collection, collection_for, collections, read_recipe, shards
+from shared.cache.collection import Collection, collection_for, collections, read_recipe
 from shared.cache.shard import SAMPLES_PER_SHARD
 from shared.cache.shard import SHARD_BYTES as MAX_SHARD_BYTES
 from shared.cache.staleness import shaping_settings
@@ -101,7 +101,8 @@ def estimate(stage: Stage, pool: DecodePool) -> Estimate:
     to_encode = [clip for key, clip in clips.items() if key in planned]
     recipe = wanted.latents_recipe
     changed = changed_clips(stage.config, stage.storage, recipe, to_encode, old) if old and to_encode else []
-    stored_bytes, orphaned = _count_stored(stage.storage, {*clips, *wanted.texts}, views)
+    known = {work.wanted.collection: work.inventory for work in (latents, prompts)}
+    stored_bytes, orphaned = _count_stored(stage.storage, {*clips, *wanted.texts}, views, known)
     return Estimate(
         clips=sum(clip.key not in refused for clip in wanted.clips),
         latents=latents.tally,
@@ -198,17 +199,18 @@ def _views(storage: Storage) -> tuple[dict[str, View], list[str]]:
     return views, warnings
 
 
-def _count_stored(storage: Storage, used: set[str], others: Mapping[str, View]) -> tuple[int, dict[str, int]]:
-    """Return the bytes of all shards, and counts of the samples that neither `used` nor the other views need."""
+def _count_stored(
+    storage: Storage, used: set[str], others: Mapping[str, View], known: Mapping[Collection, Inventory]
+) -> tuple[int, dict[str, int]]:
+    """Return the bytes of all tars, and counts of the samples that neither `used` nor the other views need."""
     for view in others.values():
         used |= set().union(*view.keys.values())
     stored_bytes, unused = 0, Counter(latents=0, prompts=0, bytes=0)
     for collection in collections(storage):
-        for _, receipt in shards(storage, collection.folder):
-            stored_bytes += receipt.size
-            for place in receipt.samples:
-                if place.key not in used:
-                    unused.update({collection.kind: 1, "bytes": place.length})
+        inventory = known.get(collection) or take_inventory(storage, collection)
+        stored_bytes += inventory.tar_bytes
+        left = [length for key, length in inventory.sample_bytes.items() if key not in used]
+        unused.update({collection.kind: len(left), "bytes": sum(left)})
     return stored_bytes, dict(unused)
 
 

@@ -94,14 +94,15 @@ def probe_files(
         return
     notes = Notes(storage, f"videos-{key_of(READER)}", None if remember else RUN_SECONDS)
     marks = {path: mark for path in paths if (mark := _mark(path))}
+    names = {path: _note_name(mark) for path, mark in marks.items()}
     waiting = dict.fromkeys(paths)
     own, started = set(paths[part.index :: part.count]), time.monotonic()
     news, patience = started, PATIENCE_SECONDS
     while waiting:
         if notes.refresh():
             news = time.monotonic()
-        for path in [path for path in waiting if path in marks and _note_name(marks[path]) in notes.facts]:
-            yield path, _outcome(notes.facts[_note_name(marks[path])], marks[path])
+        for path in [path for path in waiting if names.get(path) in notes.facts]:
+            yield path, _outcome(notes.facts[names[path]], marks[path])
             del waiting[path]
         mine = [path for path in waiting if path in own or path not in marks]
         if not mine and waiting and time.monotonic() - news < patience:

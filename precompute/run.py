@@ -17,7 +17,7 @@ from shared import console
 from shared.cache.collection import SampleReader, write_recipe
 from shared.cache.staleness import shaping_settings
 from shared.cache.storage import Storage
-from shared.cache.view import View, ViewRow, read_view, write_view
+from shared.cache.view import View, ViewRow, read_view, rows_of, write_view
 from shared.config import Config
 from shared.errors import CacheError, DataError
 from shared.fingerprint import key_of
@@ -130,7 +130,7 @@ def make_view(
         wanted.latents,
         wanted.prompts,
         {text: keys[text] for text in (*data.validation_prompts, data.negative_prompt, "")},
-        tuple(rows),
+        rows_of(rows),
         settings=shaping_settings(config, image_to_video=wanted.latents_recipe["image_conditions"] is not None),
     )
 
@@ -143,7 +143,7 @@ def find_latent_rgb(storage: Storage, view: View) -> LatentRgb:
         old = None
     if old is not None and old.hash == view.hash and old.latent_rgb:
         return old.latent_rgb
-    keys = [row.latent_key for row in view.split("train")][:MAX_FITTED]
+    keys = view.split("train").column("latent_key")[:MAX_FITTED]
     try:
         reader = SampleReader(storage, view.latents, set(keys), whole_up_to_bytes=0)
         return fit_latent_rgb(reader.read(key) for key in keys)

@@ -10,7 +10,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, floor
+from functools import lru_cache
+from math import ceil
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Timeline:
         """Return the source frame that output frame `number` shows."""
         if self.step_us is None:
             return self.first + number
-        time_us = self.stamps_us[self.first] + floor(number * self.step_us)
+        time_us = self.stamps_us[self.first] + number * self.step_us.numerator // self.step_us.denominator  # its floor
         return bisect_right(self.stamps_us, time_us + self.slack_us, self.first, self.stop) - 1
 
 
@@ -85,7 +86,7 @@ def cut_windows(
         found = f"{timeline.num_frames} frame{'' if timeline.num_frames == 1 else 's'}"
         rate = f" at {data.fps:g} fps" if data.fps else ""
         return Skipped(f"too short: {found}{rate}, the smallest bucket is {min(data.frame_buckets)}")
-    resolution = _resolution(height, width, data)
+    resolution = _resolution(height, width, tuple(data.resolutions), data.video_reshape_mode == "letterbox")
     if isinstance(resolution, Skipped):
         return resolution
 
@@ -125,10 +126,12 @@ def bucket_warnings(data: Data) -> list[str]:
     ]
 
 
-def _resolution(height: int, width: int, data: Data) -> tuple[int, int] | Skipped:
+@lru_cache(4096)
+def _resolution(
+    height: int, width: int, resolutions: tuple[tuple[int, int], ...], letterbox: bool
+) -> tuple[int, int] | Skipped:
     """Return height and width of the nearest bucket within `MAX_UPSCALE`."""
-    letterbox = data.video_reshape_mode == "letterbox"
-    upscale = {size: _upscale((height, width), size, letterbox) for size in data.resolutions}
+    upscale = {size: _upscale((height, width), size, letterbox) for size in resolutions}
     within_reach = [size for size in upscale if upscale[size] <= MAX_UPSCALE]
     if within_reach:
         return choose_resolution(height, width, within_reach)
@@ -192,7 +195,8 @@ def lay_out(
 
 def _median_interval(stamps_us: Sequence[int]) -> int:
     """Return the lower median of the intervals, 0 for one frame; a film of hours is asked once per row."""
-    steps = np.diff(np.asarray(stamps_us, np.int64))
+    stamps = np.asarray(stamps_us, np.int64)
+    steps = stamps[1:] - stamps[:-1]
     return int(np.partition(steps, (len(steps) - 1) // 2)[(len(steps) - 1) // 2]) if len(steps) else 0
 
 

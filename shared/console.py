@@ -112,7 +112,9 @@ class Progress:
 
     def __init__(self, description: str, total: int) -> None:
         self._description, self._total, self._done = description, total, 0
-        self._started = self._last_line = time.monotonic()
+        self._started = time.monotonic()
+        self._every = 0.1 if console.is_terminal else self.LINE_SECONDS
+        self._due = self._started + self._every
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=20),
@@ -136,12 +138,15 @@ class Progress:
         """Count `count` more as done."""
         self._done += count
         now = time.monotonic()
+        if now < self._due and self._done < self._total:
+            return
         rate = f"{self._done / max(now - self._started, 1e-9):.2f}/s"
-        self._bar.update(self._task, advance=count, rate=rate)
-        if not console.is_terminal and now - self._last_line >= self.LINE_SECONDS:
-            self._last_line = now
+        self._bar.update(self._task, completed=self._done, rate=rate)
+        if now >= self._due and not console.is_terminal:
             seconds = (now - self._started) / self._done * (self._total - self._done)
             say(f"{self._description}: {self._done}/{self._total}, {rate}, {seconds:.0f} s left")
+        if now >= self._due:
+            self._due = now + self._every
 
 
 def track(description: str) -> Callable[[Sequence[str]], Iterator[str]]:

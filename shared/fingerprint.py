@@ -9,13 +9,14 @@ from typing import Any
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 KEY_LENGTH = 32
 """Hex digits of a key, recipe or shard name (128 bits)."""
 
 
 def canonical_json(value: Json) -> bytes:
     """Return the one spelling of `value`: sorted keys, no spaces, UTF-8; raises `ValueError` on NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def key_of(value: Json) -> str:

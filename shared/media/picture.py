@@ -85,6 +85,8 @@ class Look:
         """Displayed height and width in square pixels: the stored width is scaled by `aspect`."""
         height, width = self.pixels
         wide, tall = self.aspect
+        if wide == tall:
+            return height, width
         if self.rotation % 180:
             return max(1, round(Fraction(height * wide, tall))), width
         return height, max(1, round(Fraction(width * wide, tall)))

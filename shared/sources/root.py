@@ -71,8 +71,8 @@ class DataRoot:
             if parent not in self._folders:
                 folder = (self.folder / parent).resolve()
                 self._folders[parent] = folder if self.follow_links or folder.is_relative_to(self.folder) else None
-            found = self._folders[parent]
-            return found / last if found and stat.S_ISREG((found / last).lstat().st_mode) else None
+            path = (found := self._folders[parent]) and found / last
+            return path if path and stat.S_ISREG(path.lstat().st_mode) else None
         except (OSError, RuntimeError):
             return None
 

@@ -25,8 +25,9 @@ def test_progress_is_a_line_every_ten_seconds(
     with Progress("probing", 4) as bar:
         bar.advance()
         assert Progress.LINE_SECONDS == 10 and capsys.readouterr().err == ""
-        monkeypatch.setattr(Progress, "LINE_SECONDS", 0.0)
-        bar.advance(2)
+    monkeypatch.setattr(Progress, "LINE_SECONDS", 0.0)
+    with Progress("probing", 4) as bar:
+        bar.advance(3)
     assert re.fullmatch(r"probing: 3/4, [\d.]+/s, \d+ s left\n", capsys.readouterr().err)
 
 
