@@ -220,34 +220,10 @@ def write_trimmed(path: Path, source: Path, *, hidden: int, first_packet: int = 
     return path
 
 
-def write_zeros(path: Path, size: int = 4096) -> Path:
-    """Write `size` zero bytes."""
-    path.write_bytes(bytes(size))
-    return path
-
-
 def write_text(path: Path) -> Path:
     """Write prose under a video's name."""
     path.write_text("This is no video.\n" * 50, "utf-8")
     return path
-
-
-def write_playlist(path: Path, target: Path) -> Path:
-    """Write an ffconcat list under a video's name; a reader that trusts it opens `target`."""
-    path.write_text(f"ffconcat version 1.0\nfile {target.name}\n", "utf-8")
-    return path
-
-
-def write_truncated(path: Path, source: Path, size: int) -> Path:
-    """Write the first `size` bytes of `source`."""
-    path.write_bytes(source.read_bytes()[:size])
-    return path
-
-
-def write_without_index(path: Path, source: Path) -> Path:
-    """Copy `source` (an mp4) up to its index, the moov box."""
-    data = source.read_bytes()
-    return write_truncated(path, source, data.index(b"moov") - 4)
 
 
 def write_flipped(path: Path, source: Path, *, flips: int, seed: int) -> Path:

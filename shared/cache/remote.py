@@ -82,7 +82,7 @@ class RemoteStorage:
         self._filesystem = filesystem
         self._root = root
         self._url = url.rstrip("/")
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._local = local_folder or user_folder()
         self._versions: dict[str, str] = {}
         """Name -> size, time and tag in the newest listing."""
@@ -154,9 +154,6 @@ class RemoteStorage:
 
     def free_bytes(self) -> int | None:
         return None
-
-    def copies_bytes(self) -> int | None:
-        return self._limit_bytes
 
     def set_aside(self, name: str) -> None:
         if self.size(name) is not None:
@@ -231,7 +228,7 @@ class RemoteStorage:
             with contextlib.suppress(FileNotFoundError):  # another process deletes copies too
                 about = path.stat()
                 copies.append((path.name.startswith("prompts-"), about.st_mtime_ns, about.st_size, path))
-        excess = size + sum(copy_size for *_, copy_size, _ in copies) - self._limit_bytes
+        excess = size + sum(copy_size for *_, copy_size, _ in copies) - self.limit_bytes
         for *_, copy_size, path in sorted(copies):
             if excess > 0:
                 path.unlink(missing_ok=True)

@@ -25,6 +25,9 @@ VERIFY = "run `precog cache verify --repair`, then precompute again"
 class LocalStorage:
     """A cache folder on a local or shared file system."""
 
+    limit_bytes = None
+    """Limit for local copies of remote files; None if there are no copies."""
+
     def __init__(self, root: str) -> None:
         self.root = Path(root)
 
@@ -90,10 +93,6 @@ class LocalStorage:
         """Return the bytes that can still be written, None if unknown."""
         existing = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.is_dir())
         return shutil.disk_usage(existing).free
-
-    def copies_bytes(self) -> int | None:
-        """Return the limit for local copies of remote files, None if there are no copies."""
-        return None
 
     def set_aside(self, name: str) -> None:
         """Rename a file, if it exists, to `<name>.damaged`, which no reader looks at. Raises `CacheError`."""

@@ -124,12 +124,12 @@ def _sample_rows(
         yield Row(where, key, error=f"its caption: {escaped(str(error))}")
         return
     caption = next((values[name] for name in CAPTION_NAMES if values.get(name)), None)
-    start, end, repeats, loss_weight = (values.get(name) for name in OPTIONAL_COLUMNS)
+    options = {name: values[name] for name in OPTIONAL_COLUMNS if name in values}
     for member in videos:
         stream = tar.extractfile(member)
         assert stream is not None, "a regular member has a content"
         video = Embedded(f"{file}/{member.name}", stream)
-        yield Row(where, video, caption, start, end, repeats, loss_weight)
+        yield Row(where, video, caption, options)
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> str:

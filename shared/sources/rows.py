@@ -29,7 +29,6 @@ from shared.sources.folder import folder_rows, stray_warnings
 from shared.sources.root import DataRoot
 from shared.sources.tables import (
     MAX_CAPTION_BYTES,
-    OPTIONAL_COLUMNS,
     Row,
     csv_rows,
     dataset_rows,
@@ -217,8 +216,7 @@ def _check_row(row: Row, root: DataRoot, data: Data, copies: VideoCopies) -> Sou
     """Return the checked row; raise `DataError` with the reason, without the row."""
     if row.error:
         raise DataError(row.error)
-    given = {name: getattr(row, name) for name in OPTIONAL_COLUMNS}
-    given = {name: cell for name, cell in given.items() if cell is not None and str(cell).strip()}
+    given = {name: cell for name, cell in row.options.items() if cell is not None and str(cell).strip()}
     try:
         cells = RowCells.model_validate({"captions": _captions(row.caption, data.default_caption), **given})
     except ValidationError as error:

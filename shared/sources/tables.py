@@ -6,7 +6,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.config import Data
@@ -32,10 +32,8 @@ class Row:
     """Its file and row, for messages."""
     video: object = None
     caption: object = None
-    start_seconds: object = None
-    end_seconds: object = None
-    repeats: object = None
-    loss_weight: object = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Those of `OPTIONAL_COLUMNS` that are there."""
     error: str = ""
 
 
@@ -146,8 +144,8 @@ def dataset_rows(name: str, data: Data) -> Iterator[Row]:
 
 
 def _row(values: Mapping[str, object], columns: Sequence[str], where: str) -> Row:
-    start, end, repeats, loss_weight = (values.get(name) for name in OPTIONAL_COLUMNS)
-    return Row(where, values[columns[1]], values[columns[0]], start, end, repeats, loss_weight)
+    options = {name: values[name] for name in OPTIONAL_COLUMNS if name in values}
+    return Row(where, values[columns[1]], values[columns[0]], options)
 
 
 def _choose_columns(names: Sequence[str], data: Data, table: str) -> list[str]:
@@ -157,10 +155,10 @@ def _choose_columns(names: Sequence[str], data: Data, table: str) -> list[str]:
     """
     chosen = []
     fields = (("caption_column", data.caption_column, CAPTION_NAMES), ("video_column", data.video_column, VIDEO_NAMES))
-    for field, wanted, usual in fields:
+    for setting, wanted, usual in fields:
         found = next((name for name in usual if name in names), wanted) if wanted == usual[0] else wanted
         if found not in names:
-            raise DataError(f"{table} has no column '{escaped(wanted)}'; there are {listed(names)}; set data.{field}")
+            raise DataError(f"{table} has no column '{escaped(wanted)}'; there are {listed(names)}; set data.{setting}")
         chosen.append(found)
     chosen += [name for name in OPTIONAL_COLUMNS if name in names]
     for name in chosen:

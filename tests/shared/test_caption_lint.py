@@ -1,7 +1,6 @@
 """The lint of captions finds each weakness, alone and where it is."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
@@ -52,19 +51,3 @@ def test_a_tokenizer_counts_what_is_cut_off_and_unknown() -> None:
     assert findings[0].message == f"1 of 3 captions are longer than 16 tokens; up to {num_tokens - 16} are cut off"
     ids = tokenizer("a grey 兔子")["input_ids"]
     assert f"{ids.count(tokenizer.unk_token_id) / len(ids):.0%} of their tokens" in findings[1].message
-
-
-def test_tokens_are_counted_by_blocks() -> None:
-    tokenizer, blocks = build_tokenizer(16), list[int]()
-    texts = [f"a grey rabbit {'yawns ' * (number % 30)}" for number in range(600)]
-
-    class Counting:
-        unk_token_id = tokenizer.unk_token_id
-
-        def __call__(self, block: list[str], **settings: object) -> Any:
-            blocks.append(len(block))
-            return tokenizer(block, **settings)
-
-    expected = [(len(tokenizer(text).input_ids), 0, 0) for text in texts[:60]]
-    assert count_tokens(Counting(), texts) == expected * 10
-    assert sum(blocks) == 600 and max(blocks) <= 250 and count_tokens(tokenizer, []) == []

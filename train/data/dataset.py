@@ -54,7 +54,7 @@ class Dataset:
         self._keys: list[str] = self.rows.column("latent_key")
         self._empty_prompt = view.special_prompts[""]
         prompts = {self._empty_prompt, *chain.from_iterable(self.rows.column("prompt_keys"))}
-        room = storage.copies_bytes()
+        room = storage.limit_bytes
         if room is None:
             latents_up_to = prompts_up_to = math.inf
         elif split == "held_out":  # few clips, scattered over the shards

@@ -88,22 +88,6 @@ def test_bytes_and_names_of_a_known_shard_do_not_change() -> None:
     assert receipt.sha256.startswith("fe4e355da0baf0af")
 
 
-def test_shard_name_depends_on_keys_and_attempt_only() -> None:
-    keys = [key_of(number) for number in range(4)]
-    packed = pack_shard(FOLDER, [Sample(key, {}, {}) for key in keys])[1].shard
-    assert shard_name(keys) == shard_name(reversed(keys)) == packed
-    assert len({shard_name(keys), shard_name(keys[1:]), shard_name(keys, 1)}) == 3
-
-
-def test_tensors_are_aligned_and_belong_to_the_reader(storage: LocalStorage) -> None:
-    receipt, _ = write_shard(storage, FOLDER, make_samples())
-    before = storage.path(receipt.tar).read_bytes()
-    tensors = OpenShard(storage, receipt).read(receipt.samples[0])
-    assert all(tensor.data_ptr() % 8 == 0 for tensor in tensors.values())
-    tensors["moments"].zero_()
-    assert storage.path(receipt.tar).read_bytes() == before
-
-
 def test_shard_cut_off_while_it_is_open_is_an_error(storage: LocalStorage) -> None:
     receipt, _ = write_shard(storage, FOLDER, make_samples())
     opened = OpenShard(storage, receipt)
@@ -114,23 +98,21 @@ def test_shard_cut_off_while_it_is_open_is_an_error(storage: LocalStorage) -> No
         opened.read(last)
 
 
-def test_flipped_bits_and_truncations_of_a_receipt_are_refused() -> None:
+def test_flipped_bits_truncations_and_other_json_are_no_receipt() -> None:
     draws = random.Random(0)
+    other_keys = sealed(unsealed(RECEIPT) | {"shard": key_of("other")})
+    for content in (b"null", b"\xff", sealed({}), sealed({"samples": [None]}), other_keys):
+        with pytest.raises(CacheError, match=r"^here: damaged receipt"):
+            parse_receipt(content, "here")
     for size in range(0, len(RECEIPT), 97):
         with pytest.raises(CacheError, match=r"^here: damaged receipt"):
             parse_receipt(RECEIPT[:size], "here")
     for position in draws.sample(range(len(RECEIPT)), 200):
-        content = bytearray(RECEIPT)
-        content[position] ^= 1 << draws.randrange(8)
-        if not content[position : position + 1].isspace():  # white space between JSON's tokens means nothing
+        flipped = bytearray(RECEIPT)
+        flipped[position] ^= 1 << draws.randrange(8)
+        if not flipped[position : position + 1].isspace():  # white space between JSON's tokens means nothing
             with pytest.raises(CacheError, match=r"^here: damaged receipt"):
-                parse_receipt(bytes(content), "here")
-
-
-@pytest.mark.parametrize("content", [b"null", b"[]", b'{"a": [1]}', b"\xff", sealed({}), sealed({"samples": [None]})])
-def test_other_json_is_no_receipt(content: bytes) -> None:
-    with pytest.raises(CacheError, match=r"^here: damaged receipt"):
-        parse_receipt(content, "here")
+                parse_receipt(bytes(flipped), "here")
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
@@ -144,21 +126,18 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda body: body.update(size=0),
         lambda body: body.update(size=2**40),
         lambda body: body.update(size=512),
         lambda body: body.update(sha256="../../etc/passwd"),
         lambda body: body.pop("folder"),
         lambda body: body["samples"][0].update(key="../../etc/passwd"),
         lambda body: body["samples"][0].update(offset=-512),
-        lambda body: body["samples"][0].update(length=10**9),
         lambda body: body["skipped"].update({"no key": "broken"}),
         *(
             lambda body, values=values: body["samples"][0]["tensors"]["moments"].update(values)
             for values in (
                 {"offset": 0},
                 {"shape": [2**40, 2**40]},
-                {"shape": [32, 0, 4, 6]},
                 {"shape": [-1, -1]},
                 {"dtype": "I64"},
                 {"dtype": "F64"},
@@ -170,11 +149,6 @@ def test_receipt_that_leaves_its_shard_is_refused(change: Callable[[dict[str, An
     parse_receipt(changed(lambda _: None), "here")
     with pytest.raises(CacheError, match=r"^here: damaged receipt"):
         parse_receipt(changed(change), "here")
-
-
-def test_receipt_named_by_other_keys_is_refused() -> None:
-    with pytest.raises(CacheError, match=r"damaged receipt \(its name does not match its keys\)"):
-        parse_receipt(sealed(unsealed(RECEIPT) | {"shard": key_of("other")}), "here")
 
 
 def test_receipt_in_another_place_is_refused(storage: LocalStorage) -> None:
@@ -196,14 +170,6 @@ def test_tar_without_receipt_is_completed(storage: LocalStorage, stored: str) ->
     assert write_shard(storage, FOLDER, samples) == (receipt, written)
     assert storage.path(receipt.tar).read_bytes() == content
     assert write_shard(storage, FOLDER, samples) == (receipt, 0)
-
-
-def test_first_receipt_wins_over_another_rounding(storage: LocalStorage) -> None:
-    first, second = make_samples(), make_samples(scale=1.001)
-    receipt, _ = write_shard(storage, FOLDER, first)
-    files = storage.files(FOLDER)
-    assert write_shard(storage, FOLDER, second) == (receipt, 0)
-    assert storage.files(FOLDER) == files
 
 
 def test_writer_beaten_to_the_receipt_returns_the_first(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:

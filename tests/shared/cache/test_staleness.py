@@ -84,10 +84,6 @@ def test_every_shaping_field_is_compared() -> None:
     assert fields_shaping("image_latents") == ["precompute.noised_image_count"]
 
 
-def test_config_that_made_the_view_fits_it(config: Config) -> None:
-    assert list(stale_settings(config, view_of(config), LATENTS, TEXT)) == []
-
-
 @pytest.mark.parametrize("field", CHANGES)
 def test_changed_field_is_named_with_both_values(field: str, config: Config) -> None:
     other = changed(config, **{"data.height": 64, "data.width": 64} if field in ("data.height", "data.width") else {})
@@ -98,19 +94,11 @@ def test_changed_field_is_named_with_both_values(field: str, config: Config) -> 
     assert ", is " in line and "run `precog precompute` with this config" in line
 
 
-def test_several_changes_are_one_line(config: Config) -> None:
-    other = changed(config, **{"data.fps": 16.0, "precompute.enable_tiling": True})
-    (line,) = stale_settings(other, view_of(config), LATENTS, TEXT)
-    assert "data.fps was 8.0, is 16.0, precompute.enable_tiling was False, is True; run `precog" in line
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("data.dataset_config_name", "small"),
         ("data.dataset_name", "clips.csv"),
         ("data.instance_data_root", Path("elsewhere")),
-        ("data.name", "other"),
         ("precompute.cache", "s3://elsewhere/cache"),
         ("precompute.vae_dtype", "fp32"),  # as resolved
         ("precompute.text_dtype", "bf16"),

@@ -78,12 +78,6 @@ def test_folder_that_cannot_be_synced_is_an_error_if_supported(
         storage.publish("a/new.tar", b"x")
 
 
-def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match=r"file/cache/a/b.json: cannot be written \(File exists: .*/file\)"):
-        LocalStorage(str(tmp_path / "file" / "cache")).publish("a/b.json", b"1")
-
-
 @pytest.mark.parametrize(
     ("call", "number", "message"),
     [

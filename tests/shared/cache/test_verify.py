@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,17 +44,6 @@ def test_swapped_files_are_found(storage: LocalStorage) -> None:
         one.write_bytes(contents[0])
         two.write_bytes(contents[1])
     assert verify(storage, repair=False) == (2, [])
-
-
-def test_damaged_shard_is_named_and_set_aside(storage: LocalStorage) -> None:
-    good, bad = store(storage, 2)
-    content = bytearray(storage.path(bad).read_bytes())
-    content[600] ^= 4
-    storage.path(bad).write_bytes(content)
-    assert verify(storage, repair=False)[1] == verify(storage, repair=True)[1] != []
-    assert [name for name, _ in shards(storage, "latents")] == [good]
-    assert storage.size(f"{bad}.damaged") is not None
-    assert verify(storage, repair=False) == (1, [])
 
 
 def test_shard_of_another_folder_is_found_and_made_again(storage: LocalStorage) -> None:
@@ -134,29 +122,18 @@ def test_flipped_format_is_damage_and_no_other_format(storage: LocalStorage) -> 
     assert f"{name}: damaged" in line
 
 
-def test_folder_or_file_without_permission_is_named_and_the_rest_checked(
+def test_folder_without_permission_is_named_and_the_rest_checked(
     storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store(storage)
     storage.publish("assignments/p.json", b"{}")
-    list_folder, rename = os.scandir, Path.replace
+    list_folder = os.scandir
 
     def scandir(path: str) -> Any:
-        if path.endswith(("latents", "prompts")):
+        if path.endswith("latents"):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return list_folder(path)
 
-    def replace(path: Path, target: Path) -> Path:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    with monkeypatch.context() as refusing:
-        refusing.setattr(os, "scandir", scandir)
-        refusing.setattr(Path, "replace", replace)
-        _, lines = verify(storage, repair=True)
-    assert Path.replace is rename
-    assert [line.partition("cache/")[2].partition("(")[0] for line in lines] == [
-        "latents: cannot be listed ",
-        "prompts: cannot be listed ",
-        "assignments/p.json: damaged ",
-        "assignments/p.json: cannot be renamed ",
-    ]
+    monkeypatch.setattr(os, "scandir", scandir)
+    _, [latents, assignment] = verify(storage, repair=False)
+    assert latents.endswith("latents: cannot be listed (Permission denied); check its permissions")
+    assert "assignments/p.json: damaged" in assignment

@@ -96,17 +96,6 @@ def test_table_of_another_view_is_refused(storage: LocalStorage) -> None:
         read_view(storage, "clips")
 
 
-def test_json_alone_switches_a_view(storage: LocalStorage) -> None:
-    """A kill between the two files leaves the older view."""
-    old, new = make_view(make_row(0)), make_view(make_row(1))
-    write_view(storage, old)
-    before = storage.path("datasets/clips.json").read_bytes()
-    write_view(storage, new)
-    assert read_view(storage, "clips") == new
-    storage.publish("datasets/clips.json", before, replace=True)
-    assert read_view(storage, "clips") == old
-
-
 def test_table_of_other_columns_is_refused(storage: LocalStorage) -> None:
     write_view(storage, make_view(make_row(0)))
     about = storage.path("datasets/clips.json")
@@ -134,7 +123,7 @@ def test_json_that_makes_a_view_valid_is_written_last(storage: LocalStorage, mon
     assert names == [read_table_name(storage, "datasets/clips.json"), "datasets/clips.json"]
 
 
-@pytest.mark.parametrize("encoders", [None, [], {"vae": 3}, {"vae": [[1]]}, {"vae": [[1, 2, 3]]}, {"vae": "ab"}])
+@pytest.mark.parametrize("encoders", [None, {"vae": [[1, 2, 3]]}])
 def test_marks_of_another_form_are_refused(storage: LocalStorage, encoders: Json) -> None:
     write_view(storage, make_view(make_row(0)))
     path = storage.path("datasets/clips.json")

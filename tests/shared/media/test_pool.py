@@ -83,7 +83,8 @@ def test_outcomes_come_in_order_and_equal_decoding_here(shared_pool: DecodePool,
 
 def test_probes_come_in_order_with_one_reason_per_bad_file(shared_pool: DecodePool, clip: tuple[Path, Probed]) -> None:
     path, found = clip
-    bad = [media.write_zeros(path.parent / "zeros.mp4"), media.write_audio(path.parent / "audio.mp4")]
+    bad = [path.parent / "zeros.mp4", media.write_audio(path.parent / "audio.mp4")]
+    bad[0].write_bytes(bytes(4096))
     odd = media.renamed(path.parent / os.fsdecode(b"\xff\xe9.mp4"), path)
     outcomes = list(shared_pool.probe_all([path, *bad, path.parent / "nothing.mp4", odd]))
     assert outcomes[0] == found
@@ -139,10 +140,10 @@ def test_a_process_that_dies_while_idle_costs_no_job(shared_pool: DecodePool, go
 
 
 def test_memory_is_limited(good: DecodeJob, tmp_path: Path) -> None:
-    Image.new("RGB", (4000, 4000)).save(tmp_path / "large.png")
-    with DecodePool(workers=1, deadline_seconds=30, memory_gib=0.07) as pool:
+    Image.new("RGB", (3000, 3000)).save(tmp_path / "large.png")
+    with DecodePool(workers=1, deadline_seconds=30, memory_gib=0.04) as pool:
         outcomes = list(pool.decode_all([good, job_for(tmp_path / "large.png", (0,)), good]))
-    assert reasons(outcomes) == ["pyav", "needs more than 0.07 GiB", "pyav"]
+    assert reasons(outcomes) == ["pyav", "needs more than 0.04 GiB", "pyav"]
 
 
 def test_data_called_invalid_where_memory_ends_lack_memory(tmp_path: Path) -> None:
@@ -159,13 +160,6 @@ def test_processes_ignore_the_signals_that_the_parent_answers(shared_pool: Decod
         os.kill(before[0].pid, number)
         assert reasons(list(shared_pool.decode_all([good]))) == ["pyav"]
     assert decoders() == before
-
-
-def test_a_process_maps_the_decoder_and_not_torch(shared_pool: DecodePool, good: DecodeJob) -> None:
-    list(shared_pool.decode_all([good]))
-    (child,) = decoders()
-    mapped = " ".join(entry.path for entry in child.memory_maps())
-    assert "libavcodec" in mapped and "numpy" in mapped and "torch" not in mapped
 
 
 def test_a_module_in_the_working_directory_is_not_imported(
@@ -263,6 +257,7 @@ def test_processes_do_not_outlive_a_killed_parent(good: DecodeJob) -> None:
     assert done.stdout and psutil.wait_procs(children, timeout=5)[1] == []
 
 
+@pytest.mark.faults
 def test_many_jobs_and_frames_do_not_fill_the_memory_of_a_process(tmp_path: Path, good: DecodeJob) -> None:
     path = media.write_clip(tmp_path / "large.mp4", frames=3, height=1080, width=1920)
     large = job_for(path, (0, 1, 2), "pyav")
@@ -271,6 +266,7 @@ def test_many_jobs_and_frames_do_not_fill_the_memory_of_a_process(tmp_path: Path
         assert reasons(list(pool.decode_all([whole] * 5 + [large] * 12))) == ["pyav"] * 17
 
 
+@pytest.mark.faults
 def test_the_memory_of_a_process_does_not_grow_with_the_number_of_pictures(tmp_path: Path) -> None:
     job = job_for(media.write_clip(tmp_path / "large.mp4", frames=24, height=1080, width=1920), tuple(range(24)))
     with DecodePool(workers=1, deadline_seconds=60, memory_gib=0.12) as pool:

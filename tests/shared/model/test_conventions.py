@@ -53,50 +53,33 @@ def conventions_of(variant: str) -> Conventions:
     return read_conventions(*configs(variant))
 
 
-@pytest.mark.parametrize(
-    ("variant", "name", "expected"),
-    [
-        (
-            "2b",
-            "CogVideoX 1.0 T2V, sincos positions",
-            {"positions": "sincos", "scaling_factor": 1.15258426, "snr_shift_scale": 3.0, "text_length_fixed": True},
-        ),
-        (
-            "5b",
-            "CogVideoX 1.0 T2V, RoPE positions",
-            {"positions": "rope_crop", "scaling_factor": 0.7, "snr_shift_scale": 1.0, "text_length_fixed": False},
-        ),
-        (
-            "5b-i2v",
-            "CogVideoX 1.0 I2V, RoPE + learned positions",
-            {
-                "positions": "rope_crop_learned",
-                "image_to_video": True,
-                "in_channels": 32,
-                "image_scaling_factor": 0.7,
-                "text_length_fixed": True,
-                "ofs": None,
-            },
-        ),
-        (
-            "1.5-5b",
-            "CogVideoX 1.5 T2V, sliced RoPE positions",
-            {"positions": "rope_slice", "patch_size_t": 2, "image_to_video": False, "text_length_fixed": False},
-        ),
-        (
-            "1.5-5b-i2v",
-            "CogVideoX 1.5 I2V, sliced RoPE positions",
-            {"positions": "rope_slice", "ofs": 2.0, "scaling_factor": 0.7, "image_scaling_factor": 1 / 0.7},
-        ),
-    ],
-)
-def test_each_published_config_gives_its_conventions(variant: str, name: str, expected: dict[str, Any]) -> None:
-    conventions = conventions_of(variant)
-    assert conventions.name == name
-    assert {key: getattr(conventions, key) for key in expected} == expected
-    assert conventions.text_length == 226
-    assert conventions.out_channels == 16
-    assert conventions.zero_terminal_snr
+NAMES = {
+    "2b": "CogVideoX 1.0 T2V, sincos positions",
+    "5b": "CogVideoX 1.0 T2V, RoPE positions",
+    "5b-i2v": "CogVideoX 1.0 I2V, RoPE + learned positions",
+    "1.5-5b": "CogVideoX 1.5 T2V, sliced RoPE positions",
+    "1.5-5b-i2v": "CogVideoX 1.5 I2V, sliced RoPE positions",
+}
+EXPECTED: dict[str, tuple[object, ...]] = {
+    "positions": ("sincos", "rope_crop", "rope_crop_learned", "rope_slice", "rope_slice"),
+    "image_to_video": (False, False, True, False, True),
+    "in_channels": (16, 16, 32, 16, 32),
+    "patch_size_t": (None, None, None, 2, 2),
+    "ofs": (None, None, None, None, 2.0),
+    "scaling_factor": (1.15258426, 0.7, 0.7, 0.7, 0.7),
+    "image_scaling_factor": (1.15258426, 0.7, 0.7, 1 / 0.7, 1 / 0.7),
+    "snr_shift_scale": (3.0, 1.0, 1.0, 1.0, 1.0),
+    "text_length_fixed": (True, False, True, False, False),
+}
+
+
+def test_each_published_config_gives_its_conventions() -> None:
+    for number, (variant, name) in enumerate(NAMES.items()):
+        conventions = conventions_of(variant)
+        assert conventions.name == name
+        for field, values in EXPECTED.items():
+            assert getattr(conventions, field) == values[number], (variant, field)
+        assert (conventions.text_length, conventions.out_channels, conventions.zero_terminal_snr) == (226, 16, True)
 
 
 @pytest.mark.parametrize(

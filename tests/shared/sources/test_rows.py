@@ -240,15 +240,6 @@ def test_composed_and_decomposed_names_are_equal_in_every_layout(tmp_path: Path)
         assert found.path == source.path
 
 
-def test_suffixes_of_cameras_are_videos_and_a_folder_without_one_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("{}")
-    assert "has neither text files of captions and videos (prompts.txt, videos.txt)" in refusal(tmp_path)
-    names = ["00001.MTS", "b.m2ts", "c.3GP", "d.VOB", "e.MxF", "f.ogv"]
-    for name in names:
-        (tmp_path / name).touch()
-    assert [s.name for s in read(tmp_path, default_caption="x")] == names
-
-
 def test_links_that_lead_out_are_taken_on_demand(tmp_path: Path) -> None:
     """A hub cache: each file of the snapshot is a link to a blob."""
     root, blobs = tmp_path / "snapshot", tmp_path / "blobs"
@@ -350,12 +341,6 @@ def test_a_bad_csv_names_the_file_and_line(
     assert table_fault(root, content).endswith(expected)
     monkeypatch.setattr("shared.sources.tables.MAX_TEXT_FILE_BYTES", -1)
     assert table_fault(root, content) == "metadata.csv has more than -1 bytes", "nothing is read"
-
-
-def test_an_absolute_path_inside_the_root_is_taken(root: Path) -> None:
-    [source] = read_table(root, f"video,text\n{root.resolve()}/sub/c.mp4,x\n")
-    assert (source.path, source.name) == (root / "sub/c.mp4", "sub/c.mp4")
-    assert table_fault(root, f"video,text\n{root.parent}/x.mp4,x\n").endswith("write it relative to the data root")
 
 
 def test_jsonl_takes_weighted_captions_and_seconds(root: Path) -> None:
@@ -671,6 +656,8 @@ def test_plain_names_and_links_inside_the_root_are_fine(trapped: Path) -> None:
         [source] = read_table(trapped, jsonl({"video": name, "text": "x"}), "clips.jsonl")
         assert source.path == trapped / target and not source.path.is_symlink()
         assert source.name == Path(name).as_posix()
+    [source] = read_table(trapped, f"video,text\n{trapped.resolve()}/sub/c.mp4,x\n")
+    assert (source.path, source.name) == (trapped / "sub/c.mp4", "sub/c.mp4")
 
 
 def test_the_root_may_be_a_link_relative_or_in_the_home_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -710,15 +697,6 @@ def only_project_errors(name: str, content: bytes) -> None:
             assert {source.path for source in sources if not source.skipped} <= {root.resolve() / "a.mp4"}
 
 
-CSV_PARTS = [*("video,text\n", "a.mp4", ",", '"', "\n", "\r\n"), *("\r", "x", "\0", "é", "start_seconds", "1e9", "-1")]
-
-
-@settings(max_examples=15)
-@given(st.lists(st.sampled_from(CSV_PARTS), max_size=30).map("".join), st.binary(max_size=3))
-def test_any_csv_gives_sources_or_one_project_error(text: str, tail: bytes) -> None:
-    only_project_errors("t.csv", b"video,text,start_seconds\n" + text.encode() + tail)
-
-
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("a.mp4"),
     lambda inner: (
@@ -729,13 +707,15 @@ json_values = st.recursive(
 json_rows = st.dictionaries(st.sampled_from(["video", "text", "start_seconds", "end_seconds"]), json_values)
 
 
-@settings(max_examples=15)
+@pytest.mark.faults
+@settings(max_examples=100)
 @given(st.lists(json_rows, max_size=3))
 def test_any_jsonl_rows_give_sources_or_one_project_error(rows: list[dict[str, object]]) -> None:
     only_project_errors("t.jsonl", jsonl(*rows).encode())
 
 
-@settings(max_examples=15)
+@pytest.mark.faults
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
 def test_a_mutated_parquet_gives_sources_or_one_project_error(mutations: list[tuple[float, int]]) -> None:
     sink = pa.BufferOutputStream()
