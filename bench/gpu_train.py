@@ -28,7 +28,7 @@ from bench.arms import A_A, ARMS, ON_THE_EXACT_BASE, Arm, Case, Stage
 from bench.models import PUBLISHED, SMALL, conventions_for
 from bench.roofline import measure_roofline, timed
 from shared.model.conventions import Conventions
-from shared.model.geometry import Bucket, video_tokens
+from shared.model.geometry import Bucket
 from train.memory.cost import block_flops
 
 LEAST_COSINE, MOST_LOSS_DIFFERENCE = 0.99, 0.01
@@ -236,15 +236,10 @@ def soak(stage: Stage, num_steps: int, deadline: float) -> dict[str, Any]:
 
 def model_flops(conventions: Conventions, transformer_config: dict[str, Any], bucket: Bucket, lora_rank: int) -> float:
     """Return the FLOPs of a step, recomputation left out; the numerator of MFU."""
-    tokens, depth = tokens_of(conventions, bucket), int(transformer_config["num_layers"])
+    tokens, depth = conventions.num_tokens(bucket), int(transformer_config["num_layers"])
     width = int(transformer_config["num_attention_heads"]) * int(transformer_config["attention_head_dim"])
     adapter = 4 * 2 * width * lora_rank  # on query, key, value and output
     return depth * (block_flops(width, tokens, "full") + 6 * adapter * tokens)
-
-
-def tokens_of(conventions: Conventions, bucket: Bucket) -> int:
-    """Return the clip's text and video tokens."""
-    return conventions.text_length + video_tokens(bucket, conventions.patch_size, conventions.patch_size_t)
 
 
 def as_markdown(found: dict[str, Any]) -> str:
@@ -287,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = DRY if given.dry_run else PIECES[given.piece]
     configs = {case.variant: PUBLISHED[case.variant] | (TINY if given.dry_run else {}) for case in cases}
     head = configs[cases[0].variant]
-    tokens = tokens_of(conventions_for(head), cases[0].bucket)
+    tokens = conventions_for(head).num_tokens(cases[0].bucket)
     sizes = {"side": 64, "copied_bytes": 1000, "repeats": 2} if given.dry_run else {}
     found: dict[str, Any] = {
         "circumstances": record.circumstances(device.type),

@@ -10,7 +10,7 @@ from torch import nn
 from shared.config import Sampling
 from shared.console import bytes_text
 from shared.model.conventions import Conventions
-from shared.model.geometry import Bucket, video_tokens
+from shared.model.geometry import Bucket
 from shared.model.quantize import QuantizedLinear, Storage
 
 DENOISE_VALUES = 13
@@ -52,10 +52,10 @@ def activation_bytes(
 ) -> tuple[int, int]:
     """Return the bytes that a denoising step and the VAE's decoding take beside the weights."""
     bucket = Bucket(settings.num_frames, settings.height, settings.width)
-    tokens = video_tokens(bucket, conventions.patch_size, conventions.patch_size_t)
+    tokens = conventions.num_tokens(bucket)
     heads, vae = pipeline.transformer.config.num_attention_heads, pipeline.vae
     batch = 2 if settings.guidance_scale > 1 else 1
-    values = DENOISE_VALUES * batch * (tokens + conventions.text_length) * heads * conventions.attention_head_dim
+    values = DENOISE_VALUES * batch * tokens * heads * conventions.attention_head_dim
     pixels = settings.height * settings.width
     if tiled:
         pixels = min(pixels, vae.tile_sample_min_height * vae.tile_sample_min_width)

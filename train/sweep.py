@@ -10,6 +10,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from shared.cache.view import read_view
 from shared.config import Config, fields_shaping
 from shared.config_file import dump_config, load_config
 from shared.errors import CacheError, DataError, Preempted, UsageError
-from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from train.checkpoint.resume import is_finished
 from train.events import PageProcess
+from train.metrics import run_result
 
 CSV_NAME = "sweep.csv"
 TABLES = ("model", "train", "memory")
@@ -168,17 +169,12 @@ def visible_devices() -> list[str]:
 
 def read_row(run: SweepRun, status: str) -> Row:
     """Read the run's metrics; `loss` is the EMA loss of the last step."""
-    try:
-        lines = read_metrics(run.folder)
-    except DataError:
-        lines = []
-    last: dict[str, Any] = {}
-    for line in lines:
-        last |= line
-    losses = {name: last.get(name) for name in ("held_out_loss", "base_held_out_loss")}
-    seconds = round(sum(line["seconds"] for line in lines), 3)
-    step, loss = last.get("step", 0), last.get("ema_loss")
-    return {"run": run.name, **run.values, "status": status, "step": step, **losses, "loss": loss, "seconds": seconds}
+    found: dict[str, Any] = {}
+    with suppress(DataError):
+        found = run_result(run.folder)
+    row = {"run": run.name, **run.values, "status": status, "step": found.get("steps") or 0}
+    row |= {name: found.get(name) for name in ("held_out_loss", "base_held_out_loss")}
+    return row | {"loss": found.get("ema_loss"), "seconds": round(found.get("seconds", 0), 3)}
 
 
 def show_rows(rows: Sequence[Row], path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import UsageError
-from shared.model.geometry import SPATIAL_FACTOR, TEMPORAL_FACTOR, Bucket
+from shared.model.geometry import SPATIAL_FACTOR, TEMPORAL_FACTOR, Bucket, video_tokens
 
 RawConfig = Mapping[str, Any]
 Positions = Literal["sincos", "rope_crop", "rope_slice", "rope_crop_learned"]
@@ -113,6 +113,10 @@ class Conventions:
         positions = words.get(self.positions, "RoPE + learned")
         version, task = "1.5" if self.patch_size_t else "1.0", "I2V" if self.image_to_video else "T2V"
         return f"CogVideoX {version} {task}, {positions} positions"
+
+    def num_tokens(self, bucket: Bucket) -> int:
+        """Return the text and video tokens of a clip."""
+        return self.text_length + video_tokens(bucket, self.patch_size, self.patch_size_t)
 
 
 def read_conventions(

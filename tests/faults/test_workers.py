@@ -150,10 +150,6 @@ def any_file(cache: Path, pattern: str) -> bool:
     return any(cache.glob(pattern))
 
 
-def is_past(moment: float) -> bool:
-    return time.monotonic() > moment
-
-
 def test_signal_ends_a_worker_with_75_and_a_rerun_finishes(
     sources: Sources, undisturbed: Files, tmp_path: Path
 ) -> None:
@@ -163,22 +159,6 @@ def test_signal_ends_a_worker_with_75_and_a_rerun_finishes(
         assert code == 75 and took < 10
     run(config)
     check_same(tmp_path / "cache", undisturbed)
-
-
-@pytest.mark.faults
-def test_signals_at_random_moments_lose_nothing(sources: Sources, undisturbed: Files, tmp_path: Path) -> None:
-    draws, stopped_runs = random.Random(6), 0
-    for number in range(30):
-        config = config_for(*sources, tmp_path / str(number // 5))
-        moment = time.monotonic() + 0.2 + 2 * draws.random()
-        kind = draws.choice([signal.SIGTERM, signal.SIGINT])
-        code, took = stopped(config, kind, partial(is_past, moment))
-        assert code in (0, 75) and took < 10
-        stopped_runs += code == 75
-        if number % 5 == 4:
-            run(config)
-            check_same(tmp_path / str(number // 5), undisturbed)
-    assert stopped_runs > 5
 
 
 @pytest.mark.faults

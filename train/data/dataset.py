@@ -20,7 +20,7 @@ from shared.cache.view import View, ViewRow
 from shared.config import Train
 from shared.errors import CacheError
 from shared.model.conventions import Conventions
-from shared.model.geometry import Bucket, latent_shape, video_tokens
+from shared.model.geometry import latent_shape
 from train.data.example import Example, ModelInput, image_condition, pad_front
 from train.data.order import Draw, Windows, epoch_places, window_size
 from train.objective import NoiseSchedule, add_noise, min_snr_weight, velocity
@@ -74,10 +74,8 @@ class Dataset:
         """Raise `CacheError` naming the first clip whose samples are missing or have another shape."""
         text = (self._conventions.text_length, self._conventions.text_embed_dim)
         fix = "run `precog precompute` with this config"
-        buckets, tokens = self.rows.buckets, dict[Bucket, int]()
-        for bucket in set(buckets):
-            video = video_tokens(bucket, self._conventions.patch_size, self._conventions.patch_size_t)
-            tokens[bucket] = self._conventions.text_length + video
+        buckets = self.rows.buckets
+        tokens = {bucket: self._conventions.num_tokens(bucket) for bucket in set(buckets)}
         self._tokens = [tokens[bucket] for bucket in buckets]
         expected = {bucket: latent_shape(bucket, self._conventions.out_channels) for bucket in tokens}
         prompt_keys = self.rows.column("prompt_keys")

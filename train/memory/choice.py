@@ -11,7 +11,7 @@ from shared import console
 from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.model.conventions import Conventions, refusal
-from shared.model.geometry import Bucket, video_tokens
+from shared.model.geometry import Bucket
 from train.distributed import all_gather
 from train.memory.simulation import Prediction, predict_peak
 from train.transformer.compiled import compiled_kernels
@@ -124,12 +124,9 @@ def _compiles(config: Config, device: torch.device, dtype: torch.dtype) -> bool:
 
 def largest_pack(train: Train, conventions: Conventions, buckets: Sequence[Bucket]) -> list[Bucket]:
     """Return as many clips of the largest bucket as one pack may hold."""
-
-    def tokens(bucket: Bucket) -> int:
-        return conventions.text_length + video_tokens(bucket, conventions.patch_size, conventions.patch_size_t)
-
-    bucket = max(buckets, key=tokens)
-    return [bucket] * max(1, min(train.max_tokens_per_pack // tokens(bucket), train.global_batch_size))
+    bucket = max(buckets, key=conventions.num_tokens)
+    clips = train.max_tokens_per_pack // conventions.num_tokens(bucket)
+    return [bucket] * max(1, min(clips, train.global_batch_size))
 
 
 def preview_bucket(config: Config, conventions: Conventions) -> Bucket | None:

@@ -18,7 +18,7 @@ from shared.config import Config
 from shared.device import DTYPES
 from shared.errors import CacheError, UsageError
 from shared.model.conventions import Conventions, read_conventions, refusal
-from shared.model.geometry import Bucket, video_tokens
+from shared.model.geometry import Bucket
 from shared.model.pretrained import pretrained_config, pretrained_dtype
 from train.data.order import num_train_steps
 from train.memory.choice import (
@@ -79,22 +79,14 @@ def training_cost(config: Config, card: Card) -> TrainingCost:
     The clips are those of the view; while stage 1 has not made it, one clip of the largest bucket. Raises `UsageError`
     if [memory] contradicts itself, or no bucket can be trained.
     """
-    shape = pretrained_config(config.model, "transformer")
-    conventions = read_conventions(
-        shape,
-        pretrained_config(config.model, "vae"),
-        pretrained_config(config.model, "scheduler"),
-        drop_learned_positions=config.model.drop_learned_positions,
-    )
+    shape, vae, scheduler = (pretrained_config(config.model, part) for part in ("transformer", "vae", "scheduler"))
+    dropped = config.model.drop_learned_positions
+    conventions = read_conventions(shape, vae, scheduler, drop_learned_positions=dropped)
     train = config.train
     buckets, source, num_steps = _clips(config, conventions)
     asked = train.mixed_precision
     precision = pretrained_dtype(config.model, "transformer") if asked == "auto" else asked
     width, depth = int(shape["num_attention_heads"]) * int(shape["attention_head_dim"]), int(shape["num_layers"])
-    tokens = [
-        conventions.text_length + video_tokens(bucket, conventions.patch_size, conventions.patch_size_t)
-        for bucket in buckets
-    ]
     pack, preview = largest_pack(train, conventions, buckets), preview_bucket(config, conventions)
     plans = []
     for plan in candidates(config, torch.device("cuda")):
@@ -103,8 +95,8 @@ def training_cost(config: Config, card: Card) -> TrainingCost:
         reserved = found.needed * RESERVED_PER_ALLOCATED / GIB
         seconds = hours = None
         if card.tflops and precision != "fp32":
-            flops = depth * sum(block_flops(width, count, plan.activations) for count in tokens)
-            step = train.global_batch_size * flops / len(tokens) / (EFFICIENCY * card.tflops * 1e12)
+            flops = sum(block_flops(width, conventions.num_tokens(bucket), plan.activations) for bucket in buckets)
+            step = train.global_batch_size * depth * flops / len(buckets) / (EFFICIENCY * card.tflops * 1e12)
             seconds = (SECONDS_BAND[0] * step, SECONDS_BAND[1] * step)
             hours = None if num_steps is None else (num_steps * seconds[0] / 3600, num_steps * seconds[1] / 3600)
         plans.append(PlanCost(describe(plan), reserved <= card.gib - CONTEXT_GIB, reserved, seconds, hours))

@@ -29,6 +29,8 @@ class Pack:
     """RoPE table of the whole sequence; the identity on text rows."""
     kernels: CompiledKernels | None = None
     """Compiled row-wise functions; None computes them eagerly."""
+    parts: Tensor | None = None
+    """[S] int64 number of each token's part, for the compiled functions."""
 
     @property
     def clip_lengths(self) -> list[int]:
@@ -81,7 +83,7 @@ def modulation_rows(norm: CogVideoXLayerNormZero, temb: Tensor) -> Tensor:
 def modulate(norm: nn.LayerNorm, hidden: Tensor, modulation: Tensor, pack: Pack) -> Tensor:
     """Return `hidden` [S,D] normalized, then scaled and shifted by part."""
     if pack.kernels is not None:
-        return pack.kernels.norm_and_modulate(hidden, norm, modulation, pack.part_lengths)
+        return pack.kernels.norm_and_modulate(hidden, norm.weight, norm.bias, norm.eps, modulation, pack.parts)
     shift, scale, _ = modulation.unbind(1)
     return scale_and_shift(norm(hidden), scale, shift, pack.part_lengths)
 
@@ -95,7 +97,7 @@ def scale_and_shift(tokens: Tensor, scale: Tensor, shift: Tensor, lengths: list[
 def add_gated(hidden: Tensor, update: Tensor, modulation: Tensor, pack: Pack) -> Tensor:
     """Return hidden + gate * update on [S,D], with one gate [D] for each part."""
     if pack.kernels is not None:
-        return pack.kernels.add_gated(hidden, update, modulation, pack.part_lengths)
+        return pack.kernels.add_gated(hidden, update, modulation, pack.parts)
     splits = (torch.split(tokens, pack.part_lengths) for tokens in (hidden, update))
     return torch.cat([torch.addcmul(*part) for part in zip(*splits, modulation[:, 2], strict=True)])
 
@@ -103,6 +105,6 @@ def add_gated(hidden: Tensor, update: Tensor, modulation: Tensor, pack: Pack) ->
 def qk_norm_and_rope(norm: nn.LayerNorm, tokens: Tensor, pack: Pack) -> Tensor:
     """Return queries or keys [S,heads,head_dim], normalized per head and rotated to their positions."""
     if pack.kernels is not None:
-        return pack.kernels.qk_norm_and_rope(tokens, norm, pack.rotary)
+        return pack.kernels.qk_norm_and_rope(tokens, norm.weight, norm.bias, norm.eps, pack.rotary)
     normed = norm(tokens)
     return normed if pack.rotary is None else rotate(normed, pack.rotary)

@@ -5,11 +5,12 @@ tokens and of parts are dynamic: mixed packs do not recompile.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import _dynamo as dynamo
 from torch.nn import functional
 
@@ -19,52 +20,30 @@ VERSIONS = 32
 """Limit of versions of one function: with and without gradients for each argument. torch's default is 8."""
 
 
+@dataclass(frozen=True, slots=True)
 class CompiledKernels:
-    """The compiled functions, and the part of each token of the last pack; `compiled_kernels` keeps one instance."""
+    """The compiled functions; `train.transformer.block` says what they compute."""
 
-    def __init__(self, backend: str) -> None:
-        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, VERSIONS)
-        self._norm_and_modulate = _compiled(_norm_and_modulate, backend)
-        self._add_gated = _compiled(_add_gated, backend)
-        self._qk_norm_and_rope = _compiled(_qk_norm_and_rope, backend)
-        self._lengths: list[int] = []
-        self._parts: Tensor | None = None
-
-    def norm_and_modulate(self, hidden: Tensor, norm: nn.LayerNorm, modulation: Tensor, lengths: list[int]) -> Tensor:
-        """Compute `train.transformer.block.modulate`."""
-        parts = self._part_of_token(lengths, hidden.device)
-        return self._norm_and_modulate(hidden, norm.weight, norm.bias, norm.eps, modulation, parts)
-
-    def add_gated(self, hidden: Tensor, update: Tensor, modulation: Tensor, lengths: list[int]) -> Tensor:
-        """Compute `train.transformer.block.add_gated`."""
-        return self._add_gated(hidden, update, modulation, self._part_of_token(lengths, hidden.device))
-
-    def qk_norm_and_rope(self, tokens: Tensor, norm: nn.LayerNorm, rotary: RotaryTable | None) -> Tensor:
-        """Compute `train.transformer.block.qk_norm_and_rope`."""
-        return self._qk_norm_and_rope(tokens, norm.weight, norm.bias, norm.eps, rotary)
+    norm_and_modulate: Callable[..., Tensor]
+    add_gated: Callable[..., Tensor]
+    qk_norm_and_rope: Callable[..., Tensor]
 
     def try_on(self, device: torch.device, dtype: torch.dtype) -> None:
         """Compile and run every function once, forward and backward. Raises whatever the compiler raises."""
         hidden = torch.ones(4, 64, device=device, dtype=dtype, requires_grad=True)
-        norm = nn.LayerNorm(64, device=device, dtype=dtype).requires_grad_(False)
-        modulation = torch.ones(2, 3, 64, device=device, dtype=dtype)
-        table = torch.ones(4, 64, device=device)
-        normed = self.norm_and_modulate(hidden, norm, modulation, [2, 2])
-        rotated = self.qk_norm_and_rope(normed[:, None], norm, (table, table))[:, 0]
-        torch.autograd.backward(self.add_gated(hidden, rotated, modulation, [2, 2]).sum())
-
-    def _part_of_token(self, lengths: list[int], device: torch.device) -> Tensor:
-        """Return the part of each token, [S] int64; kept, because every block of a step asks for the same."""
-        if self._parts is None or self._parts.device != device or lengths != self._lengths:
-            on_host = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-            self._lengths, self._parts = list(lengths), on_host.to(device, non_blocking=True)
-        return self._parts
+        weight, modulation = (torch.ones(*shape, device=device, dtype=dtype) for shape in ((64,), (2, 3, 64)))
+        table, parts = torch.ones(4, 64, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+        normed = self.norm_and_modulate(hidden, weight, weight, 1e-5, modulation, parts)
+        rotated = self.qk_norm_and_rope(normed[:, None], weight, weight, 1e-5, (table, table))[:, 0]
+        torch.autograd.backward(self.add_gated(hidden, rotated, modulation, parts).sum())
 
 
 @lru_cache
 def compiled_kernels(backend: str = "inductor") -> CompiledKernels:
-    """Return the kernels of this process; they serve every run in it."""
-    return CompiledKernels(backend)
+    """Return the functions of this process; they serve every run in it."""
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, VERSIONS)
+    functions = (_norm_and_modulate, _add_gated, _qk_norm_and_rope)
+    return CompiledKernels(*(_compiled(function, backend) for function in functions))
 
 
 def _compiled(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:

@@ -32,15 +32,15 @@ def predict(
 ) -> list[Tensor]:
     """Return the velocity [F,C,H,W] of each clip, C without the image condition, in the dtype of the clips."""
     hidden, pack = embed(transformer, clips, conventions)
-    pack = replace(pack, kernels=engine.kernels)
+    if engine.kernels is not None:
+        lengths = torch.tensor(pack.part_lengths)
+        parts = torch.arange(len(lengths)).repeat_interleave(lengths).to(hidden.device, non_blocking=True)
+        pack = replace(pack, kernels=engine.kernels, parts=parts)
     for index, block in enumerate(transformer.transformer_blocks):
         hidden = run_block(block, hidden, pack, engine, index)
     tokens = read_out(transformer, hidden, pack)
-    lengths = pack.part_lengths[1::2]
-    return [
-        unpatchify(part, clip.latents, conventions)
-        for part, clip in zip(torch.split(tokens, lengths), clips, strict=True)
-    ]
+    videos = torch.split(tokens, pack.part_lengths[1::2])
+    return [unpatchify(video, clip.latents, conventions) for video, clip in zip(videos, clips, strict=True)]
 
 
 def embed(

@@ -20,9 +20,9 @@ from shared.cache.view import View, ViewRow, read_view
 from shared.config import Config, Train
 from shared.errors import CacheError
 from shared.fingerprint import key_of
-from shared.model.conventions import Conventions, read_conventions
 from shared.model.geometry import Bucket, latent_shape
 from tests import tiny
+from tests.train.transformer.parity import conventions_of
 from train.data.dataset import Dataset, posterior_draw
 from train.data.example import Example
 from train.data.order import Draw, global_batch
@@ -33,10 +33,6 @@ Settings = Callable[..., Config]
 BUCKET = Bucket(9, 32, 48)
 CAPTIONS = (key_of("first"), key_of("second"), key_of("third"))
 WEIGHTS = (1.0, 3.0, 0.0)
-
-
-def conventions_of(variant: str) -> Conventions:
-    return read_conventions(tiny.transformer_config(variant), tiny.vae_config(variant), tiny.scheduler_config(variant))
 
 
 def dataset(folder: Path, variant: str = "2b", repeats: int = 1, loss_weight: float = 1, **values: Any) -> Dataset:

@@ -172,16 +172,12 @@ def choice(monkeypatch: pytest.MonkeyPatch, free: list[int], config: Config | No
 def test_auto_takes_the_fastest_plan_that_fits_and_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = [
-        tiny_prediction(Plan(activations), [Bucket(9, 64, 96)]).peak for activations in ("full", "attention_output")
-    ]
-    enough = [int(size * memory.RESERVED_PER_ALLOCATED) for size in sizes]
-    for free, activations, size in ((enough[0], "full", 0), (enough[1], "attention_output", 1)):
-        plan = choice(monkeypatch, [free])
-        assert plan.activations == activations and plan.full_blocks == 0, "two blocks are too few to differ"
-        told = f"(predicted {enough[size] / GIB:.2f} GiB for 9x64x96, {free / GIB:.2f} GiB free on cuda)"
-        assert capsys.readouterr().err.strip() == f"memory: activations {activations} {told}"
-    assert choice(monkeypatch, [sizes[0]]).activations != "full", "the allocator reserves more than is allocated"
+    enough = int(tiny_prediction(Plan(), [Bucket(9, 64, 96)]).peak * memory.RESERVED_PER_ALLOCATED)
+    assert choice(monkeypatch, [enough]).activations == "full"
+    told = f"(predicted {enough / GIB:.2f} GiB for 9x64x96, {enough / GIB:.2f} GiB free on cuda)"
+    assert capsys.readouterr().err.strip() == f"memory: activations full {told}"
+    plan = choice(monkeypatch, [enough - 1])
+    assert plan.activations == "attention_output" and plan.full_blocks == 0, "two blocks are too few to differ"
     assert choice(monkeypatch, [2**50, 0]) == LEAN, "the fullest card decides for all processes"
     assert "this may not fit, and is the leanest that [memory] leaves" in capsys.readouterr().err
 
