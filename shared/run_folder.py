@@ -57,14 +57,9 @@ def adapter_rank(place: Path, field: str) -> int:
     return int(ranks.pop())
 
 
-def preview_folder(run: Path, step: int) -> Path:
-    """Return the folder of an optimizer step's previews."""
-    return run / PREVIEWS / f"step-{step:06}"
-
-
 def preview_file(run: Path, step: int, number: int) -> Path:
     """Return the file with the latents of a step's prompt `number`."""
-    return preview_folder(run, step) / f"{number:02}.safetensors"
+    return run / PREVIEWS / f"step-{step:06}" / f"{number:02}.safetensors"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from shared.cache.view import View
 from shared.config import Config, field_value, fields_shaping
-from shared.errors import CacheError
+from shared.errors import CacheError, UsageError
 from shared.fingerprint import Json, sha256_file
-from shared.model.pretrained import Component, FileMark, present_folder, present_part
+from shared.model.pretrained import Component, FileMark, present_part, pretrained_folder
 
 Recipe = Mapping[str, Any]
 NAMES = {"vae": "VAE", "text_encoder": "T5"}
@@ -68,9 +68,12 @@ def other_encoders(config: Config, view: View, latents: Recipe, prompts: Recipe)
         part = present_part(config.model, name)
         if part is not None and (problem := _difference(part, recipe, view.encoders.get(name, ()))):
             yield f"view {view.name}: the cache was made with another {NAMES[name]} than {part.folder}: {problem}"
-    tokenizer = present_folder(config.model, "tokenizer")
+    try:
+        tokenizer = pretrained_folder(config.model, "tokenizer", download=False)
+    except UsageError:
+        return
     for name, sha256 in prompts["tokenizer"].items():
-        if tokenizer is not None and (tokenizer / name).is_file() and sha256_file(tokenizer / name) != sha256:
+        if (tokenizer / name).is_file() and sha256_file(tokenizer / name) != sha256:
             line = f"the cache was made with another tokenizer than {tokenizer}: {name} differs"
             yield f"view {view.name}: {line}; {AGAIN}"
 

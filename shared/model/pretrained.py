@@ -120,13 +120,6 @@ def pretrained_part(model: Model, name: str, *, download: bool = True) -> Compon
     return Component(folder, variant, weights)
 
 
-def present_folder(model: Model, name: str) -> Path | None:
-    """Return the folder of a component if it is on this machine; nothing is downloaded."""
-    with suppress(UsageError):
-        return pretrained_folder(model, name, download=False)
-    return None
-
-
 def present_part(model: Model, name: str) -> Component | None:
     """Return a component if all its weights are on this machine; nothing is downloaded."""
     with suppress(UsageError):
