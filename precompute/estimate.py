@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from precompute import recipes
@@ -79,7 +79,8 @@ class Estimate:
     def as_json(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
         return {
-            **asdict(self),
+            **{one.name: getattr(self, one.name) for one in fields(self)},  # `asdict` copies every source's name
+            "findings": [asdict(finding) for finding in self.findings],
             "latents": {"planned": self.latents.made, "reused": self.latents.reused},
             "prompts": {"planned": self.prompts.made, "reused": self.prompts.reused},
             "changed": reasons_json(self.changed),

@@ -45,7 +45,7 @@ def find_weaknesses(stage: Stage, wanted: Survey, tokens: Mapping[str, Tokens]) 
 
     `tokens` is prompt key -> tokens.
     """
-    sources = list(dict.fromkeys(clip.source for clip in wanted.clips))
+    sources = list({id(clip.source): clip.source for clip in wanted.clips}.values())
     captions = [(source.name, caption.text) for source in sources for caption in source.captions]
     length, keys = stage.encoders.conventions.text_length, {text: key for key, text in wanted.texts.items()}
     texts = [text for _, text in captions]

@@ -140,8 +140,12 @@ class View:
 
     def split(self, name: str) -> ViewRows:
         """Return the rows of one split, ordered by their keys, not by the user's listing."""
+        return self._splits[name]
+
+    @cached_property
+    def _splits(self) -> dict[str, ViewRows]:
         splits = self.table.column("split")
-        return self.table.take([row for row in self._order if splits[row] == name])
+        return {name: self.table.take([row for row in self._order if splits[row] == name]) for name in SPLITS}
 
     @cached_property
     def table(self) -> ViewRows:
