@@ -44,7 +44,7 @@ def csv_rows(table: Path, data: Data) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(read_text(table, file), newline=""), strict=True)
     line = 1
     try:
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = [name.strip() for name in next(filter(None, reader.reader), [])]  # behind blank lines
         columns = _choose_columns(reader.fieldnames, data, file)
         line = reader.line_num + 1
         for values in reader:

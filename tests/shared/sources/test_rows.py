@@ -306,7 +306,7 @@ def test_text_files_obey_the_path_rule_too(root: Path, opened: list[str]) -> Non
 
 def test_csv_takes_chosen_columns_quotes_and_seconds(root: Path) -> None:
     content = (
-        "\ufefffile,start_seconds,words,other,end_seconds,repeats,loss_weight\r\n"
+        "\ufeff\r\nfile,start_seconds,words,other,end_seconds,repeats,loss_weight\r\n"
         'a.mp4,,"a ""big"", grey\ncat",1,,,\r\n'
         "\r\n"
         "sub/c.mp4,0.5,,2,2,3,0\r\n"
@@ -314,8 +314,8 @@ def test_csv_takes_chosen_columns_quotes_and_seconds(root: Path) -> None:
     sources = read_table(root, content, caption_column="words", video_column="file", default_caption="")
     text = (Caption('a "big", grey\ncat', 1.0),)
     assert sources == [
-        Source(root / "a.mp4", "a.mp4", text, None, None, "metadata.csv line 3"),
-        Source(root / "sub/c.mp4", "sub/c.mp4", (Caption("", 1.0),), 0.5, 2.0, "metadata.csv line 5", 3, 0.0),
+        Source(root / "a.mp4", "a.mp4", text, None, None, "metadata.csv line 4"),
+        Source(root / "sub/c.mp4", "sub/c.mp4", (Caption("", 1.0),), 0.5, 2.0, "metadata.csv line 6", 3, 0.0),
     ]
 
 
