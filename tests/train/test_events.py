@@ -1,14 +1,14 @@
 """Everything that a training command leaves for people and programs: log, events, page, JSON, tracker."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from accelerate.utils import LoggerType
+from typer.testing import CliRunner
 
+import precog
 from shared.config import Config
 from shared.config_file import save_config
 from shared.errors import Preempted
@@ -18,7 +18,6 @@ from train.events import PageProcess, recorded
 from train.loop import train
 
 Settings = Callable[..., Config]
-ROOT = Path(__file__).parents[2]
 TRACKIO = """
 import json
 config = {}
@@ -35,7 +34,9 @@ def init(project, name, resume, **more):
 """Stands in for trackio, of which accelerate's tracker calls this much."""
 
 
-def test_a_training_command_leaves_log_events_json_and_tracker(settings: Settings, tmp_path: Path) -> None:
+def test_a_training_command_leaves_log_events_json_and_tracker(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = settings(max_train_steps=8, validation_steps=4, report_to="trackio", log_steps=3)
     save_config(config, tmp_path / "config.toml")
     (tmp_path / "trackio-0.40.dist-info").mkdir()
@@ -43,10 +44,11 @@ def test_a_training_command_leaves_log_events_json_and_tracker(settings: Setting
         "Metadata-Version: 2.1\nName: trackio\nVersion: 0.40\n"
     )
     (tmp_path / "trackio.py").write_text(TRACKIO)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    command = [sys.executable, "-m", "precog", "train", "config.toml", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TRACKIO])  # found at its import
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(precog.app, ["train", "config.toml", "--json"])
+    assert done.exit_code == 0, done.stderr
     run = config.train.output_dir
     lines = read_metrics(run)
     found = json.loads(done.stdout)

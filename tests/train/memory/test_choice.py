@@ -69,14 +69,6 @@ def test_extrapolation_equals_a_run_of_the_whole_depth(plan: Plan) -> None:
     assert deep.kept == pytest.approx(whole.kept, rel=0.002)
 
 
-def test_a_quantized_base_takes_a_byte_per_weight() -> None:
-    plans = (OFFLOADED, replace(OFFLOADED, base_precision="int8"))
-    wide, small = (predicted("5b", plan, Bucket(9, 256, 256), num_layers=3) for plan in plans)
-    of_a_block = 12 * 3072**2
-    assert (wide.loaded - small.loaded) / 3 == pytest.approx(of_a_block, rel=0.01)
-    assert small.peak < wide.peak
-
-
 def test_tally_counts_what_is_live_once_and_no_host_buffer() -> None:
     with Tally() as tally:
         first = torch.empty(1000, dtype=torch.uint8, device="meta")
