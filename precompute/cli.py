@@ -1,5 +1,6 @@
 """`precog precompute`. Everything heavy is imported inside the commands."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -42,7 +43,7 @@ def precompute_command(
     if show_page is not None and rank() == 0:
         show_page(settings, str(config))
     if json_output:
-        _print_json(report.as_json())
+        typer.echo(json.dumps(report.as_json()))
 
 
 def _precompute(config: "Config", part: str, engine: str) -> "Report":
@@ -83,16 +84,12 @@ def _show_report(report: "Report", config: "Config") -> None:
             ("latents encoded", report.latents),
             ("prompts encoded", report.prompts),
             *_count_by_kind(report.skipped),
-            ("captions cut short", len(report.truncated)),
             ("written", bytes_text(report.written_bytes)),
             ("clips per second", f"{report.clips_per_second:.2f}"),
             ("seconds encoding", f"{seconds['encode_latents']:.1f} video, {seconds['encode_prompts']:.1f} text"),
             *((f"seconds in {name}", f"{seconds[name]:.1f} ({waited[name]})") for name in waited),
             ("seconds in total", f"{seconds['total']:.1f}"),
         ],
-    )
-    say_first(
-        f"cut short {cut.source}, caption {cut.caption}: its last {cut.tokens} tokens" for cut in report.truncated
     )
     say_first(f"skipped {source}: {reason}" for source, reason in report.skipped)
     if report.retryable and not config.precompute.retry_skipped:
@@ -147,9 +144,3 @@ def show_plan(config: "Config") -> dict[str, Any]:
     if not found.clips:
         raise DataError(f"data.name = {config.data.name!r}: every clip is skipped; replace the files named above")
     return found.as_json()
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    import json
-
-    print(json.dumps(value))  # noqa: T201

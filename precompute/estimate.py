@@ -12,7 +12,6 @@ from precompute.discover import Clip, Stage, Survey, survey
 from precompute.encoders import vae_precision
 from precompute.findings import DataFinding, find_weaknesses, tokens_of
 from precompute.report import SampleCounts, reasons_json
-from precompute.windows import bucket_warnings
 from shared import console
 from shared.cache.collection import Collection, collection_for, collections, read_recipe
 from shared.cache.shard import SAMPLES_PER_SHARD
@@ -120,7 +119,6 @@ def estimate(stage: Stage, pool: DecodePool) -> Estimate:
         },
         skipped=sorted(skipped),
         warnings=[
-            *bucket_warnings(stage.config.data),
             *(f"{source}: {reason}; left out of this plan" for source, reason in sorted(wanted.transient.items())),
             *wanted.warnings,
             *warnings,

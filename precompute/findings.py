@@ -14,10 +14,10 @@ from shared.sources.tables import listed
 
 @dataclass(frozen=True, slots=True)
 class DataFinding:
-    """One kind of weakness and the sources that have it."""
+    """One kind of weakness and the sources (or prompts) that have it."""
 
     kind: str
-    """That of a `CaptionFinding`, identical_clips or much_cropped."""
+    """That of a `CaptionFinding`, too_long_prompt, identical_clips or much_cropped."""
     message: str
     sources: list[str]
     """In the order of the data set, each once."""
@@ -56,6 +56,10 @@ def find_weaknesses(stage: Stage, wanted: Survey, tokens: Mapping[str, Tokens]) 
         )
         for finding in found
     ]
+    prompts = (*stage.config.data.validation_prompts, stage.config.data.negative_prompt)
+    if long := [text for text in prompts if tokens[keys[text]].total > length]:
+        message = f"{len(long)} prompts of [data] are longer than {length} tokens; their ends are cut off"
+        findings.append(DataFinding("too_long_prompt", message, long))
     same: dict[str, list[str]] = defaultdict(list)
     for clip in wanted.clips:
         same[clip.key].append(clip.source.name)

@@ -125,15 +125,15 @@ def environment(device: torch.device) -> dict[str, Json]:
             versions[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             versions[library] = None
-    if device.type != "cuda":
-        return {
-            "versions": versions,
-            "device": {"name": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"},
+    facts: dict[str, Json] = {"name": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+    if device.type == "cuda":
+        facts = {
+            "name": torch.cuda.get_device_name(device),
+            "capability": list(torch.cuda.get_device_capability(device)),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
-    name, capability = torch.cuda.get_device_name(device), list(torch.cuda.get_device_capability(device))
-    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    cuda: dict[str, Json] = {"cuda": torch.version.cuda, "cudnn": cudnn}
-    return {"versions": versions, "device": {"name": name, "capability": capability, **cuda}}
+    return {"versions": versions, "device": facts}
 
 
 def record_environment(storage: Storage, collection: Collection, device: torch.device) -> None:

@@ -1,15 +1,13 @@
 """The report of a run of stage 1: what it made, and where the time went."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from precompute.assignments import Inventory
 from precompute.findings import DataFinding
-from shared.cache.view import View
-from shared.config import Data
 from shared.media.probe import Skipped
 
 Item = TypeVar("Item")
@@ -68,24 +66,12 @@ class PassResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Truncated:
-    """A caption longer than the text length; `tokens` of it are cut off."""
-
-    source: str
-    """Of the clip, or the field of [data] for a validation prompt."""
-    caption: int
-    """Its number within its clip or field, from 1."""
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """The results of a run; `as_json` is the `--json` contract."""
 
     clips: int = 0
     latents: SampleCounts = SampleCounts()
     prompts: SampleCounts = SampleCounts()
-    truncated: list[Truncated] = field(default_factory=list)
     written_bytes: int = 0
     """Shards and receipts; files that existed before are not counted."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -117,20 +103,6 @@ class Report:
             "waited_share": {name: round(self.waited_share(name), 3) for name in ("decode", "write")},
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
-
-
-def truncated_captions(data: Data, view: View, tokens: Mapping[str, int]) -> list[Truncated]:
-    """Return every caption and prompt that is cut off, in the view's order; `tokens` is prompt key -> cut tokens."""
-    keys = [*zip(*(view.table.column(name) for name in ("source", "prompt_keys")), strict=True)]
-    keys += [("data.validation_prompts", [view.special_prompts[text] for text in data.validation_prompts])]
-    keys += [("data.negative_prompt", [view.special_prompts[data.negative_prompt]])]
-    found = [
-        Truncated(source, number, tokens[key])
-        for source, prompt_keys in keys
-        for number, key in enumerate(prompt_keys, start=1)
-        if tokens[key]
-    ]
-    return list(dict.fromkeys(found))  # windows of a video share captions
 
 
 def reasons_json(reasons: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

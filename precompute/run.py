@@ -11,8 +11,7 @@ from precompute.estimate import find_work
 from precompute.findings import find_weaknesses, tokens_of
 from precompute.latents import encode_latents
 from precompute.prompts import encode_prompts
-from precompute.report import Report, truncated_captions
-from precompute.windows import bucket_warnings
+from precompute.report import Report
 from shared import console
 from shared.cache.collection import SampleReader, write_recipe
 from shared.cache.staleness import shaping_settings
@@ -38,9 +37,6 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
     """
     started = time.perf_counter()
     stage = open_stage(config, part)
-    warnings = bucket_warnings(config.data)
-    for line in warnings:
-        console.say(f"warning: {line}")
     # before the weights are hashed: a file that changes afterwards has another mark
     marks = {"vae": stage.encoders.vae.marks, "text_encoder": stage.encoders.text_encoder.marks}
     with decode_pool(config.precompute) as pool:
@@ -65,7 +61,6 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
         )
     text_length = stage.encoders.conventions.text_length
     counts = {key: found.total for key, found in tokens.items()}
-    truncated = {key: max(0, count - text_length) for key, count in counts.items()}
     view = replace(make_view(config, wanted, counts, text_length, latents.inventory), encoders=marks)
     skipped = sorted((row.source, row.skipped) for row in view.split("skipped"))
     num_held_out = len(view.split("held_out"))
@@ -80,11 +75,10 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
         clips=len(view.split("train")) + num_held_out,
         latents=latents.samples,
         prompts=prompts.samples,
-        truncated=truncated_captions(config.data, view, truncated),
         written_bytes=prompts.written_bytes + latents.written_bytes,
         skipped=skipped,
         retryable=sum(bool(row.latent_key) for row in view.split("skipped")),
-        warnings=[*warnings, *wanted.warnings],
+        warnings=wanted.warnings,
         findings=findings,
         seconds={**seconds, "total": time.perf_counter() - started},
     )

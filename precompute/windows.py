@@ -17,7 +17,7 @@ import numpy as np
 
 from shared.config import Data
 from shared.media.probe import Skipped
-from shared.model.geometry import ENCODE_CHUNK_FRAMES, Bucket, choose_frames, choose_resolution, first_chunk_frames
+from shared.model.geometry import Bucket, choose_frames, choose_resolution
 
 STAMP_SLACK_US = 2000
 """Two roundings to a millisecond time base; at most half the median frame interval."""
@@ -113,17 +113,6 @@ def window_starts(num_frames: int, frames: int, windows: int, consecutive: bool)
     room = num_frames - frames
     windows = min(windows, 1 + room // -(-frames // 2))
     return [index * room // (windows - 1) if index else 0 for index in range(windows)]
-
-
-def bucket_warnings(data: Data) -> list[str]:
-    """Return a line for each frame bucket in use whose first VAE chunk is larger than that of 8k+1 frames."""
-    usual = first_chunk_frames(ENCODE_CHUNK_FRAMES + 1)
-    return [
-        f"frame bucket {frames}: the VAE's first chunk has {first_chunk_frames(frames)} frames instead of {usual}, "
-        f"which costs memory; {frames - frames % ENCODE_CHUNK_FRAMES + 1} would not"
-        for frames in sorted(set(data.frame_buckets))
-        if frames <= data.max_num_frames and first_chunk_frames(frames) > usual
-    ]
 
 
 @lru_cache(4096)

@@ -1,5 +1,7 @@
 """`precog init`, `precog split` and `precog caption`. Everything heavy is imported inside the commands."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -42,11 +44,7 @@ def init_command(
 def split_command(
     config: ConfigFile,
     overrides: Overrides = None,
-    detector: Annotated[
-        Literal["adaptive", "content"],
-        typer.Option(help="PySceneDetect's detector; adaptive allows for a fast camera."),
-    ] = "adaptive",
-    threshold: Annotated[float | None, typer.Option(help="The detector's threshold; higher finds fewer cuts.")] = None,
+    threshold: Annotated[float, typer.Option(help="PySceneDetect's threshold; higher finds fewer cuts.")] = 3.0,
     min_seconds: Annotated[
         float | None, typer.Option(min=0, help="Leave out shorter scenes; default: the length of the smallest bucket.")
     ] = None,
@@ -59,7 +57,7 @@ def split_command(
     from prepare.split import split_table
     from shared.config_file import load_config
 
-    _show(split_table(load_config(config, overrides), detector, threshold, min_seconds, max_scenes), json_output)
+    _show(split_table(load_config(config, overrides), threshold, min_seconds, max_scenes), json_output)
 
 
 @app.command("caption")
@@ -76,7 +74,7 @@ def caption_command(
     frames: Annotated[int, typer.Option(min=1, max=128, help="Pictures of each clip that the model takes_images.")] = 8,
     rewrite: Annotated[str | None, typer.Option(help="Text model that rewrites each caption to 50-100 words.")] = None,
     tries: Annotated[int, typer.Option(min=1, max=10, help="openai: tries for one clip, with growing pauses.")] = 5,
-    deadline_seconds: Annotated[float, typer.Option(min=0.1, help="openai: time for one answer.")] = 120,
+    deadline_seconds: Annotated[float, typer.Option(min=0.1, help="openai: time to wait for the server.")] = 120,
     json_output: JsonOutput = False,
 ) -> None:
     """Fill the empty captions of the table; captions that are there stay. The key is read from OPENAI_API_KEY."""
@@ -103,8 +101,6 @@ def caption_command(
 
 def _show(report: "PrepareReport", json_output: bool) -> None:
     """Print what a command found: counts, reasons by file, notes; with `json_output` the whole report as one line."""
-    import json
-
     from shared.console import say, table
 
     rows = [(name, len(found) if isinstance(found, list | dict) else found) for name, found in report.summary.items()]
@@ -116,4 +112,4 @@ def _show(report: "PrepareReport", json_output: bool) -> None:
     for note in [*(finding.message for finding in report.findings), *report.notes]:
         say(f"note: {note}")
     if json_output:
-        print(json.dumps(report.as_json()))  # noqa: T201
+        typer.echo(json.dumps(asdict(report)))

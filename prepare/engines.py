@@ -5,9 +5,8 @@ import io
 import json
 import os
 import re
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -15,13 +14,9 @@ from urllib.parse import urlsplit
 from shared.errors import UsageError, require_extra
 
 if TYPE_CHECKING:
-    import httpx2
     from PIL.Image import Image
 
 MAX_ANSWER_TOKENS = 512
-MAX_ANSWER_BYTES = 1 << 20
-FIRST_WAIT_SECONDS = 0.5
-"""After an answer that is no completion, doubled each time; other failures are retried by the `openai` package."""
 KEY_VARIABLE = "OPENAI_API_KEY"
 REFUSAL = re.compile(r"(i.?m sorry|sorry,|i can(no|.)t |i.?m unable|i am unable|as an ai\b)", re.IGNORECASE)
 """Beginnings of an answer that is no description."""
@@ -34,10 +29,6 @@ class NoAnswer(Exception):
     def __init__(self, reason: str, *, transient: bool) -> None:
         super().__init__(reason)
         self.transient = transient
-
-
-class BadResponse(Exception):
-    """A response that is no chat completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +61,10 @@ Raises `NoAnswer` for one clip, `UsageError` where no clip would succeed.
 def server(model: str, url: str | None, tries: int, deadline_seconds: float) -> Ask:
     """Return an `Ask` for a chat model behind `url` (None: OPENAI_BASE_URL, or OpenAI's own server).
 
-    A failure is tried `tries` times; an answer has to end within `deadline_seconds`. The key is read from
-    OPENAI_API_KEY and stands in no message. Raises `UsageError` if the URL cannot be used.
+    The `openai` package tries a request `tries` times and waits `deadline_seconds` for a server that sends nothing.
+    The key is read from OPENAI_API_KEY and stands in no message. Raises `UsageError` if the URL cannot be used.
     """
     require_extra("openai", "--engine openai", "prepare")
-    import httpx2
     import openai
 
     key = os.environ.get(KEY_VARIABLE, "")
@@ -83,10 +73,7 @@ def server(model: str, url: str | None, tries: int, deadline_seconds: float) -> 
         raise UsageError(f"--engine openai: give the server's --url, or set {KEY_VARIABLE}")
     if url and (urlsplit(url).scheme not in ("http", "https") or "@" in urlsplit(url).netloc):
         raise UsageError(f"--url: expected http(s)://host/v1 without user or password; the key is {KEY_VARIABLE}")
-    http = openai.DefaultHttpxClient(event_hooks={"response": [_bound(deadline_seconds)]}, timeout=deadline_seconds)
-    client = openai.OpenAI(
-        api_key=key or "none", base_url=url, max_retries=tries - 1, http_client=http, timeout=deadline_seconds
-    )
+    client = openai.OpenAI(api_key=key or "none", base_url=url, max_retries=tries - 1, timeout=deadline_seconds)
 
     def shown(error: BaseException) -> str:
         text = str(error).replace(key, "***") if key else str(error)
@@ -95,64 +82,31 @@ def server(model: str, url: str | None, tries: int, deadline_seconds: float) -> 
     def ask(images: Sequence["Image"], prompt: str) -> Answer:
         content: list[Any] = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
         messages: list[Any] = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-        create = client.chat.completions.with_raw_response.create
-        for number in range(tries):
-            if number:
-                time.sleep(FIRST_WAIT_SECONDS * 2 ** (number - 1))
-            try:
-                response = create(model=model, messages=messages, max_tokens=MAX_ANSWER_TOKENS, temperature=0)
-                return _parse(response.content)
-            except openai.APIStatusError as error:
-                if error.status_code in (401, 403, 404):
-                    raise UsageError(f"--model {model}: {shown(error)}; check --url and {KEY_VARIABLE}") from None
-                transient = error.status_code >= 500 or error.status_code in (408, 409, 429)
-                raise NoAnswer(shown(error), transient=transient) from None
-            except openai.APIConnectionError as error:
-                raise NoAnswer(shown(error.__cause__ or error), transient=True) from None
-            except (BadResponse, httpx2.HTTPError) as error:
-                reason = shown(error)
-        raise NoAnswer(reason, transient=True)
+        try:
+            response = client.chat.completions.with_raw_response.create(
+                model=model, messages=messages, max_tokens=MAX_ANSWER_TOKENS, temperature=0
+            )
+        except openai.APIStatusError as error:
+            if error.status_code in (401, 403, 404):
+                raise UsageError(f"--model {model}: {shown(error)}; check --url and {KEY_VARIABLE}") from None
+            transient = error.status_code >= 500 or error.status_code in (408, 409, 429)
+            raise NoAnswer(shown(error), transient=transient) from None
+        except openai.APIConnectionError as error:
+            raise NoAnswer(shown(error.__cause__ or error), transient=True) from None
+        return _parse(response.content)
 
-    weakref.finalize(ask, http.close)
+    weakref.finalize(ask, client.close)
     return ask
 
 
-def _bound(deadline_seconds: float) -> Callable[["httpx2.Response"], None]:
-    """Return a hook that limits the size and time of every response's body, which may be a stream without end."""
-    import httpx2
-
-    class BoundedStream(httpx2.SyncByteStream):
-        def __init__(self, stream: httpx2.SyncByteStream) -> None:
-            self._stream, self._deadline = stream, time.monotonic() + deadline_seconds
-
-        def __iter__(self) -> Iterator[bytes]:
-            size = 0
-            for piece in self._stream:
-                size += len(piece)
-                if size > MAX_ANSWER_BYTES:
-                    raise httpx2.ReadError(f"the answer is longer than {MAX_ANSWER_BYTES:,} bytes")
-                if time.monotonic() > self._deadline:
-                    raise httpx2.ReadError(f"the answer did not end within {deadline_seconds:g} s")
-                yield piece
-
-        def close(self) -> None:
-            self._stream.close()
-
-    def hook(response: httpx2.Response) -> None:
-        assert isinstance(response.stream, httpx2.SyncByteStream)
-        response.stream = BoundedStream(response.stream)
-
-    return hook
-
-
 def _parse(body: bytes) -> Answer:
-    """Return the answer in a chat completion. Raises `BadResponse` for anything else."""
+    """Return the answer in a chat completion. Raises `NoAnswer` for anything else."""
     try:
         choice = json.loads(body)["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
         text, refusal = message.get("content") or message.get("refusal") or "", message.get("refusal")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise BadResponse("the answer is no chat completion") from None
+        raise NoAnswer("the answer is no chat completion", transient=True) from None
     return Answer(str(text), finish == "length", finish == "content_filter" or bool(refusal))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from prepare.videos import VideoSummary, summary
+from prepare.videos import VideoSummary
 from shared.config import Data, Precompute
 from shared.console import Progress
 from shared.errors import DataError
@@ -49,7 +49,8 @@ def look_into(folder: Path, *, follow_links: bool = False) -> FolderContents:
     except DataError as error:
         notes.append(f"captions are not used: {error}")
         lists = set()
-    left_out = {name: _why_stray(name) for name in stray if name not in lists and not _hidden(name)}
+    shown = [name for name in stray if name not in lists and not PurePosixPath(name).name.startswith(".")]
+    left_out = {name: _why_stray(name) for name in shown}
     paths: dict[str, Path] = {}
     for name in (str(row.video) for row in rows):
         try:
@@ -62,14 +63,11 @@ def look_into(folder: Path, *, follow_links: bool = False) -> FolderContents:
             if isinstance(outcome, Skipped):
                 left_out[name] = with_names(outcome.reason, name)
             else:
-                videos[name] = summary(outcome)
+                height, width = outcome.probe.look.size
+                videos[name] = VideoSummary(outcome.end_us / 1e6, height, width)
             bar.advance()
     texts = {name: " ".join(str(captions.get(composed(name)) or "").split()) for name in paths}
     return FolderContents(videos=videos, captions=texts, left_out=left_out, notes=tuple(notes))
-
-
-def _hidden(name: str) -> bool:
-    return PurePosixPath(name).name.startswith(".")
 
 
 def _why_stray(name: str) -> str:

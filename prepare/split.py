@@ -1,7 +1,6 @@
 """`precog split`: scene changes to rows with start_seconds and end_seconds; no video is encoded again."""
 
 from pathlib import Path
-from typing import Literal
 
 from prepare.table import PrepareReport, Row, read_rows, table_path, video_file, write_rows
 from shared.config import Config
@@ -9,15 +8,13 @@ from shared.console import Progress
 from shared.errors import DataError, require_extra
 from shared.media.probe import VideoError, probe
 
-Detector = Literal["adaptive", "content"]
 Scene = tuple[float, float]
 """Start and end in seconds from the container's origin of time, as players count."""
 
 
 def split_table(
     config: Config,
-    detector: Detector = "adaptive",
-    threshold: float | None = None,
+    threshold: float = 3.0,
     min_seconds: float | None = None,
     max_scenes: int | None = None,
 ) -> PrepareReport:
@@ -39,7 +36,7 @@ def split_table(
             name, found, kept = str(row.get(data.video_column)), [], []
             try:
                 if row.get("start_seconds") is None and row.get("end_seconds") is None:
-                    found = find_scenes(video_file(row, config), detector, threshold)
+                    found = find_scenes(video_file(row, config), threshold)
                 if len(found) > 1:
                     kept = scenes[name] = keep_scenes(found, min_seconds, max_scenes)
                     if len(kept) < len(found):
@@ -54,16 +51,15 @@ def split_table(
     return PrepareReport(config=data.name, table=str(table), summary=summary, files=files)
 
 
-def find_scenes(path: Path, detector: Detector = "adaptive", threshold: float | None = None) -> list[Scene]:
-    """Return the scenes of a video in order. Raises `DataError` if it cannot be read.
+def find_scenes(path: Path, threshold: float = 3.0) -> list[Scene]:
+    """Return the scenes of a video in order; `threshold` is that of PySceneDetect's AdaptiveDetector.
 
-    `threshold` is PySceneDetect's; None is 3 for its AdaptiveDetector and 27 for its ContentDetector.
+    Raises `DataError` if the video cannot be read.
     """
-    from scenedetect import AdaptiveDetector, ContentDetector, SceneManager, VideoOpenFailure, VideoStreamAv
+    from scenedetect import AdaptiveDetector, SceneManager, VideoOpenFailure, VideoStreamAv
 
-    kind = AdaptiveDetector if detector == "adaptive" else ContentDetector
     manager = SceneManager()
-    manager.add_detector(kind() if threshold is None else kind(threshold))
+    manager.add_detector(AdaptiveDetector(threshold))
     try:
         late = probe(path).probe.start_us / 1e6  # PySceneDetect counts from the first picture
         manager.detect_scenes(VideoStreamAv(str(path), suppress_output=True))

@@ -1,15 +1,18 @@
 """The dataset table NAME.jsonl: one object per line, edited by people and by the commands of this package."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from shared.atomic_files import replacing
 from shared.caption_lint import CaptionFinding, count_tokens, lint_captions, with_trigger
 from shared.config import Config
 from shared.errors import DataError, UsageError
+from shared.model.pretrained import present_folder
 from shared.sources.root import DataRoot
+from shared.sources.tables import json_object, read_text
 
 Row = dict[str, Any]
 
@@ -29,10 +32,6 @@ class PrepareReport:
     unfinished: int = 0
     """Clips that the same command may still do."""
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the report as JSON has it."""
-        return asdict(self)
-
 
 def table_path(config: Config) -> Path:
     """Return the JSONL table of `data.dataset_name`. Raises `UsageError` for any other data set."""
@@ -44,22 +43,20 @@ def table_path(config: Config) -> Path:
 
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of the table, in order. Raises `DataError` with the number of a row that is no object."""
-    rows: list[Row] = []
     try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}); make it with `precog init`") from None
+        lines = read_text(path, str(path)).split("\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); make it with `precog init`") from None
+    rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} row {number}: not JSON ({error}); mend or delete the line") from None
-        window = [row.get(name) for name in ("start_seconds", "end_seconds")] if isinstance(row, dict) else [""]
-        if not all(value is None or type(value) in (int, float) for value in window):
-            raise DataError(f"{path} row {number}: expected an object, its start_seconds and end_seconds numbers")
-        rows.append(row)
+            row = json_object(line) if line.strip() else None
+        except DataError as error:
+            raise DataError(f"{path} row {number}: {error}; mend or delete the line") from None
+        if row is not None:
+            if not all(type(row.get(name)) in (int, float, NoneType) for name in ("start_seconds", "end_seconds")):
+                raise DataError(f"{path} row {number}: start_seconds and end_seconds must be numbers")
+            rows.append(row)
     return rows
 
 
@@ -97,26 +94,9 @@ def lint_rows(rows: list[Row], config: Config) -> list[CaptionFinding]:
     """Return what is weak in the captions as stage 1 encodes them; a row without one counts as an empty caption."""
     token, column = config.data.id_token, config.data.caption_column
     captions = [with_trigger(token, text) for row in rows for text in captions_of(row, column) or [""]]
-    tokenizer = _local_tokenizer(config)
-    return lint_captions(captions, token, count_tokens(tokenizer, captions) if tokenizer else None)
+    tokens = None
+    if folder := present_folder(config.model, "tokenizer"):  # nothing is downloaded for the lint
+        from transformers import AutoTokenizer
 
-
-def _local_tokenizer(config: Config) -> Any | None:
-    """Return the model's tokenizer if its files are on this machine, without asking the hub; else None."""
-    from huggingface_hub import try_to_load_from_cache
-
-    model = config.model
-    folder = Path(model.pretrained_model_name_or_path, "tokenizer")
-    if not folder.is_dir():
-        file = try_to_load_from_cache(
-            model.pretrained_model_name_or_path,
-            "tokenizer/spiece.model",
-            cache_dir=model.model_cache_dir,
-            revision=model.revision,
-        )
-        if not isinstance(file, str):
-            return None
-        folder = Path(file).parent
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+        tokens = count_tokens(AutoTokenizer.from_pretrained(folder), captions)
+    return lint_captions(captions, token, tokens)

@@ -24,7 +24,7 @@ MAX_SIDE = 768
 
 @dataclass(frozen=True, slots=True)
 class VideoSummary:
-    """The length and the displayed size of a video."""
+    """The length and the displayed size of a video, by which buckets are chosen."""
 
     seconds: float
     height: int
@@ -35,23 +35,12 @@ class VideoSummary:
         return max(1, -int(-(self.seconds * fps - 0.05) // 1))
 
 
-def summary(video: Probed) -> VideoSummary:
-    """Return what buckets are chosen by."""
-    return VideoSummary(end_us(video) / 1e6, video.probe.height, video.probe.width)
-
-
 def probe(pool: DecodePool, path: Path) -> Probed:
     """Return the content of a file. Raises `DataError` where stage 1 would skip it."""
     (found,) = pool.probe_all([path])
     if isinstance(found, Skipped):
         raise DataError(with_names(found.reason, path.name))
     return found
-
-
-def end_us(video: Probed) -> int:
-    """Return the end of the last frame after the first one's time; where it is unknown, it lasts the mean interval."""
-    times = video.timestamps_us
-    return video.probe.end_us or times[-1] + times[-1] // max(1, len(times) - 1)
 
 
 def sample_frames(
@@ -63,7 +52,7 @@ def sample_frames(
     """
     from PIL import Image
 
-    times, zero, last = video.timestamps_us, video.probe.start_us, end_us(video)
+    times, zero, last = video.timestamps_us, video.probe.start_us, video.end_us
     begins, ends = (None if time is None else round(time * 1e6) - zero for time in (start, end))
     first = min(max(0, begins or 0), last)
     last = max(first, last if ends is None else min(ends, last))

@@ -65,12 +65,8 @@ def quantile_charts(evaluations: Sequence[HeldOut], base: HeldOut, quantiles: Se
             {"step": step, "loss": base.by_quantile[number], "kind": "base model"}
             for step in (evaluations[0].step, evaluations[-1].step)
         ]
-        chart = _chart(rows).mark_line(point=True)
-        chart = chart.encode(
-            x=alt.X("step:Q", title=None),
-            y=alt.Y("loss:Q", title=None, scale=alt.Scale(zero=False)),
-            color=alt.Color("kind:N", scale=alt.Scale(domain=["held out", "base model"], range=COLORS), legend=None),
-        )
+        scale = alt.Scale(domain=["held out", "base model"], range=COLORS)
+        chart = _lines(rows, color=alt.Color("kind:N", scale=scale, legend=None))
         charts.append(_spec(chart, f"timesteps around {quantile:.0%}", SMALL_HEIGHT))
     return charts
 
@@ -80,10 +76,7 @@ def step_chart(lines: Sequence[Line], field: str, title: str, *, unit: float = 1
     rows = [{"step": line["step"], "value": line[field] / unit} for line in thinned(lines) if field in line]
     chart = _chart(rows).mark_line(strokeWidth=1.5, color=COLORS[0])
     chart = chart.encode(x=alt.X("step:Q", title="optimizer step"), y=alt.Y("value:Q", title=None))
-    if rule is not None:
-        dashed = _chart([{"value": rule}]).mark_rule(strokeDash=[4, 4], strokeWidth=2, color=COLORS[1])
-        chart = alt.layer(chart, dashed.encode(y="value:Q"))
-    return _spec(chart, title)
+    return _spec(chart if rule is None else alt.layer(chart, _dashed({"value": rule}).encode(y="value:Q")), title)
 
 
 def write_png(spec: Spec, path: Path) -> None:
@@ -111,10 +104,7 @@ def histogram_chart(values: Sequence[float], title: str, unit: str, *, rule: flo
         y=alt.Y("count:Q", title=unit, axis=alt.Axis(tickMinStep=1)),
     )
     if rule is not None and rule <= 1.5 * max(values):
-        chart = alt.layer(
-            chart,
-            _chart([{"low": rule}]).mark_rule(strokeDash=[4, 4], strokeWidth=2, color=COLORS[1]).encode(x="low:Q"),
-        )
+        chart = alt.layer(chart, _dashed({"low": rule}).encode(x="low:Q"))
     return _spec(chart, title)
 
 
@@ -125,14 +115,9 @@ def runs_chart(runs: Iterable[tuple[str, Sequence[HeldOut], HeldOut | None]]) ->
         for name, evaluations, base in runs
         for one in evaluations
     ]
-    chart = _chart(rows).mark_line(point=True)
-    chart = chart.encode(
-        x=alt.X("step:Q", title="optimizer step"),
-        y=alt.Y("loss:Q", title="held-out loss less the base model's", scale=alt.Scale(zero=False)),
-        color=alt.Color(
-            "run:N", scale=alt.Scale(range=COLORS), legend=alt.Legend(orient="bottom", title=None, columns=2)
-        ),
-    )
+    legend = alt.Legend(orient="bottom", title=None, columns=2)
+    color = alt.Color("run:N", scale=alt.Scale(range=COLORS), legend=legend)
+    chart = _lines(rows, color=color, titles=("optimizer step", "held-out loss less the base model's"))
     return _spec(chart, "Held-out loss")
 
 
@@ -147,13 +132,24 @@ def gain_chart(title: str, evaluations: Sequence[HeldOut], base: HeldOut | None)
     layers = [
         _chart(rows).mark_errorband(opacity=0.25, color=COLORS[0]).encode(x=x, y=alt.Y("low:Q", title=""), y2="high:Q"),
         _chart(rows).mark_line(point=True, color=COLORS[0]).encode(x=x, y=alt.Y("gain:Q", title="")),
-        _chart([{"gain": 0}]).mark_rule(strokeDash=[4, 4], color=COLORS[1]).encode(y="gain:Q"),
+        _dashed({"gain": 0}).encode(y="gain:Q"),
     ]
     return _spec(alt.layer(*layers), title, SMALL_HEIGHT)
 
 
 def _chart(rows: Sequence[Line]) -> Any:
     return alt.Chart(alt.Data(values=list(rows)))  # type: ignore[no-untyped-call]
+
+
+def _lines(rows: Sequence[Line], *, color: Any, titles: tuple[str | None, str | None] = (None, None)) -> Any:
+    """Return losses as lines with points over the steps; `titles` are those of the axes."""
+    x, scale = alt.X("step:Q", title=titles[0]), alt.Scale(zero=False)
+    return _chart(rows).mark_line(point=True).encode(x=x, y=alt.Y("loss:Q", title=titles[1], scale=scale), color=color)
+
+
+def _dashed(at: Line) -> Any:
+    """Return a dashed line at a value."""
+    return _chart([at]).mark_rule(strokeDash=[4, 4], strokeWidth=2, color=COLORS[1])
 
 
 def _spec(chart: Any, title: str, height: int = HEIGHT) -> Spec:

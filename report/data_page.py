@@ -1,6 +1,5 @@
 """The page of a data set: usable clips, clips to look at and why, captions, crops, duplicates; from the cache alone."""
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from shared.fingerprint import key_of
 from shared.model.geometry import video_tokens
 from shared.model.pretrained import pretrained_config
 
-PAGE, ROWS, LEAVE_OUT, NUMBERS = "data.html", "clips.js", "leave_out.txt", "data.json"
+PAGE, NUMBERS, LEAVE_OUT = "data.html", "data.js", "leave_out.txt"
 READERS = 8
 """Clips whose thumbnails are read at the same time."""
 BLACK_SHARE = 0.5
@@ -39,14 +38,13 @@ KINDS = {
     "letterbox": "black bars",
     "duplicate": "repeats another clip",
     "outlier": "unlike the other clips",
-    "no thumbnails": "stored without thumbnails",
 }
 """Faults by which a clip is to be looked at, and their names for people; the first that a clip has hides `outlier`."""
 NOTES = {"cropped": "much is cropped", "enlarged": "enlarged", "long caption": "caption cut short"}
 """Properties that are listed, without making a clip one to look at."""
 
-Thumbnails = Callable[[str], np.ndarray | None]
-"""Key -> uint8 [F,3,h,w], None if the sample has none."""
+Thumbnails = Callable[[str], np.ndarray]
+"""Key -> uint8 [F,3,h,w]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,7 @@ class ClipEntry:
     enlarged: float | None
     """Factor from the source's pixels to the clip's."""
     source_seconds: float | None
-    motion: float | None
+    motion: float
     faults: dict[str, str]
     """Fault -> the reason in words."""
     notes: tuple[str, ...]
@@ -138,9 +136,9 @@ def report_data(config: Config, folder: Path | None = None, name: str = "CONFIG"
     def tokens(row: ViewRow) -> int:
         return video_tokens(row.bucket, transformer["patch_size"], transformer.get("patch_size_t"))
 
-    def read(key: str) -> np.ndarray | None:
-        found = reader.read_part(key, "thumbnails")
-        return None if found is None else found.numpy()
+    def read(key: str) -> np.ndarray:
+        found: np.ndarray = reader.read_part(key, "thumbnails").numpy()
+        return found
 
     given = config.data.leave_out  # its clips are no longer in the view, but must stay in the list
     already = given.read_text("utf-8").splitlines() if given is not None and given.is_file() else []
@@ -156,11 +154,10 @@ def page_folder(config: Config) -> Path:
 
 def is_current(config: Config) -> bool:
     """Return True if the page shows the config's stored view already."""
-    view = read_view(open_storage(config.precompute.cache), config.data.name)
+    view, folder = read_view(open_storage(config.precompute.cache), config.data.name), page_folder(config)
     try:
-        shown: Any = json.loads((page_folder(config) / NUMBERS).read_bytes())
-        return bool(shown["view"] == _view_name(view)) and (page_folder(config) / PAGE).exists()
-    except (OSError, ValueError, KeyError, TypeError):
+        return (folder / PAGE).exists() and _view_name(view) in (folder / NUMBERS).read_text("utf-8")
+    except OSError:
         return False
 
 
@@ -174,7 +171,6 @@ def make_report(
 ) -> DataReport:
     """Measure every clip, write the filmstrips into `folder` and return the numbers."""
     rows = sorted([*view.split("train"), *view.split("held_out")], key=_place)
-    keys = list(dict.fromkeys(row.latent_key for row in rows))
     measures: dict[str, ClipMeasures] = {}
     descriptors: dict[str, np.ndarray] = {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,13 +179,13 @@ def make_report(
             part = rows[start : start + STRIPS_PER_SHEET]
             pictures = list(pool.map(read, [row.latent_key for row in part]))
             for row, shown in zip(part, pictures, strict=True):
-                if shown is not None and row.latent_key not in measures:
+                if row.latent_key not in measures:
                     measures[row.latent_key], descriptors[row.latent_key] = measure(shown), describe(shown)
             write_sheet(folder, start // STRIPS_PER_SHEET, pictures, cell_size(len(rows)))
     letterboxed = view.settings.get("data.video_reshape_mode") == "letterbox"
-    faults = _faults(rows, keys, measures, descriptors, letterboxed=letterboxed)
+    faults = _faults(rows, measures, descriptors, letterboxed=letterboxed)
     clips = [
-        _entry(row, tokens(row), measures.get(row.latent_key), faults[number], letterboxed=letterboxed)
+        _entry(row, tokens(row), measures[row.latent_key].motion, faults[number], letterboxed=letterboxed)
         for number, row in enumerate(rows)
     ]
     trigger = str(view.settings.get("data.id_token") or "")
@@ -219,7 +215,6 @@ def clip_name(row: ViewRow | ClipEntry) -> str:
 
 def _faults(
     rows: Sequence[ViewRow],
-    keys: Sequence[str],
     measures: Mapping[str, ClipMeasures],
     descriptors: Mapping[str, np.ndarray],
     *,
@@ -227,13 +222,11 @@ def _faults(
 ) -> list[dict[str, str]]:
     """Return fault -> reason for each row; `letterboxed` clips have bars by the config."""
     first = {row.latent_key: row for row in reversed(rows)}
-    measured = [key for key in keys if key in measures]
-    repeats: dict[str, str] = {}
-    if measured:
-        for clip, earlier, cosine in duplicates(np.stack([descriptors[key] for key in measured])):
-            if measures[measured[clip]].black < BLACK_SHARE:
-                repeats[measured[clip]] = f"like {clip_name(first[measured[earlier]])}, cosine {cosine:.3f}"
-    strange = _outliers({key: measures[key] for key in measured})
+    keys, strange, repeats = [*measures], _outliers(measures), dict[str, str]()
+    if keys:
+        for clip, earlier, cosine in duplicates(np.stack([*descriptors.values()])):
+            if measures[keys[clip]].black < BLACK_SHARE:
+                repeats[keys[clip]] = f"like {clip_name(first[keys[earlier]])}, cosine {cosine:.3f}"
     found: list[dict[str, str]] = []
     for row in rows:
         key, faults = row.latent_key, dict[str, str]()
@@ -241,12 +234,9 @@ def _faults(
             faults["duplicate"] = f"the same bytes and window as {clip_name(first[key])}"
         elif key in repeats:
             faults["duplicate"] = repeats[key]
-        if key not in measures:
-            faults["no thumbnails"] = "stored before thumbnails were"
-        else:
-            faults |= _own_faults(measures[key], row.frames, letterboxed=letterboxed)
-            if not faults and key in strange:
-                faults["outlier"] = strange[key]
+        faults |= _own_faults(measures[key], row.frames, letterboxed=letterboxed)
+        if not faults and key in strange:
+            faults["outlier"] = strange[key]
         found.append(faults)
     return found
 
@@ -277,9 +267,7 @@ def _outliers(measures: Mapping[str, ClipMeasures]) -> dict[str, str]:
     return found
 
 
-def _entry(
-    row: ViewRow, tokens: int, clip: ClipMeasures | None, faults: dict[str, str], *, letterboxed: bool
-) -> ClipEntry:
+def _entry(row: ViewRow, tokens: int, motion: float, faults: dict[str, str], *, letterboxed: bool) -> ClipEntry:
     cropped, enlarged = None, None
     if row.source_height and row.source_width:
         scales = row.height / row.source_height, row.width / row.source_width
@@ -303,7 +291,7 @@ def _entry(
         cropped=None if cropped is None else round(cropped, 4),
         enlarged=None if enlarged is None else round(enlarged, 4),
         source_seconds=row.source_seconds or None,
-        motion=None if clip is None else round(clip.motion, 3),
+        motion=round(motion, 3),
         faults=faults,
         notes=tuple(name for name, has in notes if has),
     )
@@ -334,11 +322,10 @@ def write_data_page(report: DataReport, folder: Path, config: str = "CONFIG", al
     `config` names the config file in the command that leaves clips out, `already` are the lines of the list in use.
     """
     leave_out = [*already, *(f"{clip.key}  # {clip_label(clip)}" for clip in report.flagged)]
-    _write(folder / NUMBERS, json.dumps(report.as_json(), sort_keys=True))
-    _write(folder / ROWS, f"window.showClips({script_json([_row(clip) for clip in report.clips])});\n")
+    _write(folder / NUMBERS, f"window.showClips({script_json(report.as_json())});\n")
     _write(folder / LEAVE_OUT, "".join(f"{line}\n" for line in leave_out))
     tokens = [max(clip.caption_tokens) for clip in report.clips if clip.caption_tokens]
-    motion = [clip.motion for clip in report.clips if clip.motion is not None]
+    motion = [clip.motion for clip in report.clips]
     specs = {
         "tokens": charts.histogram_chart(tokens, "tokens of the longest caption", "clips", rule=report.text_length),
         "motion": charts.histogram_chart(motion, "motion: mean change of brightness, levels of 255", "clips"),
@@ -353,7 +340,7 @@ def write_data_page(report: DataReport, folder: Path, config: str = "CONFIG", al
         kinds=KINDS | NOTES,
         cropped=_middle([clip.cropped for clip in report.clips]),
         strips={"width": width, "height": height, "zoom": zoom, "frames": STRIP_FRAMES, "sheet": STRIPS_PER_SHEET},
-        rows=ROWS,
+        numbers=NUMBERS,
         command=shlex.join(["precog", "precompute", config, f"data.leave_out={folder / LEAVE_OUT}"]),
         leave_out=leave_out,
         charts={name: spec for name, spec in specs.items() if spec},
@@ -364,23 +351,6 @@ def clip_label(clip: ClipEntry) -> str:
     """Return a flagged clip's name and faults on one printable line."""
     line = f"{clip_name(clip)}: {', '.join(clip.faults)}"
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
-
-
-def _row(clip: ClipEntry) -> dict[str, Any]:
-    """Return what the page's script needs of a clip."""
-    return {
-        "key": clip.key,
-        "name": clip_name(clip),
-        "split": clip.split,
-        "bucket": clip.bucket,
-        "captions": clip.captions,
-        "tokens": max(clip.caption_tokens, default=None),
-        "cropped": clip.cropped,
-        "enlarged": clip.enlarged,
-        "motion": clip.motion,
-        "faults": clip.faults,
-        "notes": clip.notes,
-    }
 
 
 def _middle(values: Sequence[float | None]) -> float | None:

@@ -27,13 +27,11 @@ def sheet_name(number: int) -> str:
     return f"strips-{number:03}.webp"
 
 
-def write_sheet(folder: Path, number: int, clips: Sequence[np.ndarray | None], cell: tuple[int, int]) -> None:
-    """Write the strips of clips, uint8 [F,3,h,w] or None, below one another."""
+def write_sheet(folder: Path, number: int, clips: Sequence[np.ndarray], cell: tuple[int, int]) -> None:
+    """Write the strips of clips, uint8 [F,3,h,w], below one another."""
     width, height = cell
     sheet = Image.new("RGB", (STRIP_FRAMES * width, len(clips) * height), EMPTY)
     for row, clip in enumerate(clips):
-        if clip is None:
-            continue
         scale = min(width / clip.shape[3], height / clip.shape[2])
         size = max(1, round(scale * clip.shape[3])), max(1, round(scale * clip.shape[2]))
         for column, frame in enumerate(np.linspace(0, len(clip) - 1, STRIP_FRAMES).round().astype(int)):

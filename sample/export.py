@@ -51,7 +51,6 @@ def export_run(
     found = read_run_adapter(run, steps, best=best)
     name = "best" if best else f"step-{found.header.get(STEPS_KEY, '').replace(',', '-')}"
     folder = output or run / EXPORTS / "-".join([form, name, *([] if precision == "auto" else [precision])])
-    folder.mkdir(parents=True, exist_ok=True)
     if form == "merged":
         return write_merged(run, found, folder / "transformer", precision)
     return write_lora(found, form, folder, run.resolve().name, "fp32" if precision == "auto" else precision)
@@ -103,6 +102,7 @@ def write_lora(found: LoraFile, form: LoraFormat, folder: Path, name: str, preci
     """
     if form == "comfyui" and found.use_dora:
         raise UsageError("--format comfyui: not possible with train.use_dora; use --format merged")
+    folder.mkdir(parents=True, exist_ok=True)
     weights = cast(found.weights, DTYPES[precision])
     settings: dict[str, Any] = {"r": found.rank, "lora_alpha": found.alpha, "target_modules": found.modules}
     settings |= {kind: True for kind in ("use_rslora", "use_dora") if getattr(found, kind)}

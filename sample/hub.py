@@ -43,16 +43,13 @@ def write_hub_folder(run: Path, repository: str, *, with_captions: bool) -> Path
     config, adapter, folder = load_config(run / "config.toml"), read_run_adapter(run), run / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     name = repository.partition("/")[2]
+    write_lora(adapter, "diffusers", folder, name, "fp32")
     files = {"last": ADAPTER}
-    for form in ("diffusers",) if adapter.use_dora else ("diffusers", "comfyui"):
-        place = folder if form == "diffusers" else folder / form
-        place.mkdir(parents=True)
-        write_lora(adapter, "diffusers" if form == "diffusers" else "comfyui", place, name, "fp32")
     if not adapter.use_dora:
+        write_lora(adapter, "comfyui", folder / "comfyui", name, "fp32")
         files["for ComfyUI"] = f"comfyui/{name}.safetensors"
     best = read_run_adapter(run, best=True) if (run / EXPORT / BEST / ADAPTER).is_file() else adapter
     if best.header.get(STEPS_KEY) != adapter.header.get(STEPS_KEY):
-        (folder / BEST).mkdir()
         write_lora(best, "diffusers", folder / BEST, name, "fp32")
         files["best by held-out loss"] = f"{BEST}/{ADAPTER}"
     if (run / CURVE).is_file():

@@ -37,9 +37,8 @@ def read_input(
         if isinstance(found, Skipped):
             raise UsageError(f"sample.video: {path}: {with_names(found.reason, path.name)}; replace the file")
         times, (height, width) = found.timestamps_us, found.probe.look.size
-        end = found.probe.end_us or times[-1] + times[-1] // max(1, len(times) - 1)
         wanted = [number * 1_000_000 // fps for number in range(num_frames)]
-        if (there := sum(time < max(end, 1) for time in wanted)) < num_frames:
+        if (there := sum(time < max(found.end_us, 1) for time in wanted)) < num_frames:
             short = f"{path} has {there} frames at {fps} fps, expected {num_frames}"
             raise UsageError(f"sample.video: {short}; lower sample.num_frames or raise sample.fps")
         indices = tuple(bisect_right(times, time + 1000) - 1 for time in wanted)  # containers round to 1 ms

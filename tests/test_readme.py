@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUICK = ("config", "plan", "precompute", "cache")
 """Commands that take a second or two on the demo; the others run with the marker `faults`."""
+SLOW = {"--card", "--part", "configs/demo-real.toml", "data.dataset_name=demo/clips/metadata.csv"}
 PRECOMPUTE = [".venv/bin/precog", "precompute", "configs/demo.toml"]
 
 
@@ -35,10 +36,8 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def is_quick(command: list[str]) -> bool:
-    """Return whether a command runs in every test run; the simulation of a card takes ten seconds."""
-    return command[0] == "make" or (
-        command[0] == ".venv/bin/precog" and command[1] in QUICK and "--card" not in command
-    )
+    """Return whether a command runs in every test run; others, such as the simulation of a card, take longer."""
+    return command[0] == "make" or (command[0] == ".venv/bin/precog" and command[1] in QUICK and not SLOW & {*command})
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +83,14 @@ def test_a_page_names_subcommands_that_exist(page: Path) -> None:
     known = set(getattr(get_command(app), "commands"))  # noqa: B009
     names = re.findall(r"\bprecog ([a-z]+)", page.read_text("utf-8").partition("Removed, and")[0])
     assert set(names) <= known, names
+
+
+@pytest.mark.parametrize("page", ["4090", "preparing"])
+def test_a_command_of_a_page_has_the_arguments_it_is_shown_with(page: str) -> None:
+    for line in re.findall(r"^precog .*", (ROOT / "docs" / f"{page}.md").read_text("utf-8"), re.MULTILINE):
+        _, name, *arguments = shlex.split(line, comments=True)
+        context = get_command(app).make_context("precog", [name, *arguments])
+        context.command.get_command(context, name).make_context(name, arguments)  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open

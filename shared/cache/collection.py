@@ -187,15 +187,13 @@ class SampleReader:
         content = bytearray(self._storage.read_part(tar, place.offset, place.length))
         return sample_tensors(place, content, f"{self._storage}/{tar}")
 
-    def read_part(self, key: str, name: str) -> torch.Tensor | None:
-        """Return one tensor of a sample, None if the sample has none of that name.
+    def read_part(self, key: str, name: str) -> torch.Tensor:
+        """Return one tensor of a sample, such as "thumbnails".
 
         Only its own bytes are read, so they are not compared with the sample's hash: for pages, not for training.
         """
         tar, place = self._place(key)
-        tensor = place.tensors.get(name)
-        if tensor is None:
-            return None
+        tensor = place.tensors[name]
         content = bytearray(self._storage.read_part(tar, tensor.offset, tensor.num_bytes))
         return torch.frombuffer(content, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
 

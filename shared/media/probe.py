@@ -119,6 +119,12 @@ class Probed:
     timestamps_us: "array[int]"
     """Presentation times of the displayed frames in microseconds, ascending from 0."""
 
+    @property
+    def end_us(self) -> int:
+        """End of the last frame after the first one's time; where it is unknown, it lasts the mean interval."""
+        times = self.timestamps_us
+        return self.probe.end_us or times[-1] + times[-1] // max(1, len(times) - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Media:

@@ -48,13 +48,6 @@ def video_tokens(bucket: Bucket, patch_size: int, patch_size_t: int | None) -> i
     return frames * (height // patch_size) * (width // patch_size)
 
 
-def first_chunk_frames(frames: int) -> int:
-    """Return the pixel frames of the VAE's first chunk, which sets its peak memory: 9 for 8k+1, at most 15."""
-    if frames < ENCODE_CHUNK_FRAMES:
-        return frames
-    return ENCODE_CHUNK_FRAMES + frames % ENCODE_CHUNK_FRAMES
-
-
 def choose_frames(available: int, frame_buckets: Sequence[int]) -> int | None:
     """Return the largest frame bucket that `available` frames fill, or None."""
     return max((bucket for bucket in frame_buckets if bucket <= available), default=None)

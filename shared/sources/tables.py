@@ -65,13 +65,14 @@ def jsonl_rows(table: Path, data: Data) -> Iterator[Row]:
         where = f"{file} row {number}"
         if line.strip():
             try:
-                found = _json_object(line)
+                found = json_object(line)
                 yield _row(found, _choose_columns(list(found), data, "the object"), where)
             except DataError as error:
                 yield Row(where, error=str(error))
 
 
-def _json_object(line: str) -> dict[str, object]:
+def json_object(line: str) -> dict[str, object]:
+    """Parse a line of a JSONL table; raise `DataError` with the reason, without the line."""
     if len(line.encode()) > MAX_JSON_LINE_BYTES:
         raise DataError(f"the line has more than {MAX_JSON_LINE_BYTES:,} bytes")
     try:

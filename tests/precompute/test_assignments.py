@@ -27,7 +27,6 @@ from shared.cache.shard import Sample
 from shared.cache.storage import LocalStorage
 from shared.errors import CacheError
 from shared.fingerprint import key_of, sealed
-from tests.corpus import count_storage_calls
 
 LATENTS = Collection("latents", "r")
 KEYS = sorted(key_of(number) for number in range(20))
@@ -164,17 +163,6 @@ def test_everything_is_stored_at_the_end_and_nothing_twice(storage: LocalStorage
     assert shards == [] and inventory.stored == frozenset(KEYS), "stored after the inventory"
 
 
-def test_each_receipt_is_read_once_in_a_run(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_all(storage, wanted_of(KEYS[:6]))
-    calls = count_storage_calls(monkeypatch)
-    make_all(storage, wanted_of(KEYS))
-    reads = {name: count for (method, name), count in calls.items() if method == "read" and name.startswith("latents")}
-    assert len(reads) == 10 and set(reads.values()) == {1}
-    calls.clear()
-    assert make_all(storage, wanted_of(KEYS))[0] == []
-    assert calls == {("files", "latents/r"): 1} | dict.fromkeys([("read", name) for name in reads], 1)
-
-
 def test_shards_of_another_data_set_are_not_made_again(storage: LocalStorage) -> None:
     """Data set A stops after its first shard; B wants more, groups otherwise and finishes; A continues."""
     wanted = wanted_of(KEYS[:12], 5)
@@ -217,10 +205,3 @@ def test_proposal_is_what_would_be_made_and_writes_nothing(storage: LocalStorage
     assert shards_to_make(storage, wanted, Inventory(), Part())[0] == planned
     store(storage, planned[0])
     assert propose(storage, wanted_of(KEYS[:6], 5, 5), take_inventory(storage, LATENTS)) == planned[1:]
-
-
-def test_missing_keys_are_neither_stored_nor_skipped_nor_given_up() -> None:
-    inventory = Inventory(frozenset(), frozenset({"a"}), {"b": ("broken", 0), "c": ("broken", 2)})
-    wanted = Wanted(LATENTS, dict.fromkeys("abcde", "latents/r"), 1, 1)
-    assert wanted.missing(inventory, {"e"}) == {"d": 0}
-    assert replace(wanted, retry={"b": 0, "c": 1}).missing(inventory) == {"b": 1, "d": 0, "e": 0}

@@ -3,11 +3,8 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,8 +21,6 @@ from shared.cache.view import read_view
 from shared.config_file import save_config
 from tests.corpus import config_for, write_corpus
 from tests.processes import decoders, fork_command, wait_until
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -52,13 +47,7 @@ def test_plan_and_precompute_print_the_same_json_and_name_skips(config: str, tmp
     assert planned["prompts"] == {"planned": 5, "reused": 0} and made["prompts"] == {"encoded": 5, "reused": 0}
     assert planned["skipped"] == made["skipped"]
     assert [bad["source"] for bad in made["skipped"]] == ["000.mp4", "001.mp4"]
-    assert planned.keys() >= made.keys() - {
-        "truncated",
-        "retryable",
-        "written_bytes",
-        "clips_per_second",
-        "waited_share",
-    }
+    assert planned.keys() >= made.keys() - {"retryable", "written_bytes", "clips_per_second", "waited_share"}
     assert made["clips_per_second"] > 0 and 0 < sum(made["waited_share"].values()) < 1
     for shown in (plan.stderr, run.stderr):
         assert re.search(r"  skipped: not a video +2\n", shown)
@@ -75,22 +64,14 @@ def test_rank_0_alone_prints_the_json_line(config: str, monkeypatch: pytest.Monk
     for rank, lines in (("1", 0), ("0", 1)):
         monkeypatch.setenv("RANK", rank)
         assert command("plan", config, "--json").stdout.count("\n") == lines
-    monkeypatch.setenv("RANK", "2")
-    shown = command("precompute", config, "--json", code=2).stderr
-    assert shown.startswith("precog: RANK = 2 and WORLD_SIZE = 2 in")
 
 
-def test_captions_that_are_cut_short_are_listed_each_once(config: str, tmp_path: Path) -> None:
-    """Two windows of one clip share its caption; prompts beside the captions count too."""
-    table = tmp_path / "clips" / "prompts.txt"
-    table.write_text("short\nbad\n" + "a very long caption " * 20)
-    settings = ["data.random_flip=true", f"data.validation_prompts=['a', '{'b ' * 60}']"]
-    result = command("precompute", config, *settings, "--json")
-    found = json.loads(result.stdout)["truncated"]
-    named = [(caption["source"], caption["caption"]) for caption in found]
-    assert named == [("002.mp4", 1), ("data.validation_prompts", 2)] and all(caption["tokens"] > 0 for caption in found)
-    assert f"cut short 002.mp4, caption 1: its last {found[0]['tokens']} tokens" in result.stderr
-    assert re.search(r"captions cut short +2\n", result.stderr)
+def test_captions_and_prompts_that_are_cut_short_are_named(config: str, tmp_path: Path) -> None:
+    (tmp_path / "clips" / "prompts.txt").write_text("short\nbad\n" + "a very long caption " * 20)
+    result = command("precompute", config, f"data.validation_prompts=['a', '{'b ' * 60}']", "--json")
+    found = {finding["kind"]: finding for finding in json.loads(result.stdout)["findings"]}
+    assert found["too_long"]["sources"] == ["002.mp4"] and found["too_long_prompt"]["sources"] == ["b " * 60]
+    assert "warning: 1 of 2 captions are longer than 16 tokens; up to " in " ".join(result.stderr.split())
 
 
 def test_a_plan_whose_clips_are_all_skipped_ends_with_3(config: str, tmp_path: Path) -> None:
@@ -162,12 +143,6 @@ def test_a_stored_clip_is_decoded(
     assert "another VAE" in command("cache", "show", row.latent_key, f"--decode={other}", code=2).stderr
 
 
-def test_a_wrong_part_is_a_usage_error(config: str) -> None:
-    for part in ("0/2", "3/2", "1", "a/b", "1/0", "-1/2"):
-        command("precompute", config, f"--part={part}", code=2)
-    command("precompute", config, "--engine=ray", "--part=1/2", code=2)
-
-
 @pytest.mark.skipif(torch.cuda.device_count() > 98, reason="there is one")
 def test_a_missing_gpu_is_refused_before_anything_is_read(config: str, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "clips")
@@ -177,42 +152,26 @@ def test_a_missing_gpu_is_refused_before_anything_is_read(config: str, tmp_path:
 
 def test_faults_of_the_user_end_with_their_codes(config: str, tmp_path: Path) -> None:
     command("precompute", config, "precompute.cache=http://x", code=2)
-    command("plan", config, "precompute.nonsense=1", code=2)
+    command("precompute", config, "--engine=ray", "--part=1/2", code=2)
     for name in (config, f"{config}/below"):  # a file instead of a folder
         command("plan", config, f"precompute.cache={name}", code=2)
     for action in ("ls", "verify"):
         command("cache", action, str(tmp_path / "nowhere"), code=2)
-    (tmp_path / "clips" / "prompts.txt").write_text("only one")
-    command("plan", config, code=3)
-
-
-def test_a_typo_is_refused_before_torch_is_imported(config: str) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    arguments = ["-X", "importtime", "-m", "precog", "precompute", config, "precompute.decode_worker=1"]
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 2 and "did you mean precompute.decode_workers?" in done.stderr
-    assert re.search(r"\| +pydantic\n", done.stderr), "imports are not listed"
-    assert not re.search(r"\| +(torch|numpy|av|diffusers)\n", done.stderr)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("phase", ["probing", "decoding", "encoding"])
+@pytest.mark.parametrize("phase", ["decoding", "encoding"])
 def test_a_signal_ends_the_command_with_75_one_line_and_no_process(phase: str, pipeline: Path, tmp_path: Path) -> None:
     root, cache = write_corpus(tmp_path / "clips", 6), tmp_path / "cache"
     save_config(config_for(pipeline, root, cache, clips_per_shard=2), tmp_path / "config.toml")
     child = fork_command(["precompute", str(tmp_path / "config.toml")], tmp_path / "errors")
     try:
-        if phase == "probing":
-            wait_until(lambda: decoders(child))
-        elif phase == "decoding":
+        if phase == "decoding":  # a decoder that hangs
             wait_until(lambda: [path for path in cache.glob("prompts/*/*") if path.name != "recipe.json"])
-        else:
-            wait_until(lambda: any(cache.glob("latents/*/*/*.json")))
-        if phase != "encoding":  # a decoder that hangs
             decoders(child)[0].suspend()
             time.sleep(0.5)
+        else:
+            wait_until(lambda: any(cache.glob("latents/*/*/*.json")))
         children = psutil.Process(child).children(recursive=True)
         sent = time.monotonic()
         os.kill(child, signal.SIGTERM if phase == "decoding" else signal.SIGINT)

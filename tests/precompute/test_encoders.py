@@ -1,6 +1,5 @@
 """The encoders: batches, tiling, slicing, precision, offload and out-of-memory."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5EncoderModel
 
@@ -85,6 +83,7 @@ def test_compiled_encoder_keeps_the_latents(vae: Component) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
+@pytest.mark.faults  # dynamo takes long to import
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_missing_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.config
@@ -211,44 +210,14 @@ def test_offloaded_t5_gives_the_same_bits(pipeline: Path) -> None:
         assert torch.equal(offloaded.encode(texts), whole.encode(texts))
 
 
-def test_fp16_t5_computes_in_fp32_what_exceeds_65504(pipeline: Path, tmp_path: Path) -> None:
-    """T5's `wo` exceeds fp16's range, so transformers keeps that layer in fp32."""
-    shutil.copytree(pipeline / "text_encoder", tmp_path / "text_encoder")
-    [weights] = (tmp_path / "text_encoder").glob("*.safetensors")
-    tensors = load_file(weights)
-    for name in tensors:
-        tensors[name] *= 1e5 if "DenseReluDense.wo" in name else 10 if "DenseReluDense.wi_1" in name else 1
-    save_file(tensors, weights, {"format": "pt"})
-    part = Component(tmp_path / "text_encoder", None, (weights,))
-    tokenizer = load_tokenizer(str(pipeline / "tokenizer"))
-    exact = TextEncoder(part, tokenizer, Precompute(cache="unused", text_dtype="fp32"), CPU, TEXT_LENGTH)
-    largest: list[float] = []
-    exact.model.encoder.block[0].layer[1].DenseReluDense.wo.register_forward_hook(
-        lambda _layer, _given, result: largest.append(float(result.abs().max()))
-    )
-    expected = exact.encode(["a grey rabbit yawns"]).flatten(1)
-    assert largest[0] > 65504
-    for offload in (False, True):
-        settings = Precompute(cache="unused", text_dtype="fp16", text_offload=offload)
-        encoder = TextEncoder(part, tokenizer, settings, CPU, TEXT_LENGTH)
-        found = encoder.encode(["a grey rabbit yawns"]).float().flatten(1)
-        assert torch.nn.functional.cosine_similarity(expected, found).min() > 0.99
-
-
 def test_conditioning_images_are_the_frame_and_noised_copies() -> None:
     frame = clips(1)[0][:, :1]
     images = conditioning_images(frame, 100, "key")
     assert torch.equal(images[0], frame) and len(images) == 101
-    again = conditioning_images(frame, 2, "key")
-    assert all(torch.equal(one, two) for one, two in zip(images, again, strict=False))
-    assert not torch.equal(images[1], conditioning_images(frame, 1, "other")[1])
-    noises = [
-        (image - frame) / (image - frame).std() for image in (*images[1:4], conditioning_images(frame, 1, "x")[1])
-    ]
-    for number, noise in enumerate(noises):
-        assert abs(float(noise.mean())) < 0.1, "of the clean frame, not of the copy before"
-        for other in noises[:number]:
-            assert abs(float((noise * other).mean())) < 0.2, "each copy and each clip has noise of its own"
+    assert torch.equal(images[1], conditioning_images(frame, 1, "key")[1])
+    one, two, three = ((image - frame).flatten() for image in (*images[1:3], conditioning_images(frame, 1, "x")[1]))
+    noise = torch.corrcoef(torch.stack([one, two, three]))
+    assert noise.fill_diagonal_(0).abs().max() < 0.2, "each copy and each clip has noise of its own"
     sigmas = torch.tensor([float((image - frame).std()) for image in images[1:]]).log()
     assert abs(float(sigmas.mean()) + 3.0) < 0.15 and abs(float(sigmas.std()) - 0.5) < 0.1
 

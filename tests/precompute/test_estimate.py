@@ -111,10 +111,9 @@ def test_clip_whose_start_moved_has_a_changed_window(pipeline: Path, tmp_path: P
 
 def test_samples_of_another_view_are_no_orphans(pipeline: Path, filled: Filled) -> None:
     root, cache = filled
-    data = {"name": "other", "video_reshape_mode": "random", "frame_buckets": [5, 13]}
+    data = {"name": "other", "video_reshape_mode": "random", "frame_buckets": [5]}
     found = look(config_for(pipeline, root, cache, data=data))
     assert found.orphaned["latents"] == 0 and found.new == 6
-    assert len(found.warnings) == 1 and "frame bucket 13" in found.warnings[0]
 
 
 def test_damaged_view_is_a_warning(pipeline: Path, filled: Filled) -> None:

@@ -1,8 +1,6 @@
 """The report: rates, waiting times and the merge of workers' reports."""
 
-import time
-
-from precompute.report import Report, SampleCounts, Timer, merge
+from precompute.report import Report, SampleCounts, merge
 
 
 def report(made: int, reused: int, written: int, **seconds: float) -> Report:
@@ -18,19 +16,6 @@ def test_rates_and_shares_are_of_the_video_pass() -> None:
     assert body["waited_share"] == {"decode": 0.5, "write": 0.1}
     assert body["latents"] == {"encoded": 6, "reused": 4} and body["prompts"] == {"encoded": 1, "reused": 4}
     assert Report().as_json()["clips_per_second"] == 0 and Report().waited_share("decode") == 0
-
-
-def test_timer_adds_up_and_measures_only_the_wait_for_items() -> None:
-    timer = Timer()
-
-    with timer.measure("write"):
-        assert timer.seconds == {}
-    for _ in timer.waiting("wait", [1, 2]):
-        time.sleep(0.05)
-    before = timer.seconds["write"]
-    with timer.measure("write"):
-        time.sleep(0.02)
-    assert timer.seconds["write"] >= before + 0.02 and timer.seconds["wait"] < 0.05
 
 
 def test_merged_samples_are_summed_and_times_are_the_slowest() -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from precompute import latents, prompts
 from precompute.encoders import VaeEncoder
 from precompute.report import PassResult, Report
 from shared.cache.collection import SampleReader, receipt_names, shards
-from shared.cache.shard import Receipt, Sample, ShardWriter
+from shared.cache.shard import Receipt, ShardWriter
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
 from shared.cache.view import read_view
@@ -27,8 +26,8 @@ from tests.corpus import config_for, count_storage_calls, run, stored_files, wri
 from tests.media import decode_probed
 from tests.tiny import save_pipeline
 
-CLIPS = 10
-SETTINGS: dict[str, Any] = {"clips_per_shard": 6, "vae_batch_size": 3}
+CLIPS = 6
+SETTINGS: dict[str, Any] = {"clips_per_shard": 4, "vae_batch_size": 3}
 Filled = tuple[Path, Path]
 
 
@@ -48,6 +47,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, corpus: Path
     folder = tmp_path_factory.mktemp("run") / "cache"
     report = run(config_for(pipeline, corpus, folder, **SETTINGS))
     assert counts(report) == (CLIPS, 0, CLIPS + 2, 0)
+    files = [path for kind in ("latents", "prompts") for path in (folder / kind).rglob("*.*")]
+    assert report.written_bytes == sum(path.stat().st_size for path in files if path.name != "recipe.json")
     return folder
 
 
@@ -60,7 +61,7 @@ def test_each_change_costs_only_what_it_touches(pipeline: Path, corpus: Path, ca
 
     captions = [f"clip number {number}" for number in range(CLIPS)]
     write_captions(root, ["another caption", *captions[1:]])
-    write_video(root / "007.mp4", seed=1007)
+    write_video(root / "005.mp4", seed=1005)
     assert counts(run(config_for(pipeline, root, cache, **SETTINGS))) == (1, CLIPS - 1, 1, CLIPS + 1)
 
     cropped = config_for(pipeline, root, cache, data={"video_reshape_mode": "random"}, **SETTINGS)
@@ -124,21 +125,6 @@ def test_image_moments_are_of_the_clips_own_first_frame(tmp_path: Path) -> None:
         )
 
 
-def test_bad_clips_are_skipped_with_reasons(pipeline: Path, tmp_path: Path) -> None:
-    root, cache = write_corpus(tmp_path / "clips", 3), tmp_path / "cache"
-    (root / "bad.mp4").write_bytes(b"no video at all")
-    (root / "cut.mp4").write_bytes((root / "001.mp4").read_bytes()[:300])
-    write_captions(root, ["a", "b", "c", "d", "e"])
-    report = run(config_for(pipeline, root, cache))
-    assert (report.clips, report.latents.made) == (3, 3)
-    assert sorted(source for source, _ in report.skipped) == ["bad.mp4", "cut.mp4"]
-    assert all(reason for _, reason in report.skipped)
-    view = read_view(LocalStorage(str(cache)), "corpus")
-    assert {row.source for row in view.split("skipped")} == {"bad.mp4", "cut.mp4"}
-    assert len(view.rows) == 5  # planned = stored + skipped
-    assert report.as_json()["skipped"][0].keys() == {"source", "reason"}
-
-
 def test_clip_that_cannot_be_encoded_is_retried_on_demand(pipeline: Path, tmp_path: Path) -> None:
     root, cache = write_corpus(tmp_path / "clips", 3), tmp_path / "cache"
     other = tmp_path / "pipeline"
@@ -160,45 +146,6 @@ def test_clip_that_cannot_be_encoded_is_retried_on_demand(pipeline: Path, tmp_pa
     assert len(set(cache.glob("latents/*/5x16x32/*.json"))) == 2 * len(receipts)
 
 
-def test_written_bytes_are_those_on_the_disk(pipeline: Path, tmp_path: Path) -> None:
-    config = config_for(pipeline, write_corpus(tmp_path / "clips", 2), tmp_path / "cache")
-
-    def shard_files() -> dict[Path, int]:
-        found = (path for kind in ("latents", "prompts") for path in (tmp_path / "cache" / kind).rglob("*.*"))
-        return {path: path.stat().st_size for path in found if path.name != "recipe.json"}
-
-    assert run(config).written_bytes == sum(shard_files().values())
-    receipts = {path: size for path, size in shard_files().items() if path.suffix == ".json"}
-    for path in receipts:
-        path.unlink()
-    assert run(config).written_bytes == sum(receipts.values())
-
-
-def test_clip_with_non_finite_latents_is_skipped_and_not_held_out(
-    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, encode = write_corpus(tmp_path / "clips", 4), latents.encode_clips
-    data = {"held_out_clips": 1}
-    run(config_for(pipeline, root, tmp_path / "whole", data=data))
-    [first] = read_view(LocalStorage(str(tmp_path / "whole")), "corpus").split("held_out")
-
-    def poisoned(*arguments: Any) -> list[Sample]:
-        samples = encode(*arguments)
-        infinite = {"image_moments": torch.full((1,), float("inf"))}
-        return [
-            replace(sample, tensors={**sample.tensors, **infinite}) if sample.key == first.latent_key else sample
-            for sample in samples
-        ]
-
-    monkeypatch.setattr(latents, "encode_clips", poisoned)
-    report = run(config_for(pipeline, root, tmp_path / "cache", data=data))
-    assert counts(report)[:2] == (3, 0) and report.clips == 3
-    assert [source for source, _ in report.skipped] == [first.source]
-    view = read_view(LocalStorage(str(tmp_path / "cache")), "corpus")
-    assert [len(view.split(split)) for split in ("train", "held_out", "skipped")] == [2, 1, 1]
-    assert view.split("held_out")[0].source != first.source
-
-
 def test_shard_set_aside_is_made_again_with_the_same_bytes(pipeline: Path, filled: Filled) -> None:
     root, cache = filled
     before = stored_files(cache)
@@ -212,19 +159,6 @@ def test_shard_set_aside_is_made_again_with_the_same_bytes(pipeline: Path, fille
     assert run(config_for(pipeline, root, cache)).latents.made == 6 - kept > 0
     after = {name: content for name, content in stored_files(cache).items() if not name.endswith(".damaged")}
     assert after == before
-
-
-def test_data_sets_and_equal_sources_share_clips(pipeline: Path, filled: Filled) -> None:
-    root, cache = filled
-    write_video(root / "new.mp4", seed=77)
-    shutil.copy(root / "new.mp4", root / "same.mp4")
-    write_captions(root, [f"clip number {number}" for number in range(8)])
-    report = run(config_for(pipeline, root, cache))
-    assert counts(report) == (1, 6, 2, 8) and report.clips == 8
-    (root / "new.mp4").unlink()
-    (root / "same.mp4").unlink()
-    write_captions(root, [f"clip number {number}" for number in range(6)])
-    assert counts(run(config_for(pipeline, root, cache))) == (0, 6, 0, 8)
 
 
 def test_full_disk_is_refused_before_encoding(pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,21 +228,19 @@ def test_file_that_vanishes_is_a_transient_failure(
     run(config_for(pipeline, root, cache, data={"resolution_buckets": [[32, 16]]}))  # the view that was there
     views = {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()}
     content = (root / "003.mp4").read_bytes()
-    for _ in range(2):
-        with monkeypatch.context() as patch, pytest.raises(DataError) as error:
-            losing(patch, root / "003.mp4")
-            run(config)
-        assert str(error.value) == (
-            "1 files could not be read (003.mp4: cannot open: No such file or directory); the other clips are stored "
-            "and the previous view is unchanged; run the same command again"
-        )
-        assert len(keys_in(cache)) == 5 + 4
-        assert {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()} == views
-        (root / "003.mp4").write_bytes(content)
+    with monkeypatch.context() as patch, pytest.raises(DataError) as error:
+        losing(patch, root / "003.mp4")
+        run(config)
+    assert str(error.value) == (
+        "1 files could not be read (003.mp4: cannot open: No such file or directory); the other clips are stored "
+        "and the previous view is unchanged; run the same command again"
+    )
+    assert len(keys_in(cache)) == 5 + 4
+    assert {path.name: path.read_bytes() for path in (cache / "datasets").iterdir()} == views
+    (root / "003.mp4").write_bytes(content)
     report = run(config)
     assert (report.latents.made, report.latents.reused, report.clips) == (1, 4, 5)
     assert len(keys_in(cache)) == 10 and all(len(tars) == 1 for tars in keys_in(cache).values())
-    assert len(list(cache.glob("assignments/*.json"))) < 8, "each failed run leaves another assignment"
 
 
 def test_files_that_cannot_be_probed_are_named_together(
@@ -360,31 +292,14 @@ def test_rerun_reads_each_receipt_once(
     assert reads == dict.fromkeys(receipts, 1)
 
 
-def test_missing_part_of_the_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="vae/ not found"):
-        run(config_for(tmp_path, tmp_path, tmp_path / "cache"))
-
-
-def test_each_environment_is_recorded_once_per_recipe(
+def test_the_environment_is_recorded_once_per_recipe_and_changes_no_file(
     pipeline: Path, filled: Filled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, cache = filled
-
-    def records(folder: Path) -> list[dict[str, Any]]:
-        return [json.loads(path.read_bytes()) for path in (folder / "made_by").glob("*/*.json")]
-
     recipes = {path.parent.name for path in cache.glob("*/*/recipe.json")}
-    assert {path.name for path in (cache / "made_by").iterdir()} == recipes and len(records(cache)) == 2
-    for made_by in records(cache):
-        assert made_by["versions"]["torch"] == metadata.version("torch") and made_by["device"]["name"]
-        assert {"diffusers", "transformers", "av", "python"} <= made_by["versions"].keys()
+    records = {path.parent.name: json.loads(path.read_bytes()) for path in cache.glob("made_by/*/*.json")}
+    assert records.keys() == recipes
+    assert all(made_by["versions"]["torch"] == metadata.version("torch") for made_by in records.values())
     monkeypatch.setattr(metadata, "version", lambda name: f"{name} 9.9")
     run(config_for(pipeline, root, tmp_path / "other"))
-    assert stored_files(tmp_path / "other") == stored_files(cache), "the versions are part of no shared file"
-    assert [made_by["versions"]["torch"] for made_by in records(tmp_path / "other")] == ["torch 9.9"] * 2
-    run(config_for(pipeline, root, cache))
-    assert len(records(cache)) == 2, "nothing was encoded: there is nothing to record"
-    write_video(root / "new.mp4", seed=77)
-    write_captions(root, [f"clip number {number}" for number in range(7)])
-    run(config_for(pipeline, root, cache))
-    assert len(records(cache)) == 4
+    assert stored_files(tmp_path / "other") == stored_files(cache)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.raw_videos import precog, report_of, rows_of, write_project
 from tests.tiny_vlm import WORDS, save_vlm
 
@@ -17,11 +19,12 @@ def test_a_local_model_captions_every_clip(tmp_path: Path) -> None:
     assert report_of(precog("caption", config, *options))["summary"]["answers asked for"] == 0
 
 
-def test_a_local_answer_that_does_not_end_is_named(tmp_path: Path) -> None:
+def test_a_local_answer_that_does_not_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prepare.engines.MAX_ANSWER_TOKENS", 32)
     config = write_project(tmp_path, ["a.mp4"])
     model = save_vlm(tmp_path / "vlm", ends=False)
     report = report_of(precog("caption", config, "--engine=transformers", f"--model={model}", "--frames=1", "--json"))
-    assert report["files"]["a.mp4"].startswith("cut off after 512 tokens")
+    assert report["files"]["a.mp4"].startswith("cut off after 32 tokens")
     assert rows_of(tmp_path / "dog.jsonl")[0]["text"] == ""
 
 

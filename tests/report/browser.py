@@ -75,14 +75,3 @@ def tab_stops(page: Page, limit: int = 50) -> list[str]:
         tops.append(page.evaluate(TOP))
     assert tops == sorted(tops), list(zip(stops, tops, strict=True))
     return stops
-
-
-def screenshots(browser: Browser, path: Path, folder: Path) -> list[Path]:
-    """Write the whole page as PNGs at both widths, light and dark; return their paths."""
-    written: list[Path] = []
-    for width in WIDTHS:
-        for dark in (False, True):
-            written.append(folder / f"{path.stem}-{width}-{'dark' if dark else 'light'}.png")
-            with opened(browser, path, width=width, dark=dark) as page:
-                page.screenshot(path=written[-1], full_page=True)
-    return written

@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
-from sample.generate import sample
 from sample.loras import find_loras, load_lora, set_loras
 from sample.pipeline import VideoStart, checkpoint_conventions, load_pipeline, make_video
 from sample.prompts import embed_prompts
@@ -37,9 +36,11 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_code_for_diffusers_makes_our_frames(demo: Path) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "from-diffusers.md").read_text("utf-8"), re.DOTALL)
-    (demo / "example.py").write_text(block, "utf-8")
+    few = block.replace("num_inference_steps=20", "num_inference_steps=4")
+    assert few != block
+    (demo / "example.py").write_text(few, "utf-8")
     expected = np.asarray(runpy.run_path(str(demo / "example.py"))["frames"]) * 255
-    config = load_config(ROOT / "configs" / "demo.toml", ["precompute.text_dtype=fp32"])
+    config = load_config(ROOT / "configs" / "demo.toml", ["precompute.text_dtype=fp32", "sample.num_inference_steps=4"])
     conventions, cpu = checkpoint_conventions(config), torch.device("cpu")
     pipeline, prompt = load_pipeline(config, conventions, cpu), config.sample.prompts[0]
     (lora,) = find_loras(config)
@@ -51,14 +52,3 @@ def test_the_code_for_diffusers_makes_our_frames(demo: Path) -> None:
     set_loras(pipeline, ())
     base = make_video(config, pipeline, conventions, pair, config.sample.seed, VideoStart())
     assert np.abs(base - expected).mean() > 1
-
-
-def test_distance_from_the_base_grows_with_the_strength(demo: Path) -> None:
-    strengths = (0, 0.25, 0.5, 1)
-    loras = ", ".join(f'{{path = "runs/demo", strength = {strength}}}' for strength in strengths)
-    few = ["sample.num_inference_steps=8", 'sample.prompts=["a red ball moves left on snow"]']
-    made = sample(load_config(ROOT / "configs" / "demo.toml", [f"sample.loras=[{loras}]", *few]), grid=True)
-    videos = made["videos"]
-    assert isinstance(videos, list)
-    _, nothing, *distances = (video["distance"] for video in videos)
-    assert nothing == 0 and distances == sorted(distances) and distances[0] > 1e-3

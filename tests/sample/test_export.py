@@ -184,23 +184,20 @@ def test_a_stopped_run_exports_and_steps_average(settings: Settings) -> None:
     assert (run / "export" / "pytorch_lora_weights.safetensors").exists(), "an export does not end the run"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "line"),
-    [
+def test_a_wrong_choice_is_one_line(settings: Settings) -> None:
+    config = settings()
+    config.train.output_dir.mkdir(parents=True)
+    run, _ = write_run(config, (1, 2))
+    for arguments, code, line in (
         (["--step", "9"], 2, "--step 9: .* has no adapter of this step; there are 1, 2"),
         (["--step", "x"], 2, "--step 'x': expected optimizer steps"),
         (["--best"], 2, "cannot be read as a LoRA"),
         (["--step", "1", "--best"], 2, "not together with --best"),
         (["--step", "2", "--precision", "fp16"], 0, ""),
-    ],
-)
-def test_a_wrong_choice_is_one_line(arguments: list[str], code: int, line: str, settings: Settings) -> None:
-    config = settings()
-    config.train.output_dir.mkdir(parents=True)
-    run, _ = write_run(config, (1, 2))
-    done = CliRunner().invoke(app, ["export", str(run), *arguments])
-    assert (done.exit_code, bool(done.stderr)) == (code, True)
-    assert re.search(line, " ".join(done.stderr.split())), done.stderr
+    ):
+        done = CliRunner().invoke(app, ["export", str(run), *arguments])
+        assert (done.exit_code, bool(done.stderr)) == (code, True)
+        assert re.search(line, " ".join(done.stderr.split())), done.stderr
 
 
 def test_a_changed_checkpoint_and_a_changed_base_are_refused(settings: Settings, tmp_path: Path) -> None:

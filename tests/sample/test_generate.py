@@ -1,6 +1,5 @@
 """Videos of `precog sample` against diffusers' own pipelines, in every memory mode; what is made is not made again."""
 
-import json
 import runpy
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def experiment(variant: str, folder: Path, **fields: Any) -> Config:
         "num_frames": 9,
         "height": 64,
         "width": 96,
-        "num_inference_steps": 3,
+        "num_inference_steps": 2,
         "guidance_scale": 5.0,
         "seed": 7,
     }
@@ -56,6 +55,12 @@ def experiment(variant: str, folder: Path, **fields: Any) -> Config:
         train=train,
         sample=Sampling(output_dir=folder / "samples", **values),
     )
+
+
+@pytest.fixture(scope="module")
+def plain_frames(folder: Path) -> np.ndarray:
+    """Return the frames of the unchanged settings, which many tests compare with."""
+    return frames(experiment("2b", folder))
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +81,12 @@ def frames(config: Config, *, with_lora: bool = True) -> np.ndarray:
     return make_video(config, pipeline, conventions, (embeds[PROMPT], embeds[NEGATIVE]), config.sample.seed, start)
 
 
-def plain(config: Config, kind: Any, lora_strength: float | None = 1.0, **inputs: Any) -> np.ndarray:
-    """Return the frames, 0 to 255, of docs/from-diffusers.md's code; without a strength, of the base model."""
+def plain(config: Config, kind: Any, lora_strength: float = 1.0, **inputs: Any) -> np.ndarray:
+    """Return the frames, 0 to 255, of docs/from-diffusers.md's code."""
     pipe = kind.from_pretrained(config.model.pretrained_model_name_or_path)
     pipe.set_progress_bar_config(disable=True)
-    if lora_strength is not None:
-        pipe.load_lora_weights(str(config.train.output_dir / "export"), adapter_name="mine")
-        pipe.set_adapters(["mine"], [lora_strength])
+    pipe.load_lora_weights(str(config.train.output_dir / "export"), adapter_name="mine")
+    pipe.set_adapters(["mine"], [lora_strength])
     settings = config.sample
     found = pipe(
         prompt=PROMPT,
@@ -116,14 +120,12 @@ def test_a_video_is_that_of_plain_diffusers_with_the_export(variant: str, tmp_pa
             CogVideoXImageToVideoPipeline,
             inputs | {"image": Image.open(tmp_path / "first.png").convert("RGB")},
         )
-    made = frames(config)
-    assert_same(made, plain(config, kind, **inputs))
-    assert np.abs(made - plain(config, kind, None, **inputs)).mean() > 1
+    assert_same(frames(config), plain(config, kind, **inputs))
 
 
-@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if not variant.endswith("i2v")])
+@pytest.mark.parametrize("variant", ["2b", "1.5-5b"])
 def test_a_video_from_a_video_is_that_of_plain_diffusers(variant: str, tmp_path: Path) -> None:
-    config = experiment(variant, tmp_path, video=tmp_path / "input.mp4", strength=0.7, num_inference_steps=4)
+    config = experiment(variant, tmp_path, video=tmp_path / "input.mp4", strength=0.7, num_inference_steps=3)
     conventions = checkpoint_conventions(config)
     video = read_starts(config, conventions, 1)[0][0].video
     assert len(video) == (8 if variant.startswith("1.5") else 9)
@@ -131,28 +133,28 @@ def test_a_video_from_a_video_is_that_of_plain_diffusers(variant: str, tmp_path:
 
 
 def test_the_strength_scales_alpha_over_rank_once(folder: Path) -> None:
-    for strength in (0.5, 1.25):
-        config = experiment("2b", folder, loras=(SampleLora(path=folder / "run", strength=strength),))
-        made = frames(config)
-        assert_same(made, plain(config, CogVideoXPipeline, strength, num_frames=9))
-        pipe = load_pipeline(config, checkpoint_conventions(config), CPU)
-        weights = load_file(folder / "run" / "export" / "pytorch_lora_weights.safetensors")
-        for name, down in weights.items():
-            if "lora_A" in name:
-                layer = pipe.transformer.get_submodule(name.removeprefix("transformer.").partition(".lora_")[0])
-                layer.weight.data += strength * (8 / 4) * weights[name.replace("lora_A", "lora_B")] @ down
-        conventions = checkpoint_conventions(config)
-        embeds = embed_prompts(config, (PROMPT, NEGATIVE), conventions, CPU)
-        merged = make_video(config, pipe, conventions, (embeds[PROMPT], embeds[NEGATIVE]), 7, VideoStart())
-        assert np.abs(made.astype(int) - merged).max() <= 1
+    config = experiment("2b", folder, loras=(SampleLora(path=folder / "run", strength=1.25),))
+    made, conventions = frames(config), checkpoint_conventions(config)
+    assert_same(made, plain(config, CogVideoXPipeline, 1.25, num_frames=9))
+    pipe = load_pipeline(config, conventions, CPU)
+    weights = load_file(folder / "run" / "export" / "pytorch_lora_weights.safetensors")
+    for name, down in weights.items():
+        if "lora_A" in name:
+            layer = pipe.transformer.get_submodule(name.removeprefix("transformer.").partition(".lora_")[0])
+            layer.weight.data += 1.25 * (8 / 4) * weights[name.replace("lora_A", "lora_B")] @ down
+    embeds = embed_prompts(config, (PROMPT, NEGATIVE), conventions, CPU)
+    merged = make_video(config, pipe, conventions, (embeds[PROMPT], embeds[NEGATIVE]), 7, VideoStart())
+    assert np.abs(made.astype(int) - merged).max() <= 1
     nothing = experiment("2b", folder, loras=(SampleLora(path=folder / "run", strength=0),))
-    np.testing.assert_array_equal(frames(nothing), frames(nothing, with_lora=False))
+    base = frames(nothing, with_lora=False)
+    np.testing.assert_array_equal(frames(nothing), base)
+    assert np.abs(made.astype(int) - base).mean() > 1
 
 
 @pytest.mark.parametrize("mode", ["model_offload", "group_offload", "sequential_offload"])
-def test_a_memory_mode_changes_no_pixel(mode: str, folder: Path) -> None:
+def test_a_memory_mode_changes_no_pixel(mode: str, folder: Path, plain_frames: np.ndarray) -> None:
     made = frames(experiment("2b", folder, memory=mode))
-    assert np.abs(made.astype(int) - frames(experiment("2b", folder))).max() <= 1
+    assert np.abs(made.astype(int) - plain_frames).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -160,18 +162,23 @@ def test_a_memory_mode_changes_no_pixel(mode: str, folder: Path) -> None:
     [
         ({"base_precision": "int8"}, 8),
         ({"base_precision": "fp8"}, 40),
-        ({"base_precision": "int8", "memory": "sequential_offload"}, 8),
         ({"dtype": "bf16"}, 40),
-        ({"enable_tiling": True, "height": 112, "width": 160}, None),
-        ({"scheduler": "dpm"}, None),
-        ({"guidance_scale": 1}, None),
+        ({"scheduler": "dpm"}, 255),
+        ({"guidance_scale": 1}, 255),
     ],
 )
-def test_a_setting_of_precision_or_schedule_acts(fields: dict[str, Any], most: float | None, folder: Path) -> None:
-    sizes = {name: fields[name] for name in ("height", "width") if name in fields}
-    made, before = frames(experiment("2b", folder, **fields)), frames(experiment("2b", folder, **sizes))
-    difference = float(np.abs(made.astype(int) - before).mean())
-    assert 0.01 < difference < (most or 255), difference
+def test_a_setting_of_precision_or_schedule_acts(
+    fields: dict[str, Any], most: float, folder: Path, plain_frames: np.ndarray
+) -> None:
+    made = frames(experiment("2b", folder, **fields))
+    difference = float(np.abs(made.astype(int) - plain_frames).mean())
+    assert 0.01 < difference < most, difference
+
+
+def test_tiles_change_the_decoding(folder: Path) -> None:
+    sizes = {"height": 112, "width": 160, "num_inference_steps": 1}
+    tiled, whole = (frames(experiment("2b", folder, enable_tiling=tiles, **sizes)) for tiles in (True, False))
+    assert np.abs(tiled.astype(int) - whole).mean() > 0.01
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ddim", "CogVideoXDDIMScheduler"), ("dpm", "CogVideoXDPMScheduler")])
@@ -200,7 +207,6 @@ def test_only_what_is_missing_or_changed_is_made(tmp_path: Path) -> None:
     assert sample(config)["made"] == 1
     half = experiment("2b", tmp_path, **fields, loras=(SampleLora(path=tmp_path / "run", strength=0.5),))
     assert sample(half)["made"] == 2, "the base model's videos are the same"
-    assert sample(experiment("2b", tmp_path, **fields, guidance_scale=2.0))["made"] == 4
     with Image.open(tmp_path / "samples" / "sheet.png") as sheet:
         assert sheet.height == 4 * (14 + 64 + 4)
 
@@ -239,16 +245,11 @@ def test_an_input_that_does_not_fit_the_checkpoint_is_refused(folder: Path, tmp_
         sample(experiment("2b", folder, num_frames=10))
 
 
-def test_a_record_says_what_the_video_is(tmp_path: Path) -> None:
-    sample(experiment("2b", tmp_path))
-    record = json.loads((tmp_path / "samples" / "00-a-grey-rabbit-yawns-lora.json").read_text("utf-8"))
-    assert record["recipe"]["scheduler"] == "auto" and record["recipe"]["dtype"] == "fp32"
-    assert 0 < record["saturation"] < 1 and 0 < record["motion"] < 1 and 0 < record["distance"] < 1
-    assert str(tmp_path) not in json.dumps(record["recipe"]["loras"])
-
-
+@pytest.mark.faults  # dynamo takes long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when dynamo is imported
-def test_a_compiled_transformer_makes_the_same_video(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_transformer_makes_the_same_video(
+    folder: Path, plain_frames: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Traced and compiled without C++ code, which takes minutes to build."""
     compiled: list[str] = []
 
@@ -259,4 +260,4 @@ def test_a_compiled_transformer_makes_the_same_video(folder: Path, monkeypatch: 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
     made = frames(experiment("2b", folder, compile=True))
     assert compiled == ["CogVideoXBlock", "CogVideoXBlock"]
-    assert np.abs(made.astype(int) - frames(experiment("2b", folder))).max() <= 1
+    assert np.abs(made.astype(int) - plain_frames).max() <= 1

@@ -5,13 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from sample.generate import read_starts
 from sample.video import read_input
 from shared.config import Precompute, Sampling
-from shared.errors import UsageError
 from tests.media import write_clip
 
 SETTINGS = Precompute(cache="cache")
@@ -31,15 +29,6 @@ def test_a_late_or_turned_video_is_the_same_as_displayed(tmp_path: Path) -> None
     assert np.array_equal(read(tmp_path / "late.mp4"), plain)
     turned = read(tmp_path / "turned.mp4", (80, 48))
     assert np.abs(np.rot90(plain, 1, (1, 2)) - turned).mean() < 1
-
-
-def test_what_is_no_video_or_too_short_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "text.mp4").write_bytes(b"no video")
-    write_clip(tmp_path / "short.mp4", times=TIMES)
-    with pytest.raises(UsageError, match=r"sample.video: .*text\.mp4.*replace the file"):
-        read(tmp_path / "text.mp4")
-    with pytest.raises(UsageError, match=r"has 10 frames at 8 fps, expected 17; lower sample\.num_frames or raise"):
-        read(tmp_path / "short.mp4", frames=17)
 
 
 def test_a_picture_is_turned_as_its_exif_says(tmp_path: Path) -> None:
