@@ -169,6 +169,7 @@ def test_full_disk_is_refused_before_encoding(pipeline: Path, tmp_path: Path, mo
     assert not cache.exists()
 
 
+@pytest.mark.faults
 def test_moments_of_another_shape_end_the_run(pipeline: Path, tmp_path: Path) -> None:
     root, cache, other = write_corpus(tmp_path / "clips", 3), tmp_path / "cache", tmp_path / "pipeline"
     shutil.copytree(pipeline, other)
@@ -256,6 +257,7 @@ def test_files_that_cannot_be_probed_are_named_together(
     assert len(keys_in(cache)) == 1 and not (cache / "datasets").exists()
 
 
+@pytest.mark.faults
 def test_clip_read_by_another_worker_is_no_failure(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,7 +176,7 @@ def test_a_setting_of_precision_or_schedule_acts(
 
 
 def test_tiles_change_the_decoding(folder: Path) -> None:
-    sizes = {"height": 112, "width": 160, "num_inference_steps": 1}
+    sizes = {"num_frames": 5, "height": 112, "width": 160, "num_inference_steps": 1}
     tiled, whole = (frames(experiment("2b", folder, enable_tiling=tiles, **sizes)) for tiles in (True, False))
     assert np.abs(tiled.astype(int) - whole).mean() > 0.01
 
@@ -195,6 +195,7 @@ def test_only_what_is_missing_or_changed_is_made(tmp_path: Path) -> None:
         "prompts_file": tmp_path / "more.txt",
         "num_videos_per_prompt": 2,
         "num_inference_steps": 1,
+        "num_frames": 5,
     }
     config = experiment("2b", tmp_path, **fields)
     assert sample(config)["made"] == 4
@@ -214,7 +215,7 @@ def test_only_what_is_missing_or_changed_is_made(tmp_path: Path) -> None:
 def test_a_grid_compares_each_lora_with_the_base(tmp_path: Path) -> None:
     strengths = (0.0, 0.5, 1.0)
     loras = tuple(SampleLora(path=tmp_path / "run", strength=strength) for strength in strengths)
-    made = sample(experiment("2b", tmp_path, loras=loras), grid=True)
+    made = sample(experiment("2b", tmp_path, loras=loras, num_frames=5), grid=True)
     records: Any = made["videos"]
     assert [record["label"] for record in records] == ["base", "run x0", "run x0.5", "run x1"]
     distances = [record["distance"] for record in records]
