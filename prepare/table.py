@@ -10,7 +10,7 @@ from shared.atomic_files import replacing
 from shared.caption_lint import CaptionFinding, count_tokens, lint_captions, with_trigger
 from shared.config import Config
 from shared.errors import DataError, UsageError
-from shared.model.pretrained import present_folder
+from shared.model.pretrained import pretrained_folder
 from shared.sources.root import DataRoot
 from shared.sources.tables import json_object, read_text
 
@@ -94,9 +94,10 @@ def lint_rows(rows: list[Row], config: Config) -> list[CaptionFinding]:
     """Return what is weak in the captions as stage 1 encodes them; a row without one counts as an empty caption."""
     token, column = config.data.id_token, config.data.caption_column
     captions = [with_trigger(token, text) for row in rows for text in captions_of(row, column) or [""]]
-    tokens = None
-    if folder := present_folder(config.model, "tokenizer"):  # nothing is downloaded for the lint
-        from transformers import AutoTokenizer
+    try:
+        folder = pretrained_folder(config.model, "tokenizer", download=False)
+    except UsageError:  # the model is not on this machine yet
+        return lint_captions(captions, token, None)
+    from transformers import AutoTokenizer
 
-        tokens = count_tokens(AutoTokenizer.from_pretrained(folder), captions)
-    return lint_captions(captions, token, tokens)
+    return lint_captions(captions, token, count_tokens(AutoTokenizer.from_pretrained(folder), captions))
