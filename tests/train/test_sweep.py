@@ -130,7 +130,7 @@ def test_an_interrupted_sweep_saves_its_runs_and_goes_on(path: Path, settings: S
         assert first.poll() is None
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
-    _, shown = first.communicate(timeout=60)
+    _, shown = first.communicate(timeout=300)
     assert first.returncode == 75, shown
     assert "0 of 2 runs are finished; the same command goes on from here" in shown
     with (folder / CSV_NAME).open(encoding="utf-8", newline="") as stream:
@@ -140,7 +140,7 @@ def test_an_interrupted_sweep_saves_its_runs_and_goes_on(path: Path, settings: S
 
     last = max(done.values()) + 2
     second = sweep(path, f"train.max_train_steps={last}", "--jobs", "2")
-    _, shown = second.communicate(timeout=120)
+    _, shown = second.communicate(timeout=300)
     assert second.returncode == 0, shown
     assert_table(folder, last)
     assert "resuming from" in (folder / names[0] / "log.txt").read_text(encoding="utf-8")
@@ -152,7 +152,7 @@ def test_a_run_that_fails_is_in_the_table_and_does_not_stop_the_others(path: Pat
     (folder / "learning_rate=0.001").mkdir(parents=True)
     (folder / "learning_rate=0.001" / "metrics.jsonl").write_text("nonsense\n")
     process = sweep(path, "--json")
-    found, shown = process.communicate(timeout=120)
+    found, shown = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "1 of 2 runs failed; read" in shown
     with (folder / CSV_NAME).open(encoding="utf-8", newline="") as stream:
