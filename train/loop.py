@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from shared.device import peak_memory_bytes
 from shared.errors import Preempted, UsageError
 from shared.model.adapters import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY
 from shared.model.pretrained import base_key
-from shared.run_folder import BEST, EXPORT, add_event, preview_file
+from shared.run_folder import BEST, EXPORT, add_event
 from shared.signals import StopSignal
 from train.checkpoint.files import prune_checkpoints, save_checkpoint, sync_file
 from train.checkpoint.resume import find_start, is_finished
@@ -31,7 +30,7 @@ from train.events import record_start, recorded
 from train.export import adapter_header, config_key, export_adapter
 from train.metrics import Metrics, finish_metrics, open_tracker, track
 from train.open_run import announce, open_run, start_processes
-from train.preview import PreviewPrompt, open_previews, write_preview
+from train.preview import PreviewPrompt, open_previews, write_previews
 from train.run import Run
 from train.state import TrainState
 from train.step import Batch, prefetch_batches, take_gradients
@@ -219,16 +218,8 @@ def make_previews(run: Run, state: TrainState, prompts: Sequence[PreviewPrompt],
     if not prompts or state.step == 0 or state.step % train.preview_steps:
         return True
 
-    def make(number: int) -> None:
-        path = preview_file(train.output_dir, state.step, number)
-        if not path.exists() or state.step != state.resumed_step:
-            write_preview(run, prompts[number], path, state.step, stopped=lambda: stop.requested)
-
-    for number in range(len(prompts)):  # one at a time, so that no rank waits for many
-        on_rank_0(partial(make, number))
-        if any(all_gather(stop.requested)):
-            return False
-    return True
+    again = state.step != state.resumed_step
+    return write_previews(run, prompts, state.step, lambda: stop.requested, again=again)
 
 
 def export(run: Run, state: TrainState, folder: Path) -> None:

@@ -9,8 +9,9 @@ held-out one if there is any) and has the clip's size.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,10 @@ from shared.latent_rgb import latent_pictures, write_webp
 from shared.model.conventions import refusal
 from shared.model.geometry import TEMPORAL_FACTOR, Bucket, latent_shape, padding_frames
 from shared.model.pretrained import load_scheduler
-from shared.run_folder import SHEET
+from shared.run_folder import SHEET, preview_file
 from train.data.dataset import clip_label
 from train.data.example import ModelInput, image_condition
+from train.distributed import all_gather, broadcast, on_all_ranks, on_rank_0, rank_and_world_size
 from train.run import Run
 from train.transformer.forward import predict
 
@@ -83,11 +85,34 @@ def open_previews(run: Run) -> list[PreviewPrompt]:
     return prompts
 
 
-def write_preview(run: Run, prompt: PreviewPrompt, written: Path, step: int, stopped: Stopped) -> None:
-    """Denoise a prompt, write the file `written` and show it; nothing is written if `stopped` was true."""
-    latents = denoise(run, prompt, stopped)
-    if latents is None:
-        return
+def write_previews(run: Run, prompts: Sequence[PreviewPrompt], step: int, stopped: Stopped, *, again: bool) -> bool:
+    """Denoise the prompts, shared out over the ranks, and write them on rank 0; a collective.
+
+    Previews of this step that exist are kept unless `again`. False if a rank got a signal; what was denoised is kept.
+    """
+    folder, (rank, world_size) = run.config.train.output_dir, rank_and_world_size()
+    missing = [number for number in range(len(prompts)) if again or not preview_file(folder, step, number).exists()]
+    missing = broadcast(missing)
+
+    def denoise_own(group: Sequence[int]) -> Tensor | None:
+        return denoise(run, prompts[group[rank]], stopped) if rank < len(group) else None
+
+    def write(group: Sequence[int], found: Sequence[Tensor | None]) -> None:
+        for number, latents in zip(group, found, strict=False):
+            if latents is not None:
+                write_preview(run, prompts[number], latents, preview_file(folder, step, number), step)
+
+    for first in range(0, len(missing), world_size):  # one per rank at a time, so that no rank waits for many
+        group = missing[first : first + world_size]
+        found = all_gather(on_all_ranks(partial(denoise_own, group)))
+        on_rank_0(partial(write, group, found))
+        if any(all_gather(stopped())):
+            return False
+    return True
+
+
+def write_preview(run: Run, prompt: PreviewPrompt, latents: Tensor, written: Path, step: int) -> None:
+    """Write latents [F,C,H,W] to the file `written` and show them."""
     about = {
         "prompt": prompt.text,
         "negative_prompt": run.config.data.negative_prompt,
