@@ -2,8 +2,10 @@
 
 import os
 import platform
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -20,6 +22,8 @@ from train.run import Run
 LIBRARIES = ("precog-cogvideox", "torch", "diffusers", "peft", "accelerate")
 PAGE_SECONDS = 120.0
 """Deadline of the page at the end of a run."""
+PAGE_SHARE, PAGE_CPU_SECONDS = 0.01, 4.0
+"""Of a run's time, what pages while it trains may take in CPU time, and the cost of a page until one was measured."""
 
 
 @contextmanager
@@ -60,16 +64,30 @@ class PageProcess:
     def __init__(self, run: Path, page: str = PAGE) -> None:
         self._run, self._page = run, run / page
         self._child: subprocess.Popen[bytes] | None = None
+        self._began, self._spent_seconds, self._last_seconds = time.monotonic(), 0.0, PAGE_CPU_SECONDS
 
-    def start(self, *, nice: int = 19) -> None:
-        """Begin a page unless one is being written; it takes the time that the training leaves."""
-        if self._child is not None and self._child.poll() is None:
-            return
+    def start(self, *, nice: int) -> None:
+        """Begin a page."""
         command = [sys.executable, "-m", "precog", "report", "run", str(self._run)]
         with suppress(OSError):
             nowhere = subprocess.DEVNULL
             self._child = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere)
             os.setpriority(os.PRIO_PROCESS, self._child.pid, nice)
+
+    def start_if_cheap(self) -> None:
+        """Begin a page in the time that training leaves, unless pages would take 1 % of the run's time so far."""
+        allowed = PAGE_SHARE * (time.monotonic() - self._began)
+        if self._has_ended() and self._spent_seconds + self._last_seconds <= allowed:
+            self.start(nice=19)
+
+    def _has_ended(self) -> bool:
+        if self._child is not None and self._child.returncode is None:
+            before = _children_seconds()
+            if self._child.poll() is None:
+                return False
+            self._last_seconds = _children_seconds() - before
+            self._spent_seconds += self._last_seconds
+        return True
 
     def finish(self, seconds: float = 0.0) -> bool:
         """Wait for the page until a deadline, then end its process; True if the page was written."""
@@ -87,3 +105,9 @@ class PageProcess:
         self.start(nice=os.nice(0))
         if not self.finish(PAGE_SECONDS):
             say(f"{self._page}: not written; `precog report run {self._run}` says why")
+
+
+def _children_seconds() -> float:
+    """Return the CPU time of the child processes that have been waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -25,7 +25,7 @@ RECENT_STEPS = 50
 HEADER = f"{'step':>13} {'loss':>8} {'EMA':>8} {'held out':>8} {'s/step':>7} {'elapsed':>9} {'left':>9} {'memory':>9}"
 """Names above the updating line, which has 78 columns."""
 FIRST_STEPS = 20
-"""Steps whose mean loss the summary compares the EMA loss with; a shorter run has neither page nor curve."""
+"""Steps whose mean loss the summary compares the EMA loss with; a shorter run says nothing on a page."""
 
 
 class Metrics:
@@ -101,7 +101,7 @@ class Metrics:
             self.base_held_out_loss = losses.get("base_held_out_loss")
         console.say(f"step {self.last['step']}: {held_out_text(losses['held_out_loss'], self.base_held_out_loss)}")
         if FIRST_STEPS <= self.last["step"] < self._num_steps:
-            self._page.start()
+            self._page.start_if_cheap()
 
     def sync(self) -> None:
         """Flush the file to disk, before a checkpoint of its last step is committed."""

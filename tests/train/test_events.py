@@ -1,6 +1,8 @@
 """Everything that a training command leaves for people and programs: log, events, page, JSON, tracker."""
 
 import json
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +87,32 @@ def test_a_page_that_fails_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     PageProcess(tmp_path / "no run").write_last()
     line = "report.html: not written; `precog report run"
     assert line in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_pages_while_training_take_one_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, program, clock = tmp_path / "log", tmp_path / "python", [0.0]
+    program.write_text(f"#!/bin/sh\necho >> {log}\nfor i in $(seq 200000); do :; done\necho >> {log}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr("train.events.PAGE_CPU_SECONDS", 0.01)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    page = PageProcess(tmp_path)
+
+    def lines_at(run_seconds: float, expected: int) -> int:
+        """Ask for pages until the log has the expected lines, two of each page, and a little longer."""
+        clock[0], last = run_seconds, time.time() + 30
+        while time.time() < last:
+            page.start_if_cheap()
+            found = log.read_bytes().count(b"\n") if log.exists() else 0
+            if found >= expected:
+                last = min(last, time.time() + 0.2)
+            time.sleep(0.01)
+        return found
+
+    assert lines_at(0.9, 0) == 0, "1 % of the time is less than a page"
+    assert lines_at(1.1, 2) == 2, "the measured cost of the first page forbids a second one"
+    assert lines_at(100.0, 3) > 2
+    page.finish(30)
 
 
 def test_an_error_is_logged_and_recorded_even_without_space(tmp_path: Path) -> None:
