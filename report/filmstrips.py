@@ -1,12 +1,15 @@
 """Filmstrips: the thumbnails of many clips as one picture per hundred clips, a row each."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from shared.atomic_files import replacing
+from shared.config_file import load_config
+from shared.errors import PrecogError
 
 STRIPS_PER_SHEET = 100
 STRIP_FRAMES = 6
@@ -40,3 +43,31 @@ def write_sheet(folder: Path, number: int, clips: Sequence[np.ndarray], cell: tu
             sheet.paste(picture, place)
     with replacing(folder / sheet_name(number)) as pending:
         sheet.save(pending, format="WEBP", quality=60 if width > 48 else 40, method=4)
+
+
+def write_held_out(folder: Path, run: Path, names: Sequence[str]) -> bool:
+    """Write the strips of a run's held-out clips into `folder`, from the cache, unless they are there.
+
+    False if the cache cannot be read or holds out other clips than `names`.
+    """
+    if (folder / sheet_name(0)).exists():
+        return True
+    from shared.cache.collection import SampleReader  # imports torch, so once in a run
+    from shared.cache.storage import open_storage
+    from shared.cache.view import read_view
+
+    with suppress(PrecogError, OSError):
+        config = load_config(run / "config.toml")
+        storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
+        view = read_view(storage, config.data.name)
+        rows = view.split("held_out")
+        if not names or [f"{row.source} at {row.start_seconds:.2f} s" for row in rows] != list(names):
+            return False
+        reader = SampleReader(storage, view.latents, {row.latent_key for row in rows}, whole_up_to_bytes=0)
+        folder.mkdir(exist_ok=True)
+        for first in reversed(range(0, len(rows), STRIPS_PER_SHEET)):  # the first one last: all are there if it is
+            found = [reader.read_part(row.latent_key, "thumbnails") for row in rows[first : first + STRIPS_PER_SHEET]]
+            clips = [None if clip is None else clip.numpy() for clip in found]
+            write_sheet(folder, first // STRIPS_PER_SHEET, clips, cell_size(len(rows)))
+        return True
+    return False

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from report import charts
+from report.filmstrips import STRIP_FRAMES, STRIPS_PER_SHEET, cell_size, write_held_out
 from report.page import number, write_page
 from report.verdict import RULE, HeldOut, Verdict, judge
 from shared.config import Config
@@ -18,7 +19,7 @@ from shared.console import bytes_text
 from shared.errors import UsageError
 from shared.run_folder import METRICS, PAGE, PREVIEWS, read_events, read_metrics
 
-CURVE = "loss.png"
+CURVE, STRIPS = "loss.png", "held-out"
 MAX_WORST = 12
 TONES = {"learning": "good", "overfitting": "bad", "worse than the base": "bad", "too noisy to say": "warn"}
 GIB = 2**30
@@ -30,6 +31,8 @@ Line = Mapping[str, Any]
 class WorstClip:
     """One held-out clip at the last evaluation."""
 
+    number: int
+    """Among the held-out clips, and in the filmstrips."""
     name: str
     loss: float
     base: float | None
@@ -105,6 +108,8 @@ def write_run_page(run: Path) -> Path:
             lines, "peak_memory_bytes", "peak memory, GiB", unit=GIB, rule=_planned_memory(read_events(run))
         ),
     }
+    names = next((line["held_out_clips"] for line in lines if "held_out_clips" in line), [])
+    has_strips = write_held_out(run / STRIPS, run, names)
     return write_page(
         run / PAGE,
         "run.html",
@@ -115,6 +120,8 @@ def write_run_page(run: Path) -> Path:
         quantile_ids=quantile_ids,
         small_ids=list(small),
         previews=preview_gallery(run),
+        strips=(*cell_size(len(names)), STRIP_FRAMES, STRIPS_PER_SHEET) if has_strips else None,
+        strips_folder=STRIPS,
         charts={**specs, **small},
     )
 
@@ -164,8 +171,8 @@ def _worst_clips(names: Sequence[str], held_out: Sequence[HeldOut], base: HeldOu
         return ()
     before = (None,) * len(names) if base is None else base.by_clip
     clips = [
-        WorstClip(name, loss, old, None if old is None else old - loss)
-        for name, loss, old in zip(names, held_out[-1].by_clip, before, strict=True)
+        WorstClip(number, name, loss, old, None if old is None else old - loss)
+        for number, (name, loss, old) in enumerate(zip(names, held_out[-1].by_clip, before, strict=True))
     ]
     return tuple(sorted(clips, key=lambda clip: -clip.loss)[:MAX_WORST])
 

@@ -23,7 +23,7 @@ START = {"step": 0, "device": "CPU, 2 cores", "processes": 1, "versions": {"torc
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Make a run with events and two previews of a prompt."""
+    """Make a run with events, filmstrips of the six held-out clips and two previews of a prompt."""
     folder = write_run(tmp_path / f"run {HOSTILE[-20:]}")
     add_event(folder, "started", **START)
     add_event(folder, "stopped", reason="by a signal")
@@ -33,6 +33,8 @@ def run(tmp_path: Path) -> Path:
         previews.mkdir(parents=True)
         (previews / "00.json").write_text(json.dumps({"prompt": HOSTILE, "step": step}), "utf-8")
         Image.new("RGB", (12, 8), "blue").save(previews / "00.webp")
+    (folder / "held-out").mkdir()
+    Image.new("RGB", (6 * 96, 6 * 64), "blue").save(folder / "held-out" / "strips-000.webp")
     return folder
 
 
@@ -60,8 +62,12 @@ def test_run_page_is_drawn_offline(width: int, dark: bool, browser: "Browser", r
         assert page.get_by_text(f"0 {HOSTILE}").is_visible()
         shown = "[...document.querySelectorAll('.gallery img')].filter(image => image.naturalWidth === 12).length"
         assert page.evaluate(shown) == 2
+        strip = page.locator(".strip").first  # of the worst clip, the last of six
+        assert strip.evaluate("e => getComputedStyle(e).backgroundPositionY") == f"-{5 * 64}px"
+        strip.hover()
+        assert strip.evaluate("e => getComputedStyle(e).animationName") == "play"
         stops = tab_stops(page)
-        assert stops[0] == "How the verdict is made" and len(stops) == 6, "the rule and five tables"
+        assert stops[0] == "How the verdict is made" and len(stops) == 12, "the rule, five tables, six films"
 
 
 @pytest.mark.browser

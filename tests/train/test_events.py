@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from accelerate.utils import LoggerType
+from PIL import Image
 from typer.testing import CliRunner
 
 import precog
+from report.filmstrips import write_held_out
 from shared.config import Config
 from shared.config_file import save_config
 from shared.errors import Preempted
@@ -61,6 +63,9 @@ def test_a_training_command_leaves_log_events_json_and_tracker(
     assert [line for line in said if len(line) >= 80 and str(run) not in line] == []
     assert "\n".join(said) in done.stderr
     assert [(event["event"], event["step"]) for event in read_events(run)] == [("started", 0), ("finished", 8)]
+    assert write_held_out(run / "held-out", run, lines[3]["held_out_clips"])
+    with Image.open(run / "held-out" / "strips-000.webp") as strips:
+        assert strips.size == (6 * 96, 64)
     tracked = [json.loads(line) for line in (tmp_path / "tracked.jsonl").read_text().splitlines()]
     assert [step for step, values in tracked if "lr" in values] == list(range(1, 9))
     assert tracked[-1][1]["held_out_loss"] == found["held_out_loss"]
