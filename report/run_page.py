@@ -108,7 +108,7 @@ def write_run_page(run: Path) -> Path:
             lines, "peak_memory_bytes", "peak memory, GiB", unit=GIB, rule=_planned_memory(read_events(run))
         ),
     }
-    names = next((line["held_out_clips"] for line in lines if "held_out_clips" in line), [])
+    names: list[str] = next((line["held_out_clips"] for line in lines if "held_out_clips" in line), [])
     has_strips = write_held_out(run / STRIPS, run, names)
     return write_page(
         run / PAGE,

@@ -59,7 +59,7 @@ def lora_override(text: str) -> str:
 
 @app.command("decode")
 @exits
-def decode_command(config: ConfigFile, overrides: Overrides = None) -> None:
+def decode_command(config: ConfigFile, overrides: Overrides = None, json_output: JsonOutput = False) -> None:
     """Make videos of the previews that training saved as latents; only the VAE is loaded."""
     from shared.config_file import load_config
 
@@ -68,4 +68,6 @@ def decode_command(config: ConfigFile, overrides: Overrides = None) -> None:
     from shared.console import quiet_libraries
 
     quiet_libraries()
-    decode(settings)
+    written = decode(settings)
+    if json_output:
+        typer.echo(json.dumps([str(path) for path in written]))

@@ -59,6 +59,17 @@ def test_duplicates_are_found_at_other_sizes_and_lengths() -> None:
     assert [pair[:2] for pair in duplicates(np.stack([describe(clip) for clip in clips]))] == [(3, 1), (4, 0)]
 
 
+def test_clips_unlike_the_others_are_found(tmp_path: Path) -> None:
+    clips = {key_of(number): moving(number) for number in range(30)}
+    dark, grey, slow = key_of(4), key_of(11), key_of(23)
+    clips[dark] = clips[dark] // 5
+    clips[grey] = clips[grey].mean(1, keepdims=True).astype(np.uint8).repeat(3, 1)
+    clips[slow] = (0.9 * clips[slow][:1] + 0.1 * clips[slow]).astype(np.uint8)
+    report = make_page(tmp_path, make_view([f"{number:02}.mp4" for number in range(30)]), clips)
+    found = {clip.key: clip.faults["outlier"].split()[0] for clip in report.flagged if set(clip.faults) == {"outlier"}}
+    assert found == {dark: "brightness", grey: "saturation", slow: "motion"} and len(report.flagged) == 3
+
+
 def make_view(sources: Sequence[str], captions: Sequence[str] = ("a grey rabbit yawns",)) -> View:
     """Return a view with one clip of each source, and one that was skipped."""
     rows = [

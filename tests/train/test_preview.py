@@ -13,12 +13,15 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from precog import app
 from sample.decode import decode
 from sample.loras import find_loras, load_lora
 from sample.pipeline import VideoStart, checkpoint_conventions, load_pipeline, make_video
 from sample.prompts import embed_prompts
 from shared.config import Config, Sampling
+from shared.config_file import save_config
 from shared.errors import CacheError, DataError, Preempted, UsageError
 from shared.model.vae import decode_latents, load_decoder
 from shared.run_folder import read_metrics
@@ -160,7 +163,9 @@ def test_previews_do_not_change_the_training(small: Config, tmp_path: Path) -> N
     with Image.open(folder / "step-000004" / "01.webp") as shown:  # at once, without the VAE
         assert (shown.size, len(list(ImageSequence.Iterator(shown)))) == ((96, 64), 3)
 
-    written = decode(config)
+    save_config(config, tmp_path / "config.toml")
+    done = CliRunner().invoke(app, ["decode", str(tmp_path / "config.toml"), "--json"])
+    written = [Path(path) for path in json.loads(done.stdout)]
     names = ("00.mp4", "01.mp4", "sheet.png")
     assert written == [folder / step / name for step in ("step-000002", "step-000004") for name in names]
     with Image.open(folder / "step-000004" / "sheet.png") as sheet:
