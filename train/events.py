@@ -22,7 +22,7 @@ from train.run import Run
 LIBRARIES = ("precog-cogvideox", "torch", "diffusers", "peft", "accelerate")
 PAGE_SECONDS = 120.0
 """Deadline of the page at the end of a run."""
-PAGE_SHARE, PAGE_CPU_SECONDS = 0.01, 4.0
+PAGE_SHARE, PAGE_CPU_SECONDS = 0.01, 8.0
 """Of a run's time, what pages while it trains may take in CPU time, and the cost of a page until one was measured."""
 
 
