@@ -66,8 +66,8 @@ def write_held_out(folder: Path, run: Path, names: Sequence[str]) -> bool:
         reader = SampleReader(storage, view.latents, {row.latent_key for row in rows}, whole_up_to_bytes=0)
         folder.mkdir(exist_ok=True)
         for first in reversed(range(0, len(rows), STRIPS_PER_SHEET)):  # the first one last: all are there if it is
-            found = [reader.read_part(row.latent_key, "thumbnails") for row in rows[first : first + STRIPS_PER_SHEET]]
-            clips = [None if clip is None else clip.numpy() for clip in found]
+            part = rows[first : first + STRIPS_PER_SHEET]
+            clips = [reader.read_part(row.latent_key, "thumbnails").numpy() for row in part]
             write_sheet(folder, first // STRIPS_PER_SHEET, clips, cell_size(len(rows)))
         return True
     return False
