@@ -88,8 +88,9 @@ def judge(base: HeldOut | None, evaluations: Sequence[HeldOut]) -> Verdict:
         sentence = f"Worse than the base model since step {since}: {numbers}."
         return verdict("worse than the base", sentence, since)
     lost, lost_noise = difference(evaluations[last], evaluations[best])
-    lost_noise = min(lost_noise, scatter(base, evaluations))
-    if gains[best][0] > 2 * max(gains[best][1], least) and lost > max(lost_noise, LOST_SHARE * gains[best][0]):
+    spread = scatter(base, evaluations)
+    lost_noise, best_noise = min(lost_noise, spread), min(gains[best][1], spread)
+    if gains[best][0] > 2 * max(best_noise, least) and lost > max(lost_noise, LOST_SHARE * gains[best][0]):
         since = evaluations[best].step
         sentence = (
             f"Overfitting since step {since}, where the held-out loss was {evaluations[best].mean:.4f}: {numbers}."
