@@ -64,10 +64,11 @@ def decode_command(config: ConfigFile, overrides: Overrides = None, json_output:
     from shared.config_file import load_config
 
     settings = load_config(config, overrides)  # refused before torch is imported
-    from sample.decode import decode
-    from shared.console import quiet_libraries
+    with raise_on_signal("finished videos are kept"):
+        from sample.decode import decode
+        from shared.console import quiet_libraries
 
-    quiet_libraries()
-    written = decode(settings)
+        quiet_libraries()
+        written = decode(settings)
     if json_output:
         typer.echo(json.dumps([str(path) for path in written]))

@@ -12,6 +12,8 @@ from shared.errors import Preempted
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 AGAIN_SECONDS = 3.0
 """An exception in a destructor or a callback is lost, so a stop is raised again until the work has been left."""
+IMPORT_SECONDS = 0.1
+"""An exception in the import of a compiled module can abort the process, so a stop waits until the import ends."""
 
 
 @contextmanager
@@ -20,26 +22,41 @@ def raise_on_signal(what_is_safe: str) -> Iterator[None]:
 
     For work that loses nothing when it is killed. Enter it before heavy imports.
     """
-    received = False
+    received = left = False
 
-    def stop(number: int, _frame: FrameType | None) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         nonlocal received
         if received and number != signal.SIGALRM:
             os._exit(Preempted.exit_code)
         received = True
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
-        raise KeyboardInterrupt  # libraries catch Exception, and seldom this
+        if left:
+            return
+        importing = _is_importing(frame)
+        signal.setitimer(signal.ITIMER_REAL, IMPORT_SECONDS if importing else AGAIN_SECONDS)
+        if not importing:
+            raise KeyboardInterrupt  # libraries catch Exception, and seldom this
 
     previous = {number: signal.signal(number, stop) for number in (*SIGNALS, signal.SIGALRM)}
     try:
         yield
     except BaseException:
+        left = True
         if received:
             raise _preempted(what_is_safe) from None
         raise
     finally:
+        left = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         _restore(previous)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return True inside an import statement."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class StopSignal:
