@@ -107,8 +107,9 @@ def judge(base: HeldOut | None, evaluations: Sequence[HeldOut]) -> Verdict:
 RULE = (
     "The gain is the base model's held-out loss minus the run's, paired by clip. Its noise is the 95 % margin of its "
     "mean over the held-out clips, or over the last five evaluations if that is smaller, and at least 0.5 % of the "
-    "base loss. Worse: gain below minus noise. Overfitting: since the best evaluation, itself a gain beyond twice its "
-    "noise (it was picked among several), the loss rose by more than noise and more than 10 % of the best gain. "
+    "base loss. Worse: gain below minus noise. Overfitting: since the best evaluation, itself a gain beyond twice the "
+    "noise of then or of the end (it was picked among several), the loss rose by more than noise and more than 10 % "
+    "of the best gain. "
     "Learning: gain above noise. Flat: no gain and noise below 2 % of the base loss. Otherwise too noisy to say."
 )
 
