@@ -19,6 +19,8 @@ app = typer.Typer()
 
 show_page: "Callable[[Config, str], None] | None" = None
 """Function called after the run with the config and its file's name; precog.py sets it to the data page's writer."""
+MAX_PAGE_CLIPS = 20_000
+"""Clips up to which the page is written unasked; it takes some 5 ms of CPU a clip, and a rerun far less."""
 
 
 @app.command("precompute")
@@ -41,7 +43,11 @@ def precompute_command(
         report = _precompute(settings, part, engine)
     _show_report(report, settings)
     if show_page is not None and rank() == 0:
-        show_page(settings, str(config))
+        if report.clips <= MAX_PAGE_CLIPS:
+            show_page(settings, str(config))
+        else:
+            todo = f"run `precog report data {config}`"
+            typer.echo(f"data page: not written for {report.clips:,} clips; {todo}", err=True)
     if json_output:
         typer.echo(json.dumps(report.as_json()))
 
