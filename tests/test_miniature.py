@@ -3,6 +3,7 @@
 The loss is taken twice: by the run on its held-out clips, and here, by diffusers alone, on clips that no file holds.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from PIL import Image, ImageSequence
 
 from demo import render
 from precompute.run import precompute
+from sample.export import export_run
 from shared.cache.view import open_view
 from shared.config import Config
 from shared.config_file import load_config
@@ -25,11 +28,17 @@ from shared.signals import StopSignal
 from tests.train import processes
 from train.loop import train
 
+pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).parents[1]
 MINIATURE = ROOT / "demo" / "mini"
 STEPS = 60
 BASE_LOSS = 0.2938
 """Of the run's held-out clips without an adapter; renew it when weights, noise or keys of clips change."""
+PREVIEWED = {
+    "a red ball moves left on snow": ("red", "left", "snow"),
+    "a blue box moves right on coal": ("blue", "right", "coal"),
+}
+"""Prompts of previews -> color, motion and ground to be seen; growth is too fine for a latent's 8x8 pixels."""
 UNSEEN_ZORPS = 6
 TIMESTEPS = (100, 300, 500, 700, 900)
 
@@ -47,7 +56,8 @@ def config_in(folder: Path, run: str, *overrides: str) -> Config:
         "train.global_batch_size": 6,
         "train.max_tokens_per_pack": 160,
         "train.validation_steps": 0,
-        "train.preview_steps": 0,
+        "train.preview_steps": STEPS,
+        "data.validation_prompts": json.dumps(list(PREVIEWED)),
     }
     given = [f"{name}={value}" for name, value in places.items()]
     return load_config(ROOT / "configs" / "demo.toml", [*given, *overrides])
@@ -59,6 +69,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("miniature")
     precompute(config_in(folder, "run"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Config:
+    """Return the config of a run of 60 steps."""
+    config = config_in(folder, "run")
+    train(config, StopSignal())
+    return config
 
 
 def test_a_linear_map_shows_clips_that_it_was_not_fitted_to(folder: Path) -> None:
@@ -103,18 +121,29 @@ def plain_loss(pipeline: CogVideoXPipeline) -> float:
     return sum(losses) / len(losses)
 
 
-def test_sixty_steps_teach_the_miniature(folder: Path) -> None:
-    config = config_in(folder, "run")
-    train(config, StopSignal())
-    base, after = held_out(folder / "run")
+def test_sixty_steps_teach_the_miniature(trained: Config) -> None:
+    base, after = held_out(trained.train.output_dir)
     pipeline = CogVideoXPipeline.from_pretrained(MINIATURE, dtype=torch.float32)
     plain_base = plain_loss(pipeline)
-    pipeline.load_lora_weights(config.train.output_dir / "export")
+    pipeline.load_lora_weights(trained.train.output_dir / "export")
     plain_after = plain_loss(pipeline)
     report = f"held out {base:.4f} -> {after:.4f}, unseen zorps by diffusers {plain_base:.4f} -> {plain_after:.4f}"
     assert base == pytest.approx(BASE_LOSS, rel=0.005), report
     assert after < 0.74 * base, report
     assert plain_after < 0.60 * plain_base, report
+    pipeline.unload_lora_weights()
+    merged = export_run(trained.train.output_dir, "merged")[0].parent
+    pipeline.transformer = CogVideoXTransformer3DModel.from_pretrained(merged)
+    assert plain_loss(pipeline) == pytest.approx(plain_after, rel=1e-4)
+
+
+def test_previews_show_what_the_prompts_say(trained: Config) -> None:
+    for number, expected in enumerate(PREVIEWED.values()):
+        preview = trained.train.output_dir / "previews" / f"step-{STEPS:06}" / f"{number:02}.webp"
+        with Image.open(preview) as shown:
+            frames = np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(shown)])
+        found = render.read_scene(frames)
+        assert (found.color, found.motion, found.ground) == expected
 
 
 @pytest.mark.faults  # a run each
@@ -166,7 +195,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_turns_the_guard_red(fault: str, tmp_path: Path) -> None:
     name, right, wrong = FAULTS[fault]
-    for part in ("demo", "configs", "precompute", "shared", "train", "tests"):
+    for part in ("demo", "configs", "precompute", "sample", "shared", "train", "tests"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(ROOT / "pyproject.toml", tmp_path)
     source = (tmp_path / name).read_text("utf-8")
