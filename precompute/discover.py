@@ -1,6 +1,7 @@
 """Inputs of a run: the clips and texts of the config with their keys, and the sources without a clip."""
 
 import gc
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -132,25 +133,42 @@ def cut_clips(
         if isinstance(cut := found[row], Skipped):
             left_out.append((source, cut))
             continue
-        clips += [clip for clip in cut if clip.key not in unwanted]
-        left_out += [(source, Skipped(LEFT_OUT)) for clip in cut if clip.key in unwanted]
+        for clip in cut:
+            if unwanted.isdisjoint({(clip.key, None), (clip.key, source.name)}):
+                clips.append(clip)
+            else:
+                left_out.append((source, Skipped(LEFT_OUT)))
     if unwanted and not any(skipped.reason == LEFT_OUT for _, skipped in left_out):
         console.say("warning: data.leave_out names no clip of these settings; write it again with `precog report data`")
     return clips, left_out
 
 
-def read_leave_out(path: Path | None) -> frozenset[str]:
-    """Return the keys in the file of `data.leave_out`; `#` begins a comment. Raise `UsageError`."""
+def read_leave_out(path: Path | None) -> frozenset[tuple[str, str | None]]:
+    """Return (key, source or None) of each line in the file of `data.leave_out`.
+
+    A source is a JSON string: copies of a file have one key. `#` begins a comment. Raises `UsageError`.
+    """
     if path is None:
         return frozenset()
     try:
-        lines = [line.partition("#")[0].strip() for line in path.read_text("utf-8").splitlines()]
+        lines = path.read_text("utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UsageError(f"data.leave_out: {path} cannot be read ({error}); give a text file with keys") from None
-    wrong = next((line for line in lines if line and not re.fullmatch(rf"[0-9a-f]{{{KEY_LENGTH}}}", line)), None)
-    if wrong is not None:
-        raise UsageError(f"data.leave_out: {path}: {wrong!r} is not a key; give one key per line")
-    return frozenset(lines) - {""}
+    found: set[tuple[str, str | None]] = set()
+    for line in lines:
+        if not (text := line.strip()) or text.startswith("#"):
+            continue
+        match = re.fullmatch(rf'([0-9a-f]{{{KEY_LENGTH}}}) *("(?:[^"\\]|\\.)*")? *(?:#.*)?', text)
+        try:
+            name = json.loads(match[2]) if match and match[2] else None
+        except ValueError:
+            match = None
+        if match is None:
+            raise UsageError(
+                f"data.leave_out: {path}: {text!r} is not a key; give one key per line, or a key and a name"
+            )
+        found.add((match[1], name))
+    return frozenset(found)
 
 
 def _cut(stage: Stage, source: Source, found: Probed | Skipped, recipe: str) -> list[Clip] | Skipped:

@@ -1,5 +1,6 @@
 """The page of a data set: usable clips, clips to look at and why, captions, crops, duplicates; from the cache alone."""
 
+import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -230,7 +231,7 @@ def _faults(
     found: list[dict[str, str]] = []
     for row in rows:
         key, faults = row.latent_key, dict[str, str]()
-        if row is not first[key]:
+        if row.source != first[key].source:  # else the table names the clip twice
             faults["duplicate"] = f"the same bytes and window as {clip_name(first[key])}"
         elif key in repeats:
             faults["duplicate"] = repeats[key]
@@ -321,7 +322,7 @@ def write_data_page(report: DataReport, folder: Path, config: str = "CONFIG", al
 
     `config` names the config file in the command that leaves clips out, `already` are the lines of the list in use.
     """
-    leave_out = [*already, *(f"{clip.key}  # {clip_label(clip)}" for clip in report.flagged)]
+    leave_out = [*already, *(leave_out_line(clip) for clip in report.flagged)]
     _write(folder / NUMBERS, f"window.showClips({script_json(report.as_json())});\n")
     _write(folder / LEAVE_OUT, "".join(f"{line}\n" for line in leave_out))
     tokens = [max(clip.caption_tokens) for clip in report.clips if clip.caption_tokens]
@@ -347,10 +348,10 @@ def write_data_page(report: DataReport, folder: Path, config: str = "CONFIG", al
     )
 
 
-def clip_label(clip: ClipEntry) -> str:
-    """Return a flagged clip's name and faults on one printable line."""
-    line = f"{clip_name(clip)}: {', '.join(clip.faults)}"
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+def leave_out_line(clip: ClipEntry) -> str:
+    """Return a flagged clip's line for `data.leave_out`, printable, with its faults as a comment."""
+    name = json.dumps(clip.source, ensure_ascii=not clip.source.isprintable())
+    return f"{clip.key} {name}  # at {clip.start_seconds:.2f} s: {', '.join(clip.faults)}"
 
 
 def _middle(values: Sequence[float | None]) -> float | None:

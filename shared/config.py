@@ -156,7 +156,7 @@ class Data(Table):
     default_caption: Annotated[Text | None, VIEW] = None
     """Caption of the clips that have none, may be ""; without it such clips are skipped."""
     leave_out: Annotated[Place | None, FREE] = None
-    """Text file with keys of clips to leave out, one per line, as `precog report data` writes it."""
+    """Text file with the key and source of each clip to leave out, as `precog report data` writes it."""
     follow_links: Annotated[bool, FREE] = False
     """Also take links that lead out of the data root, as in a hub cache, DVC or git-annex."""
     embedded_videos_gib: Annotated[float, Field(gt=0), FREE] = 50

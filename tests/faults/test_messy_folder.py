@@ -58,6 +58,11 @@ def test_three_commands_make_a_lora_from_a_messy_folder(
     for name in ("bare.mp4", "empty.mp4", "utf16.mp4"):
         assert reasons.pop(name) == "no caption: write one, or set data.default_caption"
     assert reasons == {} and report["clips"] == 10 + len(ODD_NAMES) + 2
+    listed = tmp_path / "runs/dog-data/leave_out.txt"
+    kept = report_of(precog("report", "data", "dog.toml", "--json", *small))["verdict"]
+    assert kept == "4 clips usable, 16 to look at, 3 left out."  # of the copies of one file, one is usable
+    fewer = report_of(precog("precompute", "dog.toml", "--json", *small, f"data.leave_out={listed}"))
+    assert fewer["clips"] == 4
     steps = ["train.max_train_steps=4", "train.device=cpu", "train.checkpointing_steps=4", "train.validation_steps=4"]
     trained = precog("train", "dog.toml", *small, *steps, "train.lora_rank=4", "train.lr_warmup_steps=1")
     assert trained.exit_code == 0, trained.stderr

@@ -130,8 +130,9 @@ def test_numbers_are_those_of_the_page_and_missing_ones_are_not_zero(tmp_path: P
     assert first["source_seconds"] is None and numbers["unused_seconds"] is None
     assert second["cropped"] == pytest.approx(1 - 128 * 192 / ((128 / 108) ** 2 * 108 * 384), abs=1e-4)
     assert first["enlarged"] == pytest.approx(128 / 108, abs=1e-4)
-    lines = (tmp_path / "one" / "leave_out.txt").read_text("utf-8").splitlines()
-    assert [line[:32] for line in lines] == [key_of(0), key_of(59)] and lines[0].endswith(": static")
+    listed = tmp_path / "one" / "leave_out.txt"
+    assert listed.read_text("utf-8").splitlines()[0].endswith("  # at 0.00 s: static")
+    assert read_leave_out(listed) == {(key_of(number), report.clips[number].source) for number in (0, 59)}
 
 
 @pytest.mark.browser
@@ -188,14 +189,17 @@ def test_command_writes_the_page_and_clips_are_left_out(experiment: Config, tmp_
     assert all(clip["caption_tokens"][0] > 1 and clip["source_seconds"] > 0 for clip in shown["clips"])
 
     key, listed = shown["clips"][0]["key"], page.with_name("leave_out.txt")  # the page's list, which is written again
+    listed.write_text(f'{key} "a copy with \\"#\\".mp4"', "utf-8")
+    assert "names no clip" in run("precompute", str(tmp_path / "config.toml"), f"data.leave_out={listed}")
     listed.write_text(f"# by hand\n{key}  # not this one\n\n", "utf-8")
     assert '"encoded": 0' in run("precompute", str(tmp_path / "config.toml"), f"data.leave_out={listed}", "--json")
     [row] = read_view(LocalStorage(str(cache)), "clips").split("skipped")
     assert (row.source, row.skipped) == (shown["clips"][0]["source"], "left out: by data.leave_out")
     assert key not in page.with_name("data.js").read_text("utf-8") and key in listed.read_text("utf-8")
-    listed.write_text("../clip.mp4", "utf-8")
-    with pytest.raises(UsageError, match=r"data\.leave_out: .* is not a key"):
-        read_leave_out(listed)
+    for wrong in ("../clip.mp4", f'{key} "open', f"{key} clip.mp4", f'{key} "\\q"'):
+        listed.write_text(wrong, "utf-8")
+        with pytest.raises(UsageError, match=r"data\.leave_out: .* is not a key"):
+            read_leave_out(listed)
 
     page.parent.rename(tmp_path / "moved")
     page.parent.write_text("in the way", "utf-8")
