@@ -20,7 +20,7 @@ from shared.file_types import with_names
 from shared.fingerprint import KEY_LENGTH, Json
 from shared.media.pool import DecodePool
 from shared.media.probe import Probe, Probed, Skipped
-from shared.model.conventions import refusal, without_learned_positions
+from shared.model.conventions import refusal
 from shared.model.geometry import Bucket
 from shared.sources.rows import Source, read_sources
 from shared.sources.tables import escaped
@@ -194,8 +194,6 @@ def _cut(stage: Stage, source: Source, found: Probed | Skipped, recipe: str) -> 
 def _refuse_buckets(stage: Stage) -> None:
     """Raise `UsageError` for a bucket that the checkpoint cannot be trained at, before anything is encoded."""
     data, conventions = stage.config.data, stage.encoders.conventions
-    if stage.config.model.drop_learned_positions:
-        conventions = without_learned_positions(conventions)
     for frames in (frames for frames in data.frame_buckets if frames <= data.max_num_frames):
         for height, width in data.resolutions:
             if reason := refusal(conventions, Bucket(frames, height, width)):

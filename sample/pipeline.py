@@ -14,7 +14,7 @@ from shared import console
 from shared.config import Config
 from shared.device import DTYPES
 from shared.errors import UsageError
-from shared.model.conventions import Conventions, drop_learned_table, read_conventions, refusal
+from shared.model.conventions import Conventions, read_conventions, refusal
 from shared.model.geometry import Bucket
 from shared.model.pretrained import load_scheduler, pretrained_config, pretrained_part
 
@@ -31,9 +31,10 @@ class VideoStart:
 
 def checkpoint_conventions(config: Config) -> Conventions:
     """Read the checkpoint's conventions; raises `UsageError` for a size or input that it cannot make."""
-    settings, drop = config.sample, config.model.drop_learned_positions
-    shape, vae, scheduler = (pretrained_config(config.model, part) for part in ("transformer", "vae", "scheduler"))
-    conventions = read_conventions(shape, vae, scheduler, drop_learned_positions=drop)
+    settings = config.sample
+    conventions = read_conventions(
+        *(pretrained_config(config.model, part) for part in ("transformer", "vae", "scheduler"))
+    )
     if reason := refusal(conventions, Bucket(settings.num_frames, settings.height, settings.width)):
         raise UsageError(f"sample.num_frames, height and width: {reason}")
     if settings.video is not None and conventions.image_to_video:
@@ -61,8 +62,6 @@ def load_pipeline(config: Config, conventions: Conventions, device: torch.device
         tokenizer=None,
         scheduler=load_scheduler(config.model, config.sample.scheduler),
     )
-    if config.model.drop_learned_positions:
-        drop_learned_table(pipeline.transformer)
     if uses_tiles(config, device):
         pipeline.vae.enable_tiling()
     pipeline.set_progress_bar_config(disable=True)

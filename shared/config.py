@@ -134,8 +134,6 @@ class Model(Table):
     """File variant of the weights, such as "fp16"."""
     model_cache_dir: Annotated[Place | None, FREE] = None
     """Where hub downloads are kept; None is the hub's own default."""
-    drop_learned_positions: Annotated[bool, FIXED_BY_RUN] = False
-    """Train a checkpoint with a learned position table (5B-I2V) without it, at any frames, height and width."""
 
 
 class Data(Table):

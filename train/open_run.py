@@ -48,8 +48,7 @@ def open_run(config: Config) -> Run:
     latents = read_recipe(storage, view.latents)
     check_cache(config, view, latents, read_recipe(storage, view.prompts))
     shape, scheduler = (pretrained_config(config.model, part) for part in ("transformer", "scheduler"))
-    dropped = config.model.drop_learned_positions
-    conventions = read_conventions(shape, latents["vae"]["config"], scheduler, drop_learned_positions=dropped)
+    conventions = read_conventions(shape, latents["vae"]["config"], scheduler)
     for bucket in sorted(set(buckets)):
         if reason := refusal(conventions, bucket):
             raise UsageError(f"view {view.name}: {reason}")

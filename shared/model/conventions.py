@@ -5,7 +5,7 @@ Latent heights and widths are one eighth of those in pixels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -119,20 +119,14 @@ class Conventions:
         return self.text_length + video_tokens(bucket, self.patch_size, self.patch_size_t)
 
 
-def read_conventions(
-    transformer: RawConfig, vae: RawConfig, scheduler: RawConfig, *, drop_learned_positions: bool = False
-) -> Conventions:
-    """Return the conventions of a checkpoint from the contents of its configs.
-
-    `drop_learned_positions` leaves the learned position table out, see `without_learned_positions`.
-    Raises `UsageError` for configs that contradict each other.
-    """
+def read_conventions(transformer: RawConfig, vae: RawConfig, scheduler: RawConfig) -> Conventions:
+    """Return the conventions of a checkpoint from its configs; raise `UsageError` if they contradict each other."""
     t = _read(TransformerKeys, "transformer", transformer)
     v = _read(VaeKeys, "vae", vae)
     s = _read(SchedulerKeys, "scheduler", scheduler)
     positions = _read_positions(t)
     _check(t, v, s)
-    conventions = Conventions(
+    return Conventions(
         positions=positions,
         image_to_video=t.in_channels == 2 * v.latent_channels,
         ofs=OFS if t.ofs_embed_dim else None,
@@ -144,23 +138,6 @@ def read_conventions(
         zero_terminal_snr=s.rescale_betas_zero_snr,
         **{field.name: getattr(t, field.name) for field in fields(Conventions) if hasattr(t, field.name)},
     )
-    return without_learned_positions(conventions) if drop_learned_positions else conventions
-
-
-def without_learned_positions(conventions: Conventions) -> Conventions:
-    """Return the conventions of the same checkpoint on RoPE alone, at any frames, height, width and text length.
-
-    The model needs training then, and diffusers' forward needs `drop_learned_table`.
-    Raises `UsageError` for a checkpoint without a learned table.
-    """
-    if conventions.positions != "rope_crop_learned":
-        raise UsageError(f"model.drop_learned_positions: {conventions.name} has no learned table; leave the field out")
-    return replace(conventions, positions="rope_crop", text_length_fixed=False)
-
-
-def drop_learned_table(transformer: Any) -> None:
-    """Make diffusers' own forward ignore the learned table (`CogVideoXPatchEmbed.forward`)."""
-    transformer.patch_embed.use_learned_positional_embeddings = False
 
 
 def refusal(conventions: Conventions, bucket: Bucket) -> str | None:
@@ -173,10 +150,7 @@ def refusal(conventions: Conventions, bucket: Bucket) -> str | None:
     height, width = conventions.sample_height * SPATIAL_FACTOR, conventions.sample_width * SPATIAL_FACTOR
     learned = Bucket(conventions.sample_frames, height, width)
     if conventions.positions == "rope_crop_learned" and bucket != learned:
-        return (
-            f"{bucket}: the learned position table of this checkpoint covers only {learned}; "
-            "use that bucket or set model.drop_learned_positions=true"
-        )
+        return f"{bucket}: the learned position table of this checkpoint covers only {learned}; use that bucket"
     if conventions.positions == "rope_slice" and (bucket.height > height or bucket.width > width):
         return f"{bucket}: the position grid of this checkpoint ends at {height}x{width} pixels"
     return None

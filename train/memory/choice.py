@@ -10,10 +10,10 @@ from diffusers import CogVideoXTransformer3DModel
 from shared import console
 from shared.config import Config, Train
 from shared.errors import UsageError
-from shared.model.conventions import Conventions, refusal
+from shared.model.conventions import Conventions
 from shared.model.geometry import Bucket
 from train.distributed import all_gather
-from train.memory.simulation import Prediction, predict_peak
+from train.memory.simulation import predict_peak
 from train.transformer.compiled import compiled_kernels
 from train.transformer.engine import Plan
 
@@ -47,45 +47,40 @@ def choose_plans(
         plans = [replace(plan, compile=False) for plan in plans]
     if len(plans) == 1 or device.type == "cpu":
         return plans[:1]
-    pack, preview = largest_pack(config.train, conventions, buckets), preview_bucket(config, conventions)
+    pack = largest_pack(config.train, conventions, buckets)
     free = min(all_gather(torch.cuda.mem_get_info(device)[0]))  # so that all processes choose alike
 
-    def predicted(plan: Plan) -> Prediction:
-        return predict_peak(transformer.config, conventions, config.train, plan, pack, transformer.dtype, preview)
+    def peak(plan: Plan) -> int:
+        return predict_peak(transformer.config, conventions, config.train, plan, pack, transformer.dtype).peak
 
     for plan in plans:
-        found = predicted(plan)
-        needed = int(found.needed * RESERVED_PER_ALLOCATED)
+        needed = int(peak(plan) * RESERVED_PER_ALLOCATED)
         if needed <= free:
             break
     plans = plans[plans.index(plan) :]
     fillable = plan.activations == "attention_output" and not plan.offload_activations
     if needed <= free and fillable and config.memory.full_blocks == "auto":
-        plan, found = fill(plan, found, free, transformer.config.num_layers, predicted)
-        needed = int(found.needed * RESERVED_PER_ALLOCATED)
-    what = describe_pack(pack) if found.peak >= found.preview else f"a preview of {preview}"
-    why = f"predicted {needed / GIB:.2f} GiB for {what}, {free / GIB:.2f} GiB free on {device}"
+        plan, needed = fill(plan, needed, free, transformer.config.num_layers, peak)
+    why = f"predicted {needed / GIB:.2f} GiB for {describe_pack(pack)}, {free / GIB:.2f} GiB free on {device}"
     if needed > free:
         why += "; this may not fit, and is the leanest that [memory] leaves"
     console.say(f"memory: {describe(plan)} ({why})")
     return list(dict.fromkeys((plan, *plans)))
 
 
-def fill(
-    plan: Plan, found: Prediction, free: int, num_layers: int, predict: Callable[[Plan], Prediction]
-) -> tuple[Plan, Prediction]:
-    """Return the plan with as many full blocks as fit into `free` bytes, and its memory; `found` is without any.
+def fill(plan: Plan, needed: int, free: int, num_layers: int, peak: Callable[[Plan], int]) -> tuple[Plan, int]:
+    """Return the plan with as many full blocks as fit into `free` bytes, and what it needs; `needed` is without any.
 
     From two full blocks on, each costs the same.
     """
     if num_layers <= 3:
-        return plan, found
-    two, three = (predict(replace(plan, full_blocks=count)).peak for count in (2, 3))
+        return plan, needed
+    two, three = (peak(replace(plan, full_blocks=count)) for count in (2, 3))
     more = (int(free / RESERVED_PER_ALLOCATED) - two) // (three - two)
     if more < 0:
-        return plan, found
+        return plan, needed
     more = min(more, num_layers - 3)  # all of them would be the plan "full"
-    return replace(plan, full_blocks=2 + more), replace(found, peak=two + more * (three - two))
+    return replace(plan, full_blocks=2 + more), int((two + more * (three - two)) * RESERVED_PER_ALLOCATED)
 
 
 def candidates(config: Config, device: torch.device) -> list[Plan]:
@@ -127,14 +122,6 @@ def largest_pack(train: Train, conventions: Conventions, buckets: Sequence[Bucke
     bucket = max(buckets, key=conventions.num_tokens)
     clips = train.max_tokens_per_pack // conventions.num_tokens(bucket)
     return [bucket] * max(1, min(clips, train.global_batch_size))
-
-
-def preview_bucket(config: Config, conventions: Conventions) -> Bucket | None:
-    """Return the size of the run's previews, if it makes any that may be larger than its clips."""
-    if not config.train.preview_steps or conventions.image_to_video:  # whose previews have the clips' sizes
-        return None
-    bucket = Bucket(config.sample.num_frames, config.sample.height, config.sample.width)
-    return None if refusal(conventions, bucket) else bucket
 
 
 def describe_pack(pack: Sequence[Bucket]) -> str:

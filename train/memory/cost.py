@@ -28,7 +28,6 @@ from train.memory.choice import (
     describe,
     describe_pack,
     largest_pack,
-    preview_bucket,
 )
 from train.memory.simulation import predict_peak
 from train.transformer.engine import Activations
@@ -80,19 +79,17 @@ def training_cost(config: Config, card: Card) -> TrainingCost:
     if [memory] contradicts itself, or no bucket can be trained.
     """
     shape, vae, scheduler = (pretrained_config(config.model, part) for part in ("transformer", "vae", "scheduler"))
-    dropped = config.model.drop_learned_positions
-    conventions = read_conventions(shape, vae, scheduler, drop_learned_positions=dropped)
-    train = config.train
+    conventions, train = read_conventions(shape, vae, scheduler), config.train
     buckets, source, num_steps = _clips(config, conventions)
     asked = train.mixed_precision
     precision = pretrained_dtype(config.model, "transformer") if asked == "auto" else asked
     width, depth = int(shape["num_attention_heads"]) * int(shape["attention_head_dim"]), int(shape["num_layers"])
-    pack, preview = largest_pack(train, conventions, buckets), preview_bucket(config, conventions)
+    pack = largest_pack(train, conventions, buckets)
     plans = []
     for plan in candidates(config, torch.device("cuda")):
         plan = replace(plan, compile=config.memory.compile is not False)  # the card's machine has a compiler
-        found = predict_peak(shape, conventions, train, plan, pack, DTYPES[precision], preview)
-        reserved = found.needed * RESERVED_PER_ALLOCATED / GIB
+        found = predict_peak(shape, conventions, train, plan, pack, DTYPES[precision])
+        reserved = found.peak * RESERVED_PER_ALLOCATED / GIB
         seconds = hours = None
         if card.tflops and precision != "fp32":
             flops = sum(block_flops(width, conventions.num_tokens(bucket), plan.activations) for bucket in buckets)

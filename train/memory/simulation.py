@@ -42,13 +42,6 @@ class Prediction:
     """Before the first step: weights, adapter, gradients, Adam moments."""
     kept: int
     """Beyond that between forward and backward pass: kept activations, mostly."""
-    preview: int = 0
-    """The most that is allocated at once while a preview is made, without gradients; 0 if none is."""
-
-    @property
-    def needed(self) -> int:
-        """The most of the whole run."""
-        return max(self.peak, self.preview)
 
 
 def predict_peak(
@@ -58,11 +51,10 @@ def predict_peak(
     plan: Plan,
     pack: Sequence[Bucket],
     dtype: torch.dtype,
-    preview: Bucket | None = None,
 ) -> Prediction:
     """Return the memory of training on `pack` with a transformer in `dtype`, Adam in fp32 and a CUDA attention kernel.
 
-    Between the steps, previews of the size `preview` are made. Shallow models are run and extrapolated to the real
+    Shallow models are run and extrapolated to the real
     depth, which is exact because blocks of one level cost the same.
     """
     depth = int(transformer_config["num_layers"])
@@ -73,7 +65,7 @@ def predict_peak(
     def run(num_rest: int, num_full: int) -> tuple[int, ...]:
         shape = {**transformer_config, "num_layers": num_rest + num_full}
         shallow = replace(plan, full_blocks=num_full, attention="math", compile=False)  # neither changes a byte
-        return astuple(run_on_meta(shape, conventions, train, shallow, pack, dtype, preview))
+        return astuple(run_on_meta(shape, conventions, train, shallow, pack, dtype))
 
     base = run(few_rest, few_full)
     total = list(base)
@@ -90,9 +82,8 @@ def run_on_meta(
     plan: Plan,
     pack: Sequence[Bucket],
     dtype: torch.dtype,
-    preview: Bucket | None = None,
 ) -> Prediction:
-    """Return the memory of one step on `pack`, and of a preview, by running a transformer of the whole depth."""
+    """Return the memory of one step on `pack` by running a transformer of the whole depth."""
     clips = [blank_clip(bucket, conventions, dtype, META) for bucket in pack]
     targets = [torch.empty(clip.latents.shape, device=META)[:, : conventions.out_channels] for clip in clips]
     forget_tables()  # they count
@@ -114,16 +105,9 @@ def run_on_meta(
         del predictions
         kept = tally.num_bytes - loaded
         torch.autograd.backward(loss)
-        peak = tally.peak_bytes
-        if preview is not None:
-            del loss
-            transformer.zero_grad(set_to_none=True)
-            tally.peak_bytes = tally.num_bytes
-            with torch.no_grad():
-                predict(transformer.eval(), [blank_clip(preview, conventions, dtype, META)], conventions, engine)
     del moments
     forget_tables()  # they are on meta
-    return Prediction(peak, loaded, kept, 0 if preview is None else tally.peak_bytes)
+    return Prediction(tally.peak_bytes, loaded, kept)
 
 
 def flash_on_meta(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

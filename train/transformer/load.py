@@ -11,7 +11,6 @@ from shared import seeding
 from shared.config import Config, Train
 from shared.device import DTYPES
 from shared.errors import UsageError
-from shared.model.conventions import drop_learned_table
 from shared.model.pretrained import pretrained_part
 
 
@@ -23,8 +22,6 @@ def load_transformer(config: Config) -> CogVideoXTransformer3DModel:
         str(part.folder), variant=part.variant, use_safetensors=True, dtype=DTYPES[precision]
     )
     transformer.requires_grad_(False).eval()
-    if config.model.drop_learned_positions:
-        drop_learned_table(transformer)
     add_adapter(transformer, config.train)
     return transformer
 

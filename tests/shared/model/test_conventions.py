@@ -1,6 +1,5 @@
 """Conventions are read from configs; contradicting configs are refused in one line."""
 
-import dataclasses
 import inspect
 import re
 from typing import Any
@@ -22,7 +21,6 @@ from shared.model.conventions import (
     VaeKeys,
     read_conventions,
     refusal,
-    without_learned_positions,
 )
 from shared.model.geometry import Bucket
 
@@ -129,7 +127,7 @@ def test_contradicting_configs_are_refused(variant: str, part: int, change: dict
         ("5b", "16x480x720", r"frames must be 4k\+1"),
         ("5b", "49x480x728", "multiples of 16"),
         ("5b-i2v", "49x480x720", None),
-        ("5b-i2v", "33x480x720", "learned position table .* covers only 49x480x720.*drop_learned"),
+        ("5b-i2v", "33x480x720", "learned position table .* covers only 49x480x720; use that bucket"),
         ("1.5-5b", "81x768x1360", None),
         ("1.5-5b", "81x2400x2400", None),
         ("1.5-5b", "81x768x2416", "grid of this checkpoint ends at 2400x2400"),
@@ -152,13 +150,3 @@ def test_an_older_1_5_checkpoint_has_a_smaller_grid() -> None:
     conventions = read_conventions(transformer | {"sample_height": 96, "sample_width": 170}, vae, scheduler)
     assert refusal(conventions, Bucket(81, 768, 1360)) is None
     assert refusal(conventions, Bucket(81, 1360, 768)) is not None
-
-
-def test_dropping_the_learned_table_frees_shape_and_text_length() -> None:
-    conventions = conventions_of("5b-i2v")
-    freed = without_learned_positions(conventions)
-    assert freed == read_conventions(*configs("5b-i2v"), drop_learned_positions=True)
-    assert freed == dataclasses.replace(conventions, positions="rope_crop", text_length_fixed=False)
-    assert refusal(freed, Bucket(33, 256, 384)) is None
-    with pytest.raises(UsageError, match="no learned table"):
-        read_conventions(*configs("5b"), drop_learned_positions=True)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared.config import Config, Memory, Sampling, Train
+from shared.config import Memory, Train
 from shared.errors import UsageError
 from shared.model.geometry import Bucket, video_tokens
 from shared.signals import StopSignal
@@ -21,8 +21,8 @@ from tests.train.memory.published import LARGE, SMALL, config_of, predicted, pub
 from tests.train.transformer.parity import conventions_of
 from train.loop import train as train_run
 from train.memory import choice as memory
-from train.memory.choice import GIB, PREFERENCE, candidates, choose_plans, fill, largest_pack, preview_bucket
-from train.memory.simulation import Prediction, Tally, predict_peak, run_on_meta
+from train.memory.choice import GIB, PREFERENCE, candidates, choose_plans, fill, largest_pack
+from train.memory.simulation import Tally, predict_peak, run_on_meta
 from train.memory.trial import open_tried
 from train.transformer.compiled import compiled_kernels
 from train.transformer.engine import Activations, Plan, open_engine
@@ -148,25 +148,27 @@ def test_auto_goes_eager_without_a_compiler_and_true_is_refused(
 def test_full_blocks_fill_the_memory_that_is_left(free: int, full_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "RESERVED_PER_ALLOCATED", 1.0)
 
-    def predict(plan: Plan) -> Prediction:
-        return Prediction(peak=100 + 10 * plan.full_blocks, loaded=0, kept=0, preview=90)
+    def peak(plan: Plan) -> int:
+        return 100 + 10 * plan.full_blocks
 
-    plan, found = fill(Plan("attention_output"), predict(Plan("attention_output")), free, 10, predict)
-    assert plan.full_blocks == full_blocks and found == predict(plan)
+    plan, needed = fill(Plan("attention_output"), 100, free, 10, peak)
+    assert plan.full_blocks == full_blocks and needed == peak(plan)
 
 
-def choice(monkeypatch: pytest.MonkeyPatch, free: list[int], config: Config | None = None) -> Plan:
+def choice(monkeypatch: pytest.MonkeyPatch, free: list[int]) -> Plan:
     """Return the plan of processes on GPUs with so many free bytes each, for a tiny 5B on one small clip."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 0))
     monkeypatch.setattr(memory, "all_gather", lambda own: [own, *free[1:]])
-    transformer, config = build_transformer("5b", lora_rank=4), config or config_of({"compile": False})
+    transformer, config = build_transformer("5b", lora_rank=4), config_of({"compile": False})
     return choose_plans(config, transformer, conventions_of("5b"), [Bucket(9, 64, 96)], CUDA)[0]
 
 
 def test_auto_takes_the_fastest_plan_that_fits_and_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    enough = int(tiny_prediction(Plan(), [Bucket(9, 64, 96)]).peak * memory.RESERVED_PER_ALLOCATED)
+    model = transformer_config("5b"), conventions_of("5b"), config_of({}).train
+    found = predict_peak(*model, Plan(), [Bucket(9, 64, 96)], torch.float32)
+    enough = int(found.peak * memory.RESERVED_PER_ALLOCATED)
     assert choice(monkeypatch, [enough]).activations == "full"
     told = f"(predicted {enough / GIB:.2f} GiB for 9x64x96, {enough / GIB:.2f} GiB free on cuda)"
     assert capsys.readouterr().err.strip() == f"memory: activations full {told}"
@@ -174,31 +176,6 @@ def test_auto_takes_the_fastest_plan_that_fits_and_says_why(
     assert plan.activations == "attention_output" and plan.full_blocks == 0, "two blocks are too few to differ"
     assert choice(monkeypatch, [2**50, 0]) == LEAN, "the fullest card decides for all processes"
     assert "this may not fit, and is the leanest that [memory] leaves" in capsys.readouterr().err
-
-
-def test_a_preview_larger_than_the_clips_counts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clip, large = Bucket(9, 64, 96), Bucket(49, 160, 240)
-    sample = Sampling(num_frames=large.frames, height=large.height, width=large.width)
-    config = config_of({"compile": False}, preview_steps=5).model_copy(update={"sample": sample})
-    assert preview_bucket(config, conventions_of("5b")) == large
-    assert preview_bucket(config_of({}), conventions_of("5b")) is None
-    assert preview_bucket(config, conventions_of("5b-i2v")) is None, "its previews have the clips' sizes"
-    found = tiny_prediction(Plan(), [clip], large)
-    assert found.peak < found.preview, "inference on the large one takes more than training on the small one"
-    assert found.preview < 0.8 * tiny_prediction(Plan(), [large]).peak, "and less than training on it"
-    free = int(found.peak * memory.RESERVED_PER_ALLOCATED)
-    assert choice(monkeypatch, [free]).activations == "full"
-    assert choice(monkeypatch, [free], config).activations != "full"
-    assert f"for a preview of {large}" in capsys.readouterr().err
-
-
-def tiny_prediction(plan: Plan, pack: list[Bucket], preview: Bucket | None = None) -> Prediction:
-    """Return the simulated memory of a tiny 5B in fp32."""
-    return predict_peak(
-        transformer_config("5b"), conventions_of("5b"), config_of({}).train, plan, pack, torch.float32, preview
-    )
 
 
 def test_largest_pack_holds_the_largest_clip_as_often_as_it_fits() -> None:

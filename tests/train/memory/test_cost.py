@@ -77,12 +77,11 @@ def test_time_is_that_of_the_mean_clip_and_of_the_whole_run(tmp_path: Path) -> N
 
 
 def test_a_view_that_the_base_cannot_train_is_refused(tmp_path: Path) -> None:
-    config = write_experiment("5b-i2v", tmp_path, lora_rank=4)
-    data = config.data.model_copy(update={"resolution_buckets": ((32, 48),)})
-    model = config.model.model_copy(update={"drop_learned_positions": True})
-    config = config.model_copy(update={"data": data})
-    fill_cache(config.model_copy(update={"model": model}))
-    with pytest.raises(UsageError, match=r"view two: .*drop_learned_positions"):
+    config = write_experiment("1.5-5b", tmp_path, lora_rank=4)
+    fill_cache(config)
+    shape = Path(config.model.pretrained_model_name_or_path, "transformer", "config.json")
+    shape.write_text(json.dumps(json.loads(shape.read_bytes()) | {"sample_height": 4}), "utf-8")
+    with pytest.raises(UsageError, match=r"view two: 9x64x96: the position grid .* ends at 32x2400 pixels"):
         training_cost(config, find_card("4090"))
 
 

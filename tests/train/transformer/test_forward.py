@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from bench.reference import predict_reference
-from shared.model.conventions import drop_learned_table, without_learned_positions
 from tests.tiny import VARIANTS, add_lora, build_transformer
 from tests.train.transformer.parity import (
     EVERY_LINEAR,
@@ -28,13 +27,6 @@ def test_pack_of_mixed_clips_equals_diffusers_one_by_one(variant: str, dtype: to
     conventions = conventions_of(variant)
     transformer = build_transformer(variant, dtype, lora_rank=4)
     assert_like_diffusers(transformer, conventions, make_clips(conventions, dtype))
-
-
-def test_i2v_without_its_learned_table_runs_at_any_shape() -> None:
-    conventions = without_learned_positions(conventions_of("5b-i2v"))
-    transformer = build_transformer("5b-i2v", torch.float64, lora_rank=4)
-    drop_learned_table(transformer)
-    assert_like_diffusers(transformer, conventions, make_clips(conventions, torch.float64))
 
 
 def test_learned_table_is_never_swapped_for_another_frame_count() -> None:
