@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 
 from pydantic import TypeAdapter
 
-from shared.cache.collection import Collection, shards
+from shared.cache.collection import Collection
+from shared.cache.index import read_samples
 from shared.cache.shard import shard_name
 from shared.cache.storage import VERIFY, Storage
 from shared.cache.verify import read_assignment
@@ -62,6 +63,8 @@ class Inventory:
     sample_bytes: Mapping[str, int] = field(default_factory=dict)
     tar_bytes: int = 0
     """Of all tars."""
+    num_parsed: int = 0
+    """Receipts that were not in the index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +92,21 @@ class Wanted:
 def take_inventory(storage: Storage, collection: Collection, before: Inventory | None = None) -> Inventory:
     """List the collection, and read the receipts that `before` does not hold."""
     before = before or Inventory()
-    found = [receipt for _, receipt in shards(storage, collection.folder, before.receipts)]
-    sizes = {**before.sample_bytes, **{place.key: place.length for receipt in found for place in receipt.samples}}
+    found = read_samples(storage, collection.folder, before.receipts)
+    sizes = {**before.sample_bytes, **dict(zip(found.keys, found.rows["length"].tolist(), strict=True))}
     stored = before.stored | sizes.keys()
     skipped = dict(before.skipped)
-    for receipt in found:
+    for receipt in found.receipts:
         for key, reason in receipt.skipped.items():
             if key not in skipped or skipped[key][1] < receipt.attempt:
                 skipped[key] = reason, receipt.attempt
     return Inventory(
-        before.receipts.union(receipt.name for receipt in found),
+        before.receipts.union(receipt.name for receipt in found.receipts),
         stored,
         {key: value for key, value in skipped.items() if key not in stored},
         sizes,
-        before.tar_bytes + sum(receipt.size for receipt in found),
+        before.tar_bytes + sum(receipt.size for receipt in found.receipts),
+        before.num_parsed + found.num_parsed,
     )
 
 

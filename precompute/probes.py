@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from precompute.assignments import Part
-from shared.cache.collection import READERS
+from shared.cache.index import READERS
 from shared.cache.remote import is_temporary
 from shared.cache.storage import Storage
 from shared.errors import CacheError

@@ -14,6 +14,7 @@ from precompute.prompts import encode_prompts
 from precompute.report import Report
 from shared import console
 from shared.cache.collection import SampleReader, write_recipe
+from shared.cache.index import write_index
 from shared.cache.staleness import shaping_settings
 from shared.cache.storage import Storage
 from shared.cache.view import View, ViewRow, read_view, rows_of, write_view
@@ -53,6 +54,9 @@ def precompute(config: Config, part: Part = Part()) -> Report:  # noqa: B008
         prompts = encode_prompts(stage, prompts_work, wanted.texts)
         latents = encode_latents(stage, latents_work, wanted.by_key, pool)
         decode_seconds = pool.busy_seconds
+    for collection, inventory in ((wanted.latents, latents.inventory), (wanted.prompts, prompts.inventory)):
+        if inventory.num_parsed:
+            write_index(stage.storage, collection.folder)
     lost = {wanted.by_key[key].source.name: skip.reason for key, skip in latents.failed.items()}
     if failed := wanted.transient | lost:  # they would make the view smaller
         raise DataError(

@@ -13,6 +13,7 @@ from precompute.assignments import Part
 from precompute.report import Report
 from precompute.run import precompute
 from shared.atomic_files import TEMPORARY
+from shared.cache.index import INDEX
 from shared.cache.storage import LocalStorage
 from shared.config import Config
 
@@ -90,7 +91,7 @@ def stored_files(cache: Path) -> dict[str, bytes]:
     return {
         path.relative_to(cache).as_posix(): path.read_bytes()
         for path in sorted(cache.rglob("*"))
-        if path.is_file() and not path.name.startswith(TEMPORARY)
+        if path.is_file() and not path.name.startswith((TEMPORARY, INDEX))
         if path.relative_to(cache).parts[0] in ("latents", "prompts", "datasets")
     }
 

@@ -9,6 +9,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from shared import console
 from shared.cache.collection import read_recipe
+from shared.cache.index import read_samples
 from shared.cache.staleness import check_cache
 from shared.cache.storage import open_storage
 from shared.cache.view import read_view
@@ -18,7 +19,7 @@ from shared.errors import UsageError
 from shared.model.conventions import read_conventions, refusal
 from shared.model.pretrained import pretrained_config, pretrained_part
 from shared.run_folder import require_tracker
-from train.data.dataset import Dataset, read_stored
+from train.data.dataset import Dataset
 from train.data.order import num_train_steps
 from train.export import read_adapter
 from train.memory.choice import choose_plans, largest_pack
@@ -53,7 +54,7 @@ def open_run(config: Config) -> Run:
         if reason := refusal(conventions, bucket):
             raise UsageError(f"view {view.name}: {reason}")
     schedule = read_schedule(scheduler)
-    stored = read_stored(storage, view)
+    stored = {of.folder: read_samples(storage, of.folder) for of in (view.latents, view.prompts)}
     dataset, held_out = (
         Dataset(storage, view, split, conventions, schedule, train, stored) for split in ("train", "held_out")
     )

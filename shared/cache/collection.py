@@ -6,16 +6,19 @@ A collection is the folder `latents/<recipe>` or `prompts/<recipe>`. All its sha
 
 import json
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from shared.cache.index import READERS, SampleTable, check_tars, read_samples, receipt_names
 from shared.cache.shard import DTYPES, OpenShard, Receipt, SamplePlace, read_receipt, sample_tensors
 from shared.cache.storage import VERIFY, Storage
 from shared.errors import CacheError
@@ -25,8 +28,6 @@ FORMAT = 2
 """The cache format, in every recipe and so in every key."""
 KINDS = ("latents", "prompts")
 RECIPE_BYTES, VIEW_BYTES = 2**20, 2**30
-READERS = 16
-"""Receipts read at the same time; an object store answers each after tens of milliseconds."""
 OPEN_SHARDS = 2
 """Shards that a reader keeps open, so that deleted local copies of remote ones stay readable."""
 
@@ -107,26 +108,12 @@ def read_recipe(storage: Storage, collection: Collection) -> dict[str, Any]:
     return recipe
 
 
-def receipt_names(files: Iterable[str]) -> list[str]:
-    """Return the names of receipts among the files of collections."""
-    return [name for name in files if name.endswith(".json") and not name.endswith("/recipe.json")]
-
-
-def shards(storage: Storage, folder: str, known: Container[str] = frozenset()) -> list[tuple[str, Receipt]]:
-    """Return tar name and receipt of every shard below `folder` whose receipt's name is not `known`.
-
-    Lists the folder once and reads each receipt once, several at a time. A tar without a receipt does not exist.
-    Raises `CacheError` if a receipt is damaged, or its tar is missing or has another size.
-    """
+def shards(storage: Storage, folder: str) -> list[tuple[str, Receipt]]:
+    """Return tar name and receipt of every shard below `folder`, read as by `read_samples`; raises `CacheError`."""
     sizes = storage.files(folder)
-    names = [name for name in receipt_names(sizes) if name not in known]
     with ThreadPoolExecutor(READERS) as pool:
-        receipts = list(pool.map(partial(read_receipt, storage), names))
-    for receipt in receipts:
-        size = sizes.get(receipt.tar)
-        if size != receipt.size and (size := storage.size(receipt.tar)) != receipt.size:  # the listing may be older
-            found = "not found" if size is None else f"{size} bytes, expected {receipt.size}"
-            raise CacheError(f"{storage}/{receipt.tar}: {found}; {VERIFY}")
+        receipts = list(pool.map(partial(read_receipt, storage), receipt_names(sizes)))
+    check_tars(storage, receipts, sizes)
     return [(receipt.tar, receipt) for receipt in receipts]
 
 
@@ -137,9 +124,9 @@ class SampleReader:
         self,
         storage: Storage,
         collection: Collection,
-        keys: Container[str] | None = None,
+        keys: Iterable[str] | None = None,
         whole_up_to_bytes: float = math.inf,
-        stored: Iterable[tuple[str, Receipt]] | None = None,
+        stored: SampleTable | None = None,
     ) -> None:
         """Find the samples `keys`, None for all, in the collection's shards, which are read if `stored` is None.
 
@@ -147,68 +134,70 @@ class SampleReader:
         """
         self._storage = storage
         self._collection = collection
-        self._receipts: dict[str, Receipt] = {}
-        self._places: dict[str, tuple[str, SamplePlace]] = {}
-        for tar, receipt in shards(storage, collection.folder) if stored is None else stored:
-            wanted = [place for place in receipt.samples if keys is None or place.key in keys]
-            if wanted:
-                self._receipts[tar] = replace(receipt, samples=(), skipped={})
-                self._places |= {place.key: (tar, place) for place in wanted}
+        self._stored = read_samples(storage, collection.folder) if stored is None else stored
+        rows = self._stored.rows
+        if keys is not None:
+            rows = rows[[row for row in self._stored.find([*keys]).tolist() if row >= 0]]
+        receipts = [self._stored.receipts[shard] for shard in np.unique(rows["shard"]).tolist()]
+        self.shard_bytes = {receipt.tar: receipt.size for receipt in receipts}
+        """Tar -> size in bytes, of the shards that hold the wanted samples."""
         self._whole = sum(self.shard_bytes.values()) <= whole_up_to_bytes
         self._open: dict[str, OpenShard] = {}
         self._lock = Lock()
-
-    @property
-    def shard_bytes(self) -> dict[str, int]:
-        """Tar -> size in bytes, of the shards that hold the wanted samples."""
-        return {tar: receipt.size for tar, receipt in self._receipts.items()}
 
     @property
     def copies_bytes(self) -> int:
         """Size of the local copies of those shards once all have been read."""
         return sum(self.shard_bytes.values()) if self._whole else 0
 
-    def shard_of(self, key: str) -> str:
-        """Return the tar that holds the sample."""
-        return self._place(key)[0]
+    def shards_of(self, keys: Sequence[str]) -> list[str]:
+        """Return the tars that hold the samples."""
+        return [self._stored.receipts[shard].tar for shard in self._rows(keys)["shard"].tolist()]
 
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return self._stored.place(key) is not None
 
-    def shapes(self, key: str) -> dict[str, tuple[int, ...]]:
-        """Return the tensors' shapes without reading the data."""
-        return {name: tensor.shape for name, tensor in self._place(key)[1].tensors.items()}
+    def shapes(self, keys: Sequence[str]) -> list[dict[str, tuple[int, ...]]]:
+        """Return the shapes of each sample's tensors without reading the data."""
+        shapes = [{name: tensor.shape for name, tensor in layout} for layout in self._stored.layouts]
+        return [shapes[layout] for layout in self._rows(keys)["layout"].tolist()]
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
         """Return the sample's tensors; raises `CacheError` if it is missing, or not the one of the receipt."""
-        tar, place = self._place(key)
+        receipt, place = self._place(key)
         if self._whole:
-            return self._shard(tar).read(place)
-        content = bytearray(self._storage.read_part(tar, place.offset, place.length))
-        return sample_tensors(place, content, f"{self._storage}/{tar}")
+            return self._shard(receipt).read(place)
+        content = bytearray(self._storage.read_part(receipt.tar, place.offset, place.length))
+        return sample_tensors(place, content, f"{self._storage}/{receipt.tar}")
 
     def read_part(self, key: str, name: str) -> torch.Tensor:
         """Return one tensor of a sample, such as "thumbnails".
 
         Only its own bytes are read, so they are not compared with the sample's hash: for pages, not for training.
         """
-        tar, place = self._place(key)
+        receipt, place = self._place(key)
         tensor = place.tensors[name]
-        content = bytearray(self._storage.read_part(tar, tensor.offset, tensor.num_bytes))
+        content = bytearray(self._storage.read_part(receipt.tar, tensor.offset, tensor.num_bytes))
         return torch.frombuffer(content, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
 
-    def _place(self, key: str) -> tuple[str, SamplePlace]:
-        try:
-            return self._places[key]
-        except KeyError:
-            where = f"{self._storage}/{self._collection.folder}"
-            raise CacheError(f"{where}: sample {key} is not stored; run `precog precompute` with this config") from None
+    def _place(self, key: str) -> tuple[Receipt, SamplePlace]:
+        return self._stored.place(key) or self._refuse(key)
 
-    def _shard(self, tar: str) -> OpenShard:
+    def _rows(self, keys: Sequence[str]) -> npt.NDArray[np.void]:
+        found = self._stored.find(keys)
+        if (found < 0).any():
+            self._refuse(keys[int(np.argmin(found))])
+        return self._stored.rows[found]
+
+    def _refuse(self, key: str) -> NoReturn:
+        where = f"{self._storage}/{self._collection.folder}"
+        raise CacheError(f"{where}: sample {key} is not stored; run `precog precompute` with this config")
+
+    def _shard(self, receipt: Receipt) -> OpenShard:
         """Return the open shard and close the least recently used."""
         with self._lock:
-            shard = self._open.pop(tar, None) or OpenShard(self._storage, self._receipts[tar])
-            self._open[tar] = shard
+            shard = self._open.pop(receipt.tar, None) or OpenShard(self._storage, receipt)
+            self._open[receipt.tar] = shard
             if len(self._open) > OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
         return shard

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shared.cache.collection import KINDS, shards, without_foreign
+from shared.cache.index import INDEX
 from shared.cache.remote import Entry, is_temporary
 from shared.cache.shard import Receipt
 from shared.cache.storage import Storage
@@ -110,7 +111,7 @@ def _unneeded(receipts: list[Receipt], unnamed: list[Receipt], old: set[str]) ->
     needed = {receipt.folder.split("/")[1] for receipt in receipts if receipt.name not in reasons}
     for name in old:
         parts = name.split("/")
-        if name.startswith("made_by/") or name.endswith("/recipe.json"):
+        if name.startswith("made_by/") or name.endswith(("/recipe.json", f"/{INDEX}")):
             if parts[1] not in needed:
                 reasons[name] = "collections without a shard"
         elif name.startswith("assignments/") and name.endswith(".json"):

@@ -202,7 +202,12 @@ def receipt_bytes(receipt: Receipt) -> bytes:
 
 def read_receipt(storage: Storage, name: str) -> Receipt:
     """Read a receipt; raises `CacheError` naming the file if it is missing, damaged or of another place."""
-    receipt = parse_receipt(storage.read(name, limit_bytes=RECEIPT_BYTES), f"{storage}/{name}")
+    return checked_receipt(storage, name, storage.read(name, limit_bytes=RECEIPT_BYTES))
+
+
+def checked_receipt(storage: Storage, name: str, content: bytes) -> Receipt:
+    """Return the receipt that the file `name` holds; raises `CacheError` as `read_receipt`."""
+    receipt = parse_receipt(content, f"{storage}/{name}")
     if receipt.name != name:
         raise CacheError(f"{storage}/{name}: the receipt of {receipt.name}; {VERIFY}")
     return receipt

@@ -12,6 +12,7 @@ from shared.cache.collection import (
     shards,
     write_recipe,
 )
+from shared.cache.index import write_index
 from shared.cache.shard import Receipt, publish_tar, receipt_bytes
 from shared.cache.storage import VERIFY, Storage
 from shared.cache.verify import MADE_BY_BYTES, Track
@@ -66,6 +67,8 @@ def transfer(source: Storage, target: Storage, found: Transfer, views: Iterable[
             target.publish(name, source.read(name, limit_bytes=MADE_BY_BYTES))
     for name in track([*found.shards]):
         _copy_shard(source, target, found.shards[name])
+    for collection in collections(source):
+        write_index(target, collection.folder)
     for name in views:
         read_view(source, name)
         file = f"datasets/{name}.json"

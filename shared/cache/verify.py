@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from shared.cache.collection import KINDS, VIEW_BYTES, Collection, read_recipe, receipt_names, without_foreign
+from shared.cache.collection import KINDS, VIEW_BYTES, Collection, read_recipe, without_foreign
+from shared.cache.index import receipt_names
 from shared.cache.remote import is_temporary
 from shared.cache.shard import OpenShard, read_receipt
 from shared.cache.storage import VERIFY, Storage

@@ -11,6 +11,8 @@ from functools import cached_property
 from itertools import chain
 from typing import Any, Literal, overload
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from shared.cache.collection import KINDS, VIEW_BYTES, Collection, SampleReader, without_foreign
@@ -65,13 +67,27 @@ class ViewRow:
 
 
 class ViewRows(Sequence[ViewRow]):
-    """The rows of a table; a row is made when it is asked for, as 100,000 of them would take 200 MB."""
+    """Rows of a table; a row is made when it is asked for, as 100,000 of them would take 200 MB."""
 
-    def __init__(self, table: Any) -> None:
-        self.table = table
+    def __init__(self, table: Any, numbers: npt.NDArray[np.int64] | None = None) -> None:
+        """Choose the rows `numbers`, in their order; None for all."""
+        self._whole, self._numbers = table, numbers
+
+    @property
+    def table(self) -> Any:
+        """The rows as an arrow table."""
+        return self._taken(self._whole)
+
+    def _taken(self, table: Any) -> Any:
+        import pyarrow as pa
+
+        if self._numbers is None:
+            return table
+        buffers = [None, pa.py_buffer(self._numbers)]  # `pa.array` would import pandas, 40 MB
+        return table.take(pa.Array.from_buffers(pa.int64(), len(self._numbers), buffers))
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return int(self._whole.num_rows) if self._numbers is None else len(self._numbers)
 
     @overload
     def __getitem__(self, index: int) -> ViewRow: ...
@@ -80,7 +96,8 @@ class ViewRows(Sequence[ViewRow]):
     def __getitem__(self, index: int | slice) -> "ViewRow | ViewRows":
         if isinstance(index, slice):
             return self.take(range(len(self))[index])
-        return next(iter(ViewRows(self.table.slice(range(len(self))[index], 1))))
+        number = range(len(self))[index]
+        return next(iter(ViewRows(self._whole.slice(number if self._numbers is None else self._numbers[number], 1))))
 
     def __iter__(self) -> Iterator[ViewRow]:
         for batch in self.table.to_batches(max_chunksize=1000):
@@ -95,14 +112,13 @@ class ViewRows(Sequence[ViewRow]):
 
     def column(self, name: str) -> list[Any]:
         """Return a field of every row; lists in place of tuples."""
-        cells: list[Any] = self.table[name].to_pylist()
+        cells: list[Any] = self._taken(self._whole.select([name]))[name].to_pylist()
         return cells
 
     def take(self, chosen: Sequence[int]) -> "ViewRows":
         """Return the rows with these numbers, in their order."""
-        import pyarrow as pa
-
-        return ViewRows(self.table.take(pa.array(chosen, pa.int64())))
+        numbers = np.array(chosen, np.int64)
+        return ViewRows(self._whole, numbers if self._numbers is None else self._numbers[numbers])
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -145,7 +161,9 @@ class View:
     @cached_property
     def _splits(self) -> dict[str, ViewRows]:
         splits = self.table.column("split")
-        return {name: self.table.take([row for row in self._order if splits[row] == name]) for name in SPLITS}
+        return {
+            name: self.table.take([row for row in self._order_and_hash[0] if splits[row] == name]) for name in SPLITS
+        }
 
     @cached_property
     def table(self) -> ViewRows:
@@ -165,22 +183,19 @@ class View:
         repeated = zip(rows.buckets, rows.column("repeats"), strict=True)
         return [bucket for bucket, repeats in repeated for _ in range(repeats)]
 
-    @cached_property
-    def _order(self) -> list[int]:
-        return sorted(range(len(self.rows)), key=self._trained.__getitem__)
-
-    @cached_property
-    def _trained(self) -> list[tuple[Any, ...]]:
-        """Fields of each row that training depends on."""
-        names = ("latent_key", "prompt_keys", "caption_weights", "repeats", "loss_weight")
-        return [*zip(*(self.table.column(name) for name in names), strict=True)]
-
-    @cached_property
+    @property
     def hash(self) -> str:
         """Hash of what training depends on: keys, weights, repeats and splits, in canonical order."""
+        return self._order_and_hash[1]
+
+    @cached_property
+    def _order_and_hash(self) -> tuple[list[int], str]:
+        names = ("latent_key", "prompt_keys", "caption_weights", "repeats", "loss_weight")
+        trained = [*zip(*(self.table.column(name) for name in names), strict=True)]
+        order = sorted(range(len(trained)), key=trained.__getitem__)
         parts = self.table.column("split")
-        splits = {name: [self._trained[row] for row in self._order if parts[row] == name] for name in SPLITS[:2]}
-        return key_of({"latents": self.latents.recipe, "prompts": self.prompts.recipe, **splits})
+        splits = {name: [trained[row] for row in order if parts[row] == name] for name in SPLITS[:2]}
+        return order, key_of({"latents": self.latents.recipe, "prompts": self.prompts.recipe, **splits})
 
 
 MARKS = TypeAdapter(dict[str, tuple[FileMark, ...]])

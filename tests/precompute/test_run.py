@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from precompute import latents, prompts
 from precompute.encoders import VaeEncoder
 from precompute.report import PassResult, Report
-from shared.cache.collection import SampleReader, receipt_names, shards
+from shared.cache.collection import SampleReader, shards
+from shared.cache.index import INDEX, receipt_names
 from shared.cache.shard import Receipt, ShardWriter
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
@@ -48,7 +49,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, pipeline: Path, corpus: Path
     report = run(config_for(pipeline, corpus, folder, **SETTINGS))
     assert counts(report) == (CLIPS, 0, CLIPS + 2, 0)
     files = [path for kind in ("latents", "prompts") for path in (folder / kind).rglob("*.*")]
-    assert report.written_bytes == sum(path.stat().st_size for path in files if path.name != "recipe.json")
+    assert report.written_bytes == sum(path.stat().st_size for path in files if path.name not in ("recipe.json", INDEX))
     return folder
 
 
@@ -291,7 +292,7 @@ def test_rerun_reads_each_receipt_once(
     reads = {name: count for (method, name), count in calls.items() if method in ("read", "size", "path")}
     receipts = [name for folder in collections for name in receipt_names(LocalStorage(str(cache)).files(folder))]
     reads = {name: count for name, count in reads.items() if not name.startswith(("datasets/", "probes/"))}
-    assert reads == dict.fromkeys(receipts, 1)
+    assert reads == dict.fromkeys([*receipts, *(f"{folder}/{INDEX}" for folder in collections)], 1)
 
 
 def test_the_environment_is_recorded_once_per_recipe_and_changes_no_file(

@@ -7,14 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shared import seeding
-from shared.cache.collection import SampleReader, shards
-from shared.cache.shard import Receipt
+from shared.cache.collection import SampleReader
+from shared.cache.index import SampleTable
 from shared.cache.storage import Storage
 from shared.cache.view import View, ViewRow
 from shared.config import Train
@@ -24,14 +25,6 @@ from shared.model.geometry import latent_shape
 from train.data.example import Example, ModelInput, image_condition, pad_front
 from train.data.order import Draw, Windows, epoch_places, window_size
 from train.objective import NoiseSchedule, add_noise, min_snr_weight, velocity
-
-Stored = Mapping[str, list[tuple[str, Receipt]]]
-"""Folder of a collection -> its shards."""
-
-
-def read_stored(storage: Storage, view: View) -> Stored:
-    """Read the receipts of the view's collections, once for all splits."""
-    return {folder: shards(storage, folder) for folder in (view.latents.folder, view.prompts.folder)}
 
 
 class Dataset:
@@ -45,9 +38,9 @@ class Dataset:
         conventions: Conventions,
         schedule: NoiseSchedule,
         train: Train,
-        stored: Stored | None = None,
+        stored: Mapping[str, SampleTable] = MappingProxyType({}),
     ) -> None:
-        """Find the samples; `stored` is what `read_stored` returns for the view."""
+        """Find the samples; `stored` holds those of the view's collections by folder, which are read otherwise."""
         self.rows = view.split(split)
         self.places = epoch_places(self.rows.column("repeats"))
         """(row, repetition) of every place of an epoch."""
@@ -61,9 +54,9 @@ class Dataset:
             latents_up_to = prompts_up_to = 0.0
         else:  # the order follows the shards of latents, prompts are scattered
             latents_up_to, prompts_up_to = math.inf, room / 2
-        stored = stored or read_stored(storage, view)
-        self._latents = SampleReader(storage, view.latents, {*self._keys}, latents_up_to, stored[view.latents.folder])
-        self._prompts = SampleReader(storage, view.prompts, prompts, prompts_up_to, stored[view.prompts.folder])
+        latents, texts = (stored.get(collection.folder) for collection in (view.latents, view.prompts))
+        self._latents = SampleReader(storage, view.latents, self._keys, latents_up_to, latents)
+        self._prompts = SampleReader(storage, view.prompts, prompts, prompts_up_to, texts)
         self._room_bytes = None if room is None else room - self._prompts.copies_bytes
         self._conventions = conventions
         self._schedule = schedule
@@ -78,19 +71,19 @@ class Dataset:
         tokens = {bucket: self._conventions.num_tokens(bucket) for bucket in set(buckets)}
         self._tokens = [tokens[bucket] for bucket in buckets]
         expected = {bucket: latent_shape(bucket, self._conventions.out_channels) for bucket in tokens}
-        prompt_keys = self.rows.column("prompt_keys")
-        for row, (key, bucket) in enumerate(zip(self._keys, buckets, strict=True)):
+        found_shapes = self._latents.shapes(self._keys)
+        for row, (shapes, bucket) in enumerate(zip(found_shapes, buckets, strict=True)):
             channels, *size = expected[bucket]
-            shapes = self._latents.shapes(key)
             if (found := shapes["moments"]) != (2 * channels, *size):
                 raise CacheError(f"{self._label(row)}: expected moments {(2 * channels, *size)}, got {found}; {fix}")
             if self._conventions.image_to_video and "image_moments" not in shapes:
                 raise CacheError(
                     f"{self._label(row)}: the cache was made for text-to-video, without first frames; {fix}"
                 )
-            for prompt in prompt_keys[row]:
-                if (found := self._prompts.shapes(prompt)["prompt_embeds"]) != text:
-                    raise CacheError(f"{self._label(row)}: expected prompt_embeds {text}, got {found}; {fix}")
+        prompts = [(row, key) for row, keys in enumerate(self.rows.column("prompt_keys")) for key in keys]
+        for (row, _), shapes in zip(prompts, self._prompts.shapes([key for _, key in prompts]), strict=True):
+            if (found := shapes["prompt_embeds"]) != text:
+                raise CacheError(f"{self._label(row)}: expected prompt_embeds {text}, got {found}; {fix}")
 
     def _label(self, row: int) -> str:
         return clip_label(self.rows[row])
@@ -106,7 +99,7 @@ class Dataset:
         if size >= len(sizes):
             return None
         numbers = {tar: number for number, tar in enumerate(sizes)}
-        shards = [numbers[self._latents.shard_of(key)] for key in self._keys]
+        shards = [numbers[tar] for tar in self._latents.shards_of(self._keys)]
         return Windows(size, np.array([shards[row] for row, _ in self.places]))
 
     def tokens(self, row: int) -> int:

@@ -12,6 +12,7 @@ from shared.cache.collection import (
     shards,
     write_recipe,
 )
+from shared.cache.index import read_samples
 from shared.cache.shard import OpenShard, Receipt
 from shared.cache.storage import LocalStorage, Storage
 from shared.errors import CacheError
@@ -22,13 +23,14 @@ from tests.shared.cache.samples import COLLECTION, RECIPE, make_samples, store
 def test_shards_are_listed_once_and_receipts_read_once(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     store(storage, 5)
     calls = count_storage_calls(monkeypatch)
-    found = shards(storage, COLLECTION.folder)
+    found = [receipt.name for receipt in read_samples(storage, COLLECTION.folder).receipts]
     assert len(found) == 5
-    assert calls == {("files", COLLECTION.folder): 1} | {("read", receipt.name): 1 for _, receipt in found}
+    assert calls == {("files", COLLECTION.folder): 1} | {("read", name): 1 for name in found}
     calls.clear()
-    known = {receipt.name for _, receipt in found[1:]}
-    assert shards(storage, COLLECTION.folder, known) == found[:1]
-    assert calls == {("files", COLLECTION.folder): 1, ("read", found[0][1].name): 1}
+    assert [
+        receipt.name for receipt in read_samples(storage, COLLECTION.folder, frozenset(found[1:])).receipts
+    ] == found[:1]
+    assert calls == {("files", COLLECTION.folder): 1, ("read", found[0]): 1}
 
 
 def test_tar_without_receipt_does_not_exist(storage: LocalStorage) -> None:
