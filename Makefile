@@ -2,12 +2,13 @@
 CONFIG ?= configs/demo.toml
 ARGS ?=
 EXTRAS ?=
+TORCH ?= 2.13.0
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo precompute train sample test test-faults lint format clean bench bench-precompute bench-train bench-scale bench-gpu-train bench-gpu-precompute first-gpu
+.PHONY: help setup dev demo precompute train sample test test-faults test-cuda-build lint format clean bench bench-precompute bench-train bench-scale bench-gpu-train bench-gpu-precompute first-gpu
 
 # pip with one updating line (plain lines without a terminal) in place of hundreds; errors go to stderr as they are.
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -59,6 +60,13 @@ test: dev  ## Run the tests (under five minutes on two cores)
 test-faults: dev  ## Run the long fault and fuzz suites
 	$(BIN)/python -m pytest -m faults --timeout 1800 $(ARGS)
 
+test-cuda-build:  ## Bind a training step's operators on a CUDA build of torch, without a card (TORCH=2.13.0; downloads 3 GB)
+	@test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	@.venv-cuda/bin/python -m pip install --disable-pip-version-check torch==$(TORCH) $(PROGRESS)
+	@grep -v '^torch==' constraints.txt > .venv-cuda/constraints.txt
+	@.venv-cuda/bin/python -m pip install --disable-pip-version-check -c .venv-cuda/constraints.txt -e . $(PROGRESS)
+	.venv-cuda/bin/python -m bench.cuda_build $(ARGS)
+
 lint: dev  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,4 +98,4 @@ first-gpu: dev  ## Find out on a first CUDA GPU what only a GPU can show (14 poi
 	$(BIN)/python -m bench.first_gpu $(ARGS)
 
 clean:  ## Remove the environment and the caches of the tools
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-cuda .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -28,7 +28,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         source = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         values = tomllib.loads(source)
     except OSError as error:
-        raise UsageError(f"{path}: cannot read the config ({error.strerror})") from None
+        raise UsageError(f"{path}: cannot read the config ({error.strerror}); give the path of a TOML file") from None
     except ValueError as error:  # of TOML or UTF-8
         raise UsageError(f"{path}: not valid TOML: {error}") from None
     texts: dict[str, str] = {}
