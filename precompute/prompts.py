@@ -44,7 +44,8 @@ def encode_prompts(stage: Stage, work: Work, texts: Mapping[str, str]) -> PassRe
                 made += len(shard.keys)
         shards, inventory = shards_to_make(stage.storage, wanted, inventory, stage.part)
     del encoder  # the VAE gets its memory
-    gc.collect()
+    if settings.text_offload:
+        gc.collect()  # the hooks that move the layers lie in reference cycles with them
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return PassResult(inventory, SampleCounts(made, len(texts) - made), written_bytes, timer.seconds)

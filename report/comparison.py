@@ -14,8 +14,6 @@ from shared.errors import UsageError
 
 SWEEP = "sweep.csv"
 """Written by `precog sweep` into the folder of its runs."""
-FIGURES = ("run", "status", "step", "held_out_loss", "base_held_out_loss", "loss", "seconds")
-"""Columns of sweep.csv that are no field of the grid."""
 
 
 def is_sweep(folder: Path) -> bool:

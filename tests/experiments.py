@@ -1,6 +1,8 @@
 """An experiment in a folder: two bar-coded clips with captions, a tiny pipeline of any variant, and its config."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from precompute.run import precompute
 from shared.config import Config, Data, Model, Precompute, Train
@@ -38,6 +40,12 @@ def write_experiment(variant: str, folder: Path, **train: object) -> Config:
         precompute=Precompute(cache=str(folder / "cache"), device="cpu", noised_image_count=2, decode_workers=1),
         train=Train.model_validate(settings | train),
     )
+
+
+def changed(config: Config, **tables: Mapping[str, Any]) -> Config:
+    """Return the config with other values of some fields, unchecked: `changed(config, train={"lora_rank": 4})`."""
+    tables_now = {name: getattr(config, name).model_copy(update=fields) for name, fields in tables.items()}
+    return config.model_copy(update=tables_now)
 
 
 def fill_cache(config: Config) -> None:

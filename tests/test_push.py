@@ -20,6 +20,7 @@ from shared.config import Config
 from shared.fingerprint import sha256_file
 from shared.signals import StopSignal
 from tests import tiny
+from tests.experiments import changed
 from tests.processes import fork_command
 from tests.upload_server import UploadServer, serving
 from train.loop import train
@@ -46,13 +47,7 @@ def trained(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Con
     folder = tmp_path_factory.mktemp("trained")
     values = {"output_dir": folder / "zorp", "max_train_steps": 4, "checkpointing_steps": 2}
     sample = {"output_dir": folder / "samples", "num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 2}
-    config = experiment.model_copy(
-        update={
-            "train": experiment.train.model_copy(update=values),
-            "data": experiment.data.model_copy(update={"id_token": ""}),
-            "sample": experiment.sample.model_copy(update=sample),
-        }
-    )
+    config = changed(experiment, train=values, data={"id_token": ""}, sample=sample)
     train(config, StopSignal())
     earlier, export = folder / "zorp" / "checkpoint-000002" / "adapter.safetensors", folder / "zorp" / "export"
     shutil.copyfile(earlier, export / "best" / "pytorch_lora_weights.safetensors")

@@ -1,5 +1,7 @@
 """The encoders: batches, tiling, slicing, precision, offload and out-of-memory."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +12,13 @@ import torch
 from torch import nn
 from transformers import T5EncoderModel
 
+from precompute import prompts
 from precompute.encoders import CompiledModule, TextEncoder, VaeEncoder, load_tokenizer, vae_precision
 from precompute.latents import conditioning_images
 from shared.config import Model, Precompute
 from shared.errors import UsageError
 from shared.model.pretrained import Component, pretrained_part
+from tests.corpus import config_for, run, write_corpus
 from tests.tiny import TEXT_LENGTH
 
 CPU = torch.device("cpu")
@@ -208,6 +212,26 @@ def test_offloaded_t5_gives_the_same_bits(pipeline: Path) -> None:
     assert {parameter.device.type for parameter in offloaded.model.parameters()} == {"meta"}
     for _ in range(2):
         assert torch.equal(offloaded.encode(texts), whole.encode(texts))
+
+
+@pytest.mark.parametrize("text_offload", [False, True])
+def test_t5_is_freed_before_the_vae_is_loaded(text_offload: bool, pipeline: Path, tmp_path: Path) -> None:
+    config = config_for(pipeline, write_corpus(tmp_path / "clips", 1), tmp_path / "cache", text_offload=text_offload)
+    made: list[weakref.ref[nn.Module]] = []
+
+    class Watched(TextEncoder):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(weakref.ref(self.model))
+
+    gc.disable()  # a collection comes too late, or never
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prompts, "TextEncoder", Watched)
+            run(config)
+        assert [model() for model in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_conditioning_images_are_the_frame_and_noised_copies() -> None:

@@ -21,6 +21,7 @@ from shared.config import Config
 from shared.config_file import save_config
 from shared.errors import UsageError
 from shared.fingerprint import key_of
+from tests.experiments import changed
 from tests.report import made_clips
 from tests.report.browser import HOSTILE, fits, num_marks, opened, tab_stops
 
@@ -175,9 +176,8 @@ def test_command_writes_the_page_and_clips_are_left_out(experiment: Config, tmp_
         return result.stdout + result.stderr
 
     cache = tmp_path / "cache"
-    given = experiment.precompute.model_copy(update={"cache": str(cache)})
-    train = experiment.train.model_copy(update={"output_dir": tmp_path / "runs" / "run"})
-    config = experiment.model_copy(update={"precompute": given, "train": train})
+    run_folder = {"output_dir": tmp_path / "runs" / "run"}
+    config = changed(experiment, precompute={"cache": str(cache)}, train=run_folder)
     run("cache", "pull", experiment.precompute.cache, str(cache))
     save_config(config, tmp_path / "config.toml")
     assert "to look at, 0 left out." in run("precompute", str(tmp_path / "config.toml"))

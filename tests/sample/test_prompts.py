@@ -11,6 +11,7 @@ from sample.pipeline import checkpoint_conventions
 from sample.prompts import cached_embeds, embed_prompts, encode, read_prompts
 from shared.config import Config, Sampling
 from shared.errors import UsageError
+from tests.experiments import changed
 from tests.tiny import build_transformer, save_pipeline
 from train.export import export_adapter
 
@@ -35,12 +36,9 @@ def test_stored_prompts_need_no_text_encoder(experiment: Config, tmp_path: Path)
         width=48,
         num_inference_steps=1,
     )
-    changes = {
-        "model": experiment.model.model_copy(update={"pretrained_model_name_or_path": str(model)}),
-        "train": experiment.train.model_copy(update={"output_dir": tmp_path / "run"}),
-        "sample": settings,
-    }
-    config = experiment.model_copy(update=changes)
+    run_folder = {"output_dir": tmp_path / "run"}
+    config = changed(experiment, model={"pretrained_model_name_or_path": str(model)}, train=run_folder)
+    config = config.model_copy(update={"sample": settings})
     assert sample(config)["made"] == 2
     with pytest.raises(UsageError, match="text_encoder/ not found"):
         embed_prompts(config, ["a prompt that is not stored"], checkpoint_conventions(config), CPU)
@@ -57,23 +55,19 @@ def test_stored_prompts_are_those_of_the_text_encoder(experiment: Config) -> Non
 def test_prompts_of_another_text_encoder_are_not_taken(
     experiment: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = experiment.model.model_copy(
-        update={"pretrained_model_name_or_path": str(save_pipeline("2b", tmp_path / "other", seed=1))}
-    )
-    assert cached_embeds(experiment.model_copy(update={"model": other}), captions(experiment)) == {}
+    other = {"pretrained_model_name_or_path": str(save_pipeline("2b", tmp_path / "other", seed=1))}
+    assert cached_embeds(changed(experiment, model=other), captions(experiment)) == {}
     assert "prompts are not read from the cache" in capsys.readouterr().err
-    fp16 = experiment.precompute.model_copy(update={"text_dtype": "fp16"})
-    assert cached_embeds(experiment.model_copy(update={"precompute": fp16}), captions(experiment)) == {}
+    fp16 = changed(experiment, precompute={"text_dtype": "fp16"})
+    assert cached_embeds(fp16, captions(experiment)) == {}
 
 
 def test_a_prompt_without_the_trigger_is_said(
     experiment: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = experiment.data.model_copy(update={"id_token": "zorp"})
     (tmp_path / "prompts.txt").write_bytes("\ufeffa dog\r\n\r\n a cat \n".encode())
-    config = experiment.model_copy(
-        update={"data": data, "sample": Sampling(prompts=("one",), prompts_file=tmp_path / "prompts.txt")}
-    )
+    given = {"prompts": ("one",), "prompts_file": tmp_path / "prompts.txt"}
+    config = changed(experiment, data={"id_token": "zorp"}, sample=given)
     assert read_prompts(config) == ["one", "a dog", "a cat"]
     assert "no prompt has data.id_token = 'zorp'" in capsys.readouterr().err
     (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\xff")

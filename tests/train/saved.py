@@ -12,6 +12,7 @@ from shared.cache.collection import shards
 from shared.cache.storage import open_storage
 from shared.cache.view import ViewRow, read_view
 from shared.config import Config
+from tests.experiments import changed
 from train.checkpoint.files import COMMIT, STATE, Checkpoint, save_checkpoint
 
 FILES = [COMMIT, STATE, "adapter.safetensors", "optimizer.safetensors"]
@@ -67,7 +68,7 @@ def damaged(config: Config, folder: Path, split: str, number: int) -> tuple[Conf
     """Copy the cache into `folder` and flip a bit in the latents of a clip; return config, clip and tar."""
     cache = folder / "cache"
     shutil.copytree(config.precompute.cache, cache)
-    config = config.model_copy(update={"precompute": config.precompute.model_copy(update={"cache": str(cache)})})
+    config = changed(config, precompute={"cache": str(cache)})
     storage = open_storage(str(cache), local_cache_gib=1)
     row = read_view(storage, config.data.name).split(split)[number]
     places = [(tar, place) for tar, receipt in shards(storage, "latents") for place in receipt.samples]

@@ -14,7 +14,7 @@ import precog
 from shared.config import Config
 from shared.config_file import save_config
 from shared.signals import StopSignal
-from tests.experiments import fill_cache, write_experiment
+from tests.experiments import changed, fill_cache, write_experiment
 from tests.tiny import build_transformer
 from train.loop import train
 
@@ -59,7 +59,7 @@ def test_a_healthy_run_is_measured_and_nothing_is_written(folder: Path) -> None:
 
 def test_a_begun_run_stays_as_it_is(folder: Path) -> None:
     config = config_in(folder)
-    train(config.model_copy(update={"train": config.train.model_copy(update={"max_train_steps": 2})}), StopSignal())
+    train(changed(config, train={"max_train_steps": 2}), StopSignal())
 
     def content() -> dict[Path, tuple[int, bytes]]:
         paths = [path for path in (folder / "run").rglob("*") if path.is_file()]

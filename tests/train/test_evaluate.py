@@ -17,6 +17,7 @@ from shared.config import Config
 from shared.errors import Preempted
 from shared.run_folder import EXPORT, adapter_file, read_metrics
 from shared.signals import StopSignal
+from tests.experiments import changed
 from tests.train import processes
 from tests.train.saved import damaged
 from train.checkpoint.files import load_checkpoint
@@ -32,12 +33,7 @@ Held = Callable[..., Config]
 def three_held_out(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Five clips to train on, three held out, in a cache of its own."""
     folder = tmp_path_factory.mktemp("three_held_out")
-    config = experiment.model_copy(
-        update={
-            "data": experiment.data.model_copy(update={"held_out_clips": 3}),
-            "precompute": experiment.precompute.model_copy(update={"cache": str(folder / "cache")}),
-        }
-    )
+    config = changed(experiment, data={"held_out_clips": 3}, precompute={"cache": str(folder / "cache")})
     precompute(config)
     return config
 
@@ -46,7 +42,7 @@ def three_held_out(experiment: Config, tmp_path_factory: pytest.TempPathFactory)
 def held(three_held_out: Config, tmp_path: Path) -> Held:
     def change(name: str = "run", **values: Any) -> Config:
         values = {"output_dir": tmp_path / name, "global_batch_size": 1} | values
-        return three_held_out.model_copy(update={"train": three_held_out.train.model_copy(update=values)})
+        return changed(three_held_out, train=values)
 
     return change
 

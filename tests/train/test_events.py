@@ -18,6 +18,7 @@ from shared.config_file import save_config
 from shared.errors import Preempted
 from shared.run_folder import EVENTS, LOG, read_events, read_metrics
 from shared.signals import StopSignal
+from tests.experiments import changed
 from train.events import PageProcess, recorded
 from train.loop import train
 
@@ -73,7 +74,7 @@ def test_a_training_command_leaves_log_events_json_and_tracker(
 
 def test_a_stop_and_a_resume_are_events(settings: Settings) -> None:
     config = settings(max_train_steps=2, checkpointing_steps=1)
-    train(config.model_copy(update={"train": config.train.model_copy(update={"max_train_steps": 1})}), StopSignal())
+    train(changed(config, train={"max_train_steps": 1}), StopSignal())
     stop = StopSignal()
     stop.requested = True
     with pytest.raises(Preempted):

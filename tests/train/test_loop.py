@@ -18,6 +18,7 @@ from shared.config import Config
 from shared.errors import Preempted
 from shared.run_folder import read_metrics
 from shared.signals import StopSignal
+from tests.experiments import changed
 from tests.train import processes
 from tests.train.saved import damaged
 from train.checkpoint.files import load_checkpoint, save_checkpoint
@@ -42,9 +43,7 @@ VARYING = ("seconds", "data_wait_seconds", "peak_memory_bytes")
 def straight(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Return the uninterrupted run."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    config = experiment.model_copy(
-        update={"train": experiment.train.model_copy(update=VALUES | {"output_dir": folder})}
-    )
+    config = changed(experiment, train=VALUES | {"output_dir": folder})
     assert processes.run(config) == [0], processes.log(config)
     return config
 

@@ -17,6 +17,7 @@ from shared.config import Config, Train
 from shared.errors import DataError, UsageError
 from shared.run_folder import read_metrics
 from shared.signals import StopSignal
+from tests.experiments import changed
 from train.evaluate import held_out_loss
 from train.loop import train
 from train.open_run import open_run
@@ -40,8 +41,7 @@ def equal(left: Weights, right: Weights) -> bool:
 @pytest.fixture(scope="module")
 def plain(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Train the experiment as it is."""
-    values = {"output_dir": tmp_path_factory.mktemp("plain") / "run"}
-    config = experiment.model_copy(update={"train": experiment.train.model_copy(update=values)})
+    config = changed(experiment, train={"output_dir": tmp_path_factory.mktemp("plain") / "run"})
     train(config, StopSignal())
     return config
 
@@ -86,7 +86,7 @@ def test_a_view_without_training_clips_is_refused(settings: Settings) -> None:
     view = read_view(storage, config.data.name)
     rows = tuple(replace(row, split="held_out") for row in view.rows)
     write_view(storage, replace(view, name="held out", rows=rows))
-    config = config.model_copy(update={"data": config.data.model_copy(update={"name": "held out"})})
+    config = changed(config, data={"name": "held out"})
     with pytest.raises(DataError, match="the view has no training clips; check its skipped clips"):
         open_run(config)
 

@@ -58,15 +58,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def cached(variant: str, folder: Path, held_out_clips: int = 0) -> Config:
     config = experiments.write_experiment(variant, folder, max_train_steps=4, preview_steps=2, lora_rank=4)
     values = {"negative_prompt": NEGATIVE, "validation_prompts": experiments.CAPTIONS, "held_out_clips": held_out_clips}
-    data = config.data.model_copy(update=values)
-    config = config.model_copy(update={"data": data, "sample": SAMPLE})
+    config = experiments.changed(config, data=values).model_copy(update={"sample": SAMPLE})
     experiments.fill_cache(config)
     return config
 
 
 def changed(config: Config, folder: Path, sample: Sampling = SAMPLE, **values: Any) -> Config:
-    settings = config.train.model_copy(update={"output_dir": folder / "run", **values})
-    return config.model_copy(update={"train": settings, "sample": sample})
+    settings = {"output_dir": folder / "run", **values}
+    return experiments.changed(config, train=settings).model_copy(update={"sample": sample})
 
 
 def opened(config: Config) -> Run:
@@ -186,8 +185,8 @@ def test_image_to_video_previews_have_the_size_of_clips(tmp_path: Path) -> None:
     config = experiments.write_experiment("1.5-5b-i2v", folder, max_train_steps=1, preview_steps=1, lora_rank=4)
     write_clip(folder / "clips" / "1.mp4", frames=9, height=48, width=64)
     values = {"resolution_buckets": ((64, 96), (48, 64)), "validation_prompts": ("one", "two", "three")}
-    data = config.data.model_copy(update=values)
-    config = config.model_copy(update={"data": data, "sample": SAMPLE.model_copy(update={"num_frames": 33})})
+    sample = SAMPLE.model_copy(update={"num_frames": 33})
+    config = experiments.changed(config, data=values).model_copy(update={"sample": sample})
     experiments.fill_cache(config)
     train(config, StopSignal())
     step = config.train.output_dir / "previews" / "step-000001"
@@ -238,8 +237,7 @@ def test_an_impossible_preview_is_refused_at_the_start(small: Config, tmp_path: 
     run = open_run(config)
 
     def refusal(data: dict[str, Any], sample: dict[str, Any]) -> None:
-        tables = {"data": config.data.model_copy(update=data), "sample": SAMPLE.model_copy(update=sample)}
-        open_previews(replace(run, config=config.model_copy(update=tables)))
+        open_previews(replace(run, config=experiments.changed(config, data=data, sample=sample)))
 
     with pytest.raises(UsageError, match=r"preview_steps = 2: data\.validation_prompts is empty"):
         refusal({"validation_prompts": ()}, {})
@@ -247,7 +245,7 @@ def test_an_impossible_preview_is_refused_at_the_start(small: Config, tmp_path: 
         refusal({}, {"num_frames": 8})
     with pytest.raises(CacheError, match="prompt 'unheard of' not found; run `precog precompute`"):
         refusal({"validation_prompts": ("unheard of",)}, {})
-    missing = config.model_copy(update={"data": config.data.model_copy(update={"validation_prompts": ("unheard of",)})})
+    missing = experiments.changed(config, data={"validation_prompts": ("unheard of",)})
     with pytest.raises(CacheError):
         train(missing, StopSignal())
     assert not read_metrics(config.train.output_dir)

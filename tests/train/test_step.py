@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shared.config import Config, Train
 from shared.model.conventions import Conventions
+from tests.experiments import changed
 from tests.tiny import add_lora, build_transformer
 from tests.train.transformer.parity import conventions_of, make_clip, make_clips
 from train import objective, step
@@ -34,8 +35,7 @@ def run_with(
     opened: Run, transformer: CogVideoXTransformer3DModel, conventions: Conventions, global_batch_size: int
 ) -> Run:
     """Return the run with another transformer and batch, in the plain engine."""
-    train = opened.config.train.model_copy(update={"global_batch_size": global_batch_size, "max_grad_norm": 1e9})
-    config = opened.config.model_copy(update={"train": train})
+    config = changed(opened.config, train={"global_batch_size": global_batch_size, "max_grad_norm": 1e9})
     return replace(opened, config=config, transformer=transformer, conventions=conventions, engine=Engine())
 
 

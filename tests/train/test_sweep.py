@@ -17,6 +17,7 @@ from shared.config_file import save_config
 from shared.errors import CacheError, UsageError
 from shared.run_folder import read_metrics
 from shared.signals import StopSignal
+from tests.experiments import changed
 from train.loop import train
 from train.sweep import CSV_NAME, parse_axis, plan_sweep, run_sweep
 
@@ -92,8 +93,7 @@ def test_a_sweep_ranks_finished_runs_by_held_out_loss(path: Path, monkeypatch: p
 
 def test_a_sweep_without_its_view_starts_nothing(settings: Settings, tmp_path: Path) -> None:
     config = settings("sweep")
-    changed = config.model_copy(update={"data": config.data.model_copy(update={"fps": 4.0})})
-    save_config(changed, tmp_path / "config.toml")
+    save_config(changed(config, data={"fps": 4.0}), tmp_path / "config.toml")
     runs = plan_sweep(tmp_path / "config.toml", [], ["train.learning_rate=1e-3,1e-1"])
     with pytest.raises(CacheError, match=r"data\.fps was 0\.0, is 4\.0; run `precog precompute`"):
         run_sweep(tmp_path / "config.toml", runs, 2, StopSignal())

@@ -22,15 +22,14 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """One clip to train on, one held out, two prompts."""
     config = experiments.write_experiment("2b", tmp_path_factory.mktemp("tracker"), lora_rank=4)
     values = {"held_out_clips": 1, "validation_prompts": experiments.CAPTIONS}
-    config = config.model_copy(update={"data": config.data.model_copy(update=values), "sample": SAMPLE})
+    config = experiments.changed(config, data=values).model_copy(update={"sample": SAMPLE})
     experiments.fill_cache(config)
     return config
 
 
 def changed(config: Config, folder: Path, **values: Any) -> Config:
     fields = {"output_dir": folder, "tracker_name": "rabbits", "max_train_steps": 4, "checkpointing_steps": 2} | values
-    settings = config.train.model_copy(update={"preview_steps": 2, "validation_steps": 2, **fields})
-    return config.model_copy(update={"train": settings})
+    return experiments.changed(config, train={"preview_steps": 2, "validation_steps": 2, **fields})
 
 
 @pytest.fixture

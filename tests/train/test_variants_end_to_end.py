@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared.errors import UsageError
 from shared.signals import StopSignal
-from tests.experiments import CAPTIONS, FRAMES, HEIGHT, WIDTH, fill_cache, write_experiment
+from tests.experiments import CAPTIONS, FRAMES, HEIGHT, WIDTH, changed, fill_cache, write_experiment
 from tests.media import draw
 from tests.tiny import TEXT_LENGTH, VARIANTS
 from train.checkpoint.files import load_checkpoint
@@ -91,7 +91,7 @@ def distance(sampled: Tensor, clip: Tensor) -> float:
 
 def test_a_learned_table_refuses_other_shapes_before_anything_is_encoded(tmp_path: Path) -> None:
     config = write_experiment("5b-i2v", tmp_path)
-    other = config.data.model_copy(update={"resolution_buckets": ((64, 64),), "frame_buckets": (5,)})
+    other = changed(config, data={"resolution_buckets": ((64, 64),), "frame_buckets": (5,)})
     reason = "5x64x64: the learned position table of this checkpoint covers only 9x64x96; use that bucket"
     with pytest.raises(UsageError, match=reason):
-        fill_cache(config.model_copy(update={"data": other}))
+        fill_cache(other)

@@ -6,7 +6,6 @@ matrix products, so that only element-wise work is recomputed.
 """
 
 from collections import deque
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, repeat
 from typing import Any
@@ -20,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from train.transformer.activation_offload import OffloadedBlock, OffloadedTensor
 from train.transformer.block import Pack, add_gated, block_forward, block_modulation
-from train.transformer.engine import Activations, Engine
+from train.transformer.engine import Engine
 
 aten = torch.ops.aten
 ATTENTION = {
@@ -30,8 +29,6 @@ ATTENTION = {
     aten._scaled_dot_product_cudnn_attention.default,
 }
 PRODUCTS = {aten.mm.default, aten.addmm.default}
-KEPT_UNITS: Mapping[Activations, int] = {"block_input": 1, "attention_output": 2, "full": 10}
-"""Tensors [S,D] that each level keeps of a block."""
 
 
 def run_block(block: CogVideoXBlock, hidden: Tensor, pack: Pack, engine: Engine, index: int) -> Tensor:

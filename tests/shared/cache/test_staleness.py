@@ -68,7 +68,7 @@ def config() -> Config:
 def changed(config: Config, **fields: Any) -> Config:
     for name, value in fields.items():
         table, field = name.split(".")
-        config = config.model_copy(update={table: getattr(config, table).model_copy(update={field: value})})
+        config = changed(config, **{table: {field: value}})
     return config
 
 

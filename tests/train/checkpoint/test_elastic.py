@@ -19,6 +19,7 @@ from shared.cache.view import read_view, write_view
 from shared.config import Config
 from shared.config_file import save_config
 from shared.run_folder import read_metrics
+from tests.experiments import changed
 from tests.train import processes
 from train.checkpoint.files import load_checkpoint
 
@@ -47,9 +48,7 @@ def straight(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Co
     first = replace(view.split("train")[0], repeats=3, loss_weight=0.5)
     rows = tuple(first if row.latent_key == first.latent_key else row for row in view.rows)
     write_view(storage, replace(view, name="weighted", rows=rows))
-    train = experiment.train.model_copy(update=VALUES | {"output_dir": folder})
-    data = experiment.data.model_copy(update={"name": "weighted"})
-    config = experiment.model_copy(update={"train": train, "data": data})
+    config = changed(experiment, train=VALUES | {"output_dir": folder}, data={"name": "weighted"})
     assert processes.run(config) == [0], processes.log(config)
     return config
 

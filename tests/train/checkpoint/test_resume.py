@@ -21,6 +21,7 @@ from shared.model import pretrained
 from shared.run_folder import read_metrics
 from shared.signals import StopSignal
 from tests import tiny
+from tests.experiments import changed
 from tests.train import processes
 from tests.train.saved import is_content, save
 from train.checkpoint.resume import find_checkpoint, is_finished, refuse_another_run
@@ -69,16 +70,14 @@ def test_a_run_is_finished_only_with_this_config_view_and_base_model(settings: S
     shutil.copytree(config.model.pretrained_model_name_or_path, model)
     shutil.copytree(config.precompute.cache, cache)
     places = {"model": {"pretrained_model_name_or_path": str(model)}, "precompute": {"cache": str(cache)}}
-    changed = {table: getattr(config, table).model_copy(update=values) for table, values in places.items()}
-    config = config.model_copy(update=changed)
+    config = changed(config, **places)
     assert not is_finished(config)
     train(config, StopSignal())
     files = [path for path in config.train.output_dir.rglob("*") if path.is_file()]
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
     train(config, StopSignal())
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files} == before, "it ends at once"
-    longer = config.train.model_copy(update={"max_train_steps": 2})
-    assert is_finished(config) and not is_finished(config.model_copy(update={"train": longer}))
+    assert is_finished(config) and not is_finished(changed(config, train={"max_train_steps": 2}))
     storage = LocalStorage(str(cache))
     view = read_view(storage, config.data.name)
     write_view(storage, replace(view, rows=view.rows[1:]))
@@ -144,12 +143,7 @@ def other_config(model: Path) -> None:
 def begun_in(folder: Path, experiment: Config, max_train_steps: int) -> Config:
     """Return a run on its own copy of the model, from an adapter that was exported before."""
     values = {"output_dir": folder / "run", "initial_adapter": folder / "adapter", "max_train_steps": max_train_steps}
-    return experiment.model_copy(
-        update={
-            "train": experiment.train.model_copy(update=values),
-            "model": experiment.model.model_copy(update={"pretrained_model_name_or_path": str(folder / "model")}),
-        }
-    )
+    return changed(experiment, train=values, model={"pretrained_model_name_or_path": str(folder / "model")})
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +151,7 @@ def two_steps(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> P
     """Return the folder of such a run after two steps."""
     folder = tmp_path_factory.mktemp("two_steps")
     shutil.copytree(experiment.model.pretrained_model_name_or_path, folder / "model")
-    values = {"output_dir": folder / "first", "max_train_steps": 1}
-    train(experiment.model_copy(update={"train": experiment.train.model_copy(update=values)}), StopSignal())
+    train(changed(experiment, train={"output_dir": folder / "first", "max_train_steps": 1}), StopSignal())
     (folder / "first" / "export").rename(folder / "adapter")
     train(begun_in(folder, experiment, 2), StopSignal())
     return folder
@@ -193,9 +186,8 @@ def test_another_base_model_is_another_run(change: Callable[[Path], None], line:
     ],
 )
 def test_another_setting_is_another_run(table: str, values: dict[str, Any], line: str, begun: Config) -> None:
-    changed = begun.model_copy(update={table: getattr(begun, table).model_copy(update=values)})
     with pytest.raises(CacheError, match=re.escape(line)):
-        train(changed, StopSignal())
+        train(changed(begun, **{table: values}), StopSignal())
 
 
 def test_a_moved_adapter_and_a_resolved_precision_are_the_same_run(
@@ -209,7 +201,7 @@ def test_a_moved_adapter_and_a_resolved_precision_are_the_same_run(
 
     def onwards(max_train_steps: int) -> Config:
         values = {"initial_adapter": moved, "max_train_steps": max_train_steps, "mixed_precision": "fp32"}
-        return begun.model_copy(update={"train": begun.train.model_copy(update=values)})
+        return changed(begun, train=values)
 
     monkeypatch.setattr(pretrained, "sha256_files", watched)
     assert begun.train.initial_adapter is not None

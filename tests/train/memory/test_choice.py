@@ -15,7 +15,7 @@ from shared.config import Memory, Train
 from shared.errors import UsageError
 from shared.model.geometry import Bucket, video_tokens
 from shared.signals import StopSignal
-from tests.experiments import fill_cache, write_experiment
+from tests.experiments import changed, fill_cache, write_experiment
 from tests.tiny import build_transformer, transformer_config
 from tests.train.memory.published import LARGE, SMALL, config_of, predicted, published, published_conventions
 from tests.train.transformer.parity import conventions_of
@@ -189,15 +189,15 @@ def test_largest_pack_holds_the_largest_clip_as_often_as_it_fits() -> None:
 
 def test_a_lean_run_and_a_full_run_train_the_same_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_experiment("1.5-5b", tmp_path, max_train_steps=2, lora_rank=4, lora_alpha=4, validation_steps=2)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"held_out_clips": 1})})
+    config = changed(config, data={"held_out_clips": 1})
     fill_cache(config)
     lean = Memory(activations="attention_output", offload_activations=True, stream_weights=2)
     arms = {"full": Memory(), "lean": lean, "int8": Memory(base_precision="int8", activations="block_input")}
     adapters, held_out = {}, {}
     for name, fields in arms.items():
-        settings = config.train.model_copy(update={"output_dir": tmp_path / name})
+        own = changed(config, train={"output_dir": tmp_path / name}).model_copy(update={"memory": fields})
         with StopSignal() as stop:
-            train_run(config.model_copy(update={"memory": fields, "train": settings}), stop)
+            train_run(own, stop)
         adapters[name] = load_file(tmp_path / name / "export" / "pytorch_lora_weights.safetensors")
         held_out[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["held_out_loss"]
     assert "cosine of the adapter's gradient" in capsys.readouterr().err

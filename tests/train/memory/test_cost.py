@@ -12,7 +12,7 @@ from shared.cards import find_card
 from shared.config import Config
 from shared.config_file import save_config
 from shared.errors import UsageError
-from tests.experiments import fill_cache, write_experiment
+from tests.experiments import changed, fill_cache, write_experiment
 from train.memory.choice import PREFERENCE
 from train.memory.cost import (
     CONTEXT_GIB,
@@ -64,16 +64,16 @@ def test_time_is_that_of_the_mean_clip_and_of_the_whole_run(tmp_path: Path) -> N
     values = {"global_batch_size": 3, "max_train_steps": 100, "mixed_precision": "bf16"}
     config = write_experiment("5b", tmp_path, lora_rank=4, **values)
     one_plan = {"activations": "full", "offload_activations": False, "stream_weights": 0}
-    config = config.model_copy(update={"memory": config.memory.model_copy(update=one_plan)})
+    config = changed(config, memory=one_plan)
     cost = training_cost(config, find_card("H100"))
     flops = 3 * 2 * block_flops(64, 16 + 3 * 4 * 6, "full")
     seconds, hours = cost.plans[0].seconds_per_step, cost.plans[0].hours
     assert seconds is not None and hours is not None
     expected = [bound * flops / (989.4e12 * EFFICIENCY) for bound in SECONDS_BAND]
     assert seconds == pytest.approx(expected) and hours == pytest.approx([100 * bound / 3600 for bound in expected])
-    fp32 = config.model_copy(update={"train": config.train.model_copy(update={"mixed_precision": "fp32"})})
-    for changed, card in ((config, "80GiB"), (fp32, "h100")):
-        assert {plan.seconds_per_step for plan in training_cost(changed, find_card(card)).plans} == {None}
+    fp32 = changed(config, train={"mixed_precision": "fp32"})
+    for other, card in ((config, "80GiB"), (fp32, "h100")):
+        assert {plan.seconds_per_step for plan in training_cost(other, find_card(card)).plans} == {None}
 
 
 def test_a_view_that_the_base_cannot_train_is_refused(tmp_path: Path) -> None:
