@@ -1,10 +1,9 @@
 """`precog caption` through a server on loopback: resume, retries, refusals, and what is never written over."""
 
 import json
+import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -18,7 +17,9 @@ from prepare.videos import probe, sample_frames
 from shared.config import Precompute
 from shared.media.pool import decode_pool
 from tests.chat_server import ChatServer, chat_server, completion, num_images, prompt_of, send
+from tests.faults.writer import ended
 from tests.media import read, write_clip
+from tests.processes import fork_command
 from tests.raw_videos import precog, report_of, rows_of, write_project, write_table
 
 KEY = "sk-test-0123456789abcdef"
@@ -41,20 +42,23 @@ def answer(handler: BaseHTTPRequestHandler, number: int, request: dict[str, Any]
     send(handler, completion(f"answer {number}"))
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_killed_run_goes_on_with_the_clips_that_are_left(tmp_path: Path) -> None:
+    import openai  # noqa: F401 - once, for the fork and this process
+
     config = write_project(tmp_path, [f"{number:02}.mp4" for number in range(6)])
-    processes: list[subprocess.Popen[bytes]] = []
+    children: list[int] = []
 
     def answer_three(handler: BaseHTTPRequestHandler, number: int, request: dict[str, Any]) -> None:
         if number == 3:
-            processes[0].send_signal(signal.SIGKILL)
+            os.kill(children[0], signal.SIGKILL)
         else:
             answer(handler, number, request)
 
     with chat_server(answer_three) as server:
-        command = [sys.executable, "-m", "precog", "caption", str(config), "--engine=openai", "--model=vlm"]
-        processes.append(subprocess.Popen([*command, f"--url={server.url}", "--frames=2"], cwd=ROOT))
-        assert processes[0].wait(120) == -signal.SIGKILL and len(server.requests) == 4
+        command = ["caption", str(config), "--engine=openai", "--model=vlm", f"--url={server.url}", "--frames=2"]
+        children.append(fork_command(command, tmp_path / "errors.txt"))
+        assert ended(children[0]) == -signal.SIGKILL and len(server.requests) == 4
     captions = [row["text"] for row in rows_of(tmp_path / "dog.jsonl")]
     assert captions == [f"answer {number}" for number in range(3)] + [""] * 3
 

@@ -1,6 +1,7 @@
 """Another number of processes changes only the rounding: the same clips, noise and timesteps, in one order."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,12 +44,15 @@ VALUES: dict[str, Any] = {
 def straight(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """Return the run in one process, of a view whose first row comes three times, at half weight."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    storage = LocalStorage(experiment.precompute.cache)
+    cache = folder.with_name("cache")  # the other tests' views stay as they are
+    shutil.copytree(experiment.precompute.cache, cache)
+    storage = LocalStorage(str(cache))
     view = read_view(storage, experiment.data.name)
     first = replace(view.split("train")[0], repeats=3, loss_weight=0.5)
     rows = tuple(first if row.latent_key == first.latent_key else row for row in view.rows)
     write_view(storage, replace(view, name="weighted", rows=rows))
-    config = changed(experiment, train=VALUES | {"output_dir": folder}, data={"name": "weighted"})
+    places: dict[str, Any] = {"data": {"name": "weighted"}, "precompute": {"cache": str(cache)}}
+    config = changed(experiment, train=VALUES | {"output_dir": folder}, **places)
     assert processes.run(config) == [0], processes.log(config)
     return config
 
@@ -70,7 +74,7 @@ def assert_same_run(config: Config, straight: Config) -> None:
 
 
 def test_one_two_four_and_one_processes_make_one_run(straight: Config, settings: Settings) -> None:
-    config = settings(**VALUES).model_copy(update={"data": straight.data})
+    config = settings(**VALUES).model_copy(update={"data": straight.data, "precompute": straight.precompute})
     assert processes.run(config, world_size=2, killed_after_step=4)[0] == -signal.SIGKILL
     assert load_checkpoint(config.train.output_dir / "checkpoint-000004").step == 4
     assert processes.run(config, world_size=4, killed_after_step=8)[0] == -signal.SIGKILL
