@@ -17,12 +17,10 @@ import numpy as np
 
 from shared.config import Data
 from shared.media.probe import Skipped
-from shared.model.geometry import Bucket, choose_frames, choose_resolution
+from shared.model.geometry import MAX_UPSCALE, Bucket, choose_frames, choose_resolution
 
 STAMP_SLACK_US = 2000
 """Two roundings to a millisecond time base; at most half the median frame interval."""
-MAX_UPSCALE = 2
-"""A source that needs a larger enlargement, in either direction, is skipped."""
 _SECOND_US = 1_000_000
 
 

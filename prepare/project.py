@@ -20,10 +20,8 @@ from shared.cards import find_card
 from shared.config_file import load_config
 from shared.errors import DataError, UsageError
 from shared.model.conventions import Conventions, read_conventions, refusal
-from shared.model.geometry import MAX_CROPPED, Bucket, choose_frames, choose_resolution, cropped_share
+from shared.model.geometry import MAX_CROPPED, MAX_UPSCALE, Bucket, choose_frames, choose_resolution, cropped_share
 
-MAX_UPSCALE = 2
-"""Stage 1 leaves out a source that would have to be enlarged by more than this, in either direction."""
 ASPECTS = (1.0, 4 / 3, 3 / 2, 16 / 9, 21 / 9)
 """Long side over short side of such buckets."""
 ENOUGH_CLIPS = 25

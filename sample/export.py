@@ -3,10 +3,10 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from shared.atomic_files import replacing
@@ -24,6 +24,7 @@ from shared.model.adapters import (
     diffusers_settings,
     merged_weight,
     pack_lora,
+    read_header,
     read_lora,
 )
 from shared.model.pretrained import base_key, pretrained_part
@@ -61,11 +62,9 @@ def find_adapters(run: Path) -> dict[int, Path]:
     files = sorted(run.glob("checkpoint-*/adapter.safetensors"))
     found = {int(file.parent.name.removeprefix("checkpoint-")): file for file in files}
     for file in (run / EXPORT / BEST / ADAPTER, run / EXPORT / ADAPTER):
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                found[int((tensors.metadata() or {}).get(STEPS_KEY, "0"))] = file
-        except (OSError, SafetensorError, ValueError):
-            continue
+        header = read_header(file)
+        if header is not None and (steps := header.get(STEPS_KEY, "0")).isdecimal():
+            found[int(steps)] = file
     return dict(sorted(found.items()))
 
 
@@ -104,8 +103,6 @@ def write_lora(found: LoraFile, form: LoraFormat, folder: Path, name: str, preci
         raise UsageError("--format comfyui: not possible with train.use_dora; use --format merged")
     folder.mkdir(parents=True, exist_ok=True)
     weights = cast(found.weights, DTYPES[precision])
-    settings: dict[str, Any] = {"r": found.rank, "lora_alpha": found.alpha, "target_modules": found.modules}
-    settings |= {kind: True for kind in ("use_rslora", "use_dora") if getattr(found, kind)}
     header = {key: value for key, value in found.header.items() if key.startswith("precog_")}
     tensors = {f"{PREFIXES[form]}{spelled(key, form)}": value for key, value in weights.items()}
     written = [
@@ -115,12 +112,13 @@ def write_lora(found: LoraFile, form: LoraFormat, folder: Path, name: str, preci
         alphas = {f"{comfyui_name(module)}.alpha": torch.tensor(found.scale * found.rank) for module in found.modules}
         tensors |= {f"{PREFIXES[form]}{key}": value for key, value in alphas.items()}
     elif form == "diffusers":
-        header |= diffusers_settings(settings)
+        header |= diffusers_settings(found.settings)
     else:
         written.append(folder / "adapter_config.json")
         base = found.header.get("precog_base_model")
         with replacing(written[-1]) as pending:
-            pending.write_text(json.dumps(settings | {"peft_type": "LORA", "base_model_name_or_path": base}), "utf-8")
+            config = found.settings | {"peft_type": "LORA", "base_model_name_or_path": base}
+            pending.write_text(json.dumps(config), "utf-8")
     with replacing(written[0]) as pending:
         pending.write_bytes(pack_lora(tensors, {"format": "pt", **header}))
     again = read_lora(written[0], found.modules, "export")

@@ -96,14 +96,12 @@ def load_lora(pipeline: Any, lora: Lora) -> dict[str, str]:
     found = read_lora(path, (name for name in linear if "lora_" not in name and ".base_layer" not in name), FIELD)
     if not any(bool(value.any()) for name, value in found.weights.items() if "lora_B" in name):
         raise UsageError(f"{path}: every lora_B is zero, so the adapter changes nothing; use a trained adapter")
-    settings = {"r": found.rank, "lora_alpha": found.alpha, "target_modules": found.modules}
-    settings |= {name: True for name in ("use_rslora", "use_dora") if getattr(found, name)}
     try:
         pipeline.load_lora_into_transformer(
             {f"{PREFIX}{name}": value for name, value in found.weights.items()},
             transformer,
             adapter_name=lora.name,
-            metadata={f"{PREFIX}{name}": value for name, value in settings.items()},
+            metadata={f"{PREFIX}{name}": value for name, value in found.settings.items()},
         )
     except (RuntimeError, ValueError, KeyError) as error:
         raise UsageError(f"{path}: not an adapter of this checkpoint ({one_line(error)}); use another file") from error

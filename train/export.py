@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import CogVideoXTransformer3DModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shared.atomic_files import replacing, sync_folder
@@ -12,7 +11,7 @@ from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of
 from shared.model.adapters import PREFIX, diffusers_settings, pack_lora, read_lora
-from shared.run_folder import ADAPTER, EXPORT, adapter_file
+from shared.run_folder import ADAPTER, adapter_file
 from train.checkpoint.files import sync_file
 from train.transformer.load import adapter_weights
 
@@ -20,15 +19,6 @@ from train.transformer.load import adapter_weights
 def config_key(config: Config) -> str:
     """Return the key of what differs from the defaults, so that a field added later keeps the key."""
     return key_of({"config": config.model_dump(mode="json", exclude_defaults=True)})
-
-
-def read_provenance(run: Path) -> dict[str, str]:
-    """Read the header of a run folder's export; empty if there is none."""
-    try:
-        with safe_open(run / EXPORT / ADAPTER, framework="numpy") as tensors:
-            return dict(tensors.metadata() or {})
-    except (OSError, SafetensorError):
-        return {}
 
 
 def export_adapter(

@@ -69,6 +69,12 @@ class LoraFile:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of peft's `LoraConfig`; rsLoRA and DoRA only where on: diffusers passes on all that it finds."""
+        kinds = {name: True for name in ("use_rslora", "use_dora") if getattr(self, name)}
+        return {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.modules, **kinds}
+
+    @property
     def modules(self) -> list[str]:
         """The adapted linear layers."""
         return sorted({name.partition(".lora_")[0] for name in self.weights})
@@ -97,6 +103,15 @@ def pack_lora(weights: Mapping[str, Tensor], header: Mapping[str, str]) -> bytes
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + packed[start:]
+
+
+def read_header(path: Path) -> dict[str, str] | None:
+    """Return the header of a safetensors file; None if the file cannot be read."""
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return dict(tensors.metadata() or {})
+    except (OSError, SafetensorError):
+        return None
 
 
 def diffusers_settings(settings: Mapping[str, Any]) -> dict[str, str]:

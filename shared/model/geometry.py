@@ -10,6 +10,8 @@ SPATIAL_FACTOR = 8
 TEMPORAL_FACTOR = 4
 ENCODE_CHUNK_FRAMES = 8
 """Pixel frames per VAE encode chunk, remainder first (diffusers `num_sample_frames_batch_size`)."""
+MAX_UPSCALE = 2
+"""A source that needs a larger enlargement, in either direction, is left out."""
 MAX_CROPPED = 0.2
 """Part of a picture that a crop may lose unmentioned; beyond it `init` gives the aspect ratio a bucket."""
 

@@ -15,9 +15,9 @@ from shared.cache.view import read_view
 from shared.config import Config, field_value, fields_shaping
 from shared.errors import CacheError, UsageError
 from shared.fingerprint import Json, key_of, sha256_file
-from shared.model.adapters import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY
+from shared.model.adapters import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, read_header
 from shared.model.pretrained import Component, base_key, present_part
-from shared.run_folder import adapter_file
+from shared.run_folder import ADAPTER, EXPORT, adapter_file
 from train.checkpoint.files import (
     Checkpoint,
     latest_checkpoint,
@@ -27,7 +27,7 @@ from train.checkpoint.files import (
     step_of,
 )
 from train.distributed import all_gather, broadcast, on_all_ranks, on_rank_0
-from train.export import config_key, read_provenance
+from train.export import config_key
 from train.run import Run
 
 BASE, IDENTITY = "base", "identity"
@@ -102,7 +102,7 @@ def is_finished(config: Config) -> bool:
     A run that was sent back to an older checkpoint is not finished; one whose checkpoints were deleted is.
     """
     folder, known = config.train.output_dir, None
-    found, paths = read_provenance(folder), newest_first(folder)
+    found, paths = read_header(folder / EXPORT / ADAPTER) or {}, newest_first(folder)
     if found.get(CONFIG_KEY) != config_key(config):
         return False
     storage = open_storage(config.precompute.cache, local_cache_gib=config.precompute.local_cache_gib)
