@@ -68,7 +68,7 @@ def config() -> Config:
 def changed(config: Config, **fields: Any) -> Config:
     for name, value in fields.items():
         table, field = name.split(".")
-        config = changed(config, **{table: {field: value}})
+        config = config.model_copy(update={table: getattr(config, table).model_copy(update={field: value})})
     return config
 
 
