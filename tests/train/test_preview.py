@@ -52,20 +52,19 @@ def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return cached("2b", tmp_path_factory.mktemp("small"))
+    return cached("2b", tmp_path_factory.mktemp("small"), SAMPLE.model_copy(update={"height": 32, "width": 48}))
 
 
-def cached(variant: str, folder: Path, held_out_clips: int = 0) -> Config:
+def cached(variant: str, folder: Path, sample: Sampling = SAMPLE, held_out_clips: int = 0) -> Config:
     config = experiments.write_experiment(variant, folder, max_train_steps=4, preview_steps=2, lora_rank=4)
     values = {"negative_prompt": NEGATIVE, "validation_prompts": experiments.CAPTIONS, "held_out_clips": held_out_clips}
-    config = experiments.changed(config, data=values).model_copy(update={"sample": SAMPLE})
+    config = experiments.changed(config, data=values).model_copy(update={"sample": sample})
     experiments.fill_cache(config)
     return config
 
 
-def changed(config: Config, folder: Path, sample: Sampling = SAMPLE, **values: Any) -> Config:
-    settings = {"output_dir": folder / "run", **values}
-    return experiments.changed(config, train=settings).model_copy(update={"sample": sample})
+def changed(config: Config, folder: Path, **values: Any) -> Config:
+    return experiments.changed(config, train={"output_dir": folder / "run", **values})
 
 
 def opened(config: Config) -> Run:
@@ -136,7 +135,7 @@ def test_a_preview_equals_the_pipeline_of_diffusers(experiment: Config, tmp_path
 
 @pytest.mark.parametrize("fields", [{"use_dynamic_cfg": True}, {"guidance_scale": 1.0}, {"num_frames": 1}])
 def test_guidance_and_length_follow_the_pipeline(fields: dict[str, Any], small: Config, tmp_path: Path) -> None:
-    run = opened(changed(small, tmp_path, SAMPLE.model_copy(update=fields)))
+    run = opened(experiments.changed(changed(small, tmp_path), sample=fields))
     latents = preview(run, 1)
     torch.testing.assert_close(latents, pipelines_own(run, 1)[0], rtol=1e-4, atol=1e-4)
     plain = preview(opened(changed(small, tmp_path)), 1)
@@ -154,13 +153,13 @@ def test_previews_do_not_change_the_training(small: Config, tmp_path: Path) -> N
     folder = config.train.output_dir / "previews"
     assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000004"]
     first, last = (load_file(folder / name / "01.safetensors")["latents"] for name in ("step-000002", "step-000004"))
-    assert first.shape == (3, 16, 8, 12) and not torch.equal(first, last)
+    assert first.shape == (3, 16, 4, 6) and not torch.equal(first, last)
     about = json.loads((folder / "step-000004" / "01.json").read_text(encoding="utf-8"))
     assert about["prompt"] == experiments.CAPTIONS[1] and about["step"] == 4 and about["seed"] == 7
-    assert about["first_frame_of"] is None and (about["num_frames"], about["height"], about["width"]) == (9, 64, 96)
+    assert about["first_frame_of"] is None and (about["num_frames"], about["height"], about["width"]) == (9, 32, 48)
 
     with Image.open(folder / "step-000004" / "01.webp") as shown:  # at once, without the VAE
-        assert (shown.size, len(list(ImageSequence.Iterator(shown)))) == ((96, 64), 3)
+        assert (shown.size, len(list(ImageSequence.Iterator(shown)))) == ((48, 32), 3)
 
     save_config(config, tmp_path / "config.toml")
     done = CliRunner().invoke(app, ["decode", str(tmp_path / "config.toml"), "--json"])
@@ -168,7 +167,7 @@ def test_previews_do_not_change_the_training(small: Config, tmp_path: Path) -> N
     names = ("00.mp4", "01.mp4", "sheet.png")
     assert written == [folder / step / name for step in ("step-000002", "step-000004") for name in names]
     with Image.open(folder / "step-000004" / "sheet.png") as sheet:
-        assert sheet.width > 3 * experiments.WIDTH and sheet.height > 2 * experiments.HEIGHT
+        assert sheet.width > 3 * 48 and sheet.height > 2 * 32
     assert decode(config) == []
     # The last preview is the video of `precog sample` with the exported adapter.
     conventions, device = checkpoint_conventions(config), torch.device("cpu")
@@ -203,18 +202,18 @@ def test_two_processes_share_the_previews_and_write_those_of_one(small: Config, 
     config = changed(small, tmp_path, max_train_steps=2)
     folder = config.train.output_dir
 
-    def made(sample: Sampling, world_size: int) -> list[bytes]:
+    def made(seed: int, world_size: int) -> list[bytes]:
         """Return the previews of step 2; the last rank has its own settings."""
         shutil.rmtree(folder / "previews", ignore_errors=True)
         shutil.rmtree(folder / "export", ignore_errors=True)
-        other = config.model_copy(update={"sample": sample})
+        other = experiments.changed(config, sample={"seed": seed})
         children = processes.start(config, world_size, configs={world_size - 1: other})
         assert processes.finish(children) == [0] * world_size, processes.log(config)
         return [(folder / "previews" / "step-000002" / f"0{number}.safetensors").read_bytes() for number in range(2)]
 
-    shared = made(SAMPLE, 2)  # trains, and the next ones resume its checkpoint
-    assert made(SAMPLE, 1) == shared
-    first, second = made(SAMPLE.model_copy(update={"seed": 8}), 2)
+    shared = made(7, 2)  # trains, and the next ones resume its checkpoint
+    assert made(7, 1) == shared
+    first, second = made(8, 2)
     assert first == shared[0] and second != shared[1], "rank 1 denoises the second prompt"
 
 
