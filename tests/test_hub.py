@@ -93,6 +93,9 @@ def test_each_command_downloads_its_own_part(hub: Hub, tmp_path: Path, monkeypat
         "train.max_train_steps": 1,
         "train.global_batch_size": 1,
         "train.mixed_precision": "auto",
+        "memory.activations": "full",  # one plan to simulate
+        "memory.offload_activations": "false",
+        "memory.stream_weights": 0,
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
     monkeypatch.chdir(ROOT)
