@@ -34,6 +34,7 @@ COMMANDS = {
     "plan": ["plan", "CONFIG"],
     "train": ["train", "CONFIG", "train.max_train_steps=1"],
 }
+MANY = {"precompute": 50_000, "plan": 50_000, "train": 100_000}
 
 
 def write_data(folder: Path, count: int) -> Path:
@@ -87,6 +88,7 @@ def store_all(config_file: Path) -> None:
     from precompute.findings import tokens_of
     from precompute.run import find_latent_rgb, make_view
     from shared.cache.collection import write_recipe
+    from shared.cache.index import write_index
     from shared.cache.shard import Sample
     from shared.cache.view import write_view
     from shared.config_file import load_config
@@ -115,6 +117,8 @@ def store_all(config_file: Path) -> None:
         for shard in work.shards:
             samples = [Sample(key, tensors, {}) for key in shard.keys]
             write_shard(stage.storage, shard.folder, samples)
+    for collection in (wanted.latents, wanted.prompts):
+        write_index(stage.storage, collection.folder)
     inventory = take_inventory(stage.storage, wanted.latents)
     marks = {"vae": stage.encoders.vae.marks, "text_encoder": stage.encoders.text_encoder.marks}
     view = make_view(config, wanted, dict.fromkeys(wanted.texts, 1), conventions.text_length, inventory)
@@ -149,19 +153,19 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def measure_growth(folder: Path, few: int, many: int, rounds: int, names: list[str]) -> dict[str, Any]:
-    """Run each command on `few` and on `many` clips that are stored already; return its cost per clip."""
-    for count in (few, many):
+def measure_growth(folder: Path, few: int, many: dict[str, int], rounds: int) -> dict[str, Any]:
+    """Run each command on `few` and on its `many` clips, all stored already; return its cost per clip."""
+    for count in sorted({few, *many.values()}):
         if not (folder / str(count) / "cache" / "datasets").exists():
             config = write_data(folder / str(count), count)
             command = [sys.executable, "-m", "bench.scale", "--store", str(config)]
             subprocess.run(command, check=True, cwd=ROOT, env=environment(folder / str(count)))
     found = {}
-    for name in names:
-        runs = [[run_command(name, folder / str(count)) for count in (few, many)] for _ in range(rounds)]
-        each = [(high["cpu_seconds"] - low["cpu_seconds"]) / (many - few) * 1000 for low, high in runs]
-        peak = statistics.median(high["peak_mib"] for _, high in runs)
-        found[name] = {"ms_per_clip": statistics.median(each), "peak_mib": peak, "clips": [few, many], "runs": runs}
+    for name, count in many.items():
+        runs = [[run_command(name, folder / str(size)) for size in (few, count)] for _ in range(rounds)]
+        each = [(high["cpu_seconds"] - low["cpu_seconds"]) / (count - few) * 1000 for low, high in runs]
+        peaks = [statistics.median(run["peak_mib"] for run in column) for column in zip(*runs, strict=True)]
+        found[name] = {"ms_per_clip": statistics.median(each), "peak_mib": peaks, "clips": [few, count], "runs": runs}
     return found
 
 
@@ -307,7 +311,7 @@ def measure_decoding(rounds: int) -> dict[str, Any]:
                 scaled_into(1080, 1920, Bucket(49, *size), "center", "") if size else shape_of(found.probe, None)[0]
             )
             with os.fdopen(os.memfd_create("frames"), "wb", buffering=0) as memory:
-                decode_rows(path, found.probe, indices, stamps, "auto", scaled, FileRows(memory))  # type: ignore[arg-type]
+                decode_rows(path, found.probe, indices, stamps, "auto", scaled, FileRows(memory))
 
         def plain() -> None:
             with av.open(str(path)) as source:
@@ -334,13 +338,19 @@ def measure_decoding(rounds: int) -> dict[str, Any]:
 def as_markdown(found: dict[str, Any]) -> str:
     """Return the table."""
     rows = [
-        [f"{name}, all stored", f"{each['ms_per_clip']:.2f} ms of CPU per clip", f"{each['peak_mib']:.0f} MiB peak"]
+        [
+            f"{name}, all stored",
+            f"{each['ms_per_clip']:.3f} ms of CPU per clip",
+            " / ".join(f"{peak:.0f}" for peak in each["peak_mib"])
+            + " MiB peak at "
+            + " / ".join(f"{count:,}" for count in each["clips"]),
+        ]
         for name, each in found.get("growth", {}).items()
     ]
     names = {
         "write": f"write a shard of {SAMPLES} real-size clips",
         "read": "first read of a real-size sample",
-        "example": "draw a real-size example",
+        "example": "draw a real-size example, one thread",
         "decode": "49 of 147 frames of 1080p",
     }
     rows += [
@@ -356,7 +366,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["growth", "write", "read", "example", "decode"])
     parser.add_argument("--commands", nargs="*", default=[*COMMANDS])
     parser.add_argument("--few", type=int, default=1_000)
-    parser.add_argument("--many", type=int, default=50_000)
+    parser.add_argument("--many", type=int, help=f"clips of every command; by default {MANY}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="keep the data sets here, for the next time")
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
@@ -366,7 +376,7 @@ def main() -> None:
     alone: dict[str, Callable[[], Any]] = {
         "write": measure_writing,
         "read": lambda: measure_reading(rounds),
-        "example": lambda: measure_examples(5 * rounds, threads=2),
+        "example": lambda: measure_examples(5 * rounds, threads=1),
         "decode": lambda: measure_decoding(rounds),
     }
     if arguments.store:
@@ -379,13 +389,14 @@ def main() -> None:
     if "growth" in arguments.only:
         with tempfile.TemporaryDirectory() as scratch:
             folder = arguments.folder or Path(scratch)
-            found["growth"] = measure_growth(folder, arguments.few, arguments.many, rounds, arguments.commands)
+            many = {name: arguments.many or MANY[name] for name in arguments.commands}
+            found["growth"] = measure_growth(folder, arguments.few, many, rounds)
     for name in alone.keys() & set(arguments.only):  # each in a process of its own
         command = [sys.executable, "-m", "bench.scale", "--measure", name, "--rounds", str(rounds)]
         answer = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
         found[name] = json.loads(answer.stdout.splitlines()[-1])
     text = as_markdown(found)
-    record.write("scale", found, text)
+    record.write("scale" if "growth" in found else "scale-samples", found, text)
     print(text)
 
 
