@@ -28,7 +28,6 @@ META = torch.device("meta")
 ROUNDING = 512
 """Bytes; torch's CUDA allocator hands out multiples of it."""
 
-Layout = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 aten = torch.ops.aten
 
 
@@ -84,8 +83,6 @@ def run_on_meta(
     dtype: torch.dtype,
 ) -> Prediction:
     """Return the memory of one step on `pack` by running a transformer of the whole depth."""
-    clips = [blank_clip(bucket, conventions, dtype, META) for bucket in pack]
-    targets = [torch.empty(clip.latents.shape, device=META)[:, : conventions.out_channels] for clip in clips]
     forget_tables()  # they count
     tally = Tally()
     with tally:
@@ -100,6 +97,8 @@ def run_on_meta(
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         loaded = tally.peak_bytes = tally.num_bytes
+        clips = [blank_clip(bucket, conventions, dtype, META) for bucket in pack]
+        targets = [torch.empty(clip.latents.shape, device=META)[:, : conventions.out_channels] for clip in clips]
         predictions = predict(transformer, clips, conventions, engine)
         loss = torch.stack([clip_loss(*pair) for pair in zip(predictions, targets, strict=True)]).sum()
         del predictions
@@ -126,71 +125,39 @@ class Tally(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.num_bytes = 0
         self.peak_bytes = 0
-        self._counted: set[int] = set()
-        self._results: dict[Any, tuple[type, list[Layout]]] = {}
-        """Layouts of pure operations' results by arguments; meta kernels are slow."""
-        self._paused = False
+        self._counting = True
+        self._known: set[int] = set()
 
     def uncounted(self, num_bytes: int, device: torch.device) -> Tensor:
         """Return [num_bytes] uint8 on meta that stand for host memory."""
-        self._paused = True
+        self._counting = False
         try:
             return torch.empty(num_bytes, dtype=torch.uint8, device=device)
         finally:
-            self._paused = False
+            self._counting = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._paused:
-            return func(*args, **kwargs)
-        given: set[int] = set()
-        key = (func, _describe(args, given), _describe(tuple(kwargs.items()), given))
-        known = self._results.get(key)
-        if known is not None:
-            kind, layouts = known
-            made = [torch.empty_strided(size, stride, dtype=dtype, device=on) for size, stride, dtype, on in layouts]
-            for tensor in made:
-                self._count(tensor.untyped_storage())
-            return made[0] if kind is Tensor else kind(made)
-        result = func(*args, **kwargs)
-        tensors = list(result) if isinstance(result, tuple | list) else [result]
-        storages = [value.untyped_storage() for value in tensors if isinstance(value, Tensor)]
-        fresh = [storage for storage in storages if storage._cdata not in given]
-        for storage in fresh:
-            self._count(storage)
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor) and value.device.type == "meta":
+                self._count(value.untyped_storage())
         if func is aten._scaled_dot_product_flash_attention_backward.default:
             sums = 4 * args[1].numel()  # the kernel sums the query's gradient in fp32
             self.peak_bytes = max(self.peak_bytes, self.num_bytes + sums)
-        pure = len(fresh) == len(tensors) == len({storage._cdata for storage in fresh})
-        if pure and given and not func._schema.is_mutable:
-            layouts = [(value.size(), value.stride(), value.dtype, value.device) for value in tensors]
-            self._results[key] = (type(result) if isinstance(result, tuple | list) else Tensor, layouts)
         return result
 
     def _count(self, storage: UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._counted or storage.device.type != "meta":
-            return
-        num_bytes = -(-storage.nbytes() // ROUNDING) * ROUNDING
-        self._counted.add(key)
-        self.num_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.num_bytes)
-        weakref.finalize(storage, self._forget, key, num_bytes)
+        if key not in self._known:
+            num_bytes = -(-storage.nbytes() // ROUNDING) * ROUNDING if self._counting else 0
+            self._known.add(key)
+            self.num_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.num_bytes)
+            weakref.finalize(storage, self._forget, key, num_bytes)
 
     def _forget(self, key: int, num_bytes: int) -> None:
-        self._counted.discard(key)
+        self._known.discard(key)
         self.num_bytes -= num_bytes
-
-
-def _describe(value: Any, given: set[int]) -> Any:
-    """Return what decides the layout of a result, hashable; add the storages of the argument to `given`."""
-    if isinstance(value, Tensor):
-        storage = value.untyped_storage()
-        given.add(storage._cdata)
-        return value.size(), value.stride(), value.dtype, value.device
-    if isinstance(value, tuple | list):
-        return tuple(_describe(part, given) for part in value)
-    return type(value), value
 
 
 def blank_clip(bucket: Bucket, conventions: Conventions, dtype: torch.dtype, device: torch.device) -> ModelInput:
