@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.faults  # half a minute
+@pytest.mark.filterwarnings("default")  # of what torch.compile imports
 def test_a_dry_run_goes_through_every_arm_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
