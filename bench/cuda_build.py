@@ -1,8 +1,8 @@
 """Bind one training step of every variant on a CUDA build of torch without a card: `make test-cuda-build`.
 
-Fake CUDA tensors carry shape, dtype and device through the real code: an operator that is missing, or called with a
-wrong dtype or on two devices, fails here. Nothing is computed, and streams are stand-ins, so no value, speed or order
-of copies is checked. It needs a C compiler.
+Fake CUDA tensors carry shape, dtype and device through the real code: an operator that is missing, or called with wrong
+shapes or on two devices, fails here. Matrix products of two dtypes do not: a test on the CPU finds those. Nothing is
+computed, and streams are stand-ins, so no value, speed or order of copies is checked. It needs a C compiler.
 """
 
 import argparse
