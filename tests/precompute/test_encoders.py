@@ -94,8 +94,9 @@ def test_missing_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
 
     torch._dynamo.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing that was compiled before
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "g++")))
-    with pytest.raises(UsageError, match=r"compile_vae = true.*No working C\+\+ compiler.*leave it false") as caught:
+    without = torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "g++"))})
+    wanted = r"compile_vae = true.*No working C\+\+ compiler.*leave it false"
+    with without, pytest.raises(UsageError, match=wanted) as caught:
         CompiledModule(nn.Linear(2, 2))(torch.ones(1, 2))
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 

@@ -132,15 +132,15 @@ def test_auto_goes_eager_without_a_compiler_and_true_is_refused(
     from torch._inductor import config as inductor
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
     monkeypatch.setattr(memory, "candidates", lambda *_: [Plan("full", compile=True)])
     compiled_kernels.cache_clear()
     arguments = build_transformer("5b", lora_rank=4), published_conventions("5b"), [SMALL], CPU
-    assert choose_plans(config_of({}), *arguments)[0] == Plan("full")
-    said = [line for line in capsys.readouterr().err.splitlines() if "compil" in line]
-    assert len(said) <= 3 and "memory: not compiled, because compiling fails here" in said[0], said
-    with pytest.raises(UsageError, match=r"memory.compile = true: compiling fails here .*use 'auto' or false"):
-        choose_plans(config_of({"compile": True}), *arguments)[0]
+    with inductor.patch({"cpp.cxx": ("/no/such/compiler",)}):
+        assert choose_plans(config_of({}), *arguments)[0] == Plan("full")
+        said = [line for line in capsys.readouterr().err.splitlines() if "compil" in line]
+        assert len(said) <= 3 and "memory: not compiled, because compiling fails here" in said[0], said
+        with pytest.raises(UsageError, match=r"memory.compile = true: compiling fails here .*use 'auto' or false"):
+            choose_plans(config_of({"compile": True}), *arguments)[0]
     compiled_kernels.cache_clear()
 
 
