@@ -169,7 +169,9 @@ def test_the_list_is_searched_and_hostile_names_are_inert(browser: "Browser", tm
         assert page.locator(".strip").nth(1).evaluate("e => getComputedStyle(e).animationName") == "play"
 
 
-def test_command_writes_the_page_and_clips_are_left_out(experiment: Config, tmp_path: Path) -> None:
+def test_command_writes_the_page_and_clips_are_left_out(
+    experiment: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(*arguments: str) -> str:
         result = CliRunner().invoke(app, list(arguments))
         assert result.exit_code == 0, result.stderr
@@ -180,6 +182,9 @@ def test_command_writes_the_page_and_clips_are_left_out(experiment: Config, tmp_
     config = changed(experiment, precompute={"cache": str(cache)}, train=run_folder)
     run("cache", "pull", experiment.precompute.cache, str(cache))
     save_config(config, tmp_path / "config.toml")
+    monkeypatch.setattr("precompute.cli.MAX_PAGE_CLIPS", 7)
+    assert "data page: not written for 8 clips" in run("precompute", str(tmp_path / "config.toml"))
+    monkeypatch.undo()
     assert "to look at, 0 left out." in run("precompute", str(tmp_path / "config.toml"))
     page = tmp_path / "runs" / "clips-data" / PAGE
     before = page.stat().st_mtime_ns
