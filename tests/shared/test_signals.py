@@ -1,5 +1,6 @@
 """Signals: raised at once in stage 1, a flag in stage 2; a second one stops now, and old handlers come back."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -111,3 +112,13 @@ with raise_on_signal("all is stored"):
 def test_a_second_signal_ends_a_process_that_is_still_cleaning_up() -> None:
     done = subprocess.run([sys.executable, "-c", STUBBORN], cwd=ROOT, capture_output=True, timeout=30, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (75, b"", b"")
+
+
+def test_a_stop_waits_until_an_import_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_module.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nWHOLE = True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    whole = False
+    with pytest.raises(Preempted, match="nothing is lost"), raise_on_signal("nothing is lost"):
+        whole = importlib.import_module("slow_module").WHOLE
+        time.sleep(60)
+    assert whole
