@@ -151,17 +151,11 @@ def _read_index(storage: Storage, name: str) -> SampleTable:
             raise ValueError("damaged")
         columns, receipts, digests, layouts = HEAD.validate_json(head)
         rows = np.frombuffer(content, ROW)
-        sizes, ends = np.array([one.size for one in receipts]), np.array([_end(layout) for layout in layouts])
+        sizes = np.array([one.size for one in receipts])
+        ends = np.array([max(tensor.offset + tensor.num_bytes for _, tensor in layout) for layout in layouts])
         inside = (rows["offset"] >= 0) & (rows["offset"] + rows["length"] <= sizes[rows["shard"]])
         if columns != str(ROW) or not (inside & (ends[rows["layout"]] <= rows["length"])).all():
             raise ValueError("of another version, or places outside their shards")
         return SampleTable(receipts, digests, layouts, rows)
     except (CacheError, ValueError, IndexError, KeyError):
         return SampleTable()
-
-
-def _end(layout: Layout) -> int:
-    """Return the end of the last tensor; raises `ValueError` for a place that no sample has."""
-    if any(tensor.offset < 0 for _, tensor in layout):
-        raise ValueError("a tensor lies before its sample")
-    return max(tensor.offset + tensor.num_bytes for _, tensor in layout)

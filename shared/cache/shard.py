@@ -22,7 +22,7 @@ import xxhash
 from pydantic import Field, TypeAdapter
 from safetensors.torch import save as safetensors_bytes
 
-from shared.cache.storage import VERIFY, Storage
+from shared.cache.storage import VERIFY, Storage, open_regular
 from shared.errors import CacheError, one_line
 from shared.fingerprint import KEY_LENGTH, Json, canonical_json, key_of, sealed, sha256_file, unsealed
 
@@ -46,7 +46,7 @@ class TensorPlace:
 
     dtype: str
     shape: tuple[Annotated[int, Field(gt=0)], ...]
-    offset: int
+    offset: Annotated[int, Field(ge=0)]
 
     @property
     def num_bytes(self) -> int:
@@ -188,7 +188,8 @@ def publish_tar(storage: Storage, path: Path, receipt: Receipt) -> bool:
     if storage.publish_file(path, receipt.tar):
         return True
     try:
-        whole = sha256_file(storage.local_tar(receipt.tar, receipt.size)) == receipt.sha256
+        same_size = storage.size(receipt.tar) == receipt.size
+        whole = same_size and sha256_file(storage.local_tar(receipt.tar, receipt.size)) == receipt.sha256
     except (OSError, CacheError):
         whole = False
     # a crash left it torn, on a disk that ignores fsync
@@ -256,7 +257,7 @@ class OpenShard:
     def __init__(self, storage: Storage, receipt: Receipt) -> None:
         self._where = f"{storage}/{receipt.tar}"
         try:
-            self._file = storage.local_tar(receipt.tar, receipt.size).open("rb")
+            self._file = open_regular(storage.local_tar(receipt.tar, receipt.size))
         except OSError as error:
             raise CacheError(f"{self._where}: cannot be opened ({error.strerror}); {VERIFY}") from None
         size = os.fstat(self._file.fileno()).st_size

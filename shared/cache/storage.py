@@ -11,8 +11,8 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from shared.atomic_files import TEMPORARY, make_folder, sync_folder
 from shared.cache.remote import Entry, RemoteStorage, finished, open_filesystem
@@ -44,7 +44,7 @@ class LocalStorage:
         return self.path(name)
 
     def entries(self, folder: str) -> dict[str, Entry]:
-        """Return the regular files below `folder`, sorted by name; raises `CacheError` if it cannot be listed."""
+        """Return the files below `folder`, sorted by name; raises `CacheError` if it cannot be listed."""
 
         def refuse(error: OSError) -> None:
             if not isinstance(error, FileNotFoundError):
@@ -55,8 +55,7 @@ class LocalStorage:
             for path in (Path(parent, name) for name in names):
                 with suppress(FileNotFoundError):  # renamed meanwhile
                     status = path.stat()
-                    if stat.S_ISREG(status.st_mode):
-                        found[path.relative_to(self.root).as_posix()] = Entry(status.st_size, status.st_mtime)
+                    found[path.relative_to(self.root).as_posix()] = Entry(status.st_size, status.st_mtime)
         return dict(sorted(found.items()))
 
     def files(self, folder: str) -> dict[str, int]:
@@ -80,9 +79,9 @@ class LocalStorage:
             raise CacheError(f"{self.path(name)}: ends before byte {offset + length}; {VERIFY}")
         return content
 
-    def _open(self, name: str) -> BinaryIO:
+    def _open(self, name: str) -> BufferedReader:
         with self._error(name, "cannot be read", VERIFY):
-            return self.path(name).open("rb")
+            return open_regular(self.path(name))
 
     def size(self, name: str) -> int | None:
         """Return the size in bytes, or None if there is no such file."""
@@ -160,6 +159,15 @@ class LocalStorage:
                 what, advice = "the disk is full", "free some space and run the same command again"
             other = f": {error.filename}" if error.filename not in (None, str(self.path(name))) else ""
             raise CacheError(f"{self.path(name)}: {what} ({error.strerror}{other}); {advice}") from error
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading; raises `OSError` if it is not regular, such as a FIFO, which would wait for a writer."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
 
 
 def _rename(temporary: Path, final: Path, *, replace: bool) -> bool:

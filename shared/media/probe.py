@@ -266,7 +266,7 @@ def demuxer(file: FileIO) -> Iterator[Media]:
     file.seek(0)
     animated_webp = (head := file.read(21))[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
     file.seek(0)
-    options = {"format_whitelist": ",".join((VIDEO_FORMATS, *IMAGE_FORMATS)), "protocol_whitelist": "file"}
+    options = {"format_whitelist": ",".join((VIDEO_FORMATS, *IMAGE_FORMATS))}
     try:
         source = av.open(file, "r", options=options, io_open=_refuse, metadata_errors="replace", buffer_size=2**18)
     except av.ArgumentError as error:  # FFmpeg knows the format, and the list does not

@@ -131,6 +131,17 @@ def test_first_assignment_wins(storage: LocalStorage) -> None:
     assert len({*names, assignment_name(wanted_of(KEYS[1:]), 0)}) == 3
 
 
+def test_worker_that_comes_too_late_takes_the_first_assignment(tmp_path: Path) -> None:
+    class Late(LocalStorage):
+        """A folder in which the assignment of another worker appears after the look for it."""
+
+        def size(self, name: str) -> int | None:
+            return None if name.startswith("assignments/") else super().size(name)
+
+    first, _ = shards_to_make(Late(str(tmp_path)), wanted_of(KEYS, 4, 2), Inventory(), Part())
+    assert shards_to_make(Late(str(tmp_path)), wanted_of(KEYS, 7, 1), Inventory(), Part())[0] == first
+
+
 def test_damaged_or_foreign_assignment_is_refused(storage: LocalStorage) -> None:
     wanted = wanted_of(KEYS)
     name = assignment_name(wanted, 0)

@@ -41,4 +41,7 @@ def test_a_file_is_hashed_and_a_hub_blob_is_not_read(tmp_path: Path) -> None:
     plain = tmp_path / ("cd" * 32)
     plain.write_bytes(b"x")
     assert sha256_file(plain) == before, "only a link's target is a hub blob"
+    other = tmp_path / "link.safetensors"
+    other.symlink_to(copy)
+    assert sha256_file(other) == before, "only a hash as a name is believed"
     assert sha256_files([link, copy]) == {"copy.safetensors": before, "model.safetensors": "ab" * 32}

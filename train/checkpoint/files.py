@@ -31,8 +31,6 @@ FORMAT = 1
 STATE, COMMIT, ADAPTER = "state.json", "COMMIT.json", "adapter"
 NAME = re.compile(r"checkpoint-([0-9]{6,12})")
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\.safetensors|state\.json")
-JSON_LIMIT = 16 * 2**20
-"""Most bytes of a JSON file, which has a few kilobytes; safetensors limits the headers of its files itself."""
 
 logger = logging.getLogger(__name__)
 
@@ -174,10 +172,10 @@ def sync_file(path: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Rename a checkpoint first, so that no half-deleted one is ever seen, then remove it."""
+    """Remove a checkpoint; one that a kill leaves half removed counts as damaged."""
     try:
         if path.exists():
-            shutil.rmtree(path.rename(path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")))
+            shutil.rmtree(path)
     except OSError as error:
         logger.warning("%s: cannot be deleted (%s)", path, error)
 
@@ -224,11 +222,8 @@ def _is_valid(path: Path) -> bool:
 def _read_file(file: Path, sha256: str | None) -> bytes:
     """Read a file whole, so that the verified bytes are the parsed ones."""
     try:
-        status = file.lstat()
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(file.lstat().st_mode):
             raise _damage(file, "not a regular file")
-        if file.suffix == ".json" and status.st_size > JSON_LIMIT:
-            raise _damage(file, f"{status.st_size} bytes; the limit is {JSON_LIMIT} bytes")
         data = file.read_bytes()
     except OSError as error:
         raise _damage(file, error.strerror or str(error)) from None

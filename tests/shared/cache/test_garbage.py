@@ -16,7 +16,7 @@ from shared.cache.garbage import find_garbage, remove_garbage
 from shared.cache.storage import LocalStorage, Storage
 from shared.cache.transfer import find_sample, find_transfer, transfer
 from shared.cache.verify import verify
-from shared.cache.view import View, read_view, view_names
+from shared.cache.view import View, read_table_name, read_view, view_names
 from shared.errors import CacheError
 from shared.fingerprint import Json, key_of, sealed
 from tests.corpus import stored_files
@@ -152,6 +152,34 @@ def test_damaged_tar_is_not_copied(storage: LocalStorage, tmp_path: Path) -> Non
     with pytest.raises(CacheError, match=f"{tar}: damaged; run `precog cache verify --repair`"):
         copy(storage, target)
     assert shards(target, "latents") == [] and not list(target.root.rglob("*.tar"))
+
+
+def test_damaged_view_is_not_copied(storage: LocalStorage, tmp_path: Path) -> None:
+    store(storage)
+    store_view(storage, "clips", keys_of(storage)[0])
+    target = LocalStorage(str(tmp_path / "target"))
+    storage.path(read_table_name(storage, "datasets/clips.json")).write_bytes(b"damaged")
+    with pytest.raises(CacheError, match="datasets/clips: damaged view"):
+        copy(storage, target)
+    assert target.files("datasets") == {}
+
+
+def test_view_is_copied_last_and_its_table_before_it(
+    storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(storage)
+    store_view(storage, "clips", keys_of(storage)[0])
+    target, names = LocalStorage(str(tmp_path / "target")), list[str]()
+    publish_file = target.publish_file
+
+    def noted(temporary: Path, name: str, *, replace: bool = False) -> bool:
+        names.append(name)
+        return publish_file(temporary, name, replace=replace)
+
+    monkeypatch.setattr(target, "publish_file", noted)
+    copy(storage, target)
+    assert names[-2:] == [read_table_name(storage, "datasets/clips.json"), "datasets/clips.json"]
+    assert sum(name.endswith(".tar") for name in names[:-2]) == 2
 
 
 def test_samples_are_found_by_the_start_of_their_key(storage: LocalStorage) -> None:

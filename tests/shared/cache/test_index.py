@@ -1,6 +1,7 @@
 """Test that samples are the same with an index of any state, and that receipts alone decide."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,9 @@ def test_index_with_places_outside_their_shards_is_ignored(storage: LocalStorage
         rows[column][1] = value
         storage.publish(NAME, SampleTable(found.receipts, found.digests, found.layouts, rows).as_bytes(), replace=True)
         check(storage, read_samples(storage, FOLDER), 2)
+    layouts = [tuple((name, replace(tensor, offset=-8)) for name, tensor in layout) for layout in found.layouts]
+    storage.publish(NAME, replace(found, layouts=layouts).as_bytes(), replace=True)
+    check(storage, read_samples(storage, FOLDER), 2)
 
 
 def test_garbage_collection_keeps_the_index_of_shards_alone(storage: LocalStorage) -> None:

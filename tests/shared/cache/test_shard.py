@@ -132,6 +132,7 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
         lambda body: body.pop("folder"),
         lambda body: body["samples"][0].update(key="../../etc/passwd"),
         lambda body: body["samples"][0].update(offset=-512),
+        lambda body: body["samples"][0].update(length=2**40),
         lambda body: body["skipped"].update({"no key": "broken"}),
         *(
             lambda body, values=values: body["samples"][0]["tensors"]["moments"].update(values)

@@ -70,6 +70,7 @@ def test_damage_of_every_kind_is_found_in_one_check(storage: LocalStorage) -> No
     ):
         storage.publish(name, content)
     storage.publish("assignments/good.json", sealed({"name": "assignments/good.json", "shards": []}))
+    storage.publish("made_by/x/deep.json", b"[" * 100_000)  # not even a `CacheError`
     storage.publish(recipe, b"[" * 100_000, replace=True)
     storage.publish(tars[0], b"torn", replace=True)
     storage.publish(receipts[1], b"{}", replace=True)
@@ -83,12 +84,26 @@ def test_damage_of_every_kind_is_found_in_one_check(storage: LocalStorage) -> No
         storage.publish(table_name, bytes(flipped), replace=True)
         lines = verify(storage, repair=False)[1]
         assert any("datasets/clips" in line and "\n" not in line for line in lines), position
-    names = [recipe, tars[0], receipts[1], tars[2], tars[3], *assignments, "datasets/clips"]
+    names = [recipe, tars[0], receipts[1], tars[2], tars[3], *assignments, "datasets/clips", "made_by/x/deep"]
     checked, lines = verify(storage, repair=True)
     assert checked == 4 and len(lines) == len(names)
     assert all(any(name in line for line in lines) for name in names)
     assert verify(storage, repair=False) == (0, [])
     assert storage.size(table_name) is None and storage.size("assignments/good.json")
+
+
+def test_fifo_in_place_of_a_file_is_damage(storage: LocalStorage) -> None:
+    [tar] = store(storage)
+    [(_, receipt)] = shards(storage, "latents")
+    for name in (tar, receipt.name, f"{COLLECTION.folder}/recipe.json"):
+        path = storage.path(name)
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        _, [line] = verify(storage, repair=False)
+        assert line == f"{path}: cannot be {'opened' if name == tar else 'read'} (not a regular file)"
+        path.unlink()
+        path.write_bytes(content)
 
 
 def test_view_under_another_name_is_set_aside_alone(storage: LocalStorage) -> None:

@@ -110,6 +110,22 @@ def test_table_of_other_columns_is_refused(storage: LocalStorage) -> None:
             read_view(storage, "clips")
 
 
+def test_empty_cell_is_refused_and_a_torn_table_replaced(storage: LocalStorage) -> None:
+    write_view(storage, make_view(make_row(0)))
+    about, name = storage.path("datasets/clips.json"), read_table_name(storage, "datasets/clips.json")
+    table = pq.ParquetFile(storage.path(name)).read()
+    stream = io.BytesIO()
+    pq.write_table(table.set_column(0, "source", pa.array([None], pa.string())), stream)
+    storage.publish(f"datasets/{hashlib.sha256(stream.getvalue()).hexdigest()}.parquet", stream.getvalue())
+    body = unsealed(about.read_bytes()) | {"table_sha256": hashlib.sha256(stream.getvalue()).hexdigest()}
+    about.write_bytes(sealed(body))
+    with pytest.raises(CacheError, match=r"clips: damaged view \(a cell is empty\)"):
+        read_view(storage, "clips")
+    storage.path(name).write_bytes(b"torn")
+    write_view(storage, make_view(make_row(0)))
+    assert read_view(storage, "clips") == make_view(make_row(0))
+
+
 def test_json_that_makes_a_view_valid_is_written_last(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
     publish = storage.publish

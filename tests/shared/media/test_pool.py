@@ -162,6 +162,13 @@ def test_processes_ignore_the_signals_that_the_parent_answers(shared_pool: Decod
     assert decoders() == before
 
 
+def test_an_answer_without_end_is_not_kept(good: DecodeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.media.child.ANSWER_BYTES", 100)
+    with DecodePool(workers=1, deadline_seconds=60, memory_gib=2) as pool:
+        [outcome] = pool.probe_all([good.path])
+    assert isinstance(outcome, Skipped) and "decoder died" in outcome.reason
+
+
 def test_a_module_in_the_working_directory_is_not_imported(
     tmp_path: Path, good: DecodeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
