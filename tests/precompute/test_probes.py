@@ -1,6 +1,7 @@
 """Probes in the cache: each file is read by one worker, and probes are neither trusted when old nor when damaged."""
 
 import hashlib
+import json
 import os
 import random
 import threading
@@ -166,6 +167,10 @@ def test_damaged_probes_give_no_wrong_answer(paths: list[Path], monkeypatch: pyt
             damaged[draws.randrange(len(damaged))] ^= 1 << draws.randrange(8)
             note.write_bytes(damaged[: draws.choice([len(damaged), draws.randrange(len(damaged))])])
         assert found(paths, Prober()) == first
+    for note, content in contents.items():
+        other = dict.fromkeys(json.loads(zlib.decompress(content)), "not a video")
+        note.write_bytes(zlib.compress(json.dumps(other).encode()))  # whole, but not what its name says
+    assert found(paths, Prober()) == first
 
 
 def test_a_long_variable_rate_is_read_back(paths: list[Path]) -> None:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from precog import app
-from sample.export import export_run, read_run_adapter
+from sample.export import export_run, read_run_adapter, write_lora
 from shared.config import Config, Train
 from shared.config_file import save_config
 from shared.errors import Preempted, UsageError
-from shared.model.adapters import pack_lora, read_lora
+from shared.model.adapters import LoraFile, pack_lora, read_lora
 from shared.signals import StopSignal
 from tests import tiny
 from tests.train import processes
@@ -198,6 +198,13 @@ def test_a_wrong_choice_is_one_line(settings: Settings) -> None:
         done = CliRunner().invoke(app, ["export", str(run), *arguments])
         assert (done.exit_code, bool(done.stderr)) == (code, True)
         assert re.search(line, " ".join(done.stderr.split())), done.stderr
+
+
+def test_a_weight_beyond_fp16_is_refused(tmp_path: Path) -> None:
+    weights = {"a.lora_A.weight": torch.full((1, 2), 1e5), "a.lora_B.weight": torch.ones(2, 1)}
+    lora = LoraFile(weights, rank=1, alpha=1, use_rslora=False, use_dora=False, header={})
+    with pytest.raises(UsageError, match=r"a\.lora_A\.weight is not finite in torch\.float16; use bf16 or fp32"):
+        write_lora(lora, "diffusers", tmp_path, "a", "fp16")
 
 
 def test_a_changed_checkpoint_and_a_changed_base_are_refused(settings: Settings, tmp_path: Path) -> None:

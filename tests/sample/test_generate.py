@@ -207,6 +207,8 @@ def test_only_what_is_missing_or_changed_is_made(tmp_path: Path) -> None:
     assert again["made"] == 0 and {path: path.stat().st_mtime_ns for path in videos} == videos
     (tmp_path / "samples" / names[3]).with_suffix(".json").unlink()
     assert sample(config)["made"] == 1
+    assert sample(experiment("2b", tmp_path, **fields | {"guidance_scale": 3.0}))["made"] == 4, "the same names"
+    sample(config)
     half = experiment("2b", tmp_path, **fields, loras=(SampleLora(path=tmp_path / "run", strength=0.5),))
     assert sample(half)["made"] == 2, "the base model's videos are the same"
     with Image.open(tmp_path / "samples" / "sheet.png") as sheet:

@@ -55,6 +55,13 @@ def test_a_stop_that_was_lost_is_raised_again(monkeypatch: pytest.MonkeyPatch) -
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == before
 
 
+def test_a_signal_that_comes_after_the_work_stops_nothing() -> None:
+    with raise_on_signal("all is stored"):
+        handler = signal.getsignal(signal.SIGTERM)
+    assert callable(handler)
+    handler(signal.SIGTERM, None)  # as if it had come while the old handlers came back
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_flag_is_set_and_the_old_handler_comes_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)

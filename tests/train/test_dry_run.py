@@ -92,6 +92,10 @@ def image_transformer(folder: Path) -> None:
     build_transformer("5b-i2v").save_pretrained(folder / "model/transformer")
 
 
+def smaller_grid(folder: Path) -> None:
+    edit(folder / "model/transformer/config.json", sample_height=2, patch_size_t=2)
+
+
 def torn_transformer(folder: Path) -> None:
     weights = folder / "model/transformer/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -118,6 +122,7 @@ FAULTS: list[tuple[Plant, int, str]] = [
     (other_scaling_factor, 4, r"VAE .*scaling_factor"),
     (prompt_without_embedding, 4, "a dog"),
     (image_transformer, 4, "made for text-to-video"),
+    (smaller_grid, 2, "the position grid of this checkpoint ends at 16x"),
     (torn_transformer, 2, r"diffusion_pytorch_model\.safetensors"),
     (truncated_shard, 4, r"\.tar: "),
     (lost_receipt, 4, "sample [0-9a-f]{32}"),

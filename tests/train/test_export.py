@@ -1,6 +1,8 @@
 """The exported file is what diffusers loads: same numbers, its own alpha, and it changes the video."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,33 @@ def test_the_file_carries_weights_settings_and_origin(
     settings = json.loads(metadata["lora_adapter_metadata"])
     assert (settings["transformer.r"], settings["transformer.lora_alpha"]) == (4, 10)
     assert metadata["precog_view"] == "abc"
+
+
+def test_a_disk_that_fails_leaves_the_earlier_export(
+    exported: tuple[Path, torch.Tensor, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, train = exported[0], Train(output_dir=exported[0].parent, lora_rank=4, lora_alpha=10)
+    before, transformer = path.read_bytes(), tiny.build_transformer("2b")
+    add_adapter(transformer, train)
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        export_adapter(transformer, train, path.parent, {})
+    assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]
+
+
+def test_an_export_is_durable_before_it_has_its_name(
+    exported: tuple[Path, torch.Tensor, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, train, synced = exported[0], Train(output_dir=exported[0].parent, lora_rank=4), list[str]()
+    transformer = tiny.build_transformer("2b")
+    add_adapter(transformer, train)
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink().name))
+    export_adapter(transformer, train, path.parent, {})
+    assert synced == [f".tmp-{path.name}", path.parent.name]
 
 
 def test_an_adapter_of_other_sizes_is_refused(

@@ -57,6 +57,24 @@ def test_a_lora_of_another_model_is_counted_and_refused(tmp_path: Path) -> None:
         read_lora(path, MODULES[:2], "sample.lora")
 
 
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("inf"), float("nan")])
+def test_an_alpha_that_scales_to_nothing_is_refused(alpha: float, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(pack_lora(WEIGHTS, diffusers_settings({"lora_alpha": alpha})))
+    with pytest.raises(UsageError, match="alpha must be positive, got"):
+        read_lora(path, MODULES, "sample.lora")
+
+
+def test_exchanged_names_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    packed = pack_lora({f"transformer.{name}": value for name, value in WEIGHTS.items()}, {"precog_view": "abc"})
+    for old, new in ((b"blocks.0", b"blocks.9"), (b"blocks.1", b"blocks.0"), (b"blocks.9", b"blocks.1")):
+        packed = packed.replace(old, new)
+    path.write_bytes(packed)
+    with pytest.raises(DataError, match="sha256"):
+        read_lora(path, MODULES, "sample.lora")
+
+
 def test_every_flipped_bit_of_an_export_is_found(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     tensors = {f"transformer.{name}": value for name, value in WEIGHTS.items()}

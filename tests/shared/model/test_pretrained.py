@@ -61,7 +61,7 @@ def test_sharded_weights_are_found_through_their_index_and_load(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("index", "reason"),
     [
-        ({"weight_map": {"a": "../../secret.safetensors"}}, "not found: ../../secret.safetensors"),
+        ({"weight_map": {"a": "../secret.safetensors"}}, "not found: ../secret.safetensors"),
         ({"weight_map": {"a": "gone.safetensors"}}, "weight files not found: gone.safetensors"),
         ({"weight_map": {}}, "not found: none named"),
         ({"weight_map": {"a": 1}}, "not an index"),

@@ -544,6 +544,12 @@ def test_webdataset_tars_are_read(root: Path, copies: Path) -> None:
         assert sources[0].start_seconds == 0.5
         assert {s.skipped.partition(":")[0] for s in sources if s.skipped} == {"no caption", "unusable"}
     assert all(path.parent == copies for path in copies.rglob("*")), "nothing is extracted by name"
+    with tarfile.open(root / "1.tar", "a") as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE):
+            member = tarfile.TarInfo(f"odd-{kind!r}.mp4")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    assert len(read(root)) == len(sources)
     (root / "0.tar").write_bytes(b"x" * 2000)
     assert "0.tar: not a readable, uncompressed tar" in refusal(root)
 

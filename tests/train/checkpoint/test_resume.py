@@ -84,6 +84,10 @@ def test_a_run_is_finished_only_with_this_config_view_and_base_model(settings: S
     assert not is_finished(config)
     write_view(storage, view)
     assert is_finished(config)
+    checkpoint = config.train.output_dir / "checkpoint-000001"
+    earlier = checkpoint.rename(checkpoint.with_name("checkpoint-000000"))  # as if sent back to it
+    assert not is_finished(config)
+    earlier.rename(checkpoint)
     other_weights(model)
     assert not is_finished(config)
 
@@ -215,6 +219,15 @@ def test_a_moved_adapter_and_a_resolved_precision_are_the_same_run(
     shutil.copytree(begun.train.output_dir / "export", moved, dirs_exist_ok=True)  # another adapter, whole
     with pytest.raises(CacheError, match=r"train\.initial_adapter\.sha256 was '[0-9a-f]{64}', is '[0-9a-f]{64}'"):
         train(onwards(5), StopSignal())
+
+
+def test_another_view_is_another_run(begun: Config, tmp_path: Path) -> None:
+    shutil.copytree(begun.precompute.cache, tmp_path / "cache")
+    storage = LocalStorage(str(tmp_path / "cache"))
+    view = read_view(storage, begun.data.name)
+    write_view(storage, replace(view, rows=view.rows[1:]))
+    with pytest.raises(CacheError, match=r"made by another run \(view was '[0-9a-f]{32}', is '[0-9a-f]{32}'"):
+        train(changed(begun, precompute={"cache": str(storage)}), StopSignal())
 
 
 def test_another_data_set_is_told_how_to_go_on() -> None:

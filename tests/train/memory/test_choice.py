@@ -1,6 +1,7 @@
 """The memory of every plan at the published sizes, simulated, and the choice between the plans."""
 
 import json
+import os
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.config import Memory, Train
@@ -247,6 +249,7 @@ def test_a_plan_that_runs_out_of_memory_is_given_up_for_a_leaner_one(capsys: pyt
         with Limit(10**12) as unlimited:
             _, trial = open_tried(transformer, [plan], conventions, pack, CPU)
         assert trial.plan == plan and trial.peak_memory_bytes > 0
+        assert all(value.grad is None for value in transformer.parameters()), "the first step would add them"
         needed.append(unlimited.most)
     with Limit(sum(needed) // 2):
         engine, trial = open_tried(transformer, plans, conventions, pack, CPU)
@@ -259,6 +262,29 @@ def test_a_plan_that_runs_out_of_memory_is_given_up_for_a_leaner_one(capsys: pyt
         open_tried(transformer, plans, conventions, pack, CPU)
     for name, value in transformer.named_parameters():
         assert torch.equal(value, weights[name]) and value.grad is None
+
+
+def test_every_process_gives_up_a_plan_that_fails_on_one(tmp_path: Path) -> None:
+    conventions, plans, pack = conventions_of("5b"), [Plan("full"), Plan("block_input")], [Bucket(9, 128, 192)] * 2
+    transformer = build_transformer("5b", lora_rank=4, num_layers=6)
+    needed, children = list[int](), list[int]()
+    for plan in plans:
+        with Limit(10**12) as unlimited:
+            open_tried(transformer, [plan], conventions, pack, CPU)
+        needed.append(unlimited.most)
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 9
+            try:
+                distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
+                with Limit(sum(needed) // 2 if rank else 10**12):
+                    _, trial = open_tried(transformer, plans, conventions, pack, CPU)
+                code = plans.index(trial.plan)
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [1, 1]
 
 
 def test_a_resident_model_can_be_opened_again_with_streamed_weights() -> None:
