@@ -12,13 +12,21 @@ TEMPORARY = ".tmp-"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` at the end; an exception leaves `path` unchanged."""
+    """Yield a temporary path that replaces `path` at the end, durably; an exception leaves `path` unchanged."""
     pending = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         yield pending
+        sync_file(pending)
         pending.replace(path)
+        sync_folder(path.parent)
     finally:
         pending.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to disk (fsync)."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,13 +6,12 @@ from pathlib import Path
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
-from shared.atomic_files import replacing, sync_folder
+from shared.atomic_files import make_folder, replacing
 from shared.config import Config, Train
 from shared.errors import UsageError
 from shared.fingerprint import Json, key_of
 from shared.model.adapters import PREFIX, diffusers_settings, pack_lora, read_lora
 from shared.run_folder import ADAPTER, adapter_file
-from train.checkpoint.files import sync_file
 from train.transformer.load import adapter_weights
 
 
@@ -31,11 +30,9 @@ def export_adapter(
     `LoraConfig`. `provenance` is added to the header.
     """
     weights = {f"{PREFIX}{name}": value for name, value in adapter_weights(transformer).items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with replacing(folder / ADAPTER) as pending:
         pending.write_bytes(pack_lora(weights, {**adapter_header(train), **provenance}))
-        sync_file(pending)
-    sync_folder(folder)
     return folder / ADAPTER
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import console
+from shared.atomic_files import make_folder
 from shared.config import Config
 from shared.config_file import save_config
 from shared.device import peak_memory_bytes
@@ -21,7 +22,7 @@ from shared.model.adapters import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY
 from shared.model.pretrained import base_key
 from shared.run_folder import BEST, EXPORT, add_event
 from shared.signals import StopSignal
-from train.checkpoint.files import prune_checkpoints, save_checkpoint, sync_file
+from train.checkpoint.files import prune_checkpoints, save_checkpoint
 from train.checkpoint.resume import find_start, is_finished
 from train.data.dataset import clip_label
 from train.distributed import all_gather, broadcast, on_rank_0
@@ -141,7 +142,6 @@ def open_metrics(run: Run, state: TrainState) -> Metrics:
     """Save the config, print what is about to be trained from which step, and open the metrics."""
     folder, checkpoint = run.config.train.output_dir, state.start.checkpoint
     save_config(run.config, folder / "config.toml")
-    sync_file(folder / "config.toml")
     announce(run)
     if checkpoint is not None:
         console.say(f"resuming from {checkpoint.path} at step {checkpoint.step} of {run.num_steps}")
@@ -254,7 +254,7 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     where = f"train.output_dir = {str(folder)!r}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise UsageError(f"{where}: cannot be made ({error.strerror}); choose another folder") from None

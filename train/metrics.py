@@ -12,10 +12,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from shared import console
-from shared.atomic_files import replacing
+from shared.atomic_files import replacing, sync_file
 from shared.config import Config
 from shared.run_folder import ADAPTER, BEST, EXPORT, METRICS, PAGE, read_metrics, starting_tracker, wandb_options
-from train.checkpoint.files import sync_file
 from train.events import PageProcess
 
 EMA_DECAY = 0.98

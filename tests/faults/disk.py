@@ -1,8 +1,8 @@
 """Disk states after a power loss: a record of effects, and the states that a crash may leave.
 
-A crash keeps a prefix of the effects, of which all that no fsync had secured may be missing: a new file's bytes are
-there, lost, zeroed or cut in half, and names that were added or removed are old or new, in any combination. This is a
-model of what file systems promise, not of the blocks below them.
+A crash keeps a prefix of the effects, of which all that no fsync had secured may be missing: bytes of a new file, or
+added to one, are there, lost, zeroed or cut in half, and names that were added or removed are old or new, in any
+combination. This is a model of what file systems promise, not of the blocks below them.
 """
 
 import itertools
@@ -27,25 +27,30 @@ MAX_STATES = 256
 """Of one prefix; more are drawn from."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Effect:
-    """One change of the file system, or an fsync; paths are relative to the cache."""
+    """One change of the file system, or an fsync; paths are relative to the root."""
 
     kind: str
     path: str
     target: str = ""
     """The name that "link" and "rename" give."""
+    file: int | None = None
+    """Index of the file's content; None for a folder."""
+    size: int = 0
+    """Bytes of the file before the next effect."""
 
     @property
     def folders(self) -> set[str]:
-        """Those whose names it changes; fsyncs change none."""
-        paths = () if self.kind.startswith("fsync") else (self.path, *([self.target] if self.target else []))
-        return {str(Path(path).parent) for path in paths}
+        """Those whose names it changes; fsyncs and appending change none."""
+        if self.kind.startswith("fsync") or self.kind == "append":
+            return set()
+        return {str(Path(path).parent) for path in (self.path, *([self.target] if self.target else []))}
 
 
 @dataclass(frozen=True)
 class State:
-    """What is on the disk, relative to the cache."""
+    """What is on the disk, relative to the root."""
 
     folders: frozenset[str] = frozenset({"."})
     files: frozenset[tuple[str, bytes]] = frozenset()
@@ -68,8 +73,10 @@ class Log:
     def __init__(self, root: Path, ignored: tuple[str, ...] = ()) -> None:
         self.root, self.ignored = root, ignored
         self.effects: list[Effect] = []
-        self.contents: dict[str, bytes] = {}
-        """Of every file that was made, by its first name, once it has another one or is removed."""
+        self.contents: list[bytes] = []
+        """Of every file, as long as it became."""
+        self._files: dict[str, int] = {}
+        """Name -> index of the content."""
 
     def __enter__(self) -> "Log":
         Log.active = self
@@ -79,23 +86,30 @@ class Log:
     def __exit__(self, *_: object) -> None:
         Log.active = None
         os.fsync = self._fsync
+        for name in self._files:
+            self._look(name)
 
     def fsync(self, fd: Any) -> None:
         path = Path(f"/proc/self/fd/{fd}").readlink()
         kind = "fsync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "fsync"
-        if path.is_relative_to(self.root) and kind not in self.ignored:
+        if kind not in self.ignored:
             self._add(kind, path)
 
-    def notice(self, event: str, arguments: tuple[object, ...]) -> None:
+    def notice(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Audit events come before the effect, and for what will fail too."""
-        if event == "open" and str(arguments[1])[:1] in ("x", "w"):
-            self._add("create", Path(str(arguments[0])))
+        if event == "open" and str(arguments[1])[:1] in ("x", "w", "a"):
+            path = Path(str(arguments[0]))
+            self._add("append" if str(arguments[1])[0] == "a" and path.exists() else "create", path)
         elif event == "os.mkdir":
             path = Path(str(arguments[0]))
             if not path.exists() and path.parent.exists():
                 self._add("mkdir", path)
-        elif event == "os.remove" and Path(str(arguments[0])).exists():
-            self._add("remove", Path(str(arguments[0])))
+        elif event in ("os.remove", "os.rmdir"):
+            path = Path(str(arguments[0]))
+            if arguments[1] >= 0:  # relative to an open folder
+                path = Path(f"/proc/self/fd/{arguments[1]}").readlink() / path
+            if path.exists():
+                self._add(event.removeprefix("os."), path)
         elif event in ("os.link", "os.rename"):
             path, target = Path(str(arguments[0])), Path(str(arguments[1]))
             if event == "os.rename" or not target.exists():
@@ -104,10 +118,35 @@ class Log:
     def _add(self, kind: str, path: Path, target: Path | None = None) -> None:
         if not path.is_relative_to(self.root):
             return
-        name = str(path.relative_to(self.root))
-        if kind in ("link", "rename", "remove"):
-            self.contents.setdefault(name, path.read_bytes())
-        self.effects.append(Effect(kind, name, str(target.relative_to(self.root)) if target else ""))
+        name, new_name = (str(each.relative_to(self.root)) if each else "" for each in (path, target))
+        if self.effects and (last := self.effects[-1]).file is not None:
+            last.size = self._look(last.target or last.path)
+        if kind == "create":
+            self._files[name] = len(self.contents)
+            self.contents.append(b"")
+        elif name not in self._files and path.is_file():  # older than the log
+            self._files[name] = len(self.contents)
+            self.contents.append(path.read_bytes())
+        effect = Effect(kind, name, new_name, self._files.get(name))
+        if kind == "remove":
+            self._look(name)
+            del self._files[name]
+        elif kind in ("link", "rename"):
+            moved = [each for each in self._files if each == name or each.startswith(f"{name}/")]
+            for each in moved:
+                self._look(each)
+                self._files[new_name + each.removeprefix(name)] = self._files[each]
+                if kind == "rename":
+                    del self._files[each]
+        self.effects.append(effect)
+
+    def _look(self, name: str) -> int:
+        """Keep a file's content, which only grows; return its size."""
+        path = self.root / name
+        if name in self._files and path.exists():
+            self.contents[self._files[name]] = path.read_bytes()
+            return path.stat().st_size
+        return 0
 
 
 def _notice(event: str, arguments: tuple[object, ...]) -> None:
@@ -118,54 +157,77 @@ def _notice(event: str, arguments: tuple[object, ...]) -> None:
 sys.addaudithook(_notice)
 
 
-def crashed(log: Log, count: int, lost: set[int], damages: dict[str, int], before: State = EMPTY) -> State:
-    """Return the state after `count` effects on top of `before`, without those `lost`, with new files damaged."""
-    folders, files = set(before.folders), dict(before.files)
+def crashed(log: Log, count: int, lost: set[int], damages: dict[int, int], before: State = EMPTY) -> State:
+    """Return the state after `count` effects on top of `before`, without those `lost`, with new bytes damaged."""
+    folders, files = set(before.folders), dict[str, int | bytes](before.files)
+    sizes, safe = dict[int, int](), dict[int, int]()
     for number, effect in enumerate(log.effects[:count]):
+        if effect.file is not None:
+            sizes[effect.file] = max(effect.size, sizes.get(effect.file, 0))
+            safe |= {effect.file: sizes[effect.file]} if effect.kind == "fsync" else {}
         if number in lost or not effect.folders <= folders:
             continue
+        inside = [name for name in (*folders, *files) if name.startswith(f"{effect.path}/")]
         if effect.kind == "mkdir":
             folders.add(effect.path)
-        elif effect.kind in ("create", "link", "rename"):
-            content = log.contents[effect.path]
-            files[effect.target or effect.path] = DAMAGES[damages.get(effect.path, 0)](content)
+        elif effect.kind == "rmdir" and not inside:
+            folders.discard(effect.path)
+        elif effect.kind == "rename" and effect.path in folders:
+            folders.add(effect.target)
+            folders.remove(effect.path)
+            files |= {effect.target + name.removeprefix(effect.path): files.pop(name) for name in inside}
+        elif effect.kind in ("create", "link", "rename") and effect.file is not None:
+            files[effect.target or effect.path] = effect.file
         if effect.kind in ("remove", "rename"):
             files.pop(effect.path, None)
-    return State(frozenset(folders), frozenset(files.items()))
+
+    def content(found: int | bytes) -> bytes:
+        if isinstance(found, bytes):
+            return found
+        whole, kept = log.contents[found][: sizes[found]], safe.get(found, 0)
+        return whole[:kept] + DAMAGES[damages.get(found, 0)](whole[kept:])
+
+    return State(frozenset(folders), frozenset((name, content(found)) for name, found in files.items()))
 
 
-def insecure(log: Log, count: int) -> tuple[list[int], list[str]]:
+def insecure(log: Log, count: int) -> tuple[list[int], list[int]]:
     """Effects and new files of the first `count` that no fsync has secured by then."""
     names: list[int] = []
-    contents: list[str] = []
+    contents: dict[int, None] = {}
     for number, effect in enumerate(log.effects[:count]):
         if effect.kind == "fsync folder":
             names = [other for other in names if effect.path not in log.effects[other].folders]
-        elif effect.kind == "fsync":
-            contents.remove(effect.path)
+        elif effect.kind == "fsync" and effect.file is not None:
+            contents.pop(effect.file, None)
         else:
-            names.append(number)
-            contents += [effect.path] if effect.kind == "create" else []
-    return names, contents
+            names += [number] if effect.folders else []
+        if effect.kind in ("create", "append") and effect.file is not None:
+            contents[effect.file] = None
+    return names, list(contents)
 
 
 def crash_states(log: Log, step: int, draws: random.Random, before: State = EMPTY) -> Iterator[State]:
-    """Distinct states after every `step`-th prefix: all combinations, or where they are many, single ones and draws."""
+    """Distinct states after every `step`-th prefix, from the last; see `states_after`."""
     seen: set[State] = set()
     for count in range(len(log.effects), -1, -step):
-        names, contents = insecure(log, count)
-        choices: Iterator[Choice]
-        if 2 ** len(names) * len(DAMAGES) ** len(contents) <= MAX_STATES:
-            kept = itertools.product((False, True), repeat=len(names))
-            choices = itertools.product(kept, list(itertools.product(range(len(DAMAGES)), repeat=len(contents))))
-        else:
-            choices = _some_choices(len(names), len(contents), draws)
-        for lost, damages in choices:
-            missing = {name for name, is_lost in zip(names, lost, strict=True) if is_lost}
-            state = crashed(log, count, missing, dict(zip(contents, damages, strict=True)), before)
+        for state in states_after(log, count, draws, before):
             if state not in seen:
                 seen.add(state)
                 yield state
+
+
+def states_after(log: Log, count: int, draws: random.Random, before: State = EMPTY) -> Iterator[State]:
+    """States after `count` effects: all combinations, or where they are many, single ones and draws."""
+    names, contents = insecure(log, count)
+    choices: Iterator[Choice]
+    if 2 ** len(names) * len(DAMAGES) ** len(contents) <= MAX_STATES:
+        kept = itertools.product((False, True), repeat=len(names))
+        choices = itertools.product(kept, list(itertools.product(range(len(DAMAGES)), repeat=len(contents))))
+    else:
+        choices = _some_choices(len(names), len(contents), draws)
+    for lost, damages in choices:
+        missing = {name for name, is_lost in zip(names, lost, strict=True) if is_lost}
+        yield crashed(log, count, missing, dict(zip(contents, damages, strict=True)), before)
 
 
 def _some_choices(names: int, contents: int, draws: random.Random) -> Iterator[Choice]:

@@ -1,10 +1,13 @@
-"""Power losses: from every state that the disk may be in, a rerun ends in the undisturbed cache.
+"""Power losses: from every state that the disk may be in, a rerun ends in the undisturbed cache or run.
 
-One stage-1 write (recipe, assignment, shards, receipts, view) is recorded effect by effect, and replayed by `disk`.
+One stage-1 write (recipe, assignment, shards, receipts, view) is recorded effect by effect, and replayed by `disk`; so
+is a training run.
 """
 
+import json
 import os
 import random
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +15,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared import console
 from shared.cache.collection import SampleReader
 from shared.cache.storage import LocalStorage
 from shared.cache.view import read_view, view_names
+from shared.config import Config
+from shared.config_file import dump_config, load_config
 from shared.errors import CacheError
+from shared.run_folder import read_metrics
+from shared.signals import StopSignal
 from tests.corpus import config_for, run, stored_files, write_corpus
-from tests.faults.disk import EMPTY, Log, State, crash_states, crashed, insecure
+from tests.experiments import changed
+from tests.faults.disk import EMPTY, Log, State, crash_states, crashed, insecure, states_after
 from tests.faults.writer import COLLECTION, SAMPLES, write_all
+from train.checkpoint.files import latest_checkpoint
+from train.loop import train
+from train.metrics import Metrics
 
 Files = dict[str, bytes]
 
@@ -170,3 +182,84 @@ def test_whole_stage_1_after_a_power_loss_is_finished(pipeline: Path, tmp_path: 
         state.write(tmp_path / str(number))
         run(config_for(pipeline, root, tmp_path / str(number)))
         assert stored_files(tmp_path / str(number)) == undisturbed
+
+
+# Training
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of six steps with three checkpoints, two evaluations and an export, recorded."""
+
+    config: Config
+    log: Log
+    files: Files
+    """See `run_files`."""
+
+    def after(self, state: State) -> Path:
+        """Write the state in place of the run, and return the run's folder."""
+        shutil.rmtree(self.log.root)
+        state.write(self.log.root)
+        return self.config.train.output_dir
+
+
+def run_files(run: Path) -> Files:
+    """Return the files of a run that its owner keeps; metrics without times."""
+    names = ("export/pytorch_lora_weights.safetensors", "export/best/pytorch_lora_weights.safetensors")
+    found = {name: (run / name).read_bytes() for name in names} | {
+        "config": dump_config(load_config(run / "config.toml")).encode()
+    }
+    steps = [{name: step[name] for name in ("step", "loss", "ema_loss")} for step in read_metrics(run)]
+    return found | {"metrics.jsonl": json.dumps([steps, read_metrics(run)[-1]["held_out_loss"]]).encode()}
+
+
+@pytest.fixture(scope="module")
+def trained(experiment: Config, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    root = tmp_path_factory.mktemp("trained")
+    values = {"output_dir": root / "run", "max_train_steps": 6, "checkpointing_steps": 2, "validation_steps": 3}
+    config = changed(experiment, train=values | {"checkpoints_total_limit": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        with Log(root) as log:
+            train(config, StopSignal())
+    return Trained(config, log, run_files(root / "run"))
+
+
+def test_finished_training_survives_a_power_loss(trained: Trained) -> None:
+    states = set(states_after(trained.log, len(trained.log.effects), random.Random(7)))
+    assert len(states) > 5
+    for folder in map(trained.after, states):
+        assert run_files(folder) == trained.files
+        found = latest_checkpoint(folder, report=pytest.fail)
+        assert found is not None and found.step == 6
+
+
+def last_durable_step(log: Log, count: int) -> int:
+    """Return the step of the newest checkpoint whose name is secured after `count` effects; 0 if there is none."""
+    lost = insecure(log, count)[0]
+    names = [log.effects[number].target for number in range(count) if number not in lost]
+    return max((int(name[-6:]) for name in names if name.startswith("run/checkpoint-")), default=0)
+
+
+@pytest.mark.parametrize(
+    ("every", "resumed"), [(21, 1), pytest.param(1, 40, marks=pytest.mark.faults)], ids=["some", "all"]
+)
+def test_training_resumes_after_a_power_loss(
+    trained: Trained, every: int, resumed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the newest whole checkpoint, with the line of every step before it; then to the same export."""
+    draws, lines, states = random.Random(8), list[str](), list[State]()
+    monkeypatch.setattr(console, "say", lines.append)
+    for count in range(len(trained.log.effects), -1, -every):
+        for state in states_after(trained.log, count, draws):
+            states.append(state)
+            folder = trained.after(state)
+            found = latest_checkpoint(folder, report=lines.append)
+            step = found.step if found else 0
+            assert step >= last_durable_step(trained.log, count)
+            if found:
+                Metrics(folder, step, 6)
+            assert lines == []
+    for folder in map(trained.after, draws.sample(states, resumed)):
+        train(trained.config, StopSignal())
+        assert run_files(folder) == trained.files

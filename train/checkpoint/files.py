@@ -165,12 +165,6 @@ def prune_checkpoints(run: Path, keep: int, saved: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sync_file(path: Path) -> None:
-    """Flush a file to disk (fsync)."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def _delete(path: Path) -> None:
     """Remove a checkpoint; one that a kill leaves half removed counts as damaged."""
     try:
