@@ -1,6 +1,7 @@
 """Interrupted runs in real processes: SIGKILL, SIGTERM, loss that is not finite, damaged samples, two processes."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -124,6 +125,15 @@ def test_a_signal_while_the_run_opens_ends_it_before_a_step(settings: Settings) 
         signal.raise_signal(signal.SIGTERM)
         train(settings(), stop)
     assert not list(settings().train.output_dir.glob("checkpoint-*"))
+
+
+def test_config_and_metrics_are_durable_before_a_checkpoint(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").readlink().name))
+    train(settings(max_train_steps=1), StopSignal())
+    assert synced.index(".tmp-config.toml") < synced.index("metrics.jsonl") < synced.index("COMMIT.json")
 
 
 def test_two_processes_do_not_train_in_one_folder(settings: Settings) -> None:
