@@ -28,7 +28,9 @@ from shared.fingerprint import Json, canonical_json, sealed, unsealed
 from shared.model.adapters import PREFIX, pack_lora
 
 FORMAT = 1
-STATE, COMMIT, ADAPTER = "state.json", "COMMIT.json", "adapter"
+STATE, COMMIT, ADAPTER, OPTIMIZER = "state.json", "COMMIT.json", "adapter", "optimizer"
+BASE, IDENTITY = "base", "identity"
+"""In state.json: hash and marks of the transformer's weights; everything that a resumed run must share."""
 NAME = re.compile(r"checkpoint-([0-9]{6,12})")
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\.safetensors|state\.json")
 
@@ -87,7 +89,7 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises `CacheError` with one line that names the file and the reason."""
-    tensors = {}
+    state, tensors = load_state(path), {}
     for name, sha256 in _read_commit(path).items():
         if name != STATE:
             try:
@@ -95,7 +97,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             except (SafetensorError, KeyError, RuntimeError) as error:
                 raise _damage(path / name, f"not valid safetensors ({error})") from None
             tensors[name.removesuffix(".safetensors")] = {key.removeprefix(PREFIX): group[key] for key in group}
-    return Checkpoint(path, step_of(path), tensors, load_state(path))
+    if not {ADAPTER, OPTIMIZER} <= tensors.keys():
+        raise _damage(path / COMMIT, "lists no adapter or no optimizer")
+    return Checkpoint(path, step_of(path), tensors, state)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -105,9 +109,10 @@ def load_state(path: Path) -> dict[str, Any]:
         state = json.loads(data)
     except (ValueError, RecursionError):
         state = None
-    if not isinstance(state, dict):
-        raise _damage(path / STATE, "not a JSON object")
-    return state
+    base, identity = (state.get(name) if isinstance(state, dict) else None for name in (BASE, IDENTITY))
+    if not (isinstance(base, dict) and {"sha256", "marks"} <= base.keys() and isinstance(identity, dict)):
+        raise _damage(path / STATE, "not a JSON object with identity and base")
+    return dict(state)
 
 
 def latest_checkpoint(run: Path, *, report: Callable[[str], None]) -> Checkpoint | None:

@@ -19,6 +19,8 @@ from shared.model.adapters import BASE_KEY, CONFIG_KEY, STEPS_KEY, VIEW_KEY, rea
 from shared.model.pretrained import Component, base_key, present_part
 from shared.run_folder import ADAPTER, EXPORT, adapter_file
 from train.checkpoint.files import (
+    BASE,
+    IDENTITY,
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
@@ -29,9 +31,6 @@ from train.checkpoint.files import (
 from train.distributed import all_gather, broadcast, on_all_ranks, on_rank_0
 from train.export import config_key
 from train.run import Run
-
-BASE, IDENTITY = "base", "identity"
-"""In state.json: hash and marks of the transformer's weights; everything that a resumed run must share."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,8 @@ def test_a_checkpoint_comes_back_bit_for_bit(run: Path) -> None:
         "tiny": 5e-324,
         "nested": {"list": [1, None, True, "æ—✓\n"]},
         "large": 2**63,
+        "identity": {},
+        "base": {"sha256": "", "marks": []},
     }
     path = save_checkpoint(run, 20, groups, state)
     assert path == run / "checkpoint-000020"
@@ -134,6 +136,9 @@ def test_all_damaged_is_an_error_that_names_each(run: Path) -> None:
     assert "\n" not in line
 
 
+SOUND = b'{"base":{"marks":[],"sha256":""},"identity":{}}'
+
+
 def forge(path: Path, contents: dict[str, bytes], **changes: Any) -> None:
     """Write a checkpoint with right hashes and wrong content."""
     path.mkdir(parents=True)
@@ -147,9 +152,11 @@ def forge(path: Path, contents: dict[str, bytes], **changes: Any) -> None:
     ("contents", "changes", "line"),
     [
         ({STATE: b"[1]"}, {}, "not a JSON object"),
+        ({STATE: SOUND.replace(b"marks", b"mark")}, {}, "not a JSON object with identity and base"),
+        ({STATE: SOUND}, {}, "lists no adapter or no optimizer"),
         ({STATE: b"[" * 100_000}, {}, "not a JSON object"),
         ({"adapter.safetensors": b""}, {}, "lists other files"),
-        ({STATE: b"{}", "a.safetensors": (2**40).to_bytes(8, "little")}, {}, "not valid safetensors"),
+        ({STATE: SOUND, "a.safetensors": (2**40).to_bytes(8, "little")}, {}, "not valid safetensors"),
         ({STATE: b"{}", "a.pkl": b"cos\nsystem\n."}, {}, "lists other files"),
         ({STATE: b"{}"}, {"format": 2}, "expected format 1, got 2"),
         ({STATE: b"{}"}, {"step": 30}, "belongs to step 30"),
@@ -163,8 +170,10 @@ def test_a_forged_checkpoint_is_refused(
 ) -> None:
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     sound = len(header).to_bytes(8, "little") + header + bytes(4)
-    forge(run / "checkpoint-000010", {STATE: b"{}", "a.safetensors": sound}, step=10)
-    assert load_checkpoint(run / "checkpoint-000010").tensors["a"]["a"].tolist() == [0], "the forgery itself is sound"
+    groups = {f"{name}.safetensors": sound for name in ("adapter", "optimizer")}
+    forge(run / "checkpoint-000010", {STATE: SOUND, **groups}, step=10)
+    found = load_checkpoint(run / "checkpoint-000010")
+    assert found.tensors["adapter"]["a"].tolist() == [0], "the forgery itself is sound"
     forge(run / "checkpoint-000020", contents, **changes)
     with pytest.raises(CacheError, match=line):
         load_checkpoint(run / "checkpoint-000020")
