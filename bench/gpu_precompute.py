@@ -33,6 +33,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "channels last": ("clips", {"channels_last": True}),
     "compiled": ("clips", {"compile_vae": True}),
     "two at a time": ("clips", {"vae_batch_size": 2}),
+    "fp32": ("clips", {"vae_dtype": "fp32"}),
+    "tf32": ("clips", {"vae_dtype": "tf32"}),
     "T5": ("prompts", {}),
     "T5 offloaded": ("prompts", {"text_offload": True}),
 }

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,23 +15,26 @@ from shared.model.pretrained import Component
 
 
 def vae_precision(requested: str, part: Component) -> str:
-    """Resolve `auto` to the published precision, but fp16 to fp32: fp16 gives NaN on some clips (CogVideo#343)."""
+    """Resolve `auto` to the published precision, but fp16 to tf32: fp16 gives NaN on some clips (CogVideo#343).
+
+    TF32 has the mantissa of fp16 (10 bits) and the range of fp32; a CPU computes it as fp32.
+    """
     if requested != "auto":
         return requested
     own = part.dtype()
-    return "fp32" if own == "fp16" else own
+    return "tf32" if own == "fp16" else own
 
 
 @contextmanager
-def no_tf32() -> Iterator[None]:
-    """Turn TF32 off while entered, so that fp32 has the CPU's precision; torch's switches are restored.
+def fp32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """Set how a GPU multiplies fp32 values while entered; torch's switches are restored.
 
-    cuDNN's default is TF32, with a mantissa of 10 bits.
+    cuDNN's default is TF32; "ieee" has the CPU's precision.
     """
     switches: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
-        switch.fp32_precision = "ieee"
+        switch.fp32_precision = precision
     try:
         yield
     finally:
@@ -65,19 +68,20 @@ class VaeEncoder:
         if settings.compile_vae:
             self.vae.encoder = CompiledModule(self.vae.encoder)
         self._dtype = DTYPES[precision]
+        self._products: Literal["ieee", "tf32"] = "tf32" if precision == "tf32" else "ieee"
         self.device = device
 
     @torch.no_grad()
-    @no_tf32()
     def encode(self, clips: torch.Tensor) -> torch.Tensor:
-        """Encode float32 [B,3,F,H,W] to moments [B,2C,F',H/8,W/8]: unscaled mean and logvar, on the CPU.
+        """Encode float32 [B,3,F,H,W] to moments [B,2C,F',H/8,W/8]: unscaled mean and logvar, on the device.
 
         Out of GPU memory, the batch is halved until one clip is left; then the error is raised.
         """
         try:
             pixels = clips.to(self.device, self._dtype, memory_format=self._layout)
-            moments: torch.Tensor = self.vae.encode(pixels).latent_dist.parameters
-            return moments.contiguous().cpu()
+            with fp32_products(self._products):
+                moments: torch.Tensor = self.vae.encode(pixels).latent_dist.parameters
+            return moments.contiguous()
         except torch.cuda.OutOfMemoryError:
             if len(clips) == 1:
                 raise
@@ -133,7 +137,7 @@ class TextEncoder:
         self.device = device
 
     @torch.no_grad()
-    @no_tf32()
+    @fp32_products("ieee")
     def encode(self, texts: Sequence[str]) -> torch.Tensor:
         """Encode B texts to prompt_embeds [B,L,D] in the encoder's precision, on the CPU."""
         ids = self._tokenizer(

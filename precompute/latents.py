@@ -12,26 +12,26 @@ import torch
 
 from precompute import recipes
 from precompute.assignments import PlannedShard, shards_to_make, unmade
+from precompute.clip_encoder import ClipEncoder, Launched
 from precompute.discover import Clip, Stage
 from precompute.encoders import VaeEncoder
 from precompute.estimate import Work
-from precompute.pixels import scaled_into, thumbnails, to_clip
+from precompute.pixels import scaled_into
 from precompute.report import PassResult, SampleCounts, Timer
-from shared import console, seeding
+from shared import console
 from shared.cache.shard import Sample, ShardWriter
 from shared.cache.storage import Storage
 from shared.device import choose_device
-from shared.errors import UsageError
-from shared.fingerprint import Json
 from shared.media.child import Decoded, DecodeJob
 from shared.media.pool import DecodePool
 from shared.media.probe import Skipped
-from shared.model.geometry import Bucket, latent_shape
 
 DECODED_BATCHES = 2
 """Batches that are decoded ahead of the encoder."""
 MAX_WRITING = 2
 """Encoded batches in memory that wait for the disk."""
+Outcomes = dict[str, Decoded | Skipped]
+"""Key -> frames, or the reason why there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,9 @@ def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: De
     while shards:
         if encoder is None:
             with timer.measure("load_vae"):
-                encoder = VaeEncoder(stage.encoders.vae, settings, choose_device(settings.device))
-            recipes.record_environment(stage.storage, wanted.collection, encoder.device)
+                vae = VaeEncoder(stage.encoders.vae, settings, choose_device(settings.device))
+            encoder = ClipEncoder(stage, clips, vae)
+            recipes.record_environment(stage.storage, wanted.collection, vae.device)
         with (
             timer.measure("video_pass"),
             console.Progress("clips", sum(len(shard.keys) for shard in shards)) as bar,
@@ -69,7 +70,7 @@ def encode_latents(stage: Stage, work: Work, clips: Mapping[str, Clip], pool: De
             ThreadPoolExecutor(1) as writer,
         ):
             batches = _decode_batches(stage, unmade(stage.storage, shards), clips, pool)
-            for batch in _encode_batches(stage, batches, clips, encoder, timer, bar):
+            for batch in _encode_batches(batches, encoder, timer, bar):
                 if len(writes) >= MAX_WRITING:
                     with timer.measure("wait_for_write"):
                         writes[-MAX_WRITING].result()
@@ -127,34 +128,42 @@ class ShardOutput:
 
 
 def _encode_batches(
-    stage: Stage,
-    batches: Iterator[tuple[PlannedShard, dict[str, Decoded | Skipped]]],
-    clips: Mapping[str, Clip],
-    encoder: VaeEncoder,
-    timer: Timer,
-    bar: console.Progress,
+    batches: Iterator[tuple[PlannedShard, Outcomes]], encoder: ClipEncoder, timer: Timer, bar: console.Progress
 ) -> Iterator[EncodedBatch]:
-    """Yield each batch when it is encoded."""
+    """Yield each batch when it is encoded, in order."""
+    under_way: deque[tuple[PlannedShard, Outcomes, Launched]] = deque()
     for shard, outcomes in timer.waiting("wait_for_decode", batches):
         decoded = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Decoded)}
-        skips = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Skipped)}
-        skipped = {key: skip.reason for key, skip in skips.items() if skip.permanent}
-        samples = []
         with timer.measure("encode_latents"):
-            for sample in encode_clips(stage, clips, decoded, encoder):
-                if all(torch.isfinite(tensor).all() for tensor in sample.tensors.values()):
-                    samples.append(sample)
-                else:
-                    skipped[sample.key] = "non-finite latents; set precompute.vae_dtype = 'fp32'"
-        bar.advance(len(outcomes))
-        failed = {key: skip for key, skip in skips.items() if not skip.permanent}
-        yield EncodedBatch(shard, shard.keys[-1] in outcomes, samples, skipped, failed)
+            under_way.append((shard, outcomes, encoder.launch(decoded)))
+        while len(under_way) > encoder.num_under_way:
+            yield _encoded(*under_way.popleft(), timer, bar)
+    for batch in under_way:
+        yield _encoded(*batch, timer, bar)
+
+
+def _encoded(
+    shard: PlannedShard, outcomes: Outcomes, launched: Launched, timer: Timer, bar: console.Progress
+) -> EncodedBatch:
+    """Wait for the results of a batch; clips that are not finite are skipped."""
+    skips = {key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Skipped)}
+    skipped = {key: skip.reason for key, skip in skips.items() if skip.permanent}
+    samples = []
+    with timer.measure("encode_latents"):
+        for sample in launched.samples():
+            if all(torch.isfinite(tensor).all() for tensor in sample.tensors.values()):
+                samples.append(sample)
+            else:
+                skipped[sample.key] = "non-finite latents; set precompute.vae_dtype = 'fp32'"
+    bar.advance(len(outcomes))
+    failed = {key: skip for key, skip in skips.items() if not skip.permanent}
+    return EncodedBatch(shard, shard.keys[-1] in outcomes, samples, skipped, failed)
 
 
 def _decode_batches(
     stage: Stage, shards: Iterator[PlannedShard], clips: Mapping[str, Clip], pool: DecodePool
-) -> Iterator[tuple[PlannedShard, dict[str, Decoded | Skipped]]]:
-    """Yield every encode batch in order, as its shard and key -> frames or the reason why there are none."""
+) -> Iterator[tuple[PlannedShard, Outcomes]]:
+    """Yield every encode batch in order, as its shard and outcomes."""
     planned: deque[tuple[PlannedShard, tuple[str, ...]]] = deque()
     settings, mode = stage.config.precompute, stage.config.data.video_reshape_mode
 
@@ -172,64 +181,3 @@ def _decode_batches(
     for first in outcomes:
         shard, batch = planned.popleft()
         yield shard, dict(zip(batch, [first, *islice(outcomes, len(batch) - 1)], strict=True))
-
-
-def encode_clips(
-    stage: Stage, clips: Mapping[str, Clip], decoded: Mapping[str, Decoded], encoder: VaeEncoder
-) -> list[Sample]:
-    """Encode one batch of one bucket; raises `UsageError` if training could not use the result."""
-    if not decoded:
-        return []
-    pixels = {
-        key: to_clip(
-            torch.from_numpy(result.frames).to(encoder.device),
-            clips[key].window.bucket,
-            flip=clips[key].window.flip,
-        )
-        for key, result in decoded.items()
-    }
-    moments = encoder.encode(torch.stack(list(pixels.values())))
-    _check_shape(stage, clips[next(iter(decoded))].window.bucket, moments)
-    samples = []
-    for key, clip_moments in zip(decoded, moments, strict=True):
-        tensors = {"moments": clip_moments, "thumbnails": thumbnails(pixels[key])}
-        if stage.encoders.conventions.image_to_video:
-            images = conditioning_images(pixels[key][:, :1], stage.config.precompute.noised_image_count, key)
-            tensors["image_moments"] = torch.cat([encoder.encode(image[None]) for image in images])
-        window = clips[key].window
-        facts: dict[str, Json] = {
-            "source_sha256": clips[key].probe.sha256,
-            "bucket": str(window.bucket),
-            "timestamps_us": list(window.timestamps_us),
-            "flip": window.flip,
-            "decoder": decoded[key].decoder,
-        }
-        samples.append(Sample(key, tensors, facts))
-    return samples
-
-
-def _check_shape(stage: Stage, bucket: Bucket, moments: torch.Tensor) -> None:
-    """Raise `UsageError` for moments [B,2C,F,H,W] of another size than the bucket's, before hours are spent."""
-    channels, *size = latent_shape(bucket, stage.encoders.conventions.out_channels)
-    expected, found = (2 * channels, *size), tuple(moments.shape[1:])
-    if found == expected:
-        return
-    assert stage.config.precompute.enable_tiling, f"{found} is not {expected}"
-    by = "x".join
-    raise UsageError(
-        f"precompute.enable_tiling = true: the VAE's tiles do not fit clips of {bucket}: expected moments of "
-        f"{by(map(str, expected))}, got {by(map(str, found))}; leave it false or choose other data.resolution_buckets"
-    )
-
-
-def conditioning_images(first_frame: torch.Tensor, noised: int, key: str) -> list[torch.Tensor]:
-    """Return the clean frame [3,1,H,W] and `noised` copies + sigma * noise, sigma = exp(N(-3, 0.5)) drawn by key.
-
-    Source: diffusers `train_cogvideox_image_to_video_lora.py` (noise in pixel space before the VAE).
-    """
-    images = [first_frame]
-    for number in range(noised):
-        sigma = float(seeding.normal((1,), "image-sigma", key, number).mul(0.5).sub(3.0).exp())
-        noise = seeding.normal(tuple(first_frame.shape), "image-noise", key, number)
-        images.append(first_frame + sigma * noise.to(first_frame.device))
-    return images

@@ -43,7 +43,7 @@ def to_clip(frames: torch.Tensor, bucket: Bucket, *, flip: bool) -> torch.Tensor
 
 
 def thumbnails(clip: torch.Tensor) -> torch.Tensor:
-    """Average a clip [3,F,H,W] of about [-1, 1] over the pixels of each latent pixel: uint8 [F',3,H/8,W/8] on the CPU.
+    """Average a clip [3,F,H,W] of about [-1, 1] over the pixels of each latent pixel: uint8 [F',3,H/8,W/8].
 
     Frames are halved twice as in diffusers' `CogVideoXDownsample3D`: of an odd count the first stays alone.
     """
@@ -52,7 +52,7 @@ def thumbnails(clip: torch.Tensor) -> torch.Tensor:
         alone = len(frames) % 2
         pairs = frames[alone:].reshape(len(frames) // 2, 2, *frames.shape[1:]).mean(1)
         frames = torch.cat([frames[:alone], pairs])
-    return frames.add(1).mul(127.5).round().clamp(0, 255).byte().cpu()
+    return frames.add(1).mul(127.5).round().clamp(0, 255).byte()
 
 
 def scaled_size(height: int, width: int, bucket: Bucket, mode: Mode) -> tuple[int, int]:

@@ -61,13 +61,14 @@ def latents_recipe(config: Config, encoders: Encoders) -> dict[str, Json]:
     """Return everything but the clip itself that shapes its moments."""
     settings = config.precompute
     image = encoders.conventions.image_to_video
+    precision = vae_precision(settings.vae_dtype, encoders.vae)
     return {
         "format": FORMAT,
         "kind": "latents",
         "transform": pixels.TRANSFORM,
         "vae": {"weights": encoders.vae.sha256(), "config": encoders.vae.settings},
-        "precision": vae_precision(settings.vae_dtype, encoders.vae),
-        "tf32": False,
+        "precision": precision,
+        "tf32": precision == "tf32",
         "chunk_frames": ENCODE_CHUNK_FRAMES,
         "tiling": settings.enable_tiling,
         "slicing": settings.enable_slicing,

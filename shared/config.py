@@ -222,8 +222,11 @@ class Precompute(Table):
     """Remote cache: disk that local copies of its shards may take, in the user's cache folder."""
     device: Annotated[Device, FREE] = "auto"
     """"cpu", "cuda", "cuda:1"; auto takes the GPU when there is one."""
-    vae_dtype: Annotated[Precision, Shapes("latents", "precision")] = "auto"
-    """Precision of the VAE and of the stored moments; auto is the checkpoint's own, fp16 raised to fp32."""
+    vae_dtype: Annotated[Literal["auto", "fp32", "tf32", "fp16", "bf16"], Shapes("latents", "precision")] = "auto"
+    """Precision of the VAE and of the stored moments; auto is the checkpoint's own, fp16 raised to tf32.
+
+    tf32 is fp32 in which a GPU rounds factors to 10 bits of mantissa, as many as fp16 has.
+    """
     text_dtype: Annotated[Precision, Shapes("prompts", "precision")] = "auto"
     """Precision of T5 and of the stored embeddings; auto is the one that T5 is published in."""
     text_offload: Annotated[bool, FREE] = False

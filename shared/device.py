@@ -8,7 +8,7 @@ from shared.errors import UsageError
 from shared.launcher import local_rank
 
 CPU = torch.device("cpu")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_device(requested: str) -> torch.device:

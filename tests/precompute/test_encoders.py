@@ -13,10 +13,11 @@ from torch import nn
 from transformers import T5EncoderModel
 
 from precompute import prompts
+from precompute.clip_encoder import conditioning_images, conditioning_noise
 from precompute.encoders import CompiledModule, TextEncoder, VaeEncoder, load_tokenizer, vae_precision
-from precompute.latents import conditioning_images
 from shared.config import Model, Precompute
 from shared.errors import UsageError
+from shared.model.geometry import Bucket
 from shared.model.pretrained import Component, pretrained_part
 from tests.corpus import config_for, run, write_corpus
 from tests.tiny import TEXT_LENGTH
@@ -125,7 +126,7 @@ def tf32() -> Iterator[None]:
     set_fp32_switches(*before)
 
 
-def test_fp32_is_never_tf32_and_switches_are_restored(vae: Component, t5: TextEncoder, tf32: None) -> None:
+def test_only_tf32_is_tf32_and_switches_are_restored(vae: Component, t5: TextEncoder, tf32: None) -> None:
     within: list[tuple[str, str]] = []
 
     def look(*_: object) -> None:
@@ -141,6 +142,11 @@ def test_fp32_is_never_tf32_and_switches_are_restored(vae: Component, t5: TextEn
         encoding.encode(torch.zeros(1))
     assert within == [("ieee", "ieee")] * 2
     assert fp32_switches() == ("tf32", "tf32")
+    set_fp32_switches("ieee", "ieee")
+    asked = encoder(vae, vae_dtype="tf32")
+    asked.vae.encoder.conv_in.register_forward_hook(look)
+    assert asked.encode(clips(1, frames=1)).dtype == torch.float32
+    assert within[2:] == [("tf32", "tf32")] and fp32_switches() == ("ieee", "ieee")
 
 
 @pytest.mark.gpu
@@ -148,13 +154,13 @@ def test_fp32_is_never_tf32_and_switches_are_restored(vae: Component, t5: TextEn
 def test_fp32_on_the_gpu_is_fp32(vae: Component) -> None:
     batch = clips(2, frames=9, height=96, width=160)
     expected = encoder(vae).encode(batch)
-    found = VaeEncoder(vae, Precompute(cache="unused", vae_dtype="fp32"), torch.device("cuda")).encode(batch)
+    found = VaeEncoder(vae, Precompute(cache="unused", vae_dtype="fp32"), torch.device("cuda")).encode(batch).cpu()
     assert (found - expected).norm() / expected.norm() < 1e-5  # with TF32 about 3e-4
 
 
-def test_automatic_precision_raises_fp16_to_fp32(vae: Component, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [vae_precision(asked, vae) for asked in ("auto", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
-    for own, used in (("fp16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32")):
+def test_automatic_precision_raises_fp16_to_tf32(vae: Component, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [vae_precision(asked, vae) for asked in ("auto", "tf32", "fp16")] == ["fp32", "tf32", "fp16"]
+    for own, used in (("fp16", "tf32"), ("bf16", "bf16"), ("fp32", "fp32")):
         monkeypatch.setattr(Component, "dtype", lambda _, own=own: own)
         assert vae_precision("auto", vae) == used
 
@@ -236,14 +242,15 @@ def test_t5_is_freed_before_the_vae_is_loaded(text_offload: bool, pipeline: Path
 
 
 def test_conditioning_images_are_the_frame_and_noised_copies() -> None:
-    frame = clips(1)[0][:, :1]
-    images = conditioning_images(frame, 100, "key")
-    assert torch.equal(images[0], frame) and len(images) == 101
-    assert torch.equal(images[1], conditioning_images(frame, 1, "key")[1])
-    one, two, three = ((image - frame).flatten() for image in (*images[1:3], conditioning_images(frame, 1, "x")[1]))
-    noise = torch.corrcoef(torch.stack([one, two, three]))
-    assert noise.fill_diagonal_(0).abs().max() < 0.2, "each copy and each clip has noise of its own"
-    sigmas = torch.tensor([float((image - frame).std()) for image in images[1:]]).log()
+    frame, size = clips(1)[0][:, :1], Bucket(9, 32, 48)
+    noises = [torch.from_numpy(noise) for noise in conditioning_noise(size, 100, "key")]
+    images = conditioning_images(frame, noises)
+    assert torch.equal(images[0], frame) and torch.equal(images[100], frame + noises[99]) and len(images) == 101
+    assert torch.equal(noises[0], torch.from_numpy(conditioning_noise(size, 1, "key")[0]))
+    one, two, three = (noise.flatten() for noise in (*noises[:2], torch.from_numpy(*conditioning_noise(size, 1, "x"))))
+    correlations = torch.corrcoef(torch.stack([one, two, three]))
+    assert correlations.fill_diagonal_(0).abs().max() < 0.2, "each copy and each clip has noise of its own"
+    sigmas = torch.tensor([float(noise.std()) for noise in noises]).log()
     assert abs(float(sigmas.mean()) + 3.0) < 0.15 and abs(float(sigmas.std()) - 0.5) < 0.1
 
 

@@ -99,7 +99,7 @@ def test_stored_moments_are_the_vaes_own(pipeline: Path, filled: Filled) -> None
 
 
 def test_image_moments_are_of_the_clips_own_first_frame(tmp_path: Path) -> None:
-    from precompute.latents import conditioning_images
+    from precompute.clip_encoder import conditioning_images, conditioning_noise
     from shared.config import Model, Precompute
     from shared.media.probe import probe
     from shared.model.pretrained import pretrained_part
@@ -118,7 +118,8 @@ def test_image_moments_are_of_the_clips_own_first_frame(tmp_path: Path) -> None:
         frames = decode_probed(root / row.source, found, range(5))[0]
         pixels = (torch.from_numpy(frames)[:, 8:24].permute(3, 0, 1, 2).float() - 127.5) / 127.5
         pixels = pixels.flip(3) if row.flip else pixels
-        images = conditioning_images(pixels[:, :1], 2, row.latent_key)
+        noises = conditioning_noise(row.bucket, 2, row.latent_key)
+        images = conditioning_images(pixels[:, :1], [torch.from_numpy(noise) for noise in noises])
         stored = SampleReader(storage, view.latents).read(row.latent_key)
         torch.testing.assert_close(stored["moments"], encoder.encode(pixels[None])[0])
         torch.testing.assert_close(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.transformer.host_memory import CopyStream, HostAllocator, host_empty
+from shared.host_memory import CopyStream, HostAllocator, host_empty
 
 
 @dataclass(slots=True, eq=False)

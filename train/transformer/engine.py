@@ -10,11 +10,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from shared.host_memory import HostAllocator, host_empty
 from shared.model.quantize import QuantizedLinear, Storage
 from train.transformer.activation_offload import ActivationOffload
 from train.transformer.attention import AttentionKernel, Backend, attend, choose_backend
 from train.transformer.compiled import CompiledKernels, compiled_kernels
-from train.transformer.host_memory import HostAllocator, host_empty
 from train.transformer.weight_streaming import WeightStream, frozen_weights, modulation_weights
 
 Activations = Literal["block_input", "attention_output", "full"]

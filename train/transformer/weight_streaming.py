@@ -11,7 +11,7 @@ import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import Tensor, nn
 
-from train.transformer.host_memory import CopyStream, HostAllocator, host_empty
+from shared.host_memory import CopyStream, HostAllocator, host_empty
 
 ALIGNMENT = 256
 """Bytes between the starts of two tensors are a multiple of this; GPU kernels expect no less."""

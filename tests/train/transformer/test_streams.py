@@ -1,26 +1,21 @@
 """Copy streams on an emulated GPU: weight streaming and offload give the plain run's bits under every schedule."""
 
-import importlib.util
 import inspect
 import random
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
-from unittest.mock import patch
 
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
+from shared import host_memory
+from tests.emulated_device import SCHEDULES, Choose, EmulatedGpu, Mutant
 from tests.tiny import add_lora, build_transformer
-from tests.train.transformer.emulated_device import SCHEDULES, Choose, EmulatedGpu
 from tests.train.transformer.parity import CPU, LEAN, PLANS, SHAPES, conventions_of, make_clip, run
-from train.transformer import activation_offload, host_memory, weight_streaming
+from train.transformer import activation_offload, weight_streaming
 from train.transformer.engine import EVERYTHING_RESIDENT, Engine, Plan, open_engine
 from train.transformer.forward import predict
 
@@ -71,40 +66,6 @@ def num_wrong(gpu: EmulatedGpu, plan: Plan = LEAN) -> int:
     found = emulated(gpu, plan)
     assert len(gpu.streams) > 1 and gpu.device_memory.num_reused > 0
     return sum(not torch.equal(one, other) for one, other in zip(found, plain(), strict=True))
-
-
-class Mutant(NamedTuple):
-    """One change to the source text of a module."""
-
-    module: ModuleType
-    name: str
-    edits: Sequence[tuple[str, str]]
-
-    @property
-    def text(self) -> str:
-        """The module's source with the change."""
-        text = inspect.getsource(self.module)
-        for old, new in self.edits:
-            assert text.count(old) == 1, f"{self.name}: expected once, got {text.count(old)} times: {old!r}"
-            text = text.replace(old, new)
-        return text
-
-    @contextmanager
-    def installed(self, folder: Path) -> Iterator[None]:
-        """Give the module's classes the functions of the changed module."""
-        path = folder / "mutant.py"
-        path.write_text(self.text)
-        spec = importlib.util.spec_from_file_location("mutant", path)
-        assert spec is not None and spec.loader is not None
-        changed = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(changed)
-        with ExitStack() as patches:
-            for name, original in inspect.getmembers(self.module, inspect.isclass):
-                if original.__module__ == self.module.__name__:
-                    for attribute, value in inspect.getmembers(getattr(changed, name), inspect.isfunction):
-                        patches.enter_context(patch.object(original, attribute, value))
-                    setattr(changed, name, original)
-            yield
 
 
 HOST, WEIGHTS, OFFLOAD = host_memory, weight_streaming, activation_offload

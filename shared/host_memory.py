@@ -48,6 +48,15 @@ class CopyStream:
         with torch.cuda.stream(self._stream):
             yield
 
+    @contextmanager
+    def beside_compute(self) -> Iterator[None]:
+        """Run what is issued inside on this stream, whatever the computation does."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+
     def record(self) -> torch.cuda.Event | None:
         """Return the end of what was issued so far, or None where copies are done at once."""
         return None if self._stream is None else self._stream.record_event()

@@ -6,21 +6,25 @@ owner finds NaN. Queued kernels hold addresses, so they do not keep device memor
 its copies are done, as in torch's host allocator.
 """
 
+import importlib.util
+import inspect
 import random
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from train.transformer.host_memory import CopyStream
+from shared.host_memory import CopyStream
 
 CUDA = torch.device("cuda", 0)
 ARENA_BYTES = 1 << 28
@@ -45,9 +49,18 @@ SCHEDULES: dict[str, Choose] = {
 
 
 class EmulatedEvent:
-    """A point in a stream's queue."""
+    """A point in a stream's queue; `advance` runs one entry of any queue."""
 
     done = False
+
+    def __init__(self, advance: Callable[[], bool]) -> None:
+        self._advance = advance
+
+    def synchronize(self) -> None:
+        """Let the host wait for it."""
+        with _disable_current_modes():  # kernels run, and are not queued again
+            while not self.done:
+                assert self._advance(), "every stream waits for another"
 
 
 class EmulatedStream:
@@ -55,12 +68,13 @@ class EmulatedStream:
 
     device = CUDA
 
-    def __init__(self) -> None:
+    def __init__(self, advance: Callable[[], bool]) -> None:
         self.queue: deque[Callable[[], object] | EmulatedEvent] = deque()
+        self._advance = advance
 
     def record_event(self) -> EmulatedEvent:
         """Return the end of what was queued so far."""
-        event = EmulatedEvent()
+        event = EmulatedEvent(self._advance)
         self.queue.append(partial(setattr, event, "done", True))
         return event
 
@@ -119,7 +133,7 @@ class EmulatedGpu(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.choose, self.progress = choose, progress
         """`progress` lets queues advance at random moments while the host issues calls."""
-        self.current = EmulatedStream()
+        self.current = EmulatedStream(self._advance)
         self.streams = [self.current]
         self.device_memory, self.host_memory = Arena(), Arena()
         self._metas: dict[Any, Any] = {}
@@ -150,7 +164,7 @@ class EmulatedGpu(TorchDispatchMode):
             self._finish(stream)
 
     def _new_stream(self, device: torch.device) -> EmulatedStream:
-        self.streams.append(EmulatedStream())
+        self.streams.append(EmulatedStream(self._advance))
         return self.streams[-1]
 
     @contextmanager
@@ -228,6 +242,40 @@ class EmulatedGpu(TorchDispatchMode):
         if key not in self._metas:
             self._metas[key] = func(*_each(args, _on_meta), **_each(kwargs, _on_meta))
         return self._metas[key]
+
+
+class Mutant(NamedTuple):
+    """One change to the source text of a module."""
+
+    module: ModuleType
+    name: str
+    edits: Sequence[tuple[str, str]]
+
+    @property
+    def text(self) -> str:
+        """The module's source with the change."""
+        text = inspect.getsource(self.module)
+        for old, new in self.edits:
+            assert text.count(old) == 1, f"{self.name}: expected once, got {text.count(old)} times: {old!r}"
+            text = text.replace(old, new)
+        return text
+
+    @contextmanager
+    def installed(self, folder: Path) -> Iterator[None]:
+        """Give the module's classes the functions of the changed module."""
+        path = folder / "mutant.py"
+        path.write_text(self.text)
+        spec = importlib.util.spec_from_file_location("mutant", path)
+        assert spec is not None and spec.loader is not None
+        changed = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(changed)
+        with ExitStack() as patches:
+            for name, original in inspect.getmembers(self.module, inspect.isclass):
+                if original.__module__ == self.module.__name__:
+                    for attribute, value in inspect.getmembers(getattr(changed, name), inspect.isfunction):
+                        patches.enter_context(patch.object(original, attribute, value))
+                    setattr(changed, name, original)
+            yield
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
