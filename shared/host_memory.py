@@ -45,7 +45,7 @@ class CopyStream:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
+        with self.beside_compute():
             yield
 
     @contextmanager

@@ -70,7 +70,7 @@ def num_wrong(gpu: EmulatedGpu, plan: Plan = LEAN) -> int:
 
 HOST, WEIGHTS, OFFLOAD = host_memory, weight_streaming, activation_offload
 AFTER_COMPUTE = "        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))\n"
-ON_STREAM = "        with torch.cuda.stream(self._stream):\n            yield\n"
+ON_STREAM = "        with self.beside_compute():\n            yield\n"
 COMPUTE_WAITS = "torch.cuda.current_stream(self._stream.device).wait_event(event)"
 COMPUTE_WAITS_FOR_ALL = "        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)\n"
 RECORD = "None if self._stream is None else self._stream.record_event()"
