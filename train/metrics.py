@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from shared import console
-from shared.atomic_files import replacing, sync_file
+from shared.atomic_files import replacing, sync_file, sync_folder
 from shared.config import Config
 from shared.run_folder import ADAPTER, BEST, EXPORT, METRICS, PAGE, read_metrics, starting_tracker, wandb_options
 from train.events import PageProcess
@@ -103,9 +103,10 @@ class Metrics:
             self._page.start_if_cheap()
 
     def sync(self) -> None:
-        """Flush the file to disk, before a checkpoint of its last step is committed."""
+        """Flush the file and its name to disk, before a checkpoint of its last step is committed."""
         if self._path.exists():
             sync_file(self._path)
+            sync_folder(self._path.parent)
 
     def _replace(self, lines: Sequence[dict[str, Any]]) -> None:
         with replacing(self._path) as path:

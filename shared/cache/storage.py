@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
-from shared.atomic_files import TEMPORARY, make_folder, sync_folder
+from shared.atomic_files import TEMPORARY, make_folder, sync_file, sync_folder
 from shared.cache.remote import Entry, RemoteStorage, finished, open_filesystem
 from shared.errors import CacheError, UsageError
 
@@ -132,8 +132,7 @@ class LocalStorage:
         """Make a file of `unfinished` durable and give it its name, as `publish`."""
         final = self.path(name)
         with self.writing(name):
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
+            sync_file(temporary)
             published = _rename(temporary, final, replace=replace)
             sync_folder(final.parent)
             return published
