@@ -15,6 +15,8 @@ from report.cli import show_data_page
 from sample.cli import app as sample_app
 from sample.publish_cli import app as publish_app
 from shared.command import ConfigFile, JsonOutput, Overrides, exits
+from shared.errors import UsageError
+from shared.redaction import HAS_SECRET, redacted
 from shared.signals import raise_on_signal
 from train.cli import app as train_app
 
@@ -86,7 +88,11 @@ def plan_command(
 
 
 def main() -> None:
-    """Run the `precog` script."""
+    """Run the `precog` script; words with a secret are refused before anything shows them."""
+    for word in sys.argv[1:]:
+        if redacted(word) != word:
+            typer.echo(f"precog: {redacted(word)}: {HAS_SECRET}", err=True)
+            sys.exit(UsageError.exit_code)
     sys.exit(app(prog_name="precog"))
 
 

@@ -12,6 +12,7 @@ import typer
 
 from shared.errors import PrecogError, Preempted, UsageError
 from shared.launcher import rank
+from shared.redaction import redacted
 
 
 def _on_rank_0(wanted: bool) -> bool:
@@ -49,7 +50,7 @@ def exits(command: Callable[P, None]) -> Callable[P, None]:
             message, code = "interrupted; run the same command to continue", Preempted.exit_code
         else:
             sys.exit(0)
-        console.print(fitted(f"precog: {message}"), markup=False)
+        console.print(fitted(f"precog: {redacted(message)}"), markup=False)
         sys.exit(code)
 
     return run

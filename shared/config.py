@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from shared.redaction import COMMIT, HAS_SECRET, SECRET
+
 ShapedPart = Literal[
     "clips", "buckets", "view", "latents", "image_latents", "prompts", "run", "resolved_by_run", "preview", "nothing"
 ]
@@ -49,17 +51,6 @@ Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-COMMIT = r"(?<![\w/\\])[0-9a-f]{40}(?![\w/\\])"
-SECRET = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|A[KS]IA[A-Z0-9]{16}|sk-(?:[a-z]+-)?[A-Za-z0-9]{20,}|gh[pousr]_\w{30,}|wandb_v1_\w{20,})\b"
-    r"|(?<=://)(?:[^/\s@:]*:(?!\d{1,5}/)[^\s@]+|(?<=http://|ttps://)[^/\s@]+)(?=@)"
-    r"|(?<=[?&])(?:sig|token|access_token|api_key|password|X-Amz-Signature)=[^&\s'\"]+"
-    rf"|{COMMIT}",
-    re.IGNORECASE,
-)
-"""Access tokens of the hub, S3, OpenAI, GitHub and Weights & Biases (40 hex digits), and those within a URL."""
-
-
 def _multiple_of_16(size: int) -> int:
     if size % 16:
         raise ValueError(f"{size} is not a multiple of 16 (VAE factor 8 times patch size 2)")
@@ -68,7 +59,7 @@ def _multiple_of_16(size: int) -> int:
 
 def _not_a_secret(value: object) -> object:
     if SECRET.search(str(value)):
-        raise ValueError("has an access token or password; give it through a login or an environment variable")
+        raise ValueError(HAS_SECRET)
     return value
 
 

@@ -14,8 +14,9 @@ import tomli_w
 from pydantic import ValidationError
 
 from shared.atomic_files import replacing
-from shared.config import INSTEAD_OF_FLAG, SECRET, TABLES, Config
+from shared.config import INSTEAD_OF_FLAG, TABLES, Config
 from shared.errors import UsageError
+from shared.redaction import SECRET
 from shared.run_folder import adapter_rank
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shared.config import Data
 from shared.errors import DataError, one_line
+from shared.redaction import redacted
 
 MAX_TEXT_FILE_BYTES = 1 << 30
 MAX_CAPTION_BYTES = 16 * 1024
@@ -187,6 +188,7 @@ def read_text(path: Path, where: str) -> str:
 
 def escaped(text: str) -> str:
     """Return `text` as one short printable line: control, bidi and other invisible characters as escapes."""
+    text = redacted(text)
     shown = text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "..."
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown)
 

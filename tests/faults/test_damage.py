@@ -1,5 +1,6 @@
 """Damaged and misplaced files: never read silently, always named by `verify`, and made again after `--repair`."""
 
+import dataclasses
 import os
 import random
 import shutil
@@ -12,7 +13,7 @@ import torch
 from shared.cache.collection import SampleReader, read_recipe
 from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
-from shared.cache.view import View, read_view
+from shared.cache.view import View, read_table_name, read_view, write_view
 from shared.errors import CacheError
 from tests.faults.writer import COLLECTION, SAMPLES, SKIPPED, write_all
 
@@ -20,7 +21,7 @@ Damage = Callable[[Path, random.Random], Path]
 
 
 def changed(root: Path, draws: random.Random) -> Path:
-    """Flip a bit, cut the file off, add to it, or fill a part with zeros."""
+    """Flip a bit of a file, cut it off, add to it, or fill a part with zeros."""
     path = draws.choice([path for path in sorted(root.rglob("*.*")) if path.is_file()])
     content = bytearray(path.read_bytes())
     position, kind = draws.randrange(len(content)), draws.choice(["flip", "flip", "flip", "cut", "add", "zero"])
@@ -34,6 +35,21 @@ def changed(root: Path, draws: random.Random) -> Path:
         content[position : position + 600] = bytes(len(content[position : position + 600]))
     path.write_bytes(content)
     return path
+
+
+def view_changed(root: Path, draws: random.Random) -> Path:
+    """Change one of the view's two files, or give it the content of another view's."""
+    if draws.randrange(4):
+        return root / "datasets" / changed(root / "datasets", draws).name
+    storage = LocalStorage(str(root))
+    view = read_view(storage, "power")
+    write_view(storage, dataclasses.replace(view, name="other", rows=tuple(view.rows)[: draws.randrange(1, 9)]))
+    if draws.randrange(2):
+        names = [f"datasets/{name}.json" for name in ("other", "power")]
+    else:
+        names = [read_table_name(storage, f"datasets/{name}.json") for name in ("other", "power")]
+    shutil.copyfile(root / names[0], root / names[1])
+    return root / names[1]
 
 
 def misplaced(root: Path, draws: random.Random) -> Path:
@@ -73,8 +89,10 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (changed, 20),
         (misplaced, 15),
+        (view_changed, 10),
         pytest.param(changed, 3000, marks=pytest.mark.faults),
         pytest.param(misplaced, 300, marks=pytest.mark.faults),
+        pytest.param(view_changed, 500, marks=pytest.mark.faults),
     ],
 )
 def test_damage_is_refused_named_and_repaired(tmp_path: Path, damage: Damage, trials: int) -> None:
