@@ -1,6 +1,7 @@
 """Collectives on Python values, and work whose failure on one rank is raised on all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import distributed
@@ -15,6 +16,19 @@ def rank_and_world_size() -> tuple[int, int]:
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
+
+
+@contextmanager
+def peers_answer() -> Iterator[None]:
+    """Raise `PrecogError` where a collective fails because another process ended or does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, distributed.DistError) or "gloo" in str(error):
+            raise PrecogError(
+                "another process of this run ended or does not answer; read its output, then run the same command again"
+            ) from None
+        raise
 
 
 def all_gather(value: Value) -> list[Value]:

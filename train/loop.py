@@ -25,7 +25,7 @@ from shared.signals import StopSignal
 from train.checkpoint.files import prune_checkpoints, save_checkpoint
 from train.checkpoint.resume import find_start, is_finished
 from train.data.dataset import clip_label
-from train.distributed import all_gather, broadcast, on_rank_0
+from train.distributed import all_gather, broadcast, on_rank_0, peers_answer
 from train.evaluate import QUANTILES, held_out_loss
 from train.events import record_start, recorded
 from train.export import adapter_header, config_key, export_adapter
@@ -39,6 +39,7 @@ from train.step import Batch, prefetch_batches, take_gradients
 logger = logging.getLogger(__name__)
 
 
+@peers_answer()
 def train(config: Config, stop: StopSignal) -> None:
     """Run the experiment to its last step, from its newest checkpoint if there is one; nothing if it is finished.
 
@@ -60,6 +61,7 @@ def train(config: Config, stop: StopSignal) -> None:
         run_steps(run, stop)
 
 
+@peers_answer()  # before the error is recorded
 def run_steps(run: Run, stop: StopSignal) -> None:
     """Train from the newest checkpoint to the export."""
     train, accelerator = run.config.train, run.accelerator

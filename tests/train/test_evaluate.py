@@ -123,17 +123,21 @@ def test_a_signal_in_an_evaluation_stops_after_a_clip(step: int, poll: int, held
 
 
 @pytest.mark.faults  # it waits for the timeout
-def test_a_process_fails_after_the_timeout_of_a_collective(held: Held) -> None:
+@pytest.mark.parametrize(("number", "least"), [(signal.SIGSTOP, 2), (signal.SIGKILL, 0)])
+def test_a_process_ends_with_one_line_when_another_hangs_or_dies(held: Held, number: int, least: int) -> None:
     config = held(max_train_steps=100_000, checkpointing_steps=100_000, nccl_timeout=3)
     children = processes.start(config, 2)
     try:
         processes.wait_until(lambda: len(read_metrics(config.train.output_dir)) >= 2)
         assert children[1].pid is not None
-        os.kill(children[1].pid, signal.SIGSTOP)
+        os.kill(children[1].pid, number)
         stopped = time.monotonic()
         children[0].join(60)
-        assert children[0].exitcode not in (None, 0)
-        assert 2 < time.monotonic() - stopped < 30
+        assert children[0].exitcode == 1
+        (line,) = (line for line in processes.log(config).splitlines() if "precog: " in line)
+        assert line.startswith("precog: another process of this run ended or does not answer; ")
+        assert "Traceback" not in processes.log(config)
+        assert least < time.monotonic() - stopped < 30
     finally:
         for child in children:
             child.kill()
