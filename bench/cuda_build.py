@@ -2,7 +2,8 @@
 
 Fake CUDA tensors carry shape, dtype and device through the real code: an operator that is missing, or called with wrong
 shapes or on two devices, fails here. Matrix products of two dtypes do not: a test on the CPU finds those. Nothing is
-computed, and streams are stand-ins, so no value, speed or order of copies is checked. It needs a C compiler.
+computed, and streams are stand-ins, so no value, speed or order of copies is checked. For the compiled functions
+Inductor generates Triton code for an H100, which is not compiled further. It needs a C compiler.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
@@ -29,6 +31,7 @@ from shared.config import Train
 from shared.model.geometry import Bucket
 from train.memory.simulation import blank_clip, flash_on_meta
 from train.objective import clip_loss
+from train.transformer.compiled import compiled_kernels
 from train.transformer.engine import Plan, open_engine
 from train.transformer.forward import predict
 from train.transformer.load import add_adapter
@@ -42,6 +45,20 @@ int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flag
 """
 """Stands for libcuda.so.1: the autograd engine asks each of `count` devices whether it has a context."""
 NAME, MANY = "libcuda.so.1", 127
+H100 = SimpleNamespace(
+    name="H100",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    regs_per_multiprocessor=65536,
+    shared_memory_per_block_optin=232448,
+    warp_size=32,
+    L2_cache_size=50 << 20,
+    total_memory=80 << 30,
+)
+"""What Inductor asks of a card; NVIDIA's data sheet."""
 SHORT, LONG = Bucket(49, 480, 720), Bucket(81, 768, 1360)
 VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[Bucket, ...], torch.dtype]] = {
     "2b": ("2b", {}, (SHORT, Bucket(9, 480, 720)), torch.float16),
@@ -84,7 +101,7 @@ def without_driver() -> Iterator[None]:
     def swap(one: Tensor, other: Tensor) -> None:
         one.data = other.data
 
-    card = {"is_available": lambda: False, "get_device_capability": lambda _: (9, 0)}
+    card = {"is_available": lambda: False, "get_device_capability": lambda *_: (9, 0)}
     streams = {"Stream": MagicMock(), "current_stream": MagicMock(), "stream": lambda _: nullcontext()}
     with patch.multiple(torch.cuda, **card, **streams), patch("torch.utils.swap_tensors", swap):
         yield
@@ -133,10 +150,43 @@ def bind(variant: str, plan: Plan, kernel: str) -> None:
     forget_tables()
 
 
+def triton_sources(dtype: torch.dtype) -> list[str]:
+    """Return the Triton code that Inductor generates for the compiled functions' forward and backward passes."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    sources = []
+
+    def lower(module: Any, inputs: Any) -> Any:
+        mode: Any = torch._guards.detect_fake_mode(inputs)
+        graph = GraphLowering(module, example_inputs=inputs, shape_env=mode.shape_env)
+        with V.set_graph_handler(graph), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
+            graph.run(*inputs)
+            sources.append(graph.codegen()[0].value)
+        return make_boxed_func(module.forward)
+
+    backend: Any = aot_autograd(fw_compiler=lower, bw_compiler=lower, decompositions=select_decomp_table())
+    card = {"get_device_properties": H100, "current_device": 0, "get_compute_capability": 90, "is_available": True}
+    stand_ins: Any = {name: staticmethod(lambda *_, value=value: value) for name, value in card.items()}
+    seen = patch.multiple(torch.cuda, get_device_properties=lambda *_: H100, current_device=lambda: 0)
+    asked = patch("torch.utils._triton.triton_hash_with_backend", lambda: "none")
+    with without_driver(), FakeTensorMode(), patch.multiple(CudaInterface, **stand_ins), seen, asked:
+        torch.ones(1, device=CUDA, requires_grad=True).exp()  # torch prepares its streams, for no device
+        with devices():
+            compiled_kernels(backend).try_on(CUDA, dtype)
+    torch._dynamo.reset()
+    return sources
+
+
 def main() -> int:
     """Print one line per variant, plan and attention kernel; return 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
     options = parser.parse_args()
     if torch.version.cuda is None:
         print(f"torch {torch.__version__} is a CPU build; install a CUDA build")
@@ -153,6 +203,18 @@ def main() -> int:
                 print(f"{variant:11} {name:17} {kernel:10} failed")
             else:
                 print(f"{variant:11} {name:17} {kernel:10} bound")
+    for dtype in (torch.bfloat16, torch.float16):
+        try:
+            sources = triton_sources(dtype)
+            kernels = sum(source.count("@triton.jit") for source in sources)
+            assert kernels >= len(sources) == 6, f"{kernels} kernels in {len(sources)} passes"
+            for source in sources:
+                compile(source, "generated", "exec")
+        except Exception:
+            failed += 1
+            traceback.print_exc()
+        else:
+            print(f"{dtype}: Triton code of {kernels} kernels generated for {len(sources)} passes")
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}: {failed} failed")
     return min(failed, 1)
 
