@@ -7,7 +7,6 @@ import errno
 import hashlib
 import os
 import re
-import stat
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ import numpy as np
 
 from shared.file_types import VIDEO_FORMATS
 from shared.media.picture import EXIF_TURNS, Look, NotShown, look_of, turn_of
+from shared.regular_files import open_regular
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -205,27 +205,18 @@ def opened(path: Path) -> Iterator[FileIO]:
     Raise `VideoError`; a file that changed while it was read is a transient failure.
     """
     try:
-        # Without O_NONBLOCK a FIFO would wait for its writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        file = open_regular(path)
     except ValueError as error:
         raise VideoError(f"cannot open: {error}") from error
     except OSError as error:
         raise VideoError(f"cannot open: {error.strerror}", permanent=error.errno in BAD_NAMES) from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise VideoError("not a regular file")
-        real = Path(f"/proc/self/fd/{descriptor}")
-        if real.is_symlink() and os.readlink(real) != os.path.abspath(path):  # noqa: PTH100, PTH115
-            raise VideoError("cannot open: a link was put into its path", permanent=False)
-        file = FileIO(descriptor, closefd=False)
+    with file:
         before = mark(file)
         try:
             yield file
         finally:
             if mark(file) != before:
                 raise VideoError("it changed while it was read", permanent=False)
-    finally:
-        os.close(descriptor)
 
 
 def mark(file: FileIO) -> FileMark:

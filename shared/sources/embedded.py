@@ -19,6 +19,7 @@ from shared.atomic_files import replacing, user_folder
 from shared.config import Data
 from shared.errors import DataError, UsageError
 from shared.file_types import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from shared.regular_files import open_regular
 from shared.sources.folder import video_suffixes
 from shared.sources.tables import CAPTION_NAMES, MAX_CAPTION_BYTES, OPTIONAL_COLUMNS, Row, escaped
 
@@ -44,7 +45,7 @@ class VideoCopies:
 
     def keep(self, video: Embedded) -> Path:
         """Return the copy of a video, made unless it exists. Raise `DataError` or `UsageError` if it cannot be kept."""
-        folder = user_folder() / "embedded"
+        folder = (user_folder() / "embedded").resolve()  # a video's path must be free of links
         folder.mkdir(parents=True, exist_ok=True)
         digest, size = hashlib.sha256(), 0
         while chunk := video.stream.read(1 << 20):
@@ -86,17 +87,17 @@ def embedded_in(value: object, where: str) -> object:
     return Embedded(f"{where}: {PurePosixPath(str(path)).name}" if path else where, BytesIO(content))
 
 
-def tar_rows(tars: list[Path], data: Data) -> Iterator[Row]:
-    """Yield a row per sample with a video of webdataset tars; a sample's members follow each other."""
+def tar_rows(tars: dict[str, Path], data: Data) -> Iterator[Row]:
+    """Yield a row per sample with a video of webdataset tars, by name; a sample's members follow each other."""
     suffixes = video_suffixes(data)
-    for path in tars:
+    for name, path in tars.items():
         try:
-            with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 members = (member for member in tar if member.isreg())
                 for key, group in groupby(members, lambda member: _key(member.name)):
-                    yield from _sample_rows(tar, path.name, key, list(group), suffixes)
+                    yield from _sample_rows(tar, name, key, list(group), suffixes)
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise DataError(f"{escaped(path.name)}: not a readable, uncompressed tar: {escaped(str(error))}") from None
+            raise DataError(f"{escaped(name)}: not a readable, uncompressed tar: {escaped(str(error))}") from None
 
 
 def _key(name: str) -> str:

@@ -118,7 +118,7 @@ def read_sources(data: Data) -> Listing:
 def _read_rows(root: DataRoot, data: Data) -> tuple[Iterator[Row] | list[Row], list[str]]:
     """Return the rows of the layout that `data` describes, and warnings."""
     if data.dataset_name is not None and (tars := _tars(data.dataset_name)):
-        return tar_rows(tars, data), []
+        return tar_rows({tar.name: tar.resolve() for tar in tars}, data), []
     table = Path(data.dataset_name or "")
     read_table = READERS.get(table.suffix.lower())
     if data.dataset_name is not None and (read_table is None or table.is_dir()):
@@ -130,7 +130,7 @@ def _read_rows(root: DataRoot, data: Data) -> tuple[Iterator[Row] | list[Row], l
             there = root.folder / table
             hint = f"; there is '{escaped(str(there))}'" if there.is_file() else ""
             raise DataError(f"dataset_name '{escaped(str(table))}' is not a file{hint}")
-        return read_table(table, data), []
+        return read_table(table.resolve(), data), []
     captions = _present(root, data.caption_column, "text", CAPTION_FILES)
     videos = _present(root, data.video_column, "video", VIDEO_FILES)
     if captions and videos:
@@ -142,7 +142,7 @@ def _read_rows(root: DataRoot, data: Data) -> tuple[Iterator[Row] | list[Row], l
         if (root.folder / name).is_file():
             return READERS[Path(name).suffix](root.find(name), data), []
     if tars := sorted(root.folder.glob("*.tar")):
-        return tar_rows(tars, data), []
+        return tar_rows({tar.name: root.find(tar.name) for tar in tars}, data), []
     rows, stray, warnings = folder_rows(root, data)
     return rows, warnings + stray_warnings(stray)
 

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from shared.config import Data
 from shared.errors import DataError, one_line
 from shared.redaction import redacted
+from shared.regular_files import open_regular
 
 MAX_TEXT_FILE_BYTES = 1 << 30
 MAX_CAPTION_BYTES = 16 * 1024
@@ -94,7 +96,7 @@ def parquet_rows(table: Path, data: Data) -> Iterator[Row]:
 
     file, number = escaped(table.name), 0
     try:
-        with pq.ParquetFile(table) as parquet:
+        with open_regular(table) as opened, pq.ParquetFile(opened) as parquet:
             columns = _choose_columns(parquet.schema_arrow.names, data, file)
             # of embedded videos only a few are in memory
             rows = 1024 if parquet.schema_arrow.field(columns[1]).type in (pa.string(), pa.large_string()) else 4
@@ -171,9 +173,10 @@ def _choose_columns(names: Sequence[str], data: Data, table: str) -> list[str]:
 
 def read_text(path: Path, where: str) -> str:
     """Read a UTF-8 file without its byte order mark; raise `DataError` that names the line of bad UTF-8 or NUL."""
-    if path.stat().st_size > MAX_TEXT_FILE_BYTES:
-        raise DataError(f"{where} has more than {MAX_TEXT_FILE_BYTES:,} bytes")
-    content = path.read_bytes()
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_TEXT_FILE_BYTES:
+            raise DataError(f"{where} has more than {MAX_TEXT_FILE_BYTES:,} bytes")
+        content = file.read()
     place, reason = content.find(b"\0"), "a NUL character; save the file as UTF-8 text"
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         place, reason = 0, "UTF-16; save the file as UTF-8 text"
