@@ -44,7 +44,7 @@ def table_path(config: Config) -> Path:
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of the table, in order. Raises `DataError` with the number of a row that is no object."""
     try:
-        lines = read_text(path, str(path)).split("\n")
+        lines = read_text(path.resolve(), str(path)).split("\n")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); make it with `precog init`") from None
     rows: list[Row] = []
