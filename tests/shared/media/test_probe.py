@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
+from shared import regular_files
 from shared.media import probe as video
 from shared.media.decode import Requested, choose_decoder
 from shared.media.probe import Probed, VideoError, parse_probe, probe
@@ -289,7 +290,7 @@ class FailingFile(FileIO):
 def test_a_disk_that_fails_is_no_bad_video(file: str, folder: Path, monkeypatch: Any) -> None:
     path = media.write_case(folder, file)
     found = probe(path)
-    monkeypatch.setattr(video, "FileIO", FailingFile)
+    monkeypatch.setattr(regular_files, "FileIO", FailingFile)
     for good_reads in (0, 2):
         monkeypatch.setattr(FailingFile, "good_reads", good_reads)
         with transient("cannot be read: Input/output error"):
