@@ -15,26 +15,15 @@ from shared.cache.storage import LocalStorage
 from shared.cache.verify import verify
 from shared.cache.view import View, read_table_name, read_view, write_view
 from shared.errors import CacheError
+from tests.faults import damage
 from tests.faults.writer import COLLECTION, SAMPLES, SKIPPED, write_all
 
 Damage = Callable[[Path, random.Random], Path]
 
 
 def changed(root: Path, draws: random.Random) -> Path:
-    """Flip a bit of a file, cut it off, add to it, or fill a part with zeros."""
-    path = draws.choice([path for path in sorted(root.rglob("*.*")) if path.is_file()])
-    content = bytearray(path.read_bytes())
-    position, kind = draws.randrange(len(content)), draws.choice(["flip", "flip", "flip", "cut", "add", "zero"])
-    if kind == "flip":
-        content[position] ^= 1 << draws.randrange(8)
-    elif kind == "cut":
-        del content[position:]
-    elif kind == "add":
-        content += draws.randbytes(draws.randrange(1, 600))
-    else:
-        content[position : position + 600] = bytes(len(content[position : position + 600]))
-    path.write_bytes(content)
-    return path
+    """Damage one of the files below a folder."""
+    return damage.changed([path for path in sorted(root.rglob("*.*")) if path.is_file()], draws)
 
 
 def view_changed(root: Path, draws: random.Random) -> Path:
@@ -85,7 +74,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "trials"),
+    ("damaged", "trials"),
     [
         (changed, 20),
         (misplaced, 15),
@@ -95,14 +84,14 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(view_changed, 500, marks=pytest.mark.faults),
     ],
 )
-def test_damage_is_refused_named_and_repaired(tmp_path: Path, damage: Damage, trials: int) -> None:
+def test_damage_is_refused_named_and_repaired(tmp_path: Path, damaged: Damage, trials: int) -> None:
     write_all(tmp_path / "whole")
     view, refusals = read_view(LocalStorage(str(tmp_path / "whole")), "power"), 0
     assert not read_all(tmp_path / "whole", view)
     for trial in range(trials):
         root = tmp_path / "cache"
         shutil.copytree(tmp_path / "whole", root)
-        path = damage(root, random.Random(trial))
+        path = damaged(root, random.Random(trial))
         is_changed = path.read_bytes() != (tmp_path / "whole" / path.relative_to(root)).read_bytes()
         refused = read_all(root, view)
         storage = LocalStorage(str(root))
