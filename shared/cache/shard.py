@@ -22,9 +22,10 @@ import xxhash
 from pydantic import Field, TypeAdapter
 from safetensors.torch import save as safetensors_bytes
 
-from shared.cache.storage import VERIFY, Storage, open_regular
+from shared.cache.storage import VERIFY, Storage
 from shared.errors import CacheError, one_line
 from shared.fingerprint import KEY_LENGTH, Json, canonical_json, key_of, sealed, sha256_file, unsealed
+from shared.regular_files import open_regular
 
 RECEIPT_BYTES = 16 * 2**20
 SHARD_BYTES = 4 * 2**30
@@ -257,7 +258,7 @@ class OpenShard:
     def __init__(self, storage: Storage, receipt: Receipt) -> None:
         self._where = f"{storage}/{receipt.tar}"
         try:
-            self._file = open_regular(storage.local_tar(receipt.tar, receipt.size))
+            self._file = open_regular(storage.local_tar(receipt.tar, receipt.size), through_links=True)
         except OSError as error:
             raise CacheError(f"{self._where}: cannot be opened ({error.strerror}); {VERIFY}") from None
         size = os.fstat(self._file.fileno()).st_size

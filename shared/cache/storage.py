@@ -8,15 +8,15 @@ import errno
 import os
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import FileIO
 from pathlib import Path
 
 from shared.atomic_files import TEMPORARY, make_folder, sync_file, sync_folder
 from shared.cache.remote import Entry, RemoteStorage, finished, open_filesystem
 from shared.errors import CacheError, UsageError
+from shared.regular_files import open_regular
 
 VERIFY = "run `precog cache verify --repair`, then precompute again"
 """The remedy for a damaged file of a cache."""
@@ -79,9 +79,9 @@ class LocalStorage:
             raise CacheError(f"{self.path(name)}: ends before byte {offset + length}; {VERIFY}")
         return content
 
-    def _open(self, name: str) -> BufferedReader:
+    def _open(self, name: str) -> FileIO:
         with self._error(name, "cannot be read", VERIFY):
-            return open_regular(self.path(name))
+            return open_regular(self.path(name), through_links=True)
 
     def size(self, name: str) -> int | None:
         """Return the size in bytes, or None if there is no such file."""
@@ -158,15 +158,6 @@ class LocalStorage:
                 what, advice = "the disk is full", "free some space and run the same command again"
             other = f": {error.filename}" if error.filename not in (None, str(self.path(name))) else ""
             raise CacheError(f"{self.path(name)}: {what} ({error.strerror}{other}); {advice}") from error
-
-
-def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading; raises `OSError` if it is not regular, such as a FIFO, which would wait for a writer."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
 
 
 def _rename(temporary: Path, final: Path, *, replace: bool) -> bool:
